@@ -1,0 +1,55 @@
+"""Plugins for EZ-HOI runs that nobody edited: capture adapter_feat, train a diffusion bridge, inject it, compare.
+
+    from ezhoi_diffusion import add_arguments, attach     # in a fork's script
+    from ezhoi_diffusion import hookimpl                  # in a plugin
+    from ezhoi_diffusion import DiffusionBridge, FeatureStore
+
+Names are imported when they are first used, so that importing the package costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ezhoi_diffusion.diffusion.bridge import DiffusionBridge as DiffusionBridge
+    from ezhoi_diffusion.errors import EzhoiDiffusionError as EzhoiDiffusionError
+    from ezhoi_diffusion.evaluation.comparison import Comparison as Comparison
+    from ezhoi_diffusion.features.batch import FeatureBatch as FeatureBatch
+    from ezhoi_diffusion.features.batch import Pairs as Pairs
+    from ezhoi_diffusion.features.statistics import ModalityStatistics as ModalityStatistics
+    from ezhoi_diffusion.features.store import FeatureStore as FeatureStore
+    from ezhoi_diffusion.hookspecs import hookimpl as hookimpl
+    from ezhoi_diffusion.host.attach import Host as Host
+    from ezhoi_diffusion.host.attach import attach as attach
+    from ezhoi_diffusion.host.options import add_arguments as add_arguments
+    from ezhoi_diffusion.host.taps import Tap as Tap
+    from ezhoi_diffusion.plugins import PluginHost as PluginHost
+
+_WHERE = {
+    "Comparison": "evaluation.comparison",
+    "DiffusionBridge": "diffusion.bridge",
+    "EzhoiDiffusionError": "errors",
+    "FeatureBatch": "features.batch",
+    "FeatureStore": "features.store",
+    "Host": "host.attach",
+    "ModalityStatistics": "features.statistics",
+    "Pairs": "features.batch",
+    "PluginHost": "plugins",
+    "Tap": "host.taps",
+    "add_arguments": "host.options",
+    "attach": "host.attach",
+    "hookimpl": "hookspecs",
+}
+__all__ = sorted(_WHERE)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'ezhoi_diffusion' has no attribute '{name}'")
+    return getattr(import_module(f"ezhoi_diffusion.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,310 @@
+"""Finds plugins, checks them, and calls their hooks in one of three modes: notify, first, fold.
+
+Installed plugins contribute (`register_*`); only those that a run names take part in it (`on_*`, `post_*`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import inspect
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points, version
+from typing import Any, TypeVar
+
+import pluggy
+
+from ezhoi_diffusion import hookspecs
+from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.hookspecs import HOOKS, PROJECT
+from ezhoi_diffusion.registry import Registry
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+ENTRY_POINT_GROUP = "ezhoi_diffusion"
+BUILTIN = {
+    "capture": "ezhoi_diffusion.builtin.capture:plugin",
+    "diffusion": "ezhoi_diffusion.builtin.diffusion:plugin",
+    "identity": "ezhoi_diffusion.builtin.identity",
+    "mean_shift": "ezhoi_diffusion.builtin.mean_shift",
+}
+ENV_STRICT = "EZHOI_DIFFUSION_STRICT"
+ENV_DISABLE = "EZHOI_DIFFUSION_DISABLE"
+ENV_ALLOW = "EZHOI_DIFFUSION_ALLOW"
+
+
+class PluginError(EzhoiDiffusionError):
+    """A plugin is broken, missing, or broke a rule of the hook that was called; the message names it."""
+
+
+@dataclass
+class PluginInfo:
+    """One plugin that was found, loaded or not; what `ezhoi-diffusion plugins` lists."""
+
+    name: str
+    version: str
+    source: str  # "built in", or the distribution that brings it
+    status: str  # "loaded", "blocked", "broken"
+    reason: str = ""
+    hooks: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"plugin '{self.name}' {self.version} ({self.source})"
+
+
+def _env_names(variable: str) -> set[str]:
+    return {name.strip() for name in os.environ.get(variable, "").split(",") if name.strip()}
+
+
+class PluginHost:
+    """The plugins of one process.
+
+    blocked: names that are not even imported (`--no-plugin`). Environment variables: EZHOI_DIFFUSION_DISABLE
+    blocks more names (`*` blocks every installed one), EZHOI_DIFFUSION_ALLOW admits only the installed ones it
+    names, EZHOI_DIFFUSION_STRICT=1 makes a broken plugin an error instead of a warning.
+    """
+
+    def __init__(self, blocked: Iterable[str] = (), *, discover: bool = True) -> None:
+        self._manager = pluggy.PluginManager(PROJECT)
+        self._manager.add_hookspecs(hookspecs)
+        self._enabled: list[str] = []
+        self._disabled: dict[str, str] = {}
+        self.found: dict[str, PluginInfo] = {}
+        self.raise_errors = True
+        self._blocked = set(blocked) | _env_names(ENV_DISABLE)
+        if discover:
+            self._discover()
+
+    # -- finding -----------------------------------------------------------------------------------------
+
+    def _discover(self) -> None:
+        own = version("ezhoi-diffusion")
+        for name, target in BUILTIN.items():
+            self._load(PluginInfo(name, own, "built in", "loaded"), lambda target=target: _resolve(target))
+        allowed = _env_names(ENV_ALLOW)
+        for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name):
+            info = PluginInfo(point.name, *_origin(point), status="loaded")
+            if allowed and point.name not in allowed:
+                info.status, info.reason = "blocked", f"not in {ENV_ALLOW}"
+                self.found.setdefault(point.name, info)
+            else:
+                self._load(info, point.load)
+
+    def _load(self, info: PluginInfo, load: Callable[[], object]) -> None:
+        if info.name in self._blocked or ("*" in self._blocked and info.source != "built in"):
+            info.status, info.reason = "blocked", f"by --no-plugin or {ENV_DISABLE}"
+            self.found[info.name] = info
+            return
+        try:
+            if info.name in self.found:
+                raise PluginError(f"the name is taken by {self.found[info.name]}")
+            self._register(info, load())
+        except Exception as error:  # a plugin may raise anything at import; the others must still load
+            info.status, info.reason = "broken", f"{type(error).__name__}: {error}"
+            self.found.setdefault(info.name, info)
+            message = f"{info} could not be loaded: {info.reason}"
+            if os.environ.get(ENV_STRICT, "") not in ("", "0"):
+                raise PluginError(message) from error
+            log.warning("%s; the run goes on without it (--no-plugin %s silences this)", message, info.name)
+
+    def register(self, plugin: object, name: str) -> None:
+        """Register a plugin object that is not installed, e.g. from a notebook. Raises PluginError."""
+        if name in self.found:
+            raise PluginError(f"plugin name '{name}' is taken by {self.found[name]}")
+        self._register(PluginInfo(name, getattr(plugin, "__version__", "-"), "registered", "loaded"), plugin)
+
+    def _register(self, info: PluginInfo, plugin: object) -> None:
+        _check(plugin, info.name)
+        try:
+            self._manager.register(plugin, info.name)
+        except pluggy.PluginValidationError as error:
+            self._manager.unregister(name=info.name)
+            raise PluginError(f"plugin '{info.name}': {_signature_problem(plugin) or error}") from error
+        info.hooks = [name for name in HOOKS if any(i.plugin_name == info.name for i in self._all(name))]
+        self.found[info.name] = info
+
+    # -- enabling ----------------------------------------------------------------------------------------
+
+    def enable(self, names: Sequence[str], *, raise_errors: bool = True) -> None:
+        """Let these plugins take part in the run, in this order. Raises PluginError for an unknown name."""
+        for name in names:
+            info = self.found.get(name)
+            if info is None:
+                close = difflib.get_close_matches(name, self.found, n=1)
+                hint = f"; did you mean '{close[0]}'?" if close else ""
+                known = ", ".join(sorted(self.found))
+                raise PluginError(
+                    f"there is no plugin '{name}'{hint} Installed: {known}. Is its package installed in this "
+                    f"environment? `ezhoi-diffusion plugins` lists what was found."
+                )
+            if info.status != "loaded":
+                raise PluginError(f"{info} cannot be enabled, it is {info.status}: {info.reason}")
+        self._enabled = list(dict.fromkeys(names))
+        self.raise_errors = raise_errors
+
+    @property
+    def enabled(self) -> list[str]:
+        """Names of the plugins that take part, in calling order."""
+        return list(self._enabled)
+
+    def implementing(self, hook: str) -> list[str]:
+        """Names of the enabled plugins with this hook."""
+        return [impl.plugin_name for impl in self._taking_part(hook)]
+
+    def contributors(self) -> dict[str, PluginInfo]:
+        """Every plugin that is loaded, enabled or not, by name."""
+        return {name: info for name, info in self.found.items() if info.status == "loaded"}
+
+    @property
+    def degraded(self) -> dict[str, str]:
+        """Plugins that failed and were switched off, with the reason (`--plugin-errors disable`)."""
+        return dict(self._disabled)
+
+    # -- calling -----------------------------------------------------------------------------------------
+
+    def _all(self, hook: str) -> list[pluggy.HookImpl]:
+        # get_hookimpls lists the last registered first called, i.e. last; turn it into order of registration
+        return list(getattr(self._manager.hook, hook).get_hookimpls())
+
+    def _taking_part(self, hook: str) -> Iterator[pluggy.HookImpl]:
+        by_name = {impl.plugin_name: impl for impl in self._all(hook)}
+        names = self._enabled if hook.startswith(("on_", "post_")) else by_name
+        return (by_name[name] for name in names if name in by_name and name not in self._disabled)
+
+    def _call(self, impl: pluggy.HookImpl, hook: str, arguments: dict[str, Any]) -> Any:
+        # pluggy would stop at the first exception without a name, so each call is ours, and wrapped once
+        try:
+            return impl.function(**{name: arguments[name] for name in impl.argnames})
+        except Exception as error:
+            raise PluginError(self._blame(impl.plugin_name, hook, f"raised {type(error).__name__}: {error}")) from error
+
+    def _blame(self, name: str, hook: str, problem: str) -> str:
+        return f"{self.found[name]} in {hook}: {problem}"
+
+    def notify(self, hook: str, **arguments: Any) -> None:
+        """Call the hook on every plugin that takes part. Raises PluginError at the first that fails."""
+        for impl in self._taking_part(hook):
+            self._call(impl, hook, arguments)
+
+    def notify_all(self, hook: str, **arguments: Any) -> None:
+        """As `notify`, but the rest is called even where one fails; the first PluginError is raised then."""
+        first: PluginError | None = None
+        for impl in self._taking_part(hook):
+            try:
+                self._call(impl, hook, arguments)
+            except PluginError as error:
+                first = first or error
+        if first:
+            raise first
+
+    def first(self, hook: str, **arguments: Any) -> Any:
+        """The first answer that is not None, or None. Raises PluginError."""
+        for impl in self._taking_part(hook):
+            answer = self._call(impl, hook, arguments)
+            if answer is not None:
+                return answer
+        return None
+
+    def fold(
+        self, hook: str, value: T, check: Callable[[T, Any], str | None], *, only: str | None = None, **arguments: Any
+    ) -> T:
+        """Chain the hook's first argument through the plugins that take part.
+
+        check: (before, after) -> what is wrong with `after`, or None. only: ask this plugin alone.
+        Raises PluginError naming the plugin, unless errors disable it (see `--plugin-errors`).
+        """
+        argument = HOOKS[hook].__code__.co_varnames[0]
+        for impl in list(self._taking_part(hook)):
+            if only not in (None, impl.plugin_name):
+                continue
+            try:
+                answer = self._call(impl, hook, {argument: value, **arguments})
+                if answer is None:
+                    continue
+                problem = check(value, answer)
+                if problem:
+                    raise PluginError(self._blame(impl.plugin_name, hook, problem))
+                value = answer
+            except PluginError as error:
+                if self.raise_errors:
+                    raise
+                self._disabled[impl.plugin_name] = str(error)
+                log.error("%s; it is off for the rest of this run, results are DEGRADED", error)
+        return value
+
+    def options(self) -> dict[str, list[argparse.Action]]:
+        """The flags that each plugin adds to the host's command line. Raises PluginError."""
+        found = {}
+        for name in self.contributors():
+            group = argparse.ArgumentParser(add_help=False).add_argument_group()
+            self.add_options(name, group)
+            if group._group_actions:
+                found[name] = list(group._group_actions)
+        return found
+
+    def add_options(self, name: str, group: argparse._ArgumentGroup) -> None:
+        """Let one plugin add its flags to a group of the host's parser. Raises PluginError."""
+        for impl in self._taking_part("register_options"):
+            if impl.plugin_name == name:
+                self._call(impl, "register_options", {"group": group})
+
+    def collect(self, hook: str, registry: Registry[T]) -> Registry[T]:
+        """Let every installed plugin add to `registry` through a `register_*` hook."""
+        for impl in self._taking_part(hook):
+            self._call(impl, hook, {"register": registry.register, "plugins": self})
+        return registry
+
+
+def _origin(point: EntryPoint) -> tuple[str, str]:
+    if point.dist is None:
+        return "-", point.value
+    return point.dist.version, point.dist.name
+
+
+def _resolve(target: str) -> object:
+    module, _, attribute = target.partition(":")
+    loaded: object = import_module(module)
+    return getattr(loaded, attribute) if attribute else loaded
+
+
+def _check(plugin: object, name: str) -> None:
+    """What pluggy would accept silently, or refuse without saying what to do."""
+    if inspect.isclass(plugin):
+        raise PluginError(f"plugin '{name}' is the class {plugin.__name__}, not an instance: forgot the ()?")
+    marked = []
+    for attribute in dir(plugin):
+        value = inspect.getattr_static(plugin, attribute)
+        options = getattr(value, f"{PROJECT}_impl", None)
+        if options is None:
+            if attribute in HOOKS and callable(value):
+                raise PluginError(f"plugin '{name}': {attribute} has a hook's name but no @hookimpl above it")
+            continue
+        marked.append(attribute)
+        if (options.get("specname") or attribute) not in HOOKS:
+            close = difflib.get_close_matches(attribute, HOOKS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"hooks are {', '.join(HOOKS)}"
+            raise PluginError(f"plugin '{name}': there is no hook {attribute}; {hint}")
+        unsupported = [o for o in ("wrapper", "hookwrapper", "tryfirst", "trylast") if options.get(o)]
+        if unsupported:
+            raise PluginError(
+                f"plugin '{name}': {attribute} uses {unsupported[0]}, which is not supported; plugins are called in "
+                f"the order of their --plugin flags"
+            )
+    if not marked:
+        raise PluginError(f"plugin '{name}' has no hook: mark its functions with @hookimpl")
+
+
+def _signature_problem(plugin: object) -> str | None:
+    for attribute in dir(plugin):
+        value = getattr(plugin, attribute)
+        if attribute in HOOKS and callable(value):
+            offered = list(inspect.signature(HOOKS[attribute]).parameters)
+            extra = [p for p in inspect.signature(value).parameters if p not in offered]
+            if extra:
+                return f"{attribute} asks for {', '.join(extra)}; the hook offers {', '.join(offered)}"
+    return None

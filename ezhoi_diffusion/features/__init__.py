@@ -1,0 +1,1 @@
+"""Captured features: what one image gives, how a data set of them is stored, what their statistics are."""

@@ -1,0 +1,52 @@
+"""What one image gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The human-object pairs of one image, as the host formed them; B boxes, P pairs.
+
+    Boxes are xyxy in pixels of the host's CLIP input, humans first, as detections index them.
+    """
+
+    image: str | None  # file name; None where the host was given no targets
+    batch_index: int  # position of the image in the host's batch
+    size: Tensor  # [2] height, width of the CLIP input
+    boxes: Tensor  # [B, 4]
+    scores: Tensor  # [B] of the detector
+    classes: Tensor  # [B] int64, object classes
+    pairing: Tensor  # [2, P] int64, rows of `boxes`: human, object
+
+    @property
+    def objects(self) -> Tensor:
+        """[P] int64, the object class of each pair."""
+        return self.classes[self.pairing[1]]
+
+    def __len__(self) -> int:
+        return self.pairing.shape[1]
+
+
+@dataclass(frozen=True)
+class FeatureBatch:
+    """One image's captured features in a pass over a split; P may be zero.
+
+    All tensors are detached and on the host's device; a plugin that keeps one has to copy it.
+    """
+
+    index: int  # position of the image in the split
+    pairs: Pairs
+    adapter_feat: Tensor  # [P, D] float32, exactly what the host multiplies with the text features
+    text: Tensor | None  # [N_sel, D] the text features it multiplies with; None where it formed no pair
+    labels: Tensor  # [P, num_classes] bool, annotations matched at the host's IoU threshold
+    gt_boxes: Tensor  # [2, G, 4] annotated human and object boxes, xyxy, same pixels as `pairs.boxes`
+    gt_hoi: Tensor  # [G] int64, annotated interaction classes
+
+    @property
+    def image(self) -> str | None:
+        """File name of the image."""
+        return self.pairs.image

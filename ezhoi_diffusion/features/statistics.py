@@ -1,0 +1,69 @@
+"""The two means that every normalization needs, and what they say of the modality gap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EPS = 1e-12
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of x [N, D] divided by max(|row|, 1e-12): the first link of the normalization chain."""
+    return x / x.norm(dim=-1, keepdim=True).clamp_min(EPS)
+
+
+@dataclass(frozen=True)
+class ModalityStatistics:
+    """Means of the *unit* rows of both modalities, not renormalised (float32, [D]).
+
+    The norm of such a mean is the root of the mean pairwise cosine: about 0.7-0.9 for CLIP text.
+    """
+
+    visual_mean: Tensor
+    text_mean: Tensor
+    visual_rows: int
+    text_rows: int
+
+    @classmethod
+    def of(cls, visual: Iterable[Tensor], text: Tensor) -> ModalityStatistics:
+        """Streams over blocks of visual rows ([n, D] each) and over text rows [N_sel, D], in float64.
+
+        Raises ValueError where either side has no row.
+        """
+        total = torch.zeros(text.shape[1], dtype=torch.float64)
+        rows = 0
+        for block in visual:
+            total += unit(block.double()).sum(0)
+            rows += len(block)
+        if rows == 0 or len(text) == 0:
+            raise ValueError(f"statistics need rows on both sides, found {rows} visual and {len(text)} text rows")
+        text_mean = unit(text.double()).mean(0)
+        return cls((total / rows).float(), text_mean.float(), rows, len(text))
+
+    @property
+    def dim(self) -> int:
+        """D, the embedding width."""
+        return self.visual_mean.shape[0]
+
+    @property
+    def gap(self) -> float:
+        """Distance between the two means: the modality gap of Liang et al. (NeurIPS 2022)."""
+        return float((self.visual_mean - self.text_mean).norm())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What `statistics.safetensors` of an artefact holds."""
+        return {
+            "visual_mean": self.visual_mean.contiguous(),
+            "text_mean": self.text_mean.contiguous(),
+            "rows": torch.tensor([self.visual_rows, self.text_rows]),
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> ModalityStatistics:
+        """The inverse of `tensors`. Raises KeyError where one is missing."""
+        visual_rows, text_rows = tensors["rows"].tolist()
+        return cls(tensors["visual_mean"], tensors["text_mean"], int(visual_rows), int(text_rows))

@@ -1,0 +1,83 @@
+"""One run, many variants of the same pairs: what each is worth, and the difference to the bare host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+REFERENCE = "none"
+
+
+@dataclass
+class Comparison:
+    """Results of a comparison run.
+
+    ap: variant -> [num_interactions] float64 AP per interaction class, in 0..1; the first variant is `none`.
+    groups: group -> interaction classes whose mean AP is reported.
+    host_ms: mean time of the host's own forward pass on an image. bridge_ms: variant -> mean time it adds.
+    """
+
+    ap: dict[str, Tensor]
+    groups: dict[str, Tensor]
+    images: int
+    pairs: int
+    host_ms: float
+    bridge_ms: dict[str, float]
+    fingerprint: dict[str, Any]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    forced: list[str] = field(default_factory=list)
+    degraded: dict[str, str] = field(default_factory=dict)
+
+    def mean_ap(self, variant: str, group: str) -> float:
+        """Mean AP of a group of classes, in percent."""
+        return float(self.ap[variant][self.groups[group]].mean()) * 100
+
+    def difference(self, variant: str, group: str) -> float:
+        """Percentage points of mean AP over the bare host."""
+        return self.mean_ap(variant, group) - self.mean_ap(REFERENCE, group)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form; AP in percent."""
+        return {
+            "mean_ap": {v: {g: self.mean_ap(v, g) for g in self.groups} for v in self.ap},
+            "difference": {v: {g: self.difference(v, g) for g in self.groups} for v in self.ap if v != REFERENCE},
+            "per_class_ap": {v: (ap * 100).tolist() for v, ap in self.ap.items()},
+            "classes": {group: index.tolist() for group, index in self.groups.items()},
+            "images": self.images,
+            "pairs": self.pairs,
+            "ms_per_image": {v: self.host_ms + self.bridge_ms.get(v, 0.0) for v in self.ap},
+            "bridge_ms_per_image": self.bridge_ms,
+            "fingerprint": self.fingerprint,
+            "provenance": self.provenance,
+            "forced": self.forced,
+            "degraded": self.degraded,
+        }
+
+    def table(self) -> str:
+        """The results as text, one variant a row, differences below."""
+        head = ["mAP", *self.groups, "ms/image"]
+        rows = [[v, *(f"{self.mean_ap(v, g):.2f}" for g in self.groups), self._ms(v)] for v in self.ap]
+        rows += [
+            [f"{v} - {REFERENCE}", *(f"{self.difference(v, g):+.2f}" for g in self.groups), f"{self.bridge_ms[v]:+.2f}"]
+            for v in self.ap
+            if v != REFERENCE
+        ]
+        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+        line = "  ".join("-" * width for width in widths)
+        text = [_row(head, widths), line, *(_row(row, widths) for row in rows)]
+        text.insert(2 + len(self.ap), line)
+        counts = "  ".join(f"{group} {len(index)}" for group, index in self.groups.items())
+        text.append(f"{self.images} images, {self.pairs} pairs; classes: {counts}")
+        text.append("One run, one seed: small differences may be chance.")
+        text += [f"FORCED: {message}" for message in self.forced]
+        text += [f"DEGRADED: {message}" for message in self.degraded.values()]
+        return "\n".join(text)
+
+    def _ms(self, variant: str) -> str:
+        return f"{self.host_ms + self.bridge_ms.get(variant, 0.0):.2f}"
+
+
+def _row(cells: list[str], widths: list[int]) -> str:
+    return "  ".join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))])

@@ -1,0 +1,1 @@
+"""Everything that knows EZ-HOI; nothing outside this folder does."""

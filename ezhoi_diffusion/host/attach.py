@@ -1,0 +1,279 @@
+"""Joins plugins to a host whose model is built and loaded: injection, a capture pass, or a comparison."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.evaluation.comparison import REFERENCE
+from ezhoi_diffusion.evaluation.report import write_report
+from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
+from ezhoi_diffusion.host import fingerprint as fp
+from ezhoi_diffusion.host.capture import capture_pass, default_split, share_context
+from ezhoi_diffusion.host.comparison import comparison_pass
+from ezhoi_diffusion.host.options import check_options
+from ezhoi_diffusion.host.taps import Inject, Tap, TapPoint, check_replacement, locate, unwrap
+from ezhoi_diffusion.plugins import PluginHost
+from ezhoi_diffusion.registry import Registry
+
+Bridge = Callable[[Tensor], Tensor]
+
+
+class FingerprintError(EzhoiDiffusionError):
+    """A bridge was made for another host than this one."""
+
+
+@dataclass
+class Host:
+    """One EZ-HOI run, as plugins see it.
+
+    model: the detector, unwrapped. args: the host's parsed flags, ours among them. engine: the host's engine, None
+    under inference.py.
+    """
+
+    model: Any
+    args: argparse.Namespace
+    engine: Any
+    plugins: PluginHost
+    tap_point: TapPoint
+    failed: bool = False
+    done: dict[str, int] = field(default_factory=dict)
+    forced: list[str] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """This process among `world_size`."""
+        return dist.get_rank() if dist.is_initialized() else 0
+
+    @property
+    def world_size(self) -> int:
+        """Number of the host's processes."""
+        return dist.get_world_size() if dist.is_initialized() else 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        found: torch.device = next(self.model.parameters()).device
+        return found
+
+    @cached_property
+    def fingerprint(self) -> fp.Fingerprint:
+        """What has to be equal for a bridge to be valid here."""
+        return fp.fingerprint(self.model, self.args)
+
+    def accept(self, bridge: object, name: str) -> None:
+        """Hold a bridge's fingerprint against this host's.
+
+        A bridge that knows where it comes from has `provenance["fingerprint"]`, and `context`, the context vectors it
+        was captured with; `--restore-context` puts those into the model. Raises FingerprintError with both values where
+        something differs, unless `--force-bridge`, which every report of the run then says.
+        """
+        provenance = getattr(bridge, "provenance", None)
+        if not provenance:
+            return
+        self.provenance[name] = provenance
+        stored = provenance.get("fingerprint", {})
+        if self.args.restore_context and stored.get("context") != self.fingerprint.context:
+            try:
+                fp.restore_context(self.model, getattr(bridge, "context", {}))
+            except ValueError as error:
+                raise FingerprintError(f"--restore-context cannot be done for bridge '{name}': {error}") from error
+            del self.fingerprint
+        differences = self.fingerprint.differences(stored)
+        if not differences:
+            return
+        listed = "; ".join(f"{key} is {here!r} here, {there!r} there" for key, (here, there) in differences.items())
+        message = f"bridge '{name}' was made for another host: {listed}"
+        if self.args.force_bridge:
+            self.forced.append(message)
+            return
+        if set(differences) == {"context"}:
+            raise FingerprintError(
+                f"{message}. The host never saves its context vectors, so another seed or script draws others: run with "
+                f"the seed of the capture, or add --restore-context to use the vectors stored with the bridge"
+            )
+        raise FingerprintError(f"{message}. Capture and train for this host, or add --force-bridge to use it all the same")
+
+
+class Attachment:
+    """What is attached to one host; a context manager. `detach` is idempotent and undoes everything."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self._tap: Tap | None = None
+        self._undo: list[Callable[[], None]] = []
+        self._attached = False
+
+    def detach(self, *, failed: bool = False) -> None:
+        """Remove every hook and tell the plugins. Raises TapError if something was to be injected and never was."""
+        while self._undo:
+            self._undo.pop()()
+        if not self._attached:
+            return
+        self._attached = False
+        self.host.failed = failed
+        self.host.plugins.notify_all("on_detach", host=self.host)
+        if self._tap is not None and not failed:
+            self._tap.require_hits()
+        if self.host.plugins.degraded and self.host.rank == 0:
+            for message in self.host.plugins.degraded.values():
+                print(f"DEGRADED: {message}", flush=True)
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.detach(failed=error is not None)
+
+    # -- the three things an attachment may do -------------------------------------------------------------
+
+    def _start(self) -> None:
+        host, plugins, args = self.host, self.host.plugins, self.host.args
+        captures, injects = plugins.implementing("on_train_batch"), plugins.implementing("post_adapter_feat")
+        compares = bool(args.compare)
+        if host.world_size > 1 and (captures or injects or compares):
+            share_context(host.model, host.device)
+        self._attached = True
+        plugins.notify("on_attach", host=host)
+        variants = resolve_variants(host, args.compare) if compares else {}
+        if captures:
+            self._capture()
+        if compares:
+            self._replace_evaluation(functools.partial(self._compare, variants))
+            return
+        if injects:
+            if host.engine is not None and not (args.eval or args.cache):
+                raise EzhoiDiffusionError(
+                    f"plugin '{injects[0]}' replaces adapter_feat at eval time, and this run would train: add --eval"
+                )
+            self._tap = Tap(host.model, inject=self._inject, point=host.tap_point).attach()
+            self._undo.append(self._tap.remove)
+        if host.engine is not None:
+            self._replace_evaluation(self._evaluate)
+
+    def _inject(self, feature: Tensor, pairs: Pairs) -> Tensor:
+        return self.host.plugins.fold("post_adapter_feat", feature, check_replacement, context=pairs)
+
+    def _capture(self) -> None:
+        host, args = self.host, self.host.args
+        split = args.capture_split or default_split(args)
+
+        def emit(batch: FeatureBatch) -> None:
+            host.plugins.notify("on_train_batch", batch=batch)
+
+        try:
+            first = min(host.done.get(name, 0) for name in host.plugins.implementing("on_train_batch"))
+            capture_pass(host, split, args.max_images, emit, first)
+        except BaseException:
+            self.detach(failed=True)
+            raise
+        # rank 0 is the last to detach, so that a plugin may merge there what the others have closed
+        for turn in (host.rank > 0, host.rank == 0):
+            if turn:
+                self.detach()
+            if host.world_size > 1:
+                dist.barrier()
+        raise SystemExit(0)  # the pass is the run: neither training nor evaluation follows
+
+    def _replace_evaluation(self, evaluate: Callable[..., Any]) -> None:
+        engine = self.host.engine
+        original = engine.test_hico
+        engine.test_hico = functools.partial(evaluate, original)
+        self._undo.append(lambda: vars(engine).pop("test_hico", None))
+
+    def _evaluate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self:
+            return original(*args, **kwargs)
+
+    def _compare(self, variants: dict[str, Inject], original: Callable[..., Any], loader: Any, *args: Any, **kw: Any) -> Any:
+        host = self.host
+        with self:
+            comparison = comparison_pass(host, loader, variants)
+            if host.rank == 0:
+                print(f"\n{comparison.table()}\n", flush=True)
+                if host.args.report:
+                    write_report(comparison, Path(host.args.report))
+                host.plugins.notify("on_comparison", comparison=comparison)
+        return comparison.ap[REFERENCE]
+
+
+def resolve_variants(host: Host, names: str) -> dict[str, Inject]:
+    """`none,NAME,NAME=DIR,…` as callables on one image's features. Raises EzhoiDiffusionError for an unknown name.
+
+    NAME is a registered bridge, loaded from DIR or from `--bridge`; or an enabled plugin with post_adapter_feat.
+    """
+    empty: dict[str, Callable[[Path | None], Bridge]] = {}
+    bridges = host.plugins.collect("register_bridges", Registry("bridge", empty))
+    variants: dict[str, Inject] = {}
+    for item in filter(None, (part.strip() for part in names.split(","))):
+        name, _, folder = item.partition("=")
+        if name == REFERENCE:
+            continue
+        if item in variants:
+            raise EzhoiDiffusionError(f"--compare names '{item}' twice")
+        if name in bridges.names():
+            path = folder or host.args.bridge
+            bridge = bridges[name](Path(path) if path else None)
+            host.accept(bridge, item)
+            variants[item] = _checked(bridge, item)
+        elif not folder and name in host.plugins.implementing("post_adapter_feat"):
+            variants[item] = functools.partial(_folded, host.plugins, name)
+        else:
+            known = ", ".join([REFERENCE, *bridges.names()])
+            raise EzhoiDiffusionError(
+                f"--compare: there is no bridge '{name}'; known are {known}, and plugins with post_adapter_feat that are "
+                f"enabled with --plugin"
+            )
+    if not variants:
+        raise EzhoiDiffusionError("--compare needs a bridge beside `none`, e.g. --compare none,diffusion --bridge DIR")
+    return variants
+
+
+def _checked(bridge: Bridge, name: str) -> Inject:
+    def inject(feature: Tensor, pairs: Pairs) -> Tensor:
+        replaced = bridge(feature)
+        problem = check_replacement(feature, replaced)
+        if problem:
+            raise EzhoiDiffusionError(f"bridge '{name}' {problem}")
+        return replaced
+
+    return inject
+
+
+def _folded(plugins: PluginHost, name: str, feature: Tensor, pairs: Pairs) -> Tensor:
+    return plugins.fold("post_adapter_feat", feature, check_replacement, only=name, context=pairs)
+
+
+def attach(model: nn.Module, args: argparse.Namespace, engine: Any = None) -> Attachment:
+    """Join the plugins that `args` enables to a built and loaded host.
+
+    Call it once the engine is made and the checkpoint is loaded. Where a plugin captures, the pass is made here and ends
+    the process with SystemExit(0). Raises EzhoiDiffusionError for flags, models and plugins that cannot work.
+    """
+    plugins = PluginHost(args.no_plugin)
+    plugins.enable(args.plugin, raise_errors=args.plugin_errors == "raise")
+    check_options(plugins, args)
+    detector = unwrap(model)
+    needed = bool(plugins.enabled or args.compare)
+    found = plugins.first("locate_adapter_feat", model=detector) if needed else None
+    point = TapPoint(*found) if found else locate(detector) if needed else TapPoint("", detector)
+    attachment = Attachment(Host(detector, args, engine, plugins, point))
+    if needed:
+        try:
+            attachment._start()
+        except Exception:
+            attachment.detach(failed=True)
+            raise
+    return attachment

@@ -1,0 +1,217 @@
+"""Runs a host's script, unmodified, in this process, with plugins attached."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import functools
+import importlib
+import os
+import runpy
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.host.options import add_arguments
+
+FACTORY = "build_detector"
+ENGINE = "CustomisedDLE"
+
+
+class LaunchError(EzhoiDiffusionError):
+    """The script cannot be run, or is no EZ-HOI script; the message says what to do."""
+
+
+def run_script(script: Path, argv: Sequence[str]) -> None:
+    """Run `script` as `python script argv…` would, our flags added to its parser and its detector observed.
+
+    Standard input is closed: the host opens a debugger on some errors, and would wait there for ever. Raises whatever
+    the script raises, SystemExit included, and LaunchError.
+    """
+    modules = _imported_modules(script)
+    _close_stdin()
+    sys.argv = [str(script), *argv]
+    sys.path.insert(0, str(script.resolve().parent))
+    with _our_flags(), _our_spawn(script), _observed(script, modules, None):
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except Exception as error:
+            if type(error).__name__ == "BdbQuit":
+                raise LaunchError(
+                    f"the host stopped in its debugger (pdb.set_trace) at {_where(error)}, which it does on NaN losses and on "
+                    f"errors in its training loss; run the script without ezhoi-diffusion to look around there"
+                ) from error
+            raise
+
+
+def _imported_modules(script: Path) -> dict[str, str]:
+    """Which modules a script imports the factory and the engine from: name -> module, read without running it."""
+    try:
+        tree = ast.parse(script.read_text(encoding="utf-8"), str(script))
+    except OSError as error:
+        raise LaunchError(f"{script} cannot be read ({error}): run this from the EZ-HOI folder, as you run the script") from error
+    except (SyntaxError, ValueError) as error:
+        raise LaunchError(f"{script} is no Python script ({error})") from error
+    found = {
+        alias.name: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+        if alias.name in (FACTORY, ENGINE)
+    }
+    if FACTORY not in found:
+        raise LaunchError(f"{script} does not import {FACTORY}: it is no EZ-HOI script (main_tip_finetune.py, inference.py)")
+    return found
+
+
+def _close_stdin() -> None:
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115, PTH123  it stays open as long as the process
+
+
+@contextmanager
+def _our_flags() -> Iterator[None]:
+    """Let the first parser that reads the command line know our flags: the script's own."""
+    original = argparse.ArgumentParser.parse_args
+
+    def parse_args(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
+        argparse.ArgumentParser.parse_args = original  # type: ignore[method-assign]
+        add_arguments(self, args)
+        return original(self, args, namespace)
+
+    argparse.ArgumentParser.parse_args = parse_args  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        argparse.ArgumentParser.parse_args = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def _our_spawn(script: Path) -> Iterator[None]:
+    """Reach the processes that the host spawns: they import the script afresh, without any of this."""
+    import torch.multiprocessing as mp
+
+    original = mp.spawn
+
+    def spawn(fn: Callable[..., Any], args: tuple[Any, ...] = (), *rest: Any, **kwargs: Any) -> Any:
+        return original(_child, (str(script), fn, args), *rest, **kwargs)
+
+    mp.spawn = spawn
+    try:
+        yield
+    finally:
+        mp.spawn = original
+
+
+def _child(rank: int, script: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """What a spawned process runs: it has imported the script already, so its names are replaced there too."""
+    path = Path(script)
+    try:
+        with _observed(path, _imported_modules(path), fn.__globals__):
+            fn(rank, *args)
+    except EzhoiDiffusionError as error:
+        sys.stderr.write(f"ezhoi-diffusion (process {rank}): {error}\n")
+        raise SystemExit(2) from error
+
+
+@contextmanager
+def _observed(script: Path, modules: dict[str, str], namespace: dict[str, Any] | None) -> Iterator[None]:
+    """Attach to the detector the host builds: when its engine is made, or without one at its first image.
+
+    namespace: globals of a script that has imported the names already.
+    """
+    from ezhoi_diffusion.host.attach import Attachment, attach
+
+    factory_module = _import(script, modules[FACTORY])
+    engine_class = getattr(_import(script, modules[ENGINE]), ENGINE, None) if ENGINE in modules else None
+    original_factory = getattr(factory_module, FACTORY)
+    attachments: list[Attachment] = []
+    flags: dict[int, argparse.Namespace] = {}
+
+    def join(model: Any, engine: Any = None) -> None:
+        args = flags.pop(id(model), None)
+        if args is not None:  # once a model
+            attachments.append(attach(model, args, engine))
+
+    @functools.wraps(original_factory)
+    def build_detector(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
+        model = original_factory(args, *rest, **kwargs)
+        flags[id(model)] = args
+        first_image = model.register_forward_pre_hook(lambda module, _: (first_image.remove(), join(module))[0])
+        return model
+
+    with contextlib.ExitStack() as undo:
+        for where in filter(None, (vars(factory_module), namespace)):
+            if where.get(FACTORY) is original_factory:
+                where[FACTORY] = build_detector
+                undo.callback(where.__setitem__, FACTORY, original_factory)
+        if engine_class is not None:
+            undo.enter_context(_engine_observed(engine_class, join))
+        failed = True
+        try:
+            yield
+            failed = False
+        except SystemExit as end:
+            failed = end.code not in (None, 0)
+            raise
+        finally:
+            for attachment in attachments:
+                attachment.detach(failed=failed)
+
+
+@contextmanager
+def _engine_observed(engine_class: type, join: Callable[[Any, Any], None]) -> Iterator[None]:
+    """Learn of an engine once it is made, and let file names through to its training step."""
+    own = {name: vars(engine_class).get(name) for name in ("__init__", "_on_start_iteration")}
+    init, start = engine_class.__init__, getattr(engine_class, "_on_start_iteration", None)  # type: ignore[misc]
+
+    def __init__(self: Any, net: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, net, *args, **kwargs)
+        join(net, self)
+
+    def _on_start_iteration(self: Any) -> None:
+        # pocket's relocate_to_cuda raises TypeError on a string, and every target has its file name
+        names = [target.pop("filename", None) for target in self._state.targets]
+        start(self)  # type: ignore[misc]
+        for target, name in zip(self._state.targets, names, strict=True):
+            if name is not None:
+                target["filename"] = name
+
+    engine_class.__init__ = __init__  # type: ignore[misc]
+    if start is not None:
+        engine_class._on_start_iteration = _on_start_iteration  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for name, value in own.items():
+            if value is not None:
+                setattr(engine_class, name, value)
+            elif name in vars(engine_class):
+                delattr(engine_class, name)
+
+
+def _import(script: Path, module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise LaunchError(
+            f"{script} imports {module}, and that failed: {error}. Run this from the EZ-HOI folder, in the environment in "
+            f"which the script itself runs"
+        ) from error
+
+
+def _where(error: BaseException) -> str:
+    trace = error.__traceback__
+    place = "an unknown place"
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if not code.co_filename.endswith(("bdb.py", "pdb.py")):
+            place = f"{code.co_filename}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return place

@@ -1,0 +1,80 @@
+"""The flags that a host's command line gains."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.plugins import PluginError, PluginHost
+
+
+def blocked_in(argv: Sequence[str]) -> list[str]:
+    """The plugins that `--no-plugin` names: needed before any plugin is imported, so before the parser exists."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--no-plugin", action="append", default=[])
+    blocked: list[str] = early.parse_known_args(argv)[0].no_plugin
+    return blocked
+
+
+def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> None:
+    """Add our flags, and those of every installed plugin, to a host's parser.
+
+    argv: the command line, sys.argv without the program by default. Raises PluginError where a flag exists already.
+    """
+    import sys
+
+    plugins = PluginHost(blocked_in(sys.argv[1:] if argv is None else argv))
+    group = parser.add_argument_group("ezhoi-diffusion", "plugins for this run; `ezhoi-diffusion plugins` lists them")
+    add = group.add_argument
+    add("--plugin", action="append", default=[], metavar="NAME", help="enable a plugin; repeat for several, in calling order")
+    add("--no-plugin", action="append", default=[], metavar="NAME", help="do not even import a plugin")
+    add(
+        "--plugin-errors", choices=("raise", "disable"), default="raise",
+        help="what a plugin that fails at eval does: end the run, or go off for the rest of it, which every report then says",
+    )  # fmt: skip
+    add(
+        "--compare", default="", metavar="none,NAME[=DIR],…",
+        help="with --eval: score the bare host and each named bridge on the same pairs, in one pass, and print a table",
+    )  # fmt: skip
+    add("--report", default="", metavar="DIR", help="with --compare: write comparison.json and pictures there")
+    add("--bridge", default="", metavar="DIR", help="the trained bridge, a folder made by `ezhoi-diffusion train`")
+    add("--force-bridge", action="store_true", help="use a bridge made for another host; every report then says so")
+    add("--restore-context", action="store_true", help="put the context vectors stored with the bridge into the host")
+    add(
+        "--capture-split", choices=("train", "test"), default=None,
+        help="split of a capture pass (default: train, or test with --eval)",
+    )  # fmt: skip
+    add("--max-images", type=int, default=None, metavar="N", help="capture the first N images of the split only")
+    for name in plugins.contributors():
+        _add_plugin_options(plugins, name, parser)
+
+
+def _add_plugin_options(plugins: PluginHost, name: str, parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(f"plugin {name}")
+    plugins.add_options(name, group)
+    if not group._group_actions:
+        parser._action_groups.remove(group)
+
+
+def check_options(plugins: PluginHost, args: argparse.Namespace) -> None:
+    """Refuse flags that would silently do nothing. Raises EzhoiDiffusionError, PluginError."""
+    for name, actions in plugins.options().items():
+        given = [a.option_strings[0] for a in actions if getattr(args, a.dest, a.default) != a.default]
+        if given and name not in plugins.enabled:
+            raise PluginError(f"{given[0]} belongs to plugin '{name}', which is not enabled: add --plugin {name}")
+    if args.compare and not args.eval:
+        raise EzhoiDiffusionError("--compare evaluates, so it needs --eval")
+    if args.report and not args.compare:
+        raise EzhoiDiffusionError("--report writes a comparison, so it needs --compare")
+    captures = bool(plugins.implementing("on_train_batch"))
+    for flag, value in (("--capture-split", args.capture_split), ("--max-images", args.max_images)):
+        if value is not None and not captures:
+            raise EzhoiDiffusionError(f"{flag} is about a capture pass, and no enabled plugin makes one: add --plugin capture")
+    if args.max_images is not None and args.max_images < 1:
+        raise EzhoiDiffusionError(f"--max-images must be at least 1, not {args.max_images}")
+    if captures and args.compare:
+        raise EzhoiDiffusionError("a capture pass ends the run, so it cannot be combined with --compare: make two runs")
+    uses_bridge = bool(args.compare or plugins.implementing("post_adapter_feat"))
+    if args.bridge and not uses_bridge:
+        raise PluginError("--bridge is given but nothing uses it: add --plugin diffusion, or --compare none,diffusion")

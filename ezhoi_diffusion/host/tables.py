@@ -1,0 +1,55 @@
+"""Which classes there are, which are rare or unseen, and the constants of the host's score."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ezhoi_diffusion.host.attach import Host
+
+RARE_BELOW = 10  # annotations in the training set: HICO-DET's own border
+
+
+def class_groups(host: Host) -> dict[str, Tensor]:
+    """Group name -> interaction classes [k]: full, and where the run knows them unseen, seen, rare, non-rare."""
+    training = torch.as_tensor(host.engine._train_loader.dataset.dataset.anno_interaction)
+    every = torch.arange(len(training))
+    groups = {"full": every}
+    if getattr(host.args, "zs", False):
+        unseen = torch.zeros(len(training), dtype=torch.bool)
+        unseen[torch.as_tensor(host.model.filtered_hoi_idx, dtype=torch.long)] = True
+        groups |= {"unseen": every[unseen], "seen": every[~unseen]}
+    rare = training < RARE_BELOW
+    groups |= {"rare": every[rare], "non-rare": every[~rare]}
+    return {name: index for name, index in groups.items() if len(index)}
+
+
+def score_tables(host: Host, text: Tensor) -> dict[str, Tensor]:
+    """What the host multiplies and looks up to turn adapter_feat into scores.
+
+    text [N_sel, D], label [N_sel, num_classes], sample_lens [num_classes], logit_scale [], hyper_lambda [],
+    object_to_target [objects, num_classes] bool, object_n_verb_to_interaction [objects, verbs] with -1 for none,
+    and the groups of interaction classes as `classes/NAME`.
+    """
+    model = host.model
+    label = model.label_HO_eval if hasattr(model, "label_HO_eval") else model.label_HO
+    objects = model.object_class_to_target_class
+    allowed = torch.zeros((len(objects), model.num_classes), dtype=torch.bool)
+    for index, targets in enumerate(objects):
+        allowed[index, list(targets)] = True
+    lookup = torch.as_tensor(model.object_n_verb_to_interaction)
+    tables = {
+        "text": text,
+        "label": label,
+        "sample_lens": model.sample_lens_HO,
+        "hyper_lambda": torch.tensor(float(model.hyper_lambda)),
+        "object_to_target": allowed,
+        "object_n_verb_to_interaction": torch.where(lookup.isnan(), -1, lookup).long(),
+    }
+    if hasattr(model, "logit_scale_HO"):  # absent where the host predicts weights instead
+        tables["logit_scale"] = model.logit_scale_HO
+    tables |= {f"classes/{name}": index for name, index in class_groups(host).items()}
+    return {name: tensor.detach().cpu() for name, tensor in tables.items()}

@@ -1,0 +1,1 @@
+"""The plugins that ship: capture and diffusion, and the controls identity and mean_shift."""

@@ -1,0 +1,100 @@
+"""`--plugin capture --capture DIR`: writes what a pass over a split shows into a FeatureStore."""
+
+from __future__ import annotations
+
+import argparse
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ezhoi_diffusion.features.batch import FeatureBatch
+from ezhoi_diffusion.features.store import FeatureStoreError, FeatureWriter, finish_store, write_host_tensors
+from ezhoi_diffusion.files import read_tensors
+from ezhoi_diffusion.host.capture import default_split
+from ezhoi_diffusion.host.fingerprint import context_vectors
+from ezhoi_diffusion.host.tables import score_tables
+from ezhoi_diffusion.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from ezhoi_diffusion.host.attach import Host
+
+
+class CapturePlugin:
+    """One process's part of a capture."""
+
+    def __init__(self) -> None:
+        self._writer: FeatureWriter | None = None
+        self._host: Host | None = None
+        self._text: torch.Tensor | None = None
+
+    @hookimpl
+    def register_options(self, group: argparse._ArgumentGroup) -> None:
+        """Add --capture."""
+        group.add_argument(
+            "--capture", default="", metavar="DIR",
+            help="write adapter_feat, pairs, labels and text features of the split there, then end; an interrupted capture "
+            "goes on where it was when the same command is given again",
+        )  # fmt: skip
+
+    @hookimpl
+    def on_attach(self, host: Host) -> None:
+        """Open the store."""
+        if not host.args.capture:
+            raise FeatureStoreError("--plugin capture needs --capture DIR, the folder to write to")
+        fingerprint = host.fingerprint.to_dict()
+        meta = {
+            "split": host.args.capture_split or default_split(host.args),
+            "max_images": host.args.max_images,
+            "processes": host.world_size,
+            "package": version("ezhoi-diffusion"),
+            "fingerprint": fingerprint,
+        }
+        self._host, self._text = host, None
+        self._writer = FeatureWriter(Path(host.args.capture), meta, rank=host.rank)
+        host.done["capture"] = self._writer.next_index
+        if self._writer.next_index and host.rank == 0:
+            print(f"capture: {host.args.capture} is unfinished, going on at image {self._writer.next_index}", flush=True)
+
+    @hookimpl
+    def on_train_batch(self, batch: FeatureBatch) -> None:
+        """Append an image."""
+        assert self._writer is not None
+        if batch.text is not None:
+            self._keep_text(batch.text)
+        self._writer.add(batch)
+
+    def _keep_text(self, text: torch.Tensor) -> None:
+        assert self._writer is not None
+        assert self._host is not None
+        if self._text is not None:
+            if not torch.equal(self._text, text):
+                raise FeatureStoreError(
+                    "the text features changed between two images: with these flags the prompts depend on the image, and "
+                    "one set of text features cannot stand for all"
+                )
+            return
+        self._text = text.clone()
+        path = self._writer.folder / "host.safetensors"
+        if path.exists():  # written before an interruption, or by another process
+            stored = read_tensors(path, FeatureStoreError, "capture again, into a new folder")["text"]
+            if stored.shape != text.shape or not torch.allclose(stored, text.cpu(), rtol=1e-4, atol=1e-5):
+                raise FeatureStoreError(f"{path} has other text features than this run: capture again, into a new folder")
+            return
+        context = {f"context/{name}": vector for name, vector in context_vectors(self._host.model).items()}
+        write_host_tensors(self._writer.folder, {**score_tables(self._host, text), **context})
+
+    @hookimpl
+    def on_detach(self, host: Host) -> None:
+        """Close the store, on rank 0 once the others have closed theirs."""
+        writer, self._writer = self._writer, None
+        if writer is None or host.failed:
+            return
+        writer.flush()
+        if host.rank == 0:
+            store = finish_store(writer.folder)
+            print(f"captured {len(store)} pairs of {len(store.images)} images into {store.folder}", flush=True)
+
+
+plugin = CapturePlugin()

@@ -1,0 +1,49 @@
+"""The control that closes the modality gap without a network: the visual mean is exchanged for the text mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ezhoi_diffusion.features.statistics import ModalityStatistics
+
+
+@dataclass
+class MeanShift:
+    """x [P, D] -> |x| · unit(unit(x) − visual mean + text mean): Liang et al., NeurIPS 2022, with the norm kept."""
+
+    statistics: ModalityStatistics
+    provenance: dict[str, Any]
+    context: dict[str, Tensor]
+
+    def __call__(self, adapter_feat: Tensor) -> Tensor:
+        """Shift rows, in their dtype and on their device."""
+        from ezhoi_diffusion.features.statistics import unit
+
+        shift = (self.statistics.text_mean - self.statistics.visual_mean).to(adapter_feat.device)
+        shifted = unit(unit(adapter_feat.float()) + shift) * adapter_feat.float().norm(dim=-1, keepdim=True)
+        return shifted.to(adapter_feat.dtype)
+
+
+def load(folder: Path | None) -> MeanShift:
+    """The shift between the statistics of the bridge in `folder`. Raises BridgeError, EzhoiDiffusionError."""
+    from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
+
+    if folder is None:
+        raise EzhoiDiffusionError("mean_shift takes its means from a trained bridge: give --bridge DIR")
+    bridge = DiffusionBridge.from_pretrained(folder)
+    return MeanShift(bridge.statistics, bridge.provenance, bridge.context)
+
+
+@hookimpl
+def register_bridges(register: Callable[[str, Callable[[Path | None], Any]], None]) -> None:
+    """Contribute `mean_shift`."""
+    register("mean_shift", load)

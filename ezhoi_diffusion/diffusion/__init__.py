@@ -1,0 +1,1 @@
+"""The bridge and its mathematics: knows embeddings, and neither a host nor a plugin."""

@@ -1,0 +1,180 @@
+"""The bridge: takes visual features and returns them, moved towards what its denoiser learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ezhoi_diffusion.diffusion.artifact import (
+    CONTEXT,
+    MODEL,
+    STATISTICS,
+    BridgeConfig,
+    BridgeError,
+    read_artifact,
+    write_artifact,
+)
+from ezhoi_diffusion.diffusion.denoisers import DenoiserBuilder, denoisers
+from ezhoi_diffusion.diffusion.normalization import normalize, uncenter
+from ezhoi_diffusion.diffusion.samplers import Sampler, ddim, samplers
+from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.features.statistics import ModalityStatistics, unit
+from ezhoi_diffusion.registry import Registry
+
+__all__ = ["BridgeConfig", "BridgeError", "Components", "DiffusionBridge", "build_denoiser"]
+
+
+@dataclass(frozen=True)
+class Components:
+    """The named parts a bridge may be made of: the built-in ones, and what plugins added."""
+
+    denoisers: Registry[DenoiserBuilder] = field(default_factory=denoisers)
+    samplers: Registry[Sampler] = field(default_factory=samplers)
+
+
+def build_denoiser(config: BridgeConfig, registry: Components | None = None) -> nn.Module:
+    """The configured denoiser with fresh weights, drawn from the global generator.
+
+    Raises BridgeError for options it does not take, and what the registry and the builder raise.
+    """
+    build = (registry or Components()).denoisers[config.denoiser]
+    try:
+        return build(config.dim, config.schedule(), config.objective, config.recipe.scale, **config.denoiser_options)
+    except TypeError as error:
+        raise BridgeError(f"denoiser {config.denoiser!r} does not take {config.denoiser_options}: {error}") from error
+
+
+class DiffusionBridge(nn.Module):
+    """Bridges visual features [N, D]: deterministic, row by row, in float32, without gradient.
+
+    With a denoiser that returns its input, and the input mean given back, the result is the input to
+    rounding.
+    """
+
+    input_mean: Tensor
+    restored_mean: Tensor
+
+    def __init__(
+        self,
+        config: BridgeConfig,
+        denoiser: nn.Module,
+        statistics: ModalityStatistics,
+        *,
+        sampler: Sampler = ddim,
+        context: dict[str, Tensor] | None = None,
+        chunk_rows: int = 1024,
+    ) -> None:
+        """`context` holds the host's context vectors; it is stored with the bridge and not used by it.
+
+        `chunk_rows` bounds memory, and changes the result by rounding only. Raises BridgeError where the
+        statistics do not fit the configuration.
+        """
+        super().__init__()
+        for side, mean in (("visual", statistics.visual_mean), ("text", statistics.text_mean)):
+            if mean.shape != (config.dim,) or not mean.square().sum() < 1:
+                raise BridgeError(
+                    f"the {side} mean must have shape [{config.dim}] and a norm below 1; it has shape "
+                    f"{list(mean.shape)} and norm {mean.norm():.4f} (a norm of 1: all rows were the same)"
+                )
+        self.config = config
+        self.denoiser = denoiser.eval().requires_grad_(False)
+        self.statistics = statistics
+        self.sampler = sampler
+        self.context = context or {}
+        self.chunk_rows = chunk_rows
+        self._schedule = config.schedule()
+        means = {"visual": statistics.visual_mean, "text": statistics.text_mean}
+        self.register_buffer("input_mean", means[config.recipe.input_mean].float(), persistent=False)
+        self.register_buffer("restored_mean", means[config.recipe.restored_mean].float(), persistent=False)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Where the bridge comes from: the host's fingerprint, the training's facts, as JSON."""
+        return self.config.provenance
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Bridged rows [N, D] of x [N, D], in its dtype and on its device; rows of norm zero stay.
+
+        Raises BridgeError unless x is a finite floating-point matrix of width D.
+        """
+        if x.ndim != 2 or x.shape[1] != self.config.dim or not x.is_floating_point():
+            raise BridgeError(
+                f"the bridge takes floating-point rows [N, {self.config.dim}], not {x.dtype} of shape {list(x.shape)}"
+            )
+        if not torch.isfinite(x).all():
+            bad = int((~torch.isfinite(x)).any(dim=1).sum())
+            raise BridgeError(f"{bad} of {len(x)} rows hold NaN or infinity: the host's features are broken")
+        if len(x) == 0:
+            return x.clone()
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.cat([self._bridge(rows.float()) for rows in torch.split(x, self.chunk_rows)]).to(x.dtype)
+
+    def _bridge(self, x: Tensor) -> Tensor:
+        recipe = self.config.recipe
+        z, norm = normalize(x, self.input_mean, recipe.scale)
+        bridged = self.sampler(
+            self._predict_x0,
+            z,
+            schedule=self._schedule,
+            steps=recipe.steps,
+            start_step=recipe.start_step,
+            scale=recipe.scale,
+        )
+        # Unit rows on both sides: a denoiser's estimate is shorter the less it knows, and would count for
+        # less.
+        direction = unit((1 - recipe.strength) * unit(z) + recipe.strength * unit(bridged))
+        result = norm * uncenter(direction, self.restored_mean) if recipe.output == "calibrated" else direction
+        return torch.where(norm > 0, result, x)
+
+    def _predict_x0(self, x: Tensor, t: int) -> Tensor:
+        output: Tensor = self.denoiser(x, torch.full((len(x),), t, device=x.device))
+        if self.config.objective == "pred_x0":
+            return output
+        # ε and v lead back to x0 only from x_t itself. Its norm was taken off for the network, and is known.
+        scale = self.config.recipe.scale
+        x_t = x * float(self._schedule.expected_norm(t, self.config.dim, scale) / scale)
+        return self._schedule.to_x0(self.config.objective, output, x_t, t)
+
+    def save_pretrained(self, folder: str | PathLike[str]) -> None:
+        """Write the artefact into `folder`, all of it or nothing; an older one goes, other files stay."""
+        files = {MODEL: self.denoiser.state_dict(), STATISTICS: self.statistics.tensors()}
+        if self.context:
+            files[CONTEXT] = self.context
+        write_artifact(Path(folder), self.config, files)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | PathLike[str],
+        *,
+        registry: Components | None = None,
+        device: torch.device | str | None = None,
+        chunk_rows: int = 1024,
+    ) -> DiffusionBridge:
+        """The bridge stored in `folder`. Executes nothing from it, draws no global random number.
+
+        Raises BridgeError, which names the file and what to do, for anything but a complete artefact.
+        """
+        registry = registry or Components()
+        config, files = read_artifact(Path(folder))
+        try:
+            with torch.random.fork_rng(devices=[]):
+                denoiser = build_denoiser(config, registry)
+            denoiser.load_state_dict(files[MODEL])
+            bridge = cls(
+                config,
+                denoiser,
+                ModalityStatistics.from_tensors(files[STATISTICS]),
+                sampler=registry.samplers[config.recipe.sampler],
+                context=files.get(CONTEXT),
+                chunk_rows=chunk_rows,
+            )
+        except (KeyError, RuntimeError, ValueError, EzhoiDiffusionError) as error:
+            raise BridgeError(f"the artefact in {folder} cannot be used: {error}") from error
+        return bridge.to(device)

@@ -1,0 +1,330 @@
+"""The bridge's contracts: identity, determinism, independence, precision, artefact."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ezhoi_diffusion.diffusion import artifact
+from ezhoi_diffusion.diffusion.bridge import (
+    BridgeConfig,
+    BridgeError,
+    Components,
+    DiffusionBridge,
+    build_denoiser,
+)
+from ezhoi_diffusion.diffusion.denoisers import denoisers
+from ezhoi_diffusion.diffusion.recipes import RECIPES
+from ezhoi_diffusion.diffusion.unet1d import DenoiserError
+from ezhoi_diffusion.durable import COMMITTED
+from ezhoi_diffusion.features.statistics import ModalityStatistics
+from ezhoi_diffusion.registry import RegistryError
+
+DIM = 64
+MLP = {"width": 32, "depth": 1}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Networks this small are fastest on one thread, whatever else the machine does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Identity(nn.Module):
+    def forward(self, x, t):
+        return x
+
+
+def features(rows: int = 40, dim: int = DIM, seed: int = 0) -> torch.Tensor:
+    """Rows with a common offset, as CLIP features have one."""
+    generator = torch.Generator().manual_seed(seed)
+    return 4 * (torch.randn(rows, dim, generator=generator) + 1.5 * torch.randn(dim, generator=generator))
+
+
+def statistics(dim: int = DIM) -> ModalityStatistics:
+    return ModalityStatistics.of([features(dim=dim)], features(20, dim, seed=1))
+
+
+def make(recipe: str = "blend", objective: str = "pred_x0", chunk_rows: int = 1024, **changes) -> DiffusionBridge:
+    """A bridge around an MLP with random weights, all the way to the last layer."""
+    chosen = replace(RECIPES[recipe], **changes)
+    config = BridgeConfig(DIM, chosen, "mlp", MLP, objective, provenance={"host": {"D": DIM}})  # type: ignore
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        denoiser = build_denoiser(config)
+        for parameter in denoiser.parameters():
+            nn.init.normal_(parameter, std=0.1)
+    return DiffusionBridge(config, denoiser, statistics(), chunk_rows=chunk_rows)
+
+
+@pytest.mark.parametrize("dim", [512, 768])
+@pytest.mark.parametrize(("recipe", "strength"), [("paper", 1.0), ("blend", 0.3), ("blend", 0.0)])
+def test_identity_denoiser_returns_the_input(dim, recipe, strength):
+    chosen = replace(RECIPES[recipe], restored_mean="visual", strength=strength)
+    bridge = DiffusionBridge(BridgeConfig(dim, chosen, "identity"), Identity(), statistics(dim))
+    x = features(100, dim, seed=2)
+    assert ((bridge(x) - x).norm(dim=1) / x.norm(dim=1)).max() < 1e-6
+
+
+@pytest.mark.parametrize(("dim", "parameters"), [(512, 4_037_313), (768, 4_070_081)])
+def test_unet1d_is_the_papers_network(dim, parameters):
+    config = BridgeConfig(dim, RECIPES["paper"], "unet1d")
+    unet = build_denoiser(config)
+    assert sum(p.numel() for p in unet.parameters()) == parameters
+    if dim == 512:
+        assert unet(torch.randn(1, dim), torch.tensor([599])).shape == (1, dim)
+
+
+def test_unet1d_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "denoising_diffusion_pytorch.denoising_diffusion_pytorch_1d", None)
+    with pytest.raises(DenoiserError, match="pip install --upgrade torch torchvision"):
+        build_denoiser(BridgeConfig(512, RECIPES["paper"], "unet1d"))
+
+
+def test_unet1d_refuses_odd_widths():
+    with pytest.raises(DenoiserError, match="multiple of 8"):
+        build_denoiser(BridgeConfig(510, RECIPES["paper"], "unet1d"))
+
+
+@pytest.mark.parametrize("options", [{"width": 10**9}, {"depth": 0}, {"width": "512"}])
+def test_mlp_refuses_absurd_sizes(options):
+    with pytest.raises(DenoiserError):
+        build_denoiser(BridgeConfig(DIM, RECIPES["paper"], "mlp", options))
+
+
+def test_a_fresh_mlp_is_the_isotropic_estimate():
+    config = BridgeConfig(DIM, RECIPES["paper"], "mlp", MLP)
+    mlp = build_denoiser(config)
+    x = features(3)
+    skip = mlp.skip[599]
+    assert torch.equal(mlp(x, torch.full((3,), 599)), skip * x)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "guide", "blend"])
+@pytest.mark.parametrize("objective", ["pred_x0", "pred_noise", "pred_v"])
+def test_deterministic_and_independent_of_batch_and_chunks(recipe, objective):
+    changes = {"steps": 20} if recipe == "guide" else {}
+    bridge, x = make(recipe, objective, **changes), features()
+    y = bridge(x)
+    assert torch.isfinite(y).all()
+    assert torch.equal(bridge(x), y)
+    scale = y.norm(dim=1).max()
+    chunked = make(recipe, objective, chunk_rows=7, **changes)(x)
+    alone = torch.cat([bridge(row[None]) for row in x])
+    assert (chunked - y).abs().max() / scale < 1e-5
+    assert (alone - y).abs().max() / scale < 1e-5
+
+
+def test_outputs_of_the_two_modes():
+    x = features()
+    assert torch.allclose(make("blend")(x).norm(dim=1), x.norm(dim=1), rtol=1e-5)
+    unit_rows = make("guide", steps=5)(x)
+    assert torch.allclose(unit_rows.norm(dim=1), torch.ones(len(x)), rtol=1e-5)
+
+
+def test_no_rows_and_zero_rows():
+    bridge = make()
+    assert bridge(torch.empty(0, DIM)).shape == (0, DIM)
+    x = features(3)
+    x[1] = 0
+    y = bridge(x)
+    assert (y[1] == 0).all()
+    assert torch.isfinite(y).all()
+
+
+def test_precision_is_float32_whatever_comes_in():
+    bridge, x = make(), features()
+    y = bridge(x)
+    half = bridge(x.half())
+    assert half.dtype == torch.float16
+    assert torch.allclose(half.float(), bridge(x.half().float()).half().float())
+    assert bridge(x.double()).dtype == torch.float64
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(bridge(x), y)
+
+
+def test_no_gradient_and_no_random_number():
+    bridge, x = make(), features().requires_grad_()
+    state = torch.get_rng_state()
+    assert not bridge(x).requires_grad
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(3, DIM + 1),
+        torch.zeros(DIM),
+        torch.zeros(3, 1, DIM),
+        torch.zeros(3, DIM, dtype=torch.int64),
+        torch.full((3, DIM), torch.nan),
+        torch.full((3, DIM), torch.inf),
+    ],
+)
+def test_refused_inputs(x):
+    with pytest.raises(BridgeError):
+        make()(x)
+
+
+def test_refused_statistics():
+    config = BridgeConfig(DIM, RECIPES["paper"], "identity")
+    one_row = ModalityStatistics.of([features()], features(1))
+    with pytest.raises(BridgeError, match="text mean"):
+        DiffusionBridge(config, Identity(), replace(one_row, text_mean=torch.eye(DIM)[0]))
+    with pytest.raises(BridgeError, match="visual mean"):
+        DiffusionBridge(config, Identity(), replace(statistics(), visual_mean=torch.zeros(3)))
+
+
+# The artefact
+
+
+def test_round_trip_is_bit_equal_and_draws_nothing(tmp_path):
+    bridge, x = make("paper"), features()
+    bridge.context = {"txtcls_ctx_pt": torch.randn(2, 3)}
+    bridge.save_pretrained(tmp_path / "a")
+    state = torch.get_rng_state()
+    loaded = DiffusionBridge.from_pretrained(tmp_path / "a")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(loaded(x), bridge(x))
+    assert loaded.config == bridge.config
+    assert torch.equal(loaded.context["txtcls_ctx_pt"], bridge.context["txtcls_ctx_pt"])
+    assert loaded.statistics.visual_rows == 40
+
+
+def test_saving_replaces_an_older_artefact_and_nothing_else(tmp_path):
+    make("paper").save_pretrained(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    make("blend").save_pretrained(tmp_path)
+    assert DiffusionBridge.from_pretrained(tmp_path).config.recipe.name == "blend"
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "notes.txt",
+        "config.json",
+        "model.safetensors",
+        "statistics.safetensors",
+    }
+
+
+@pytest.mark.parametrize("moves", [0, 1, 2])
+def test_a_crash_after_the_commit_leaves_the_new_artefact(tmp_path, monkeypatch, moves):
+    make("paper").save_pretrained(tmp_path)
+    original, left = Path.replace, [moves]
+
+    def replace_then_die(self, target):
+        if self.parent.name == COMMITTED:
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+        return original(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tmp_path), "replace", replace_then_die)
+        with pytest.raises(KeyboardInterrupt):
+            make("blend").save_pretrained(tmp_path)
+    assert DiffusionBridge.from_pretrained(tmp_path).config.recipe.name == "blend"
+    make("paper").save_pretrained(tmp_path)
+    assert DiffusionBridge.from_pretrained(tmp_path).config.recipe.name == "paper"
+    assert not (tmp_path / COMMITTED).exists()
+
+
+@pytest.mark.parametrize("dies", ["write_tensors", "write_json"])
+def test_a_crash_before_the_commit_leaves_the_old_artefact(tmp_path, monkeypatch, dies):
+    make("paper").save_pretrained(tmp_path)
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact, dies, die)
+        with pytest.raises(KeyboardInterrupt):
+            make("blend").save_pretrained(tmp_path)
+    assert DiffusionBridge.from_pretrained(tmp_path).config.recipe.name == "paper"
+
+
+def edit(folder, **changes):
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    for key, value in changes.items():
+        if value is None:
+            del content[key]
+        else:
+            content[key] = value
+    path.write_text(json.dumps(content))
+
+
+def nan_weights(folder):
+    bridge = DiffusionBridge.from_pretrained(folder)
+    next(bridge.denoiser.parameters()).fill_(torch.nan)
+    bridge.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda f: (f / "config.json").unlink(), "config.json"),
+        (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
+        (lambda f: (f / "statistics.safetensors").unlink(), "statistics.safetensors"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json"),
+        (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json"),
+        (lambda f: (f / "config.json").write_text("[]"), "config.json"),
+        (lambda f: (f / "config.json").write_text("{}"), "missing"),
+        (lambda f: edit(f, schema_version=2), "schema version 2"),
+        (lambda f: edit(f, bridge="other"), "'other'"),
+        (lambda f: edit(f, dim=32), "cannot be used"),
+        (lambda f: edit(f, dim=-1), "dim"),
+        (lambda f: edit(f, timesteps=50), "50 levels"),
+        (lambda f: edit(f, objective="pred_y"), "objective"),
+        (lambda f: edit(f, denoiser="nobody"), "nobody"),
+        (lambda f: edit(f, denoiser_options={"wdth": 3}), "wdth"),
+        (lambda f: edit(f, denoiser_options={"width": 16}), "cannot be used"),
+        (lambda f: edit(f, recipe={"name": "x"}), "recipe|argument"),
+        (lambda f: edit(f, recipe=None), "recipe"),
+        (lambda f: edit(f, surprise=1), "surprise"),
+        (lambda f: edit(f, files={"../../etc/passwd": ""}), "files"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"garbage"), "model.safetensors"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 4096), "model.safetensors"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-8]),
+            "model.safetensors",
+        ),
+        (
+            lambda f: (f / "model.safetensors").write_bytes((f / "statistics.safetensors").read_bytes()),
+            "model.safetensors",
+        ),
+        (nan_weights, "NaN"),
+    ],
+)
+def test_damaged_artefacts_are_refused(tmp_path, damage, says):
+    make("paper").save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(BridgeError, match=says):
+        DiffusionBridge.from_pretrained(tmp_path)
+
+
+def test_plugins_contribute_by_name(tmp_path):
+    registry = Components()
+    registry.denoisers.register("identity", lambda dim, schedule, objective, scale: Identity())
+    with pytest.raises(RegistryError, match="registered already"):
+        registry.denoisers.register("mlp", build_denoiser)
+    assert "identity" not in denoisers().names()
+    config = BridgeConfig(DIM, RECIPES["paper"], "identity")
+    DiffusionBridge(config, build_denoiser(config, registry), statistics()).save_pretrained(tmp_path)
+    with pytest.raises(BridgeError, match="known are mlp, unet1d"):
+        DiffusionBridge.from_pretrained(tmp_path)
+    assert DiffusionBridge.from_pretrained(tmp_path, registry=registry)(features()).shape == (40, DIM)
+
+
+def test_importing_the_bridge_stays_light():
+    code = (
+        "import sys, ezhoi_diffusion.diffusion.bridge;"
+        "print([m for m in ('torchvision', 'accelerate', 'denoising_diffusion_pytorch') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

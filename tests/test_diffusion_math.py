@@ -1,0 +1,184 @@
+"""Normalization, schedule, grid and sampler against closed forms and independently written loops."""
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+
+from ezhoi_diffusion.diffusion.normalization import normalize, uncenter
+from ezhoi_diffusion.diffusion.recipes import RECIPES, Recipe, RecipeError
+from ezhoi_diffusion.diffusion.samplers import ddim, grid
+from ezhoi_diffusion.diffusion.schedule import OBJECTIVES, Schedule, isotropic_estimate
+from ezhoi_diffusion.features.statistics import unit
+
+SCHEDULE = Schedule.cosine()
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.mark.parametrize("dim", [512, 768])
+@pytest.mark.parametrize("mean_norm", [0.0, 0.7, 0.9, 0.999])
+def test_chain_is_inverted_exactly(dim, mean_norm):
+    x = 7 * normal(50, dim)
+    mean = mean_norm * unit(normal(dim, seed=1))
+    z, norm = normalize(x, mean, 5.0)
+    assert torch.allclose(z.norm(dim=1), torch.full((50,), 5.0))
+    error = (norm * uncenter(3 * z, mean) - x).norm(dim=1) / x.norm(dim=1)
+    assert error.max() < 1e-6
+
+
+def test_chain_takes_zero_rows():
+    z, norm = normalize(torch.zeros(2, 8), torch.full((8,), 0.1), 5.0)
+    assert torch.isfinite(z).all()
+    assert (norm == 0).all()
+
+
+def test_a_mean_on_the_sphere_has_no_inverse():
+    with pytest.raises(ValueError, match="norm is 1"):
+        uncenter(normal(3, 8), torch.eye(8)[0])
+
+
+def test_schedule_has_the_published_values():
+    assert SCHEDULE.timesteps == 1000
+    assert SCHEDULE.alphas_cumprod[599].item() == pytest.approx(0.3408, abs=5e-5)
+    betas = 1 - SCHEDULE.alphas_cumprod[1:] / SCHEDULE.alphas_cumprod[:-1]
+    assert betas.max() <= 0.999 + 1e-12
+    assert (SCHEDULE.alphas_cumprod > 0).all()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_target_leads_back_to_x0(objective):
+    x0, noise = normal(6, 32, dtype=torch.float64), normal(6, 32, seed=1, dtype=torch.float64)
+    t = torch.tensor([0, 50, 99, 300, 599, 900])
+    x_t = SCHEDULE.q_sample(x0, t, noise)
+    target = SCHEDULE.target(objective, x0, t, noise)
+    assert torch.allclose(SCHEDULE.to_x0(objective, target, x_t, t), x0)
+    assert torch.allclose(SCHEDULE.to_x0(objective, target[:1], x_t[:1], 0), x0[:1])
+
+
+def test_loss_weights():
+    t = torch.tensor([10, 599])
+    alpha_bar = SCHEDULE.alphas_cumprod[t]
+    snr = (alpha_bar / (1 - alpha_bar)).float()
+    assert torch.allclose(SCHEDULE.loss_weight("pred_x0", t), snr)
+    assert torch.equal(SCHEDULE.loss_weight("pred_noise", t), torch.ones(2))
+    assert torch.allclose(SCHEDULE.loss_weight("pred_v", t), snr / (snr + 1))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_isotropic_estimate_is_the_best_multiple_of_the_input(objective):
+    """Against the least-squares multiple, on data without a preferred direction."""
+    dim, scale = 512, 5.0
+    skip, residual = isotropic_estimate(SCHEDULE, objective, dim, scale)
+    for level in (20, 99, 300, 599):
+        z, noise = scale * unit(normal(2000, dim, seed=level)), normal(2000, dim, seed=level + 1)
+        x = scale * unit(SCHEDULE.q_sample(z, level, noise))
+        target = SCHEDULE.target(objective, z, level, noise)
+        best = (target * x).sum() / x.square().sum()
+        assert skip[level].item() == pytest.approx(best.item(), rel=0.02, abs=0.02)
+        assert residual[level].abs().item() == pytest.approx(
+            (target - best * x).square().mean().sqrt().item(), rel=0.02
+        )
+
+
+@pytest.mark.parametrize(
+    ("steps", "start_step", "levels"),
+    [
+        (5, 600, [599, 479, 359, 239, 119, -1]),
+        (600, 600, list(range(599, -2, -1))),
+        (100, 100, list(range(99, -2, -1))),
+        (1, 600, [599, -1]),
+        (1, 1, [0, -1]),
+        (7, 10, [9, 7, 6, 4, 3, 1, 0, -1]),
+    ],
+)
+def test_grid(steps, start_step, levels):
+    assert grid(steps, start_step) == levels
+
+
+@pytest.mark.parametrize(("steps", "start_step"), [(0, 5), (6, 5), (-1, 5), (1, 0)])
+def test_grid_refuses_repeated_levels(steps, start_step):
+    with pytest.raises(ValueError, match="steps"):
+        grid(steps, start_step)
+
+
+def test_sampler_refuses_a_start_beyond_the_schedule():
+    with pytest.raises(ValueError, match="1000 levels"):
+        ddim(lambda x, t: x, normal(1, 8), schedule=SCHEDULE, steps=5, start_step=1001, scale=5.0)
+
+
+def test_ddim_equals_the_published_loop():
+    """Written from the formula, with ε explicit and in float64."""
+    z = 5 * unit(normal(4, 64, dtype=torch.float64))
+    weights = normal(64, 64, seed=2, dtype=torch.float64) / 8
+    alpha_bar = SCHEDULE.alphas_cumprod
+
+    def predict(x, t):
+        return torch.tanh(x @ weights) + t / 1000
+
+    levels = torch.linspace(-1, 599, 6).trunc().int().tolist()[::-1]
+    x = z
+    for t, after in pairwise(levels):
+        x = 5 * x / x.norm(dim=1, keepdim=True)
+        x0 = predict(x, t)
+        if after >= 0:
+            noise = (x / alpha_bar[t].sqrt() - x0) / (1 / alpha_bar[t] - 1).sqrt()
+            x = alpha_bar[after].sqrt() * x0 + (1 - alpha_bar[after]).sqrt() * noise
+    found = ddim(predict, z, schedule=SCHEDULE, steps=5, start_step=600, scale=5.0)
+    assert torch.allclose(found, x0, atol=1e-12)
+
+
+def test_ddim_with_the_exact_posterior_moves_to_the_nearer_of_two_points():
+    points = 5 * unit(normal(2, 128))
+
+    def posterior_mean(x, t):
+        """x has lost its norm; given x_t's expected norm, the posterior over two points is a softmax."""
+        norm = float(SCHEDULE.expected_norm(t, 128, 5.0))
+        alpha_bar = float(SCHEDULE.alphas_cumprod[t])
+        logits = (x / 5 * norm) @ points.T * math.sqrt(alpha_bar) / (1 - alpha_bar)
+        return logits.softmax(1) @ points
+
+    start = 5 * unit(torch.stack((0.6 * points[0] + 0.4 * points[1], 0.4 * points[0] + 0.6 * points[1])))
+    end = ddim(posterior_mean, start, schedule=SCHEDULE, steps=50, start_step=600, scale=5.0)
+    assert torch.allclose(end, points, atol=1e-3)
+
+
+def test_recipes_are_the_documented_ones():
+    assert (RECIPES["paper"].steps, RECIPES["paper"].start_step, RECIPES["paper"].trained_on) == (
+        5,
+        600,
+        "text",
+    )
+    assert (RECIPES["guide"].steps, RECIPES["guide"].input_mean, RECIPES["guide"].output) == (
+        600,
+        "text",
+        "unit",
+    )
+    assert (RECIPES["blend"].strength, RECIPES["blend"].restored_mean) == (0.3, "text")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 601},
+        {"steps": 0},
+        {"steps": 5.0},
+        {"start_step": True},
+        {"strength": 1.1},
+        {"strength": math.nan},
+        {"scale": 0.0},
+        {"scale": math.inf},
+        {"trained_on": "both"},
+        {"input_mean": "none"},
+        {"restored_mean": ""},
+        {"output": "raw"},
+    ],
+)
+def test_recipe_refuses(change):
+    with pytest.raises(RecipeError, match=next(iter(change))):
+        replace(RECIPES["paper"], **change)
+    assert isinstance(replace(RECIPES["paper"], steps=10), Recipe)

@@ -1,0 +1,72 @@
+"""The training loss, and the fixed batch on which it is watched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ezhoi_diffusion.diffusion.normalization import rescale
+from ezhoi_diffusion.diffusion.schedule import Objective, Schedule, isotropic_estimate
+from ezhoi_diffusion.training.config import TrainConfig
+from ezhoi_diffusion.training.data import Rows
+from ezhoi_diffusion.training.order import generator
+
+VALIDATION_ROWS = 512
+CHUNK = 64
+
+Predict = Callable[[Tensor, Tensor], Tensor]
+
+
+def denoising_loss(
+    predict: Predict, z: Tensor, t: Tensor, noise: Tensor, schedule: Schedule, objective: Objective, scale: float
+) -> Tensor:
+    """Mean over rows of weight_t · mean over D of (prediction − target)², as Diffusion Bridge trains it.
+
+    z, noise [N, D] lie on the network's device, t [N] on the CPU. The network sees x_t at norm `scale`; the
+    target belongs to x_t as it was.
+    """
+    x = rescale(schedule.q_sample(z, t, noise), scale)
+    prediction = predict(x, t.to(z.device)).float()
+    error = (prediction - schedule.target(objective, z, t, noise)).square().mean(dim=1)
+    return (schedule.loss_weight(objective, t).to(error) * error).mean()
+
+
+@dataclass(frozen=True, eq=False)
+class Validation:
+    """Held-out rows with noise and levels fixed for the whole run, levels evenly spread."""
+
+    z: Tensor
+    t: Tensor
+    noise: Tensor
+    schedule: Schedule
+    objective: Objective
+    scale: float
+
+    @classmethod
+    def of(cls, rows: Rows, schedule: Schedule, config: TrainConfig) -> Validation:
+        """512 (row, level) pairs: few rows are repeated at several levels, of many a sample is taken."""
+        source = generator(config.seed, "validation")
+        shuffled = rows.validation[torch.randperm(len(rows.validation), generator=source)]
+        z = rows[shuffled.repeat(-(-VALIDATION_ROWS // len(shuffled)))[:VALIDATION_ROWS]]
+        levels = (torch.arange(VALIDATION_ROWS) * schedule.timesteps) // VALIDATION_ROWS
+        t = levels[torch.randperm(VALIDATION_ROWS, generator=source)]
+        noise = torch.randn(z.shape, generator=source)
+        return cls(z, t, noise, schedule, config.objective, rows.scale)
+
+    @torch.no_grad()
+    def loss(self, predict: Predict, device: torch.device | str = "cpu") -> float:
+        """The loss of `predict` on this batch."""
+        parts = zip(self.z.split(CHUNK), self.t.split(CHUNK), self.noise.split(CHUNK), strict=True)
+        losses = [
+            denoising_loss(predict, z.to(device), t, noise.to(device), self.schedule, self.objective, self.scale)
+            for z, t, noise in parts
+        ]
+        return float(torch.stack(losses).mean())
+
+    def bar(self) -> float:
+        """The loss of the isotropic Wiener estimate, which knows no data: a network has to be below it."""
+        skip, _ = isotropic_estimate(self.schedule, self.objective, self.z.shape[1], self.scale)
+        return self.loss(lambda x, t: skip[t].to(x).unsqueeze(1) * x)

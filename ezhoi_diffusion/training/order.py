@@ -1,0 +1,50 @@
+"""Which rows, levels and noise belong to which batch: pure functions of seed and batch number.
+
+Nothing of it is state, so a resumed run and a run on several processes see what an uninterrupted run on one
+sees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def generator(seed: int, purpose: str, number: int = 0) -> torch.Generator:
+    """A CPU generator of its own for every (seed, purpose, number)."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def batch_indices(rows: int, batch_size: int, seed: int, batch: int) -> Tensor:
+    """Rows [batch_size] of one batch: a stretch of all epochs' permutations laid end to end.
+
+    A batch may begin in one epoch and end in the next, or span several where rows < batch_size.
+    """
+    first, last = batch * batch_size, (batch + 1) * batch_size
+    epochs = range(first // rows, (last - 1) // rows + 1)
+    stretch = torch.cat([torch.randperm(rows, generator=generator(seed, "order", epoch)) for epoch in epochs])
+    return stretch[first - epochs.start * rows :][:batch_size]
+
+
+def levels_and_noise(shape: tuple[int, int], timesteps: int, seed: int, batch: int) -> tuple[Tensor, Tensor]:
+    """Levels [N] int64, uniform, and standard normal noise [N, D] for one batch."""
+    source = generator(seed, "noise", batch)
+    return torch.randint(timesteps, shape[:1], generator=source), torch.randn(shape, generator=source)
+
+
+def split(groups: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Row numbers for (training, validation): about `fraction` of the *groups* [N], and at least one, are held out.
+
+    Rows of one group stay together. Raises ValueError where there are fewer than two groups.
+    """
+    names, group = groups.unique(return_inverse=True)
+    if len(names) < 2:
+        raise ValueError(f"a validation split needs at least 2, found {len(names)}")
+    held_out = min(max(1, round(fraction * len(names))), len(names) - 1)
+    chosen = torch.zeros(len(names), dtype=torch.bool)
+    chosen[torch.randperm(len(names), generator=generator(seed, "split"))[:held_out]] = True
+    validation = chosen[group]
+    return (~validation).nonzero().squeeze(1), validation.nonzero().squeeze(1)

@@ -1,0 +1,51 @@
+"""Training a bridge: the same result, to rounding, on any number of processes, interrupted or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ezhoi_diffusion.diffusion.artifact import CONFIG
+from ezhoi_diffusion.diffusion.bridge import Components
+from ezhoi_diffusion.durable import current
+from ezhoi_diffusion.training.config import TrainConfig, TrainingError
+from ezhoi_diffusion.training.data import TrainingData
+from ezhoi_diffusion.training.run import CHECKPOINTS, Run
+
+__all__ = ["TrainConfig", "TrainingData", "TrainingError", "train"]
+
+
+def train(
+    data: TrainingData,
+    config: TrainConfig,
+    out: Path,
+    *,
+    registry: Components | None = None,
+    resume: bool = False,
+    on_step: Callable[[int], None] | None = None,
+) -> Path:
+    """Train a bridge into `out` and return it: the artefact of the last averaged weights, `best/` with the ones of
+    the lowest validation loss, training.json and checkpoints/.
+
+    With `resume` it goes on from the newest whole checkpoint, bit-equal on a CPU to a run that never stopped;
+    train_steps may have grown. `on_step` is called after every step with the number of steps done. Under
+    torchrun or `accelerate launch`, call it in every process.
+
+    Raises TrainingError where `out` is in use, the data, the device or the checkpoint do not fit the
+    configuration, or the loss becomes NaN or infinite.
+    """
+    out = Path(out)
+    finished, begun = current(out, CONFIG).exists(), (out / CHECKPOINTS).exists()
+    if (finished or begun) and not resume:
+        what = "a trained bridge" if finished else "an unfinished training"
+        raise TrainingError(f"{out} holds {what}: resume it, or choose another folder")
+    run = Run(data, config, out, registry)
+    if resume and not run.restore() and finished:
+        raise TrainingError(f"{out} holds a trained bridge and no whole checkpoint to go on from")
+    with run.progress():
+        while run.step < config.train_steps:
+            run.advance()
+            if on_step is not None:
+                on_step(run.step)
+    run.finish()
+    return out

@@ -1,0 +1,122 @@
+"""Order, noise and split are pure functions; the configuration and the checkpoints refuse what is broken."""
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from ezhoi_diffusion.diffusion.recipes import RECIPES
+from ezhoi_diffusion.training.checkpoint import flat, nested, read_newest, write_checkpoint
+from ezhoi_diffusion.training.config import TrainConfig, TrainingError
+from ezhoi_diffusion.training.order import batch_indices, levels_and_noise, split
+
+
+def test_every_epoch_visits_every_row_once():
+    stream = torch.cat([batch_indices(10, 4, seed=3, batch=k) for k in range(15)])
+    for epoch in stream.split(10):
+        assert epoch.sort().values.tolist() == list(range(10))
+    assert stream[:10].tolist() != stream[10:20].tolist()
+    assert batch_indices(10, 4, seed=4, batch=0).tolist() != stream[:4].tolist()
+
+
+def test_a_batch_may_hold_more_than_all_rows():
+    counts = batch_indices(60, 64, seed=0, batch=0).bincount(minlength=60)
+    assert counts.sum() == 64
+    assert counts.min() == 1
+    assert len(batch_indices(60, 64, seed=0, batch=7)) == 64
+    assert batch_indices(5, 64, seed=0, batch=0).bincount().tolist() == pytest.approx([13] * 5, abs=1)
+
+
+def test_noise_is_a_function_of_seed_and_batch_and_draws_nothing_global():
+    state = torch.get_rng_state()
+    first, again = levels_and_noise((8, 4), 1000, 0, 5), levels_and_noise((8, 4), 1000, 0, 5)
+    other = levels_and_noise((8, 4), 1000, 0, 6)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[1], other[1])
+
+
+def test_split_keeps_images_together():
+    image = torch.arange(40).repeat_interleave(7)[torch.randperm(280)]
+    training, validation = split(image, 0.1, seed=0)
+    assert sorted(torch.cat((training, validation)).tolist()) == list(range(280))
+    assert not set(image[training].tolist()) & set(image[validation].tolist())
+    assert len(image[validation].unique()) == 4
+
+
+def test_split_needs_two_groups():
+    training, validation = split(torch.tensor([5, 9]), 0.01, seed=0)
+    assert (len(training), len(validation)) == (1, 1)
+    with pytest.raises(ValueError, match="at least 2"):
+        split(torch.zeros(9, dtype=torch.int64), 0.5, seed=0)
+
+
+def test_configuration_is_its_json():
+    config = TrainConfig(recipe=RECIPES["guide"], denoiser_options={"width": 8}, train_steps=7)
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert all(field.metadata["help"] for field in fields(TrainConfig))
+    with pytest.raises(TrainingError, match="wdth"):
+        TrainConfig.from_dict({"wdth": 1})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"train_steps": 0},
+        {"batch_size": 0.5},
+        {"learning_rate": 0.0},
+        {"learning_rate": float("nan")},
+        {"ema_decay": 1.0},
+        {"val_fraction": 0.0},
+        {"timesteps": 99},
+        {"objective": "pred_y"},
+        {"mixed_precision": "fp8"},
+        {"seed": 1.5},
+    ],
+)
+def test_configuration_refuses(change):
+    with pytest.raises(TrainingError, match=next(iter(change))):
+        replace(TrainConfig(), **change)
+
+
+def checkpoint(folder, step):
+    write_checkpoint(folder, step, {"model": {"w": torch.full((3,), float(step))}}, {"step": step})
+
+
+def test_optimizer_state_survives_flattening():
+    moments = {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(2)}, 11: {"step": torch.tensor(4.0)}}
+    again = nested(flat(moments))
+    assert [(i, list(kept)) for i, kept in again.items()] == [(i, list(kept)) for i, kept in moments.items()]
+    assert torch.equal(again[0]["exp_avg"], moments[0]["exp_avg"])
+
+
+def test_the_last_two_checkpoints_are_kept(tmp_path):
+    for step in (1, 2, 3, 10):
+        checkpoint(tmp_path, step)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000000003", "step-000000010"]
+    tensors, state = read_newest(tmp_path)
+    assert state == {"step": 10}
+    assert tensors["model"]["w"].tolist() == [10.0] * 3
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-1] + b"X")])
+def test_the_newest_whole_checkpoint_counts(tmp_path, name, damage):
+    checkpoint(tmp_path, 1)
+    checkpoint(tmp_path, 2)
+    damage(tmp_path / "step-000000002" / name)
+    with pytest.warns(UserWarning, match="step-000000002"):
+        found = read_newest(tmp_path)
+    assert found[1] == {"step": 1}
+    # A broken one does not count towards the two that are kept.
+    checkpoint(tmp_path, 3)
+    assert (tmp_path / "step-000000001").exists()
+
+
+def test_an_unfinished_checkpoint_is_not_seen(tmp_path):
+    (tmp_path / "step-000000009.staged").mkdir(parents=True)
+    assert read_newest(tmp_path) is None
+    (tmp_path / "step-000000008").mkdir()
+    with pytest.warns(UserWarning, match="manifest"):
+        assert read_newest(tmp_path) is None

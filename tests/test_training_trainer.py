@@ -1,0 +1,299 @@
+"""Training: it learns, it splits by image, it goes on where it stopped, it is the same on two processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ezhoi_diffusion.diffusion.bridge import Components, DiffusionBridge
+from ezhoi_diffusion.diffusion.recipes import RECIPES
+from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.features.statistics import ModalityStatistics
+from ezhoi_diffusion.training.data import training_rows
+from ezhoi_diffusion.training.trainer import TrainConfig, TrainingData, TrainingError, train
+
+DIM = 32
+QUICK = TrainConfig(
+    train_steps=12,
+    batch_size=16,
+    val_every=4,
+    checkpoint_every=4,
+    denoiser_options={"width": 16, "depth": 1},
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Networks this small are fastest on one thread, and two test processes then do not fight for two cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def low_rank(texts: int = 60, visuals: int = 90, dim: int = DIM, rank: int = 3) -> TrainingData:
+    """Embeddings near a plane of few dimensions, both sides with their own offset."""
+    generator = torch.Generator().manual_seed(0)
+    plane, offset = torch.randn(rank, dim, generator=generator), torch.randn(dim, generator=generator)
+    text = torch.randn(texts, rank, generator=generator) @ plane + 2 * offset
+    visual = 9 * torch.randn(visuals, rank, generator=generator) @ plane - 20 * offset
+    image = torch.arange(visuals) // 6
+    statistics = ModalityStatistics.of([visual], text)
+    return TrainingData(visual, image, text, statistics, {"host": "test"}, {"ctx": torch.ones(2)})
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_learns_more_than_the_isotropic_estimate(tmp_path):
+    config = replace(
+        QUICK,
+        train_steps=400,
+        val_every=100,
+        checkpoint_every=400,
+        learning_rate=2e-3,
+        denoiser_options={"width": 64, "depth": 2},
+    )
+    data = low_rank()
+    out = train(data, config, tmp_path / "out")
+    facts = json.loads((out / "training.json").read_text())
+    assert facts["best_val_loss"] < 0.7 * facts["isotropic_val_loss"]
+    assert [r["step"] for r in facts["history"] if "val_loss" in r] == [100, 200, 300, 400]
+    assert facts["seconds"] > 0
+
+    bridge = DiffusionBridge.from_pretrained(out)
+    assert bridge.config.provenance["host"] == "test"
+    assert bridge.config.provenance["training"]["step"] == 400
+    assert torch.equal(bridge.context["ctx"], torch.ones(2))
+    assert torch.isfinite(bridge(data.visual)).all()
+    best = DiffusionBridge.from_pretrained(out / "best")
+    assert best.config.provenance["training"]["val_loss"] == facts["best_val_loss"]
+
+
+@pytest.mark.parametrize("objective", ["pred_noise", "pred_v"])
+def test_other_objectives_give_a_usable_x0(tmp_path, objective):
+    config = replace(QUICK, train_steps=150, objective=objective, learning_rate=2e-3, val_every=150)
+    data = low_rank()
+    bridge = DiffusionBridge.from_pretrained(train(data, config, tmp_path / "out"))
+    z = training_rows(data, config)[torch.arange(60)]
+    for level in (20, 99):
+        x0 = bridge._predict_x0(z, level)
+        assert nn.functional.cosine_similarity(x0, z).mean() > 0.9
+
+
+@pytest.mark.parametrize("recipe", ["guide", "paper"])
+def test_rows_lose_the_mean_their_recipe_says_and_split_by_image(recipe):
+    data = low_rank()
+    config = replace(QUICK, recipe=RECIPES[recipe])
+    rows = training_rows(data, config)
+    if recipe == "guide":
+        assert rows.source is data.visual
+        assert not set(data.image[rows.training].tolist()) & set(data.image[rows.validation].tolist())
+    else:
+        assert rows.source is data.text
+        assert len(rows.validation) == 6
+    assert torch.equal(rows.mean, data.statistics.text_mean)
+
+
+def test_a_visual_trained_recipe_runs(tmp_path):
+    recipe = replace(RECIPES["guide"], steps=5)
+    out = train(low_rank(), replace(QUICK, recipe=recipe), tmp_path / "out")
+    assert DiffusionBridge.from_pretrained(out).config.recipe == recipe
+
+
+def test_training_draws_no_global_random_number(tmp_path):
+    state = torch.get_rng_state()
+    train(low_rank(), QUICK, tmp_path / "out")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step):
+    def on_step(done):
+        if done == step:
+            raise Stop
+
+    return on_step
+
+
+@pytest.mark.parametrize("step", [2, 6, 11])
+def test_an_interrupted_run_ends_bit_equal(tmp_path, step):
+    """Stopped before the first checkpoint, and between two; with accumulation, over epoch ends."""
+    config = replace(QUICK, gradient_accumulate=2)
+    whole = train(low_rank(), config, tmp_path / "whole")
+    with pytest.raises(Stop):
+        train(low_rank(), config, tmp_path / "broken", on_step=stop_at(step))
+    torch.rand(3)
+    resumed = train(low_rank(), config, tmp_path / "broken", resume=True)
+    assert equal(weights(resumed), weights(whole))
+    assert equal(weights(resumed / "best"), weights(whole / "best"))
+    histories = [json.loads((f / "training.json").read_text())["history"] for f in (whole, resumed)]
+    assert histories[0] == histories[1]
+
+
+def test_a_finished_run_may_go_on_for_longer(tmp_path):
+    longer = replace(QUICK, train_steps=20)
+    whole = train(low_rank(), longer, tmp_path / "whole")
+    train(low_rank(), QUICK, tmp_path / "out")
+    grown = train(low_rank(), longer, tmp_path / "out", resume=True)
+    assert equal(weights(grown), weights(whole))
+
+
+def test_resuming_refuses_another_run(tmp_path):
+    out = train(low_rank(), QUICK, tmp_path / "out")
+    before = weights(out)
+    for config, says in (
+        (replace(QUICK, learning_rate=1e-3, seed=1), r"learning_rate \(was 8e-05, is 0.001\), seed"),
+        (replace(QUICK, recipe=replace(QUICK.recipe, strength=0.5)), "recipe"),
+        (replace(QUICK, train_steps=4), "beyond train_steps 4"),
+    ):
+        with pytest.raises(TrainingError, match=says):
+            train(low_rank(), config, out, resume=True)
+    with pytest.raises(TrainingError, match="other embeddings"):
+        train(low_rank(texts=61), QUICK, out, resume=True)
+    assert equal(weights(out), before)
+
+
+def test_an_occupied_folder_is_left_alone(tmp_path):
+    out = train(low_rank(), QUICK, tmp_path / "out")
+    stamp = (out / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(TrainingError, match="holds a trained bridge: resume"):
+        train(low_rank(), QUICK, out)
+    for checkpoint in (out / "checkpoints").iterdir():
+        (checkpoint / "manifest.json").unlink()
+    with (
+        pytest.warns(UserWarning, match="skipping checkpoint"),
+        pytest.raises(TrainingError, match="no whole checkpoint"),
+    ):
+        train(low_rank(), QUICK, out, resume=True)
+    assert (out / "model.safetensors").stat().st_mtime_ns == stamp
+    with pytest.raises(Stop):
+        train(low_rank(), QUICK, tmp_path / "broken", on_step=stop_at(5))
+    with pytest.raises(TrainingError, match="an unfinished training"):
+        train(low_rank(), QUICK, tmp_path / "broken")
+
+
+def test_a_broken_loss_ends_the_run_and_keeps_the_last_checkpoint(tmp_path):
+    network = nn.Linear(DIM, DIM)
+
+    class Denoiser(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
+        def forward(self, x, t):
+            return self.network(x)
+
+    def break_it(done):
+        if done == 5:
+            nn.init.constant_(network.weight, torch.nan)
+
+    registry = Components()
+    registry.denoisers.register("fragile", lambda dim, schedule, objective, scale: Denoiser())
+    config = replace(QUICK, denoiser="fragile", denoiser_options={})
+    with pytest.raises(TrainingError, match=r"nan at step 6: lower the learning rate"):
+        train(low_rank(), config, tmp_path / "out", registry=registry, on_step=break_it)
+    assert [p.name for p in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-000000004"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 works with a GPU")
+def test_fp16_needs_a_gpu(tmp_path):
+    with pytest.raises(TrainingError, match="fp16 needs a GPU"):
+        train(low_rank(), replace(QUICK, mixed_precision="fp16"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bf16_runs_and_stays_near_float32(tmp_path):
+    exact = train(low_rank(), QUICK, tmp_path / "no")
+    rough = train(low_rank(), replace(QUICK, mixed_precision="bf16"), tmp_path / "bf16")
+    for name, value in weights(rough).items():
+        assert value.dtype == torch.float32
+        assert torch.allclose(value, weights(exact)[name], atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"text": torch.randn(1, DIM)}, "too few text rows"),
+        ({"text": torch.full((9, DIM), torch.nan)}, "NaN"),
+        ({"text": torch.randn(9, DIM + 1)}, "must be"),
+        ({"text": torch.randn(9)}, "must be"),
+    ],
+)
+def test_refused_data(tmp_path, change, says):
+    with pytest.raises(TrainingError, match=says):
+        train(replace(low_rank(), **change), QUICK, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_bridge_would_refuse_is_refused_before_the_first_step(tmp_path):
+    visual = low_rank().visual
+    one_text = replace(low_rank(), statistics=ModalityStatistics.of([visual], torch.eye(DIM)[:1]))
+    for broken, config, says in (
+        (one_text, QUICK, "text mean"),
+        (low_rank(), replace(QUICK, recipe=replace(QUICK.recipe, sampler="nobody")), "nobody"),
+        (low_rank(), replace(QUICK, denoiser_options={"wdth": 1}), "wdth"),
+    ):
+        with pytest.raises(EzhoiDiffusionError, match=says):
+            train(broken, config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_image_cannot_be_split(tmp_path):
+    data = replace(low_rank(), image=torch.zeros(90, dtype=torch.int64))
+    with pytest.raises(TrainingError, match="too few images"):
+        train(data, replace(QUICK, recipe=RECIPES["guide"]), tmp_path / "out")
+
+
+def main(out: str) -> None:
+    """What each of two processes runs."""
+    torch.set_num_threads(1)
+    train(low_rank(), replace(QUICK, gradient_accumulate=2), Path(out))
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": "2",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), *sys.path)),
+    }
+    code = f"import test_training_trainer as t; t.main({str(tmp_path / 'two')!r})"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    main(str(tmp_path / "one"))
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert json.loads((tmp_path / "two" / "training.json").read_text())["processes"] == 2
+    for name in one:
+        assert torch.allclose(one[name], two[name], atol=1e-5)

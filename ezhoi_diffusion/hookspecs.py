@@ -9,8 +9,8 @@ below. A function may ask for fewer arguments than the hook offers; all of them 
     def post_adapter_feat(adapter_feat, context):
         return adapter_feat - adapter_feat.mean(0)
 
-`register_*` contributes: it is called on every installed plugin. `on_*` observes and `post_*` may replace:
-these are called only on plugins enabled with `--plugin NAME`, in the order in which they were named.
+`register_*` contributes: it is called on every installed plugin. `locate_*` answers, `on_*` observes and `post_*`
+may replace: these are called only on plugins enabled with `--plugin NAME`, in the order in which they were named.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
     from ezhoi_diffusion.host.attach import Host
     from ezhoi_diffusion.plugins import PluginHost
+    from ezhoi_diffusion.registry import Register
 
 PROJECT = "ezhoi_diffusion"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -49,7 +50,7 @@ def register_options(group: argparse._ArgumentGroup) -> None:
 
 @hookspec
 def register_bridges(
-    register: Callable[[str, Callable[[Path | None], Callable[[Tensor], Tensor]]], None], plugins: PluginHost
+    register: Register[Callable[[Path | None], Callable[[Tensor], Tensor]]], plugins: PluginHost
 ) -> None:
     """Contribute bridges by name, for `--compare none,NAME`.
 
@@ -64,7 +65,7 @@ def register_bridges(
 
 
 @hookspec
-def register_denoisers(register: Callable[[str, Callable[..., nn.Module]], None]) -> None:
+def register_denoisers(register: Register[Callable[..., nn.Module]]) -> None:
     """Contribute denoisers by name, for `ezhoi-diffusion train --denoiser NAME`.
 
     Since: 0.1. Mode: notify. When: before a bridge is trained or loaded.
@@ -75,7 +76,7 @@ def register_denoisers(register: Callable[[str, Callable[..., nn.Module]], None]
 
 
 @hookspec
-def register_samplers(register: Callable[[str, Callable[..., Tensor]], None]) -> None:
+def register_samplers(register: Register[Callable[..., Tensor]]) -> None:
     """Contribute samplers by name.
 
     Since: 0.1. Mode: notify. When: before a bridge is loaded.

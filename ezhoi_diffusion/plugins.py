@@ -1,12 +1,13 @@
 """Finds plugins, checks them, and calls their hooks in one of three modes: notify, first, fold.
 
-Installed plugins contribute (`register_*`); only those that a run names take part in it (`on_*`, `post_*`).
+Installed plugins contribute (`register_*`); in the rest of a run take part only those that it names.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import inspect
 import logging
 import os
@@ -85,7 +86,7 @@ class PluginHost:
     def _discover(self) -> None:
         own = version("ezhoi-diffusion")
         for name, target in BUILTIN.items():
-            self._load(PluginInfo(name, own, "built in", "loaded"), lambda target=target: _resolve(target))
+            self._load(PluginInfo(name, own, "built in", "loaded"), functools.partial(_resolve, target))
         allowed = _env_names(ENV_ALLOW)
         for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name):
             info = PluginInfo(point.name, *_origin(point), status="loaded")
@@ -173,7 +174,7 @@ class PluginHost:
 
     def _taking_part(self, hook: str) -> Iterator[pluggy.HookImpl]:
         by_name = {impl.plugin_name: impl for impl in self._all(hook)}
-        names = self._enabled if hook.startswith(("on_", "post_")) else by_name
+        names = by_name if hook.startswith("register_") else self._enabled
         return (by_name[name] for name in names if name in by_name and name not in self._disabled)
 
     def _call(self, impl: pluggy.HookImpl, hook: str, arguments: dict[str, Any]) -> Any:

@@ -30,7 +30,8 @@ class MeanShift:
 
         shift = (self.statistics.text_mean - self.statistics.visual_mean).to(adapter_feat.device)
         shifted = unit(unit(adapter_feat.float()) + shift) * adapter_feat.float().norm(dim=-1, keepdim=True)
-        return shifted.to(adapter_feat.dtype)
+        result: Tensor = shifted.to(adapter_feat.dtype)
+        return result
 
 
 def load(folder: Path | None) -> MeanShift:

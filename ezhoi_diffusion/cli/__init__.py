@@ -8,11 +8,16 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-COMMANDS = ("run", "train", "demo", "plugins")
+COMMANDS = {
+    "run": "run an EZ-HOI script, unmodified, with plugins",
+    "train": "train a diffusion bridge on captured features",
+    "demo": "see all of it on a miniature EZ-HOI, without data",
+    "plugins": "list plugins: name, version, status, source, hooks",
+}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of `ezhoi-diffusion`."""
+def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of `ezhoi-diffusion`; of the commands only that in `argv` declares its flags, which may be slow."""
     parser = argparse.ArgumentParser(
         prog="ezhoi-diffusion",
         description="Close the gap between EZ-HOI's visual and text features with a diffusion bridge, without editing EZ-HOI.",
@@ -26,8 +31,13 @@ the way, from an EZ-HOI folder:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name in COMMANDS:
-        import_module(f"ezhoi_diffusion.cli.{name}").add_parser(commands)
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name == chosen:
+            module = import_module(f"ezhoi_diffusion.cli.{name}")
+            module.configure(command)
+            command.set_defaults(run=module.run)
     return parser
 
 
@@ -36,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ezhoi_diffusion.errors import EzhoiDiffusionError
 
     logging.basicConfig(format="ezhoi-diffusion: %(message)s", level=logging.WARNING)
-    args = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = build_parser(argv).parse_args(argv)
     try:
         status: int = args.run(args)
     except EzhoiDiffusionError as error:

@@ -7,19 +7,17 @@ import json
 from dataclasses import asdict
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
-    parser = commands.add_parser(
-        "plugins",
-        help="list plugins: name, version, status, source, hooks",
-        description="List the plugins found in this environment. Broken ones are listed with the reason.",
-        epilog="environment variables: EZHOI_DIFFUSION_DISABLE=a,b (or * for every installed one) does not import them; "
-        "EZHOI_DIFFUSION_ALLOW=a,b imports only these of the installed ones; EZHOI_DIFFUSION_STRICT=1 makes a broken plugin "
-        "an error.",
-    )
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.description = "List the plugins found in this environment. Broken ones are listed with the reason."
+    parser.epilog = """\
+environment variables:
+  EZHOI_DIFFUSION_DISABLE=a,b   do not import these plugins (* for every installed one)
+  EZHOI_DIFFUSION_ALLOW=a,b     of the installed plugins, import only these
+  EZHOI_DIFFUSION_STRICT=1      a broken plugin is an error
+"""
     parser.add_argument("--json", action="store_true", help="machine-readable")
     parser.add_argument("--no-plugin", action="append", default=[], metavar="NAME", help="do not even import this one")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

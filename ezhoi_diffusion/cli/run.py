@@ -6,26 +6,24 @@ import argparse
 from pathlib import Path
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
-    parser = commands.add_parser(
-        "run",
-        help="run an EZ-HOI script, unmodified, with plugins",
-        description="Run an EZ-HOI script (main_tip_finetune.py, inference.py) as python would, with our flags added to its own. "
-        "Give it from the EZ-HOI folder, in the environment in which the script runs. All flags, ours too, stand after the "
-        "script; `ezhoi-diffusion run main_tip_finetune.py --help` lists both.",
-        epilog="""\
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.description = """\
+Run an EZ-HOI script (main_tip_finetune.py, inference.py) as python would, with our flags added to its own.
+Give it from the EZ-HOI folder, in the environment in which the script runs. All flags, ours too, stand after
+the script; `ezhoi-diffusion run main_tip_finetune.py --help` lists both."""
+    parser.epilog = """\
 examples (… stands for the script's own flags, as in EZ-HOI's scripts/):
-  capture the train split:   ezhoi-diffusion run main_tip_finetune.py … --resume CKPT --plugin capture --capture FEATURES
-  evaluate with a bridge:    ezhoi-diffusion run main_tip_finetune.py … --eval --resume CKPT --plugin diffusion --bridge BRIDGE
-  compare in one pass:       ezhoi-diffusion run main_tip_finetune.py … --eval --resume CKPT --bridge BRIDGE \\
-                               --compare none,mean_shift,diffusion --report REPORT
-""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+  capture the train split:
+    ezhoi-diffusion run main_tip_finetune.py … --resume CKPT --plugin capture --capture FEATURES
+  evaluate with a bridge:
+    ezhoi-diffusion run main_tip_finetune.py … --eval --resume CKPT --plugin diffusion --bridge BRIDGE
+  compare in one pass:
+    ezhoi-diffusion run main_tip_finetune.py … --eval --resume CKPT --bridge BRIDGE \\
+      --compare none,mean_shift,diffusion --report REPORT
+"""
     parser.add_argument("script", type=Path, help="the script, e.g. main_tip_finetune.py")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="…", help="its flags and ours")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -34,7 +35,7 @@ def comparison_pass(host: Host, loader: Any, variants: Mapping[str, Inject]) -> 
     Raises TapError where adapter_feat never came by.
     """
     dataset = loader.dataset.dataset
-    interactions = torch.tensor(dataset.object_n_verb_to_interaction, dtype=torch.float64)
+    interactions = torch.from_numpy(np.asarray(dataset.object_n_verb_to_interaction, dtype=float))  # None becomes NaN
     score = _make_scorer(list(dataset.anno_interaction), (REFERENCE, *variants))
     clock = _Clock(host.device)
     images_seen = pairs_seen = 0

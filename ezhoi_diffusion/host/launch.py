@@ -85,7 +85,7 @@ def _our_flags() -> Iterator[None]:
         add_arguments(self, args)
         return original(self, args, namespace)
 
-    argparse.ArgumentParser.parse_args = parse_args  # type: ignore[method-assign, assignment]
+    argparse.ArgumentParser.parse_args = parse_args  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -95,8 +95,7 @@ def _our_flags() -> Iterator[None]:
 @contextmanager
 def _our_spawn(script: Path) -> Iterator[None]:
     """Reach the processes that the host spawns: they import the script afresh, without any of this."""
-    import torch.multiprocessing as mp
-
+    mp: Any = importlib.import_module("torch.multiprocessing")
     original = mp.spawn
 
     def spawn(fn: Callable[..., Any], args: tuple[Any, ...] = (), *rest: Any, **kwargs: Any) -> Any:
@@ -139,11 +138,18 @@ def _observed(script: Path, modules: dict[str, str], namespace: dict[str, Any] |
         if args is not None:  # once a model
             attachments.append(attach(model, args, engine))
 
+    def join_at_first_image(model: Any) -> None:
+        def hook(module: Any, images: Any) -> None:
+            handle.remove()
+            join(module)
+
+        handle = model.register_forward_pre_hook(hook)
+
     @functools.wraps(original_factory)
     def build_detector(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
         model = original_factory(args, *rest, **kwargs)
         flags[id(model)] = args
-        first_image = model.register_forward_pre_hook(lambda module, _: (first_image.remove(), join(module))[0])
+        join_at_first_image(model)
         return model
 
     with contextlib.ExitStack() as undo:

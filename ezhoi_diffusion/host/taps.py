@@ -50,10 +50,10 @@ def locate(model: nn.Module) -> TapPoint:
 
     Raises TapError where no module exists.
     """
-    if isinstance(getattr(model, "mem_adapter", None), nn.Module):
-        return TapPoint("mem_adapter", model.mem_adapter)
-    if isinstance(getattr(model, "vis_fuse", None), nn.Module):
-        return TapPoint("vis_fuse", model.vis_fuse)
+    for name in ("mem_adapter", "vis_fuse"):
+        module = getattr(model, name, None)
+        if isinstance(module, nn.Module):
+            return TapPoint(name, module)
     logits = getattr(model, "logits_type", None)
     if logits is not None:
         raise TapError(

@@ -42,7 +42,7 @@ _WHERE = {
     "attach": "host.attach",
     "hookimpl": "hookspecs",
 }
-__all__ = sorted(_WHERE)  # noqa: PLE0605
+__all__ = sorted(_WHERE)
 
 
 def __getattr__(name: str) -> Any:

@@ -158,7 +158,7 @@ def test_recipes_are_the_documented_ones():
         "text",
         "unit",
     )
-    assert (RECIPES["blend"].strength, RECIPES["blend"].restored_mean) == (0.3, "text")
+    assert (RECIPES["blend"].strength, RECIPES["blend"].restored_mean) == (0.3, "visual")
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ import torch
 from ezhoi_diffusion.features.batch import FeatureBatch
 from ezhoi_diffusion.features.store import FeatureStoreError, FeatureWriter, finish_store, write_host_tensors
 from ezhoi_diffusion.files import read_tensors
+from ezhoi_diffusion.hookspecs import hookimpl
 from ezhoi_diffusion.host.capture import default_split
 from ezhoi_diffusion.host.fingerprint import context_vectors
 from ezhoi_diffusion.host.tables import score_tables
-from ezhoi_diffusion.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from ezhoi_diffusion.host.attach import Host
@@ -55,7 +55,9 @@ class CapturePlugin:
         self._writer = FeatureWriter(Path(host.args.capture), meta, rank=host.rank)
         host.done["capture"] = self._writer.next_index
         if self._writer.next_index and host.rank == 0:
-            print(f"capture: {host.args.capture} is unfinished, going on at image {self._writer.next_index}", flush=True)
+            print(
+                f"capture: {host.args.capture} is unfinished, going on at image {self._writer.next_index}", flush=True
+            )
 
     @hookimpl
     def on_train_batch(self, batch: FeatureBatch) -> None:
@@ -80,7 +82,9 @@ class CapturePlugin:
         if path.exists():  # written before an interruption, or by another process
             stored = read_tensors(path, FeatureStoreError, "capture again, into a new folder")["text"]
             if stored.shape != text.shape or not torch.allclose(stored, text.cpu(), rtol=1e-4, atol=1e-5):
-                raise FeatureStoreError(f"{path} has other text features than this run: capture again, into a new folder")
+                raise FeatureStoreError(
+                    f"{path} has other text features than this run: capture again, into a new folder"
+                )
             return
         context = {f"context/{name}": vector for name, vector in context_vectors(self._host.model).items()}
         write_host_tensors(self._writer.folder, {**score_tables(self._host, text), **context})

@@ -78,7 +78,9 @@ def run(args: argparse.Namespace) -> int:
         raise EzhoiDiffusionError(f"there is no recipe '{args.recipe}'; recipes are {', '.join(RECIPES)}")
     recipe = RECIPES[args.recipe] if args.recipe else DEFAULT_RECIPE
     recipe = replace(recipe, **_given(args, RECIPE_FLAGS))
-    config = TrainConfig(**{"recipe": recipe, **_given(args, [f.name for f in fields(TrainConfig) if f.name != "recipe"])})
+    config = TrainConfig(
+        **{"recipe": recipe, **_given(args, [f.name for f in fields(TrainConfig) if f.name != "recipe"])}
+    )
 
     store = FeatureStore(args.features)
     out = train(training_data(store), config, args.out, registry=components(PluginHost()), resume=args.resume)

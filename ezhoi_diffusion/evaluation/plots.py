@@ -51,7 +51,10 @@ def plot_effect(before: Tensor, after: Tensor, text: Tensor, path: Path) -> None
     """What a bridge does to features [N, D]: cosine to the nearest of the texts [K, D], norms, and the two side by side."""
     figure, (cosine, norms, pairs) = _figure(3)
     near = [(unit(x) @ unit(text).T).max(-1).values for x in (before, after)]
-    for axes, values, label in ((cosine, near, "cosine to the nearest text"), (norms, [x.norm(dim=-1) for x in (before, after)], "norm")):
+    for axes, values, label in (
+        (cosine, near, "cosine to the nearest text"),
+        (norms, [x.norm(dim=-1) for x in (before, after)], "norm"),
+    ):
         for value, name in zip(values, ("before", "after"), strict=True):
             axes.hist(value.tolist(), bins=40, alpha=0.6, label=name)
         axes.set_title(label, loc="left")

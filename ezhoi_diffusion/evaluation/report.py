@@ -17,5 +17,7 @@ def write_report(comparison: Comparison, folder: Path) -> None:
         write_json(folder / "comparison.json", comparison.to_dict())
         plot_comparison(comparison, folder / "comparison.png")
     except OSError as error:
-        raise EzhoiDiffusionError(f"the report cannot be written to {folder} ({error}): give another --report") from error
+        raise EzhoiDiffusionError(
+            f"the report cannot be written to {folder} ({error}): give another --report"
+        ) from error
     print(f"report: {folder / 'comparison.json'}, {folder / 'comparison.png'}", flush=True)

@@ -13,7 +13,8 @@ EPS = 1e-12
 
 def unit(x: Tensor) -> Tensor:
     """Rows of x [N, D] divided by max(|row|, 1e-12): the first link of the normalization chain."""
-    return x / x.norm(dim=-1, keepdim=True).clamp_min(EPS)
+    rows: Tensor = x / x.norm(dim=-1, keepdim=True).clamp_min(EPS)
+    return rows
 
 
 @dataclass(frozen=True)

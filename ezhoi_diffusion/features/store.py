@@ -24,7 +24,9 @@ from ezhoi_diffusion.features.statistics import ModalityStatistics
 from ezhoi_diffusion.files import read_json, read_tensors, write_json, write_tensors
 
 SCHEMA = 1
-ROWS_PER_SHARD = 16_384  # 32 MiB of features at D = 512: what a killed capture loses at most, and what it keeps in memory
+ROWS_PER_SHARD = (
+    16_384  # 32 MiB of features at D = 512: what a killed capture loses at most, and what it keeps in memory
+)
 AGAIN = "capture it again, into a new folder"
 
 
@@ -39,7 +41,9 @@ class FeatureWriter:
     images before `next_index` are there already, and adding them again does nothing. Raises FeatureStoreError where the folder holds anything else.
     """
 
-    def __init__(self, folder: Path, meta: dict[str, Any], *, rank: int = 0, rows_per_shard: int = ROWS_PER_SHARD) -> None:
+    def __init__(
+        self, folder: Path, meta: dict[str, Any], *, rank: int = 0, rows_per_shard: int = ROWS_PER_SHARD
+    ) -> None:
         self.folder = folder
         self.rank = rank
         self.rows_per_shard = rows_per_shard
@@ -55,7 +59,9 @@ class FeatureWriter:
                     raise FeatureStoreError(f"{folder} is not empty and holds no capture: give another folder")
                 write_json(folder / "meta.json", meta)
         except OSError as error:
-            raise FeatureStoreError(f"{folder} cannot be written ({error}): choose a folder you can write to") from error
+            raise FeatureStoreError(
+                f"{folder} cannot be written ({error}): choose a folder you can write to"
+            ) from error
         self._shards = [read_json(p, FeatureStoreError, AGAIN) for p in sorted(folder.glob(f"shard-{rank:03d}-*.json"))]
         self.next_index = self._shards[-1]["images"][-1]["index"] + 1 if self._shards else 0
         self._pending: list[FeatureBatch] = []
@@ -66,7 +72,9 @@ class FeatureWriter:
         if batch.index < self.next_index:
             return
         if not torch.isfinite(batch.adapter_feat).all():
-            raise FeatureStoreError(f"image {batch.image} gave features that are not finite: does the bare host score it?")
+            raise FeatureStoreError(
+                f"image {batch.image} gave features that are not finite: does the bare host score it?"
+            )
         self._pending.append(_to_cpu(batch))
         self.next_index = batch.index + 1
         self._rows += len(batch.pairs)
@@ -110,9 +118,13 @@ class FeatureStore:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         if not (self.folder / "index.json").is_file():
-            what = "is unfinished: give the capture command again" if (self.folder / "meta.json").is_file() else (
-                "holds no captured features: make them with `ezhoi-diffusion run main_tip_finetune.py … --plugin capture "
-                "--capture DIR`"
+            what = (
+                "is unfinished: give the capture command again"
+                if (self.folder / "meta.json").is_file()
+                else (
+                    "holds no captured features: make them with `ezhoi-diffusion run main_tip_finetune.py … --plugin capture "
+                    "--capture DIR`"
+                )
             )
             raise FeatureStoreError(f"{self.folder} {what}")
         self.meta = read_json(self.folder / "meta.json", FeatureStoreError, AGAIN)
@@ -191,7 +203,9 @@ def _require_same(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> Non
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     if changed:
         listed = "; ".join(f"{key}: there {old.get(key)!r}, now {new.get(key)!r}" for key in changed)
-        raise FeatureStoreError(f"{folder} holds an unfinished capture of something else ({listed:.600}): give another folder")
+        raise FeatureStoreError(
+            f"{folder} holds an unfinished capture of something else ({listed:.600}): give another folder"
+        )
 
 
 def _to_cpu(batch: FeatureBatch) -> FeatureBatch:

@@ -104,7 +104,9 @@ class Host:
                 f"{message}. The host never saves its context vectors, so another seed or script draws others: run with "
                 f"the seed of the capture, or add --restore-context to use the vectors stored with the bridge"
             )
-        raise FingerprintError(f"{message}. Capture and train for this host, or add --force-bridge to use it all the same")
+        raise FingerprintError(
+            f"{message}. Capture and train for this host, or add --force-bridge to use it all the same"
+        )
 
 
 class Attachment:
@@ -197,7 +199,9 @@ class Attachment:
         with self:
             return original(*args, **kwargs)
 
-    def _compare(self, variants: dict[str, Inject], original: Callable[..., Any], loader: Any, *args: Any, **kw: Any) -> Any:
+    def _compare(
+        self, variants: dict[str, Inject], original: Callable[..., Any], loader: Any, *args: Any, **kw: Any
+    ) -> Any:
         host = self.host
         with self:
             comparison = comparison_pass(host, loader, variants)

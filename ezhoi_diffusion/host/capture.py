@@ -69,11 +69,15 @@ def clip_folder(host: Host, split: str, names: list[str]) -> Path | None:
     missing = {}
     for folder in candidates:
         available = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-        lacking = [name for name in names if not any(f"{name.split('.')[0]}_clip{e}" in available for e in CLIP_SUFFIXES)]
+        lacking = [
+            name for name in names if not any(f"{name.split('.')[0]}_clip{e}" in available for e in CLIP_SUFFIXES)
+        ]
         if not lacking:
             return folder
         missing[folder] = lacking
-    listed = "; ".join(f"{folder} lacks {len(lacking)} of {len(names)}, e.g. {lacking[0]}" for folder, lacking in missing.items())
+    listed = "; ".join(
+        f"{folder} lacks {len(lacking)} of {len(names)}, e.g. {lacking[0]}" for folder, lacking in missing.items()
+    )
     raise CaptureError(
         f"no folder has the CLIP image features of all {split} images: {listed}. Give the {split} split's folder as "
         f"--clip_img_file"
@@ -117,18 +121,26 @@ def capture_pass(
     Each process takes one contiguous block of images, from position `first` on. Raises CaptureError, TapError.
     """
     if host.engine is None:
-        raise CaptureError("a capture pass needs the host's data sets: run main_tip_finetune.py, not a script for one image")
+        raise CaptureError(
+            "a capture pass needs the host's data sets: run main_tip_finetune.py, not a script for one image"
+        )
     dataset = split_dataset(host, split)
     names = image_names(dataset)
     total = len(names) if max_images is None else min(max_images, len(names))
     if total == 0:
-        raise CaptureError(f"the {split} split has no image to capture: look at --data-root, --partitions and --max-images")
+        raise CaptureError(
+            f"the {split} split has no image to capture: look at --data-root, --partitions and --max-images"
+        )
     folder = clip_folder(host, split, names[:total])
     low, high = host.rank * total // host.world_size, (host.rank + 1) * total // host.world_size
     start = min(max(low, first), high)
     subset = torch.utils.data.Subset(dataset, range(start, high))
     loader = torch.utils.data.DataLoader(
-        subset, batch_size=1, shuffle=False, num_workers=int(host.args.num_workers), collate_fn=host.engine._train_loader.collate_fn
+        subset,
+        batch_size=1,
+        shuffle=False,
+        num_workers=int(host.args.num_workers),
+        collate_fn=host.engine._train_loader.collate_fn,
     )
     target: dict[str, Any] = {}
     index = start
@@ -143,8 +155,13 @@ def capture_pass(
         # the model itself, not DistributedDataParallel around it, whose forward waits for the other processes
         with tap, torch.no_grad(), _reading_clip_from(host.model, folder):
             progress = tqdm(
-                loader, total=high - low, initial=start - low, desc=f"capture {split}", unit="img",
-                disable=host.rank != 0, file=sys.stderr,
+                loader,
+                total=high - low,
+                initial=start - low,
+                desc=f"capture {split}",
+                unit="img",
+                disable=host.rank != 0,
+                file=sys.stderr,
             )
             for index, (images, targets) in enumerate(progress, start):  # noqa: B007  `observe` reads it
                 target = targets[0]
@@ -155,7 +172,9 @@ def capture_pass(
         tap.require_hits()
 
 
-def _feature_batch(model: Any, index: int, pairs: Pairs, feature: Tensor, text: Tensor | None, target: dict[str, Any]) -> FeatureBatch:
+def _feature_batch(
+    model: Any, index: int, pairs: Pairs, feature: Tensor, text: Tensor | None, target: dict[str, Any]
+) -> FeatureBatch:
     target = to_device(target, pairs.boxes.device)
     human, other = pairs.boxes[pairs.pairing[0]], pairs.boxes[pairs.pairing[1]]
     gt = [model.recover_boxes(target[key], target["size"]) for key in ("boxes_h", "boxes_o")]

@@ -46,7 +46,9 @@ def context_vectors(model: nn.Module) -> dict[str, Tensor]:
     random generator, so two runs agree only where their generators did.
     """
     learner = getattr(getattr(model, "clip_head", None), "prompt_learner", None)
-    lists = ((name, value) for name, value in vars(learner).items() if isinstance(value, (list, tuple))) if learner else ()
+    lists = (
+        ((name, value) for name, value in vars(learner).items() if isinstance(value, (list, tuple))) if learner else ()
+    )
     return {
         f"{name}.{index}": vector.detach()
         for name, value in lists

@@ -53,7 +53,9 @@ def _imported_modules(script: Path) -> dict[str, str]:
     try:
         tree = ast.parse(script.read_text(encoding="utf-8"), str(script))
     except OSError as error:
-        raise LaunchError(f"{script} cannot be read ({error}): run this from the EZ-HOI folder, as you run the script") from error
+        raise LaunchError(
+            f"{script} cannot be read ({error}): run this from the EZ-HOI folder, as you run the script"
+        ) from error
     except (SyntaxError, ValueError) as error:
         raise LaunchError(f"{script} is no Python script ({error})") from error
     found = {
@@ -64,7 +66,9 @@ def _imported_modules(script: Path) -> dict[str, str]:
         if alias.name in (FACTORY, ENGINE)
     }
     if FACTORY not in found:
-        raise LaunchError(f"{script} does not import {FACTORY}: it is no EZ-HOI script (main_tip_finetune.py, inference.py)")
+        raise LaunchError(
+            f"{script} does not import {FACTORY}: it is no EZ-HOI script (main_tip_finetune.py, inference.py)"
+        )
     return found
 
 
@@ -72,7 +76,7 @@ def _close_stdin() -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115, PTH123  it stays open as long as the process
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115  it stays open as long as the process
 
 
 @contextmanager

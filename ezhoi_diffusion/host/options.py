@@ -27,7 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = 
     plugins = PluginHost(blocked_in(sys.argv[1:] if argv is None else argv))
     group = parser.add_argument_group("ezhoi-diffusion", "plugins for this run; `ezhoi-diffusion plugins` lists them")
     add = group.add_argument
-    add("--plugin", action="append", default=[], metavar="NAME", help="enable a plugin; repeat for several, in calling order")
+    add(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="enable a plugin; repeat for several, in calling order",
+    )
     add("--no-plugin", action="append", default=[], metavar="NAME", help="do not even import a plugin")
     add(
         "--plugin-errors", choices=("raise", "disable"), default="raise",
@@ -70,7 +76,9 @@ def check_options(plugins: PluginHost, args: argparse.Namespace) -> None:
     captures = bool(plugins.implementing("on_train_batch"))
     for flag, value in (("--capture-split", args.capture_split), ("--max-images", args.max_images)):
         if value is not None and not captures:
-            raise EzhoiDiffusionError(f"{flag} is about a capture pass, and no enabled plugin makes one: add --plugin capture")
+            raise EzhoiDiffusionError(
+                f"{flag} is about a capture pass, and no enabled plugin makes one: add --plugin capture"
+            )
     if args.max_images is not None and args.max_images < 1:
         raise EzhoiDiffusionError(f"--max-images must be at least 1, not {args.max_images}")
     if captures and args.compare:

@@ -31,7 +31,9 @@ def unwrap(model: nn.Module) -> nn.Module:
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
     if isinstance(model, nn.DataParallel):
-        raise TapError("the model is wrapped in DataParallel, whose replicas share one hook: use DistributedDataParallel")
+        raise TapError(
+            "the model is wrapped in DataParallel, whose replicas share one hook: use DistributedDataParallel"
+        )
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise TapError("the model was compiled before attach, so hooks would never fire: attach first, compile then")
     return model
@@ -169,7 +171,9 @@ class Tap:
         original = self.model.compute_roi_embeddings
 
         @functools.wraps(original)
-        def wrapper(features: Tensor, image_size: Tensor, region_props: list[dict[str, Tensor]], *a: Any, **k: Any) -> Any:
+        def wrapper(
+            features: Tensor, image_size: Tensor, region_props: list[dict[str, Tensor]], *a: Any, **k: Any
+        ) -> Any:
             if not self._handles or self.model.training:
                 return original(features, image_size, region_props, *a, **k)
             return self._around_pairing(original, features, image_size, region_props, *a, **k)
@@ -186,10 +190,18 @@ class Tap:
         self._text = None
 
     def _around_pairing(
-        self, original: Callable[..., Any], features: Tensor, sizes: Tensor, proposals: list[dict[str, Tensor]], *a: Any, **k: Any
+        self,
+        original: Callable[..., Any],
+        features: Tensor,
+        sizes: Tensor,
+        proposals: list[dict[str, Tensor]],
+        *a: Any,
+        **k: Any,
     ) -> Any:
         names = self._images if len(self._images) == len(proposals) else [None] * len(proposals)
-        images = [_form_pairs(self.model, p, s, n, i) for i, (p, s, n) in enumerate(zip(proposals, sizes, names, strict=True))]
+        images = [
+            _form_pairs(self.model, p, s, n, i) for i, (p, s, n) in enumerate(zip(proposals, sizes, names, strict=True))
+        ]
         # the host skips images without pairs, so a call of the tapped module belongs to the next image that has some
         self._waiting = [pairs for pairs in images if len(pairs)]
         self._seen = {}

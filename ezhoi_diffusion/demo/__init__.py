@@ -1,0 +1,1 @@
+"""A miniature EZ-HOI on handwritten digits: for the demo, and for tests."""

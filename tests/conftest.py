@@ -1,0 +1,123 @@
+"""The miniature EZ-HOI, made once a session, in process and as a script."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import runpy
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import ezhoi_diffusion.demo
+from ezhoi_diffusion.demo import world
+
+HOST = Path(ezhoi_diffusion.demo.__file__).parent / "host"
+HOSTDUMP = Path(__file__).with_name("hostdump.py")
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory):
+    """Data and pretrained weights of a miniature EZ-HOI that was never fine-tuned."""
+    folder = tmp_path_factory.mktemp("world")
+    world.make_world(folder, n_train=36, n_test=30)
+    return folder
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return str(s.getsockname()[1])
+
+
+def host_flags(folder: Path, *, evaluate: bool, **kwargs) -> list[str]:
+    """The miniature's command line, with an output folder and a port of its own."""
+    return [
+        *world.host_args(folder, evaluate=evaluate, **kwargs),
+        "--output-dir",
+        str(folder / "out"),
+        "--port",
+        free_port(),
+    ]
+
+
+def run_host(*command: str, timeout: int = 240, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run python with `command` in the miniature's folder."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **env}
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=HOST,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def launch(*flags: str, **kwargs) -> subprocess.CompletedProcess[str]:
+    """`ezhoi-diffusion run main_tip_finetune.py flags…` on the miniature."""
+    return run_host("-m", "ezhoi_diffusion", "run", "main_tip_finetune.py", *flags, **kwargs)
+
+
+class _Parsed(Exception):
+    pass
+
+
+def parse_host_flags(flags: list[str]) -> argparse.Namespace:
+    """What the miniature's own parser makes of `flags`, ours included."""
+    from ezhoi_diffusion import add_arguments
+
+    original, found = argparse.ArgumentParser.parse_args, []
+
+    def parse_args(self, args=None, namespace=None):
+        add_arguments(self, flags)
+        found.append(original(self, flags))
+        raise _Parsed
+
+    argparse.ArgumentParser.parse_args = parse_args
+    try:
+        runpy.run_path(str(HOST / "main_tip_finetune.py"), run_name="__main__")
+    except _Parsed:
+        return found[0]
+    finally:
+        argparse.ArgumentParser.parse_args = original
+    raise AssertionError("the script parsed nothing")
+
+
+@pytest.fixture(scope="session")
+def host_modules():
+    """The miniature's modules, importable by the names of the real host's."""
+    sys.path.insert(0, str(HOST))
+    import upt_tip_cache_model_free_finetune_distillself as upt
+    import utils_tip_cache_and_union_finetune as utils
+
+    return SimpleNamespace(upt=upt, utils=utils)
+
+
+@pytest.fixture
+def make_host(small_world, host_modules):
+    """Build a miniature detector in this process: make_host(*flags) -> model, args, images, targets."""
+
+    def make(*flags: str, zs_type: str | None = "unseen_verb", drop: tuple[str, ...] = ()):
+        line = [f for f in host_flags(small_world, evaluate=True, zs_type=zs_type) if f not in drop]
+        args = parse_host_flags([*line, *flags])
+        args.clip_model_name, args.human_idx = "ViT-B/16", 0
+        factory = host_modules.utils.DataFactory
+        testset = factory("hicodet", "test2015", args.data_root, args.clip_model_name)
+        torch.manual_seed(args.seed)
+        model = host_modules.upt.build_detector(
+            args, testset.dataset.object_to_verb, testset.dataset.object_n_verb_to_interaction, args.clip_dir_vit
+        ).eval()
+        # a fresh mem_adapter is the identity, which would hide a mistake
+        if hasattr(model, "mem_adapter"):
+            torch.nn.init.normal_(model.mem_adapter.up_proj_mem.weight, std=0.05)
+        images, targets = map(list, zip(*(testset[i] for i in range(len(testset))), strict=True))
+        return SimpleNamespace(model=model, args=args, images=images, targets=targets, dataset=testset)
+
+    return make

@@ -1,0 +1,160 @@
+"""The feature store: what goes in comes out, whatever happens in between."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
+from ezhoi_diffusion.features.statistics import ModalityStatistics
+from ezhoi_diffusion.features.store import (
+    FeatureStore,
+    FeatureStoreError,
+    FeatureWriter,
+    finish_store,
+    write_host_tensors,
+)
+
+D, CLASSES = 16, 5
+META = {"split": "train", "fingerprint": {"dim": D}}
+
+
+def image(index, pairs):
+    generator = torch.Generator().manual_seed(index)
+    boxes = torch.rand(pairs + 1, 4, generator=generator)
+    pairing = torch.stack([torch.zeros(pairs, dtype=torch.long), torch.arange(1, pairs + 1)])
+    return FeatureBatch(
+        index=index,
+        pairs=Pairs(f"{index}.jpg", 0, torch.tensor([224, 224]), boxes, boxes[:, 0], torch.arange(pairs + 1), pairing),
+        adapter_feat=torch.randn(pairs, D, generator=generator),
+        text=None,
+        labels=torch.rand(pairs, CLASSES, generator=generator) > 0.5,
+        gt_boxes=torch.rand(2, 3, 4, generator=generator),
+        gt_hoi=torch.tensor([1, 2, 3]),
+    )
+
+
+IMAGES = [image(i, pairs) for i, pairs in enumerate([3, 0, 5, 2, 0, 4])]
+
+
+def write(folder, images=IMAGES, **kwargs):
+    writer = FeatureWriter(folder, META, **kwargs)
+    for batch in images:
+        writer.add(batch)
+    writer.flush()
+    write_host_tensors(folder, {"text": torch.randn(7, D), "context/ctx.0": torch.ones(2)})
+    return finish_store(folder)
+
+
+def test_round_trip(tmp_path):
+    store = write(tmp_path / "f", rows_per_shard=4)
+    assert len(store.index["shards"]) > 1
+    assert len(store) == 14
+    assert torch.equal(store.adapter_feat(), torch.cat([b.adapter_feat for b in IMAGES]))
+    assert torch.equal(store.rows("labels"), torch.cat([b.labels for b in IMAGES]))
+    assert torch.equal(store.rows("pairing"), torch.cat([b.pairs.pairing.T for b in IMAGES]).int())
+    assert store.image_index().tolist() == [0] * 3 + [2] * 5 + [3] * 2 + [5] * 4
+    assert [(i["name"], i["rows"]) for i in store.images][1] == ("1.jpg", 0)
+    assert store.context.keys() == {"ctx.0"}
+
+
+def test_statistics_are_means_of_unit_rows(tmp_path):
+    store = write(tmp_path / "f", rows_per_shard=4)
+    unit = torch.nn.functional.normalize(store.adapter_feat(), dim=-1)
+    statistics = store.statistics()
+    assert torch.allclose(statistics.visual_mean, unit.mean(0), atol=1e-6)
+    # the norm of the mean is the root of the mean pairwise cosine
+    assert float(statistics.visual_mean.norm() ** 2) == pytest.approx(float((unit @ unit.T).mean()), abs=1e-6)
+    again = ModalityStatistics.from_tensors(statistics.tensors())
+    assert torch.equal(again.text_mean, statistics.text_mean)
+    assert again.visual_rows == 14
+
+
+def test_an_interrupted_capture_goes_on_and_gives_the_same_rows(tmp_path):
+    whole = write(tmp_path / "whole", rows_per_shard=4)
+    writer = FeatureWriter(tmp_path / "cut", META, rows_per_shard=4)
+    for batch in IMAGES[:4]:
+        writer.add(batch)
+    assert not (tmp_path / "cut" / "index.json").exists()  # killed here: image 3 was not yet written
+    with pytest.raises(FeatureStoreError, match="is unfinished: give the capture command again"):
+        FeatureStore(tmp_path / "cut")
+    assert FeatureWriter(tmp_path / "cut", META).next_index == 3
+    again = write(tmp_path / "cut", rows_per_shard=4)
+    assert torch.equal(again.adapter_feat(), whole.adapter_feat())
+    assert [i["name"] for i in again.images] == [i["name"] for i in whole.images]
+
+
+def test_a_shard_without_its_entry_does_not_count(tmp_path):
+    writer = FeatureWriter(tmp_path, META, rows_per_shard=1)
+    writer.add(IMAGES[0])
+    (tmp_path / "shard-000-00000.json").unlink()  # killed between the two files
+    assert FeatureWriter(tmp_path, META).next_index == 0
+    assert torch.equal(write(tmp_path).adapter_feat(), torch.cat([b.adapter_feat for b in IMAGES]))
+
+
+def test_processes_merge_in_the_order_of_the_split(tmp_path):
+    for rank, part in enumerate((IMAGES[:3], IMAGES[3:])):
+        writer = FeatureWriter(tmp_path, META, rank=rank, rows_per_shard=4)
+        for batch in part:
+            writer.add(batch)
+        writer.flush()
+    write_host_tensors(tmp_path, {"text": torch.randn(7, D)})
+    assert torch.equal(finish_store(tmp_path).adapter_feat(), torch.cat([b.adapter_feat for b in IMAGES]))
+
+
+def test_other_captures_are_left_alone(tmp_path):
+    write(tmp_path / "done")
+    before = sorted((p.name, p.read_bytes()) for p in (tmp_path / "done").iterdir())
+    with pytest.raises(FeatureStoreError, match="holds a finished capture already"):
+        FeatureWriter(tmp_path / "done", META)
+    FeatureWriter(tmp_path / "part", META)
+    with pytest.raises(
+        FeatureStoreError, match=r"unfinished capture of something else \(split: there 'train', now 'test'\)"
+    ):
+        FeatureWriter(tmp_path / "part", {**META, "split": "test"})
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(FeatureStoreError, match="is not empty and holds no capture"):
+        FeatureWriter(tmp_path / "mine", META)
+    assert sorted((p.name, p.read_bytes()) for p in (tmp_path / "done").iterdir()) == before
+
+
+def test_not_finite_features_are_refused(tmp_path):
+    bad = image(0, 2)
+    bad.adapter_feat[1, 3] = float("nan")
+    with pytest.raises(FeatureStoreError, match=r"image 0\.jpg gave features that are not finite"):
+        FeatureWriter(tmp_path, META).add(bad)
+
+
+def damage(path, how):
+    data = path.read_bytes()
+    path.write_bytes({"cut": data[:-9], "flip": data[:-9] + bytes([data[-9] ^ 1]) + data[-8:], "empty": b""}[how])
+
+
+@pytest.mark.parametrize("how", ["cut", "flip", "empty"])
+def test_damaged_shards_are_never_read(tmp_path, how):
+    write(tmp_path)
+    damage(tmp_path / "shard-000-00000.safetensors", how)
+    with pytest.raises(FeatureStoreError, match=r"shard-000-00000\.safetensors"):
+        FeatureStore(tmp_path).adapter_feat()
+
+
+@pytest.mark.parametrize("name", ["index.json", "meta.json", "host.safetensors"])
+@pytest.mark.parametrize("how", ["cut", "empty"])
+def test_damaged_files_are_one_typed_error(tmp_path, name, how):
+    write(tmp_path)
+    damage(tmp_path / name, how)
+    with pytest.raises(FeatureStoreError, match=name):
+        FeatureStore(tmp_path)
+
+
+def test_a_store_of_another_version_is_refused(tmp_path):
+    write(tmp_path)
+    index = json.loads((tmp_path / "index.json").read_text())
+    (tmp_path / "index.json").write_text(json.dumps({**index, "schema": 99}))
+    with pytest.raises(FeatureStoreError, match="schema 99, this version reads 1"):
+        FeatureStore(tmp_path)
+    with pytest.raises(FeatureStoreError, match="holds no captured features: make them with"):
+        FeatureStore(tmp_path / "nowhere")

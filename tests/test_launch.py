@@ -1,0 +1,292 @@
+"""The unmodified script through the launcher: capture, training, injection, comparison, two processes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import HOST, HOSTDUMP, host_flags, launch, run_host
+from safetensors.torch import load_file
+
+from ezhoi_diffusion.cli import main
+from ezhoi_diffusion.features.store import FeatureStore
+from ezhoi_diffusion.host.launch import LaunchError, _imported_modules
+
+
+def dump(out: Path, how: str, *flags: str):
+    done = run_host(str(HOSTDUMP), str(out), how, "main_tip_finetune.py", *flags)
+    return done, load_file(out) if out.exists() else {}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="session")
+def evaluated(small_world, tmp_path_factory):
+    """What the bare script computes and prints, without this package."""
+    done, tensors = dump(
+        tmp_path_factory.mktemp("bare") / "bare.safetensors", "bare", *host_flags(small_world, evaluate=True)
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, tensors
+
+
+@pytest.fixture(scope="session")
+def captured(small_world, tmp_path_factory):
+    """The train split's features, and what the host computed while they were captured."""
+    folder = tmp_path_factory.mktemp("captured")
+    flags = [*host_flags(small_world, evaluate=False), "--plugin", "capture", "--capture", str(folder / "features")]
+    done, tensors = dump(folder / "seen.safetensors", "launched", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "Epoch" not in done.stdout, "the run must end without training"
+    assert "mAP" not in done.stdout, "the run must end without evaluating"
+    return FeatureStore(folder / "features"), tensors
+
+
+@pytest.fixture(scope="session")
+def bridge(captured, tmp_path_factory):
+    out = tmp_path_factory.mktemp("bridge") / "bridge"
+    assert main(["train", str(captured[0].folder), "--out", str(out), "--train-steps", "60"]) == 0
+    return out
+
+
+def mean_ap(text: str) -> list[str]:
+    return re.findall(r"\d+\.\d\d", text[text.index("The mAP is") :])
+
+
+def rows_of(table: str) -> dict[str, list[str]]:
+    lines = [re.split(r"\s{2,}", line.strip()) for line in table.splitlines()]
+    return {line[0]: line[1:] for line in lines if len(line) == 7}
+
+
+# -- attached, and nothing enabled -----------------------------------------------------------------------------
+
+
+def test_a_launched_run_is_the_bare_run(small_world, evaluated, tmp_path):
+    printed, bare = evaluated
+    done, tensors = dump(tmp_path / "x.safetensors", "launched", *host_flags(small_world, evaluate=True))
+    assert done.returncode == 0, done.stderr
+    assert same(bare, tensors), "logits, detections and context vectors must be bit-identical"
+    assert mean_ap(done.stdout) == mean_ap(printed)
+    assert any(key.startswith("context.") for key in bare)
+
+
+def test_the_host_lists_our_flags_beside_its_own():
+    done = launch("--help")
+    assert done.returncode == 0, done.stderr
+    for flag in ("--img_align", "--plugin", "--compare", "--capture DIR", "plugin capture"):
+        assert flag in done.stdout
+
+
+def test_training_gets_past_the_file_names(small_world, tmp_path):
+    flags = [*host_flags(small_world, evaluate=False), "--epochs", "1", "--output-dir", str(tmp_path)]
+    bare = run_host("main_tip_finetune.py", *flags)
+    assert "Unsupported type of data" in bare.stderr
+    done = launch(*flags)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("ckpt_*.pt"))) == 1
+
+
+# -- capture ---------------------------------------------------------------------------------------------------
+
+
+def test_captured_rows_are_the_host_s_own(captured):
+    store, seen = captured
+    feats = [seen[f"{i}.feat"] for i in range(sum(key.endswith(".feat") for key in seen))]
+    assert torch.equal(store.adapter_feat(), torch.cat(feats))
+    assert len(store) == sum(len(feat) for feat in feats)
+    logits = [seen[f"{i}.logits"] for i in range(len(feats))]
+    x, host = store.adapter_feat(), store.host
+    rebuilt = (x @ host["text"].T) @ host["label"] / host["sample_lens"] / 2 * host["logit_scale"]
+    assert torch.allclose(rebuilt, torch.cat(logits), atol=1e-5)
+    assert any(image["rows"] == 0 for image in store.images), "the world must have images without pairs"
+
+
+def test_capture_is_a_pass_in_eval_mode_over_the_train_split(captured, small_world):
+    store, _ = captured
+    annotated = json.loads((small_world / "data" / "instances_train2015.json").read_text())
+    assert store.split == "train"
+    assert {image["name"] for image in store.images} <= set(annotated["filenames"])
+    unseen = set(store.host["classes/unseen"].tolist())
+    assert unseen
+    assert not unseen & set(store.rows("gt_hoi").tolist()), "labels of unseen classes must not be stored for training"
+    assert store.rows("labels").any()
+    assert store.fingerprint["zs_type"] == "unseen_verb"
+    assert len(store.context) > 0
+
+
+def test_capture_without_augmentation_is_repeatable_and_resumable(small_world, captured, tmp_path):
+    flags = [*host_flags(small_world, evaluate=True), "--capture-split", "train", "--plugin", "capture"]
+    done = launch(*flags, "--capture", str(tmp_path / "again"))
+    assert done.returncode == 0, done.stderr
+    again = FeatureStore(tmp_path / "again")
+    assert torch.equal(again.adapter_feat(), captured[0].adapter_feat())
+    assert again.fingerprint == captured[0].fingerprint
+    refused = launch(*flags, "--capture", str(tmp_path / "again"))
+    assert refused.returncode == 2
+    assert "holds a finished capture already" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_max_images_and_the_test_split(small_world, tmp_path):
+    flags = ["--plugin", "capture", "--capture", str(tmp_path / "f"), "--max-images", "5"]
+    done = launch(*host_flags(small_world, evaluate=True), *flags)
+    assert done.returncode == 0, done.stderr
+    store = FeatureStore(tmp_path / "f")
+    assert (store.split, len(store.images)) == ("test", 5)
+    assert "test2015" in store.images[0]["name"]
+    assert main(["train", str(store.folder), "--out", str(tmp_path / "b")]) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_capture_what_one_does(small_world, captured, tmp_path):
+    flags = [*host_flags(small_world, evaluate=False), "--plugin", "capture", "--capture", str(tmp_path / "f")]
+    done = launch(*flags, "--world-size", "2")
+    assert done.returncode == 0, done.stderr
+    store = FeatureStore(tmp_path / "f")
+    assert {shard["file"][:9] for shard in store.index["shards"]} == {"shard-000", "shard-001"}
+    assert [image["name"] for image in store.images] == [image["name"] for image in captured[0].images]
+    assert torch.allclose(store.adapter_feat(), captured[0].adapter_feat(), atol=1e-5)
+    assert store.fingerprint == captured[0].fingerprint
+    out = tmp_path / "bridge"
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "ezhoi_diffusion", "train"]
+    trained = run_host(*torchrun, str(store.folder), "--out", str(out), "--train-steps", "20")
+    assert trained.returncode == 0, trained.stderr
+    compared = launch(
+        *host_flags(small_world, evaluate=True),
+        "--bridge",
+        str(out),
+        "--compare",
+        "none,diffusion",
+        "--world-size",
+        "2",
+    )
+    assert compared.returncode == 0, compared.stderr
+    assert compared.stdout.count("diffusion - none") == 1, "rank 0 alone reports"
+
+
+def test_the_wrong_split_s_clip_features_are_refused(small_world, tmp_path):
+    flags = host_flags(small_world, evaluate=False)
+    flags[flags.index("--clip_img_file") + 1] = str(tmp_path)
+    done = launch(*flags, "--plugin", "capture", "--capture", str(tmp_path / "f"))
+    assert done.returncode == 2
+    assert "no folder has the CLIP image features of all train images" in done.stderr
+
+
+# -- injection and comparison ----------------------------------------------------------------------------------
+
+
+def test_compare_scores_all_variants_on_the_same_pairs(small_world, evaluated, bridge, tmp_path):
+    printed, bare = evaluated
+    flags = ["--bridge", str(bridge), "--compare", "none,identity,mean_shift,diffusion", "--report", str(tmp_path)]
+    done, tensors = dump(tmp_path / "x.safetensors", "launched", *host_flags(small_world, evaluate=True), *flags)
+    assert done.returncode == 0, done.stderr
+    full, rare, non_rare, _, unseen, seen = mean_ap(printed)
+    rows = rows_of(done.stdout)
+    assert rows["none"][:5] == [full, unseen, seen, rare, non_rare]
+    assert rows["identity"][:5] == rows["none"][:5]
+    assert mean_ap(done.stdout) == mean_ap(printed), "the host prints what it would print alone"
+    report = json.loads((tmp_path / "comparison.json").read_text())
+    assert report["difference"]["identity"]["full"] == 0
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    # every fourth scoring is the bare one, and the identity's follows it
+    images = sum(key.endswith(".scores") for key in bare)
+    for i in range(images):
+        assert torch.equal(tensors[f"{4 * i}.logits"], bare[f"{i}.logits"])
+        assert torch.equal(tensors[f"{4 * i + 1}.logits"], bare[f"{i}.logits"])
+        assert not torch.equal(tensors[f"{4 * i + 3}.logits"], bare[f"{i}.logits"])
+
+
+def test_an_injected_run_gives_what_the_comparison_says(small_world, evaluated, bridge, tmp_path):
+    table = launch(*host_flags(small_world, evaluate=True), "--bridge", str(bridge), "--compare", "diffusion").stdout
+    done, tensors = dump(
+        tmp_path / "x.safetensors", "launched", *host_flags(small_world, evaluate=True), "--plugin", "diffusion", "--bridge", str(bridge)
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not same(evaluated[1], tensors)
+    full, rare, non_rare, _, unseen, seen = mean_ap(done.stdout)
+    assert rows_of(table)["diffusion"][:5] == [full, unseen, seen, rare, non_rare]
+
+
+def test_a_bridge_of_another_host_is_refused_unless_forced(small_world, bridge):
+    flags = [*host_flags(small_world, evaluate=True), "--bridge", str(bridge), "--compare", "diffusion"]
+    other = launch(*flags, "--zs_type", "rare_first")
+    assert other.returncode == 2
+    assert "zs_type is 'rare_first' here, 'unseen_verb' there" in other.stderr
+    forced = launch(*flags, "--zs_type", "rare_first", "--force-bridge")
+    assert forced.returncode == 0, forced.stderr
+    assert "FORCED: bridge 'diffusion' was made for another host" in forced.stdout
+
+
+def test_other_context_vectors_are_told_apart_and_can_be_restored(small_world, evaluated, bridge):
+    # the checkpoint makes the weights equal, as in a real run; the seed then changes the context vectors alone
+    flags = [*host_flags(small_world, evaluate=True), "--bridge", str(bridge), "--compare", "identity,diffusion"]
+    refused = launch(*flags, "--seed", "1")
+    assert refused.returncode == 2
+    assert "context is" in refused.stderr
+    restored = launch(*flags, "--seed", "1", "--restore-context", "--force-bridge")
+    assert restored.returncode == 0, restored.stderr
+    assert "context is" not in restored.stdout
+
+
+# -- errors ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--plugin", "difusion"], "no plugin 'difusion'; did you mean 'diffusion'?"),
+        (["--plugin", "capture"], "needs --capture DIR"),
+        (["--capture", "x"], "--capture belongs to plugin 'capture', which is not enabled: add --plugin capture"),
+        (["--bridge", "x"], "nothing uses it: add --plugin diffusion"),
+        (["--plugin", "diffusion"], "needs --bridge DIR"),
+        (["--compare", "none"], "--compare needs a bridge beside `none`"),
+        (["--compare", "none,unheard"], "there is no bridge 'unheard'"),
+        (["--max-images", "3"], "no enabled plugin makes one"),
+        (["--report", "x"], "so it needs --compare"),
+        (["--plugin", "diffusion", "--bridge", "nowhere"], "nowhere"),
+    ],
+)
+def test_flags_that_cannot_work_are_one_line(small_world, flags, message):
+    done = launch(*host_flags(small_world, evaluate=True), *flags)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_injection_in_a_training_run_is_refused(small_world, bridge):
+    done = launch(*host_flags(small_world, evaluate=False), "--plugin", "diffusion", "--bridge", str(bridge))
+    assert done.returncode == 2
+    assert "this run would train: add --eval" in done.stderr
+
+
+def test_scripts_that_are_not_the_host_s(tmp_path):
+    (tmp_path / "other.py").write_text("print(1)\n")
+    (tmp_path / "broken.py").write_text("def (\n")
+    (tmp_path / "elsewhere.py").write_text("from nowhere_at_all import build_detector\n")
+    for name, message in (
+        ("other.py", "does not import build_detector"),
+        ("broken.py", "is no Python script"),
+        ("missing.py", "run this from the EZ-HOI folder"),
+    ):
+        with pytest.raises(LaunchError, match=message):
+            _imported_modules(tmp_path / name)
+    done = run_host("-m", "ezhoi_diffusion", "run", str(tmp_path / "elsewhere.py"))
+    assert done.returncode == 2
+    assert "imports nowhere_at_all, and that failed" in done.stderr
+    assert _imported_modules(HOST / "main_tip_finetune.py").keys() == {"build_detector", "CustomisedDLE"}
+
+
+def test_a_debugger_of_the_host_ends_the_run(tmp_path):
+    (tmp_path / "factory.py").write_text("def build_detector(): pass\n")
+    script = tmp_path / "stops.py"
+    script.write_text("from factory import build_detector\nimport pdb\npdb.set_trace()\nprint('went on')\n")
+    done = run_host("-m", "ezhoi_diffusion", "run", str(script), timeout=60)
+    assert done.returncode == 2
+    assert "stopped in its debugger" in done.stderr
+    assert "stops.py:" in done.stderr
+    assert "went on" not in done.stdout

@@ -1,0 +1,236 @@
+"""Discovery, checks and the three call modes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from ezhoi_diffusion import hookimpl, hookspecs, plugins
+from ezhoi_diffusion.plugins import PluginError, PluginHost
+
+
+def accept(before, after):
+    return None if isinstance(after, int) else f"returned {type(after).__name__}"
+
+
+class Adds:
+    def __init__(self, amount):
+        self.amount = amount
+        self.seen = []
+
+    @hookimpl
+    def post_adapter_feat(self, adapter_feat):
+        self.seen.append(adapter_feat)
+        return adapter_feat + self.amount
+
+    @hookimpl
+    def on_attach(self, host):
+        self.seen.append(host)
+
+
+class Fails:
+    @hookimpl
+    def post_adapter_feat(self, adapter_feat, context):
+        raise RuntimeError("no luck")
+
+    @hookimpl
+    def on_detach(self, host):
+        raise RuntimeError("cannot close")
+
+
+@pytest.fixture
+def host():
+    return PluginHost(discover=False)
+
+
+def test_fold_chains_in_the_order_of_enabling(host):
+    host.register(Adds(1), "one")
+    doubles = types.SimpleNamespace()
+    doubles.post_adapter_feat = hookimpl(lambda adapter_feat: adapter_feat * 2)
+    host.register(doubles, "doubles")
+    host.enable(["one", "doubles"])
+    assert host.fold("post_adapter_feat", 3, accept, context=None) == 8
+    host.enable(["doubles", "one"])
+    assert host.fold("post_adapter_feat", 3, accept, context=None) == 7
+    assert host.fold("post_adapter_feat", 3, accept, context=None, only="one") == 4
+
+
+def test_what_is_not_enabled_takes_no_part(host):
+    plugin = Adds(1)
+    host.register(plugin, "one")
+    assert host.fold("post_adapter_feat", 3, accept, context=None) == 3
+    host.notify("on_attach", host="run")
+    assert plugin.seen == []
+
+
+def test_fold_leaves_the_value_where_a_plugin_returns_none(host):
+    host.register(types.SimpleNamespace(post_adapter_feat=hookimpl(lambda: None)), "silent")
+    host.enable(["silent"])
+    assert host.fold("post_adapter_feat", 3, accept, context=None) == 3
+
+
+def test_fold_names_the_plugin_that_raises_or_breaks_the_rules(host):
+    host.register(Fails(), "fails")
+    host.enable(["fails"])
+    with pytest.raises(PluginError, match=r"plugin 'fails'.*post_adapter_feat.*RuntimeError: no luck"):
+        host.fold("post_adapter_feat", 3, accept, context=None)
+    host.register(types.SimpleNamespace(post_adapter_feat=hookimpl(lambda: "text")), "wrong")
+    host.enable(["wrong"])
+    with pytest.raises(PluginError, match=r"plugin 'wrong'.*returned str"):
+        host.fold("post_adapter_feat", 3, accept, context=None)
+
+
+def test_disabling_errors_lets_the_value_through_once_logged_and_degraded(host, caplog):
+    host.register(Fails(), "fails")
+    host.register(Adds(1), "one")
+    host.enable(["fails", "one"], raise_errors=False)
+    assert [host.fold("post_adapter_feat", 3, accept, context=None) for _ in range(3)] == [4, 4, 4]
+    assert list(host.degraded) == ["fails"]
+    assert sum("DEGRADED" in record.message for record in caplog.records) == 1
+
+
+def test_notify_raises_but_notify_all_reaches_everyone_first(host):
+    late = Adds(0)
+    late.on_detach = hookimpl(lambda host: late.seen.append("detached"))
+    host.register(Fails(), "fails")
+    host.register(late, "late")
+    host.enable(["fails", "late"])
+    with pytest.raises(PluginError, match="cannot close"):
+        host.notify_all("on_detach", host=None)
+    assert late.seen == ["detached"]
+
+
+def test_first_takes_the_first_answer(host):
+    for name, answer in (("quiet", None), ("here", "found"), ("never", 1 / 3)):
+        host.register(types.SimpleNamespace(locate_adapter_feat=hookimpl(lambda model, answer=answer: answer)), name)
+    assert host.first("locate_adapter_feat", model=None) is None
+    host.enable(["never", "here"])
+    assert host.first("locate_adapter_feat", model=None) == 1 / 3
+    host.enable(["quiet", "here", "never"])
+    assert host.first("locate_adapter_feat", model=None) == "found"
+
+
+@pytest.mark.parametrize(
+    ("plugin", "message"),
+    [
+        (Adds, r"is the class Adds, not an instance: forgot the \(\)\?"),
+        (
+            types.SimpleNamespace(post_adaptor_feat=hookimpl(lambda: 0)),
+            r"no hook post_adaptor_feat; did you mean post_adapter_feat\?",
+        ),
+        (types.SimpleNamespace(on_attach=hookimpl(lambda hst: 0)), "on_attach asks for hst; the hook offers host"),
+        (types.SimpleNamespace(on_attach=lambda host: 0), "has a hook's name but no @hookimpl"),
+        (types.SimpleNamespace(helper=1), "has no hook"),
+        (types.SimpleNamespace(on_attach=hookimpl(tryfirst=True)(lambda host: 0)), "tryfirst, which is not supported"),
+    ],
+    ids=["class", "misspelt", "signature", "unmarked", "empty", "order"],
+)
+def test_a_wrong_plugin_is_a_clear_error(host, plugin, message):
+    with pytest.raises(PluginError, match=message):
+        host.register(plugin, "third")
+    assert "third" not in host.found
+    assert host.implementing("on_attach") == []
+
+
+def test_unknown_and_taken_names(host):
+    host.register(Adds(1), "centre")
+    with pytest.raises(PluginError, match=r"no plugin 'center'; did you mean 'centre'\?"):
+        host.enable(["center"])
+    with pytest.raises(PluginError, match="'centre' is taken"):
+        host.register(Adds(2), "centre")
+
+
+# -- discovery ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """Three third-party distributions: one good, one that fails at import, one that is no plugin."""
+    modules = {
+        "good_bridge": "from ezhoi_diffusion import hookimpl\n@hookimpl\ndef on_attach(host): pass\n",
+        "bad_bridge": "import sys; sys.modules['bad_was_imported'] = sys; raise ValueError('broken at import')\n",
+        "odd_bridge": "from ezhoi_diffusion import hookimpl\n@hookimpl\ndef on_atach(host): pass\n",
+    }
+    for name, source in modules.items():
+        (tmp_path / f"{name}.py").write_text(source)
+        info = tmp_path / f"{name}-1.2.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n")
+        (info / "entry_points.txt").write_text(f"[ezhoi_diffusion]\n{name.split('_')[0]} = {name}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in (*modules, "bad_was_imported"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return tmp_path
+
+
+def test_a_broken_plugin_is_reported_and_stops_nobody(installed, caplog):
+    found = PluginHost().found
+    assert (found["good"].status, found["good"].version, found["good"].source) == ("loaded", "1.2", "good_bridge")
+    assert found["good"].hooks == ["on_attach"]
+    assert found["bad"].status == "broken"
+    assert "broken at import" in found["bad"].reason
+    assert "did you mean on_attach?" in found["odd"].reason
+    assert found["diffusion"].status == "loaded"
+    assert any("plugin 'bad' 1.2 (bad_bridge)" in record.message for record in caplog.records)
+    with pytest.raises(PluginError, match=r"plugin 'bad' 1\.2 \(bad_bridge\) cannot be enabled, it is broken"):
+        PluginHost().enable(["bad"])
+
+
+def test_blocked_means_never_imported(installed):
+    found = PluginHost(["bad"]).found
+    assert found["bad"].status == "blocked"
+    assert "bad_was_imported" not in sys.modules
+    PluginHost()
+    assert "bad_was_imported" in sys.modules
+
+
+def test_environment_variables(installed, monkeypatch):
+    monkeypatch.setenv("EZHOI_DIFFUSION_DISABLE", "*")
+    found = PluginHost().found
+    assert {found[name].status for name in ("good", "bad", "odd")} == {"blocked"}
+    assert found["diffusion"].status == "loaded"
+    monkeypatch.setenv("EZHOI_DIFFUSION_DISABLE", "diffusion")
+    monkeypatch.setenv("EZHOI_DIFFUSION_ALLOW", "good")
+    found = PluginHost().found
+    assert [found[n].status for n in ("good", "bad", "diffusion")] == ["loaded", "blocked", "blocked"]
+    monkeypatch.delenv("EZHOI_DIFFUSION_ALLOW")
+    monkeypatch.setenv("EZHOI_DIFFUSION_STRICT", "1")
+    with pytest.raises(PluginError, match="'bad'"):
+        PluginHost()
+
+
+def test_two_distributions_with_one_name_are_told_apart(installed, mocker):
+    taken = EntryPoint("diffusion", "good_bridge", "ezhoi_diffusion")
+    mocker.patch.object(plugins, "entry_points", return_value=[taken])
+    host = PluginHost()
+    assert host.found["diffusion"].source == "built in"
+    assert host.found["diffusion"].status == "loaded"
+
+
+def test_the_command_lists_them(installed):
+    out = subprocess.run(
+        [sys.executable, "-m", "ezhoi_diffusion", "plugins", "--json"],
+        env={"PYTHONPATH": str(installed), "PATH": ""}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    listed = {entry["name"]: entry for entry in json.loads(out.stdout)}
+    assert listed["capture"]["hooks"] == ["register_options", "on_attach", "on_detach", "on_train_batch"]
+    assert listed["bad"]["status"] == "broken"
+    assert "the run goes on without it" in out.stderr
+
+
+# -- documentation -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", hookspecs.HOOKS)
+def test_every_hook_says_all_that_an_author_needs(name):
+    hook = hookspecs.HOOKS[name]
+    text = hook.__doc__
+    for part in ("Since: ", "Mode: ", "When: ", "Return: ", "Errors: "):
+        assert part in text, f"{name} does not say {part}"
+    for argument in hook.__code__.co_varnames[: hook.__code__.co_argcount]:
+        assert f"    {argument}: " in text, f"{name} does not document {argument}"

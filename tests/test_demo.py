@@ -34,7 +34,10 @@ def test_the_demo_walks_all_the_way(tmp_path):
     assert f"{bare['full']:.2f}" in done.stdout
     assert "One seed of a toy says nothing about HICO-DET" in done.stdout
     again = subprocess.run(
-        [sys.executable, "-m", "ezhoi_diffusion", "demo", "--out", str(out)], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "ezhoi_diffusion", "demo", "--out", str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert again.returncode == 2
     assert "is not empty" in again.stderr
@@ -43,8 +46,16 @@ def test_the_demo_walks_all_the_way(tmp_path):
 @pytest.mark.parametrize(
     ("change", "controls", "words"),
     [
-        (1.5, {"identity": 0.0, "mean_shift": -3.0}, "raised full mAP by 1.50 points, more than the best control (identity"),
-        (1.5, {"identity": 0.0, "mean_shift": 2.0}, "raised full mAP by 1.50 points, no more than the best control (mean_shift"),
+        (
+            1.5,
+            {"identity": 0.0, "mean_shift": -3.0},
+            "raised full mAP by 1.50 points, more than the best control (identity",
+        ),
+        (
+            1.5,
+            {"identity": 0.0, "mean_shift": 2.0},
+            "raised full mAP by 1.50 points, no more than the best control (mean_shift",
+        ),
         (-4.0, {"identity": 0.0}, "lowered full mAP by 4.00 points, no more than"),
     ],
 )

@@ -43,7 +43,9 @@ def plugin(request):
 def pairs():
     boxes = torch.tensor([[0.0, 0, 5, 5], [5, 5, 9, 9], [1, 1, 4, 4]])
     pairing = torch.tensor([[0, 0], [1, 2]])
-    return Pairs("a.jpg", 0, torch.tensor([10, 10]), boxes, torch.tensor([0.9, 0.8, 0.2]), torch.tensor([0, 3, 4]), pairing)
+    return Pairs(
+        "a.jpg", 0, torch.tensor([10, 10]), boxes, torch.tensor([0.9, 0.8, 0.2]), torch.tensor([0, 3, 4]), pairing
+    )
 
 
 def test_every_hook_is_in_the_guide_and_nothing_else_is():
@@ -75,7 +77,9 @@ def test_register_denoisers(plugin):
 @pytest.mark.parametrize("plugin", ["register_samplers"], indirect=True)
 def test_register_samplers(plugin):
     sample = components(plugin).samplers["one_step"]
-    assert sample(lambda x, t: x * t, torch.ones(1, 2), schedule=None, steps=1, start_step=5, scale=5.0).tolist() == [[4, 4]]
+    assert sample(lambda x, t: x * t, torch.ones(1, 2), schedule=None, steps=1, start_step=5, scale=5.0).tolist() == [
+        [4, 4]
+    ]
 
 
 @pytest.mark.parametrize("plugin", ["locate_adapter_feat"], indirect=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,9 +85,10 @@ def run(args: argparse.Namespace) -> int:
 
     store = FeatureStore(args.features)
     out = train(training_data(store), config, args.out, registry=components(PluginHost()), resume=args.resume)
-    facts = json.loads((out / "training.json").read_text())
-    plot_training(facts["history"], facts["isotropic_val_loss"], out / "training.png")
-    print(f"bridge: {out} (lowest validation loss: {out / 'best'}); curve: {out / 'training.png'}", flush=True)
+    if int(os.environ.get("RANK", "0")) == 0:
+        facts = json.loads((out / "training.json").read_text())
+        plot_training(facts["history"], facts["isotropic_val_loss"], out / "training.png")
+        print(f"bridge: {out} (lowest validation loss: {out / 'best'}); curve: {out / 'training.png'}", flush=True)
     return 0
 
 

@@ -156,7 +156,7 @@ class Attachment:
             self._replace_evaluation(functools.partial(self._compare, variants))
             return
         if injects:
-            if host.engine is not None and not (args.eval or args.cache):
+            if host.engine is not None and not (args.eval or getattr(args, "cache", False)):
                 raise EzhoiDiffusionError(
                     f"plugin '{injects[0]}' replaces adapter_feat at eval time, and this run would train: add --eval"
                 )

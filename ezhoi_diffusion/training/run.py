@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from contextlib import nullcontext
@@ -239,7 +240,15 @@ class Run:
 def accelerator_for(config: TrainConfig) -> accelerate.Accelerator:
     """Devices, processes and precision. Raises TrainingError where they do not fit the configuration."""
     AcceleratorState._reset_state()  # a process-wide singleton, which would keep an earlier call's precision
-    accelerator = accelerate.Accelerator(mixed_precision=config.mixed_precision)
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    # unless told that it is to use the CPU, accelerate overlooks the other processes of torchrun where there is no GPU
+    on_cpu = expected > 1 and not torch.cuda.is_available()
+    accelerator = accelerate.Accelerator(mixed_precision=config.mixed_precision, cpu=on_cpu)
+    if accelerator.num_processes != expected:
+        raise TrainingError(
+            f"this is one of {expected} processes, and accelerate found {accelerator.num_processes}: start them with "
+            f"torchrun or `accelerate launch`, on devices of one kind"
+        )
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise TrainingError("mixed_precision fp16 needs a GPU: use bf16 or no")
     if config.batch_size % accelerator.num_processes:

@@ -88,6 +88,13 @@ def run(args: argparse.Namespace) -> int:
     if int(os.environ.get("RANK", "0")) == 0:
         facts = json.loads((out / "training.json").read_text())
         plot_training(facts["history"], facts["isotropic_val_loss"], out / "training.png")
+        last, bar = facts["history"][-1]["val_loss"], facts["isotropic_val_loss"]
+        if last > bar:
+            print(
+                f"note: the validation loss {last:.4f} is above that of the closed-form isotropic estimate, {bar:.4f}: the "
+                f"network has learned its {config.recipe.trained_on} rows by heart. {out / 'best'} generalises better",
+                flush=True,
+            )
         print(f"bridge: {out} (lowest validation loss: {out / 'best'}); curve: {out / 'training.png'}", flush=True)
     return 0
 

@@ -42,8 +42,8 @@ def plot_comparison(comparison: Comparison, path: Path) -> None:
         axes.set_xticks(range(len(groups)), [f"{g}\n{len(comparison.groups[g])} classes" for g in groups])
         axes.set_title(title, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
     change.axhline(0, color="black", linewidth=0.8)
+    figure.legend(*absolute.get_legend_handles_labels(), loc="outside upper center", ncols=len(variants), frameon=False)
     _save(figure, path)
 
 
@@ -58,7 +58,8 @@ def plot_effect(before: Tensor, after: Tensor, text: Tensor, path: Path) -> None
         for value, name in zip(values, ("before", "after"), strict=True):
             axes.hist(value.tolist(), bins=40, alpha=0.6, label=name)
         axes.set_title(label, loc="left")
-        axes.legend(frameon=False)
+        axes.set_ylabel("pairs")
+    figure.legend(*cosine.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     pairs.scatter(near[0].tolist(), near[1].tolist(), s=4, alpha=0.4)
     pairs.axline((float(near[0].mean()),) * 2, slope=1, color="black", linewidth=0.8)
     pairs.set(xlabel="cosine before", ylabel="cosine after")

@@ -231,6 +231,8 @@ def resolve_variants(host: Host, names: str) -> dict[str, Inject]:
             path = folder or host.args.bridge
             bridge = bridges[name](Path(path) if path else None)
             host.accept(bridge, item)
+            if isinstance(bridge, nn.Module):
+                bridge.to(host.device)
             variants[item] = _checked(bridge, item)
         elif not folder and name in host.plugins.implementing("post_adapter_feat"):
             variants[item] = functools.partial(_folded, host.plugins, name)

@@ -127,7 +127,10 @@ def test_an_injection_that_never_happened_is_an_error(host, use):
 def test_a_plugin_that_breaks_the_rules_ends_the_run_or_degrades_it(host, use, capsys):
     use(p=SimpleNamespace(post_adapter_feat=hookimpl(lambda adapter_feat: adapter_feat[:-1])))
     host.args.plugin = ["p"]
-    with pytest.raises(PluginError, match=r"plugin 'p'.*post_adapter_feat: returned shape"), attach(host.model, host.args):
+    with (
+        pytest.raises(PluginError, match=r"plugin 'p'.*post_adapter_feat: returned shape"),
+        attach(host.model, host.args),
+    ):
         run(host)
     host.args.plugin_errors = "disable"
     bare = run(host)

@@ -21,8 +21,8 @@ from ezhoi_diffusion.diffusion.bridge import (
 from ezhoi_diffusion.diffusion.denoisers import denoisers
 from ezhoi_diffusion.diffusion.recipes import RECIPES
 from ezhoi_diffusion.diffusion.unet1d import DenoiserError
-from ezhoi_diffusion.durable import COMMITTED
 from ezhoi_diffusion.features.statistics import ModalityStatistics
+from ezhoi_diffusion.files import COMMITTED
 from ezhoi_diffusion.registry import RegistryError
 
 DIM = 64

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ezhoi_diffusion.diffusion.recipes import Recipe
 from ezhoi_diffusion.diffusion.schedule import OBJECTIVES, Objective, Schedule
-from ezhoi_diffusion.durable import current, replaced_files, sha256
 from ezhoi_diffusion.errors import EzhoiDiffusionError
-from ezhoi_diffusion.files import read_json, read_tensors, write_json, write_tensors
+from ezhoi_diffusion.files import current, read_json, read_tensors, replaced_files, sha256, write_json, write_tensors
 
 SCHEMA_VERSION = 1
 CONFIG = "config.json"

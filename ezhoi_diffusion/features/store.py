@@ -10,7 +10,6 @@ Rows are in the order of the split's images, whatever the number of processes th
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
 from ezhoi_diffusion.features.statistics import ModalityStatistics
-from ezhoi_diffusion.files import read_json, read_tensors, write_json, write_tensors
+from ezhoi_diffusion.files import read_json, read_tensors, sha256, write_json, write_tensors
 
 SCHEMA = 1
 ROWS_PER_SHARD = (
@@ -173,7 +172,7 @@ class FeatureStore:
         """The tensors of each shard in order; contents are checked against the index's SHA-256."""
         for shard in self.index["shards"]:
             path = self.folder / shard["file"]
-            if hashlib.sha256(path.read_bytes()).hexdigest() != shard["sha256"]:
+            if sha256(path) != shard["sha256"]:
                 raise FeatureStoreError(f"{path} was changed after it was captured; {AGAIN}")
             yield read_tensors(path, FeatureStoreError, AGAIN)
 

@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ezhoi_diffusion.durable import new_folder, sha256
-from ezhoi_diffusion.files import read_json, read_tensors, write_json, write_tensors
+from ezhoi_diffusion.files import new_folder, read_json, read_tensors, sha256, write_json, write_tensors
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
 
 KEEP = 2

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ezhoi_diffusion.diffusion.artifact import CONFIG
 from ezhoi_diffusion.diffusion.bridge import Components
-from ezhoi_diffusion.durable import current
+from ezhoi_diffusion.files import current
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
 from ezhoi_diffusion.training.data import TrainingData
 from ezhoi_diffusion.training.run import CHECKPOINTS, Run

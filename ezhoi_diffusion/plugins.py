@@ -181,8 +181,11 @@ class PluginHost:
         # pluggy would stop at the first exception without a name, so each call is ours, and wrapped once
         try:
             return impl.function(**{name: arguments[name] for name in impl.argnames})
+        except EzhoiDiffusionError as error:
+            raise PluginError(self._blame(impl.plugin_name, hook, str(error))) from error
         except Exception as error:
-            raise PluginError(self._blame(impl.plugin_name, hook, f"raised {type(error).__name__}: {error}")) from error
+            problem = f"raised {type(error).__name__}: {error}"
+            raise PluginError(self._blame(impl.plugin_name, hook, problem)) from error
 
     def _blame(self, name: str, hook: str, problem: str) -> str:
         return f"{self.found[name]} in {hook}: {problem}"

@@ -98,6 +98,8 @@ class Host:
         message = f"bridge '{name}' was made for another host: {listed}"
         if self.args.force_bridge:
             self.forced.append(message)
+            if self.rank == 0:
+                print(f"FORCED: {message}", flush=True)
             return
         if set(differences) == {"context"}:
             raise FingerprintError(

@@ -61,7 +61,7 @@ def read_json(path: Path, error: type[EzhoiDiffusionError], remedy: str) -> dict
     """A JSON object from disk. Raises `error` where the file is missing or is not one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise error(f"{path} cannot be read ({problem}); {remedy}") from problem
     if not isinstance(value, dict):
         raise error(f"{path} holds {type(value).__name__}, not a JSON object; {remedy}")

@@ -105,7 +105,7 @@ class PluginHost:
             if info.name in self.found:
                 raise PluginError(f"the name is taken by {self.found[info.name]}")
             self._register(info, load())
-        except Exception as error:  # a plugin may raise anything at import; the others must still load
+        except (Exception, SystemExit) as error:  # a plugin may raise anything at import; the others must still load
             info.status, info.reason = "broken", f"{type(error).__name__}: {error}"
             self.found.setdefault(info.name, info)
             message = f"{info} could not be loaded: {info.reason}"

@@ -11,8 +11,10 @@ from torch import nn
 from ezhoi_diffusion import EzhoiDiffusionError, attach, hookimpl
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge
 from ezhoi_diffusion.diffusion.recipes import RECIPES
+from ezhoi_diffusion.host.attach import FingerprintError, Host, resolve_variants
+from ezhoi_diffusion.host.comparison import _make_scorer
 from ezhoi_diffusion.host.fingerprint import context_vectors, fingerprint, restore_context
-from ezhoi_diffusion.host.taps import Tap, TapError
+from ezhoi_diffusion.host.taps import Tap, TapError, locate
 from ezhoi_diffusion.plugins import PluginError, PluginHost
 
 
@@ -162,6 +164,90 @@ def test_capture_needs_the_host_s_data_sets(host, use):
     host.args.plugin = ["p"]
     with pytest.raises(EzhoiDiffusionError, match=r"run main_tip_finetune\.py"):
         attach(host.model, host.args)
+
+
+def test_only_the_first_bridge_may_restore_its_context(host):
+    vectors = {name: vector.clone() for name, vector in context_vectors(host.model).items()}
+    stored = fingerprint(host.model, host.args).to_dict()
+    host.args.restore_context = True
+    run = Host(host.model, host.args, None, PluginHost(discover=False), locate(host.model))
+    own = SimpleNamespace(provenance={"fingerprint": stored}, context=vectors)
+    other = SimpleNamespace(
+        provenance={"fingerprint": {**stored, "context": "other"}}, context={n: v + 1 for n, v in vectors.items()}
+    )
+    run.accept(own, "own")
+    with pytest.raises(FingerprintError, match="context is"):
+        run.accept(other, "other")
+    assert all(torch.equal(v, vectors[n]) for n, v in context_vectors(host.model).items())
+
+
+@pytest.mark.parametrize("provenance", [{}, {"fingerprint": ["x"]}, "text"])
+def test_a_bridge_without_a_readable_fingerprint_is_refused(host, provenance):
+    run = Host(host.model, host.args, None, PluginHost(discover=False), locate(host.model))
+    with pytest.raises(FingerprintError, match="was made for another host"):
+        run.accept(SimpleNamespace(provenance=provenance), "odd")
+    run.accept(lambda x: x, "knows nothing of hosts")
+
+
+def test_a_bridge_that_fails_is_named(host, use):
+    def load(folder):
+        return lambda x: x / "0"
+
+    use(
+        breaks=SimpleNamespace(register_bridges=hookimpl(lambda register: register("breaks", lambda folder: 1 / 0))),
+        late=SimpleNamespace(register_bridges=hookimpl(lambda register: register("late", load))),
+    )
+    import ezhoi_diffusion.host.attach as module
+
+    run = Host(host.model, host.args, None, module.PluginHost(), locate(host.model))
+    with pytest.raises(EzhoiDiffusionError, match="bridge 'breaks' could not be loaded: ZeroDivisionError"):
+        resolve_variants(run, "breaks")
+    inject = resolve_variants(run, "late")["late"]
+    with pytest.raises(EzhoiDiffusionError, match="bridge 'late' raised TypeError"):
+        inject(torch.ones(2, 2), None)
+
+
+def test_mean_shift_needs_the_statistics_only(host, tmp_path):
+    """A bridge whose network comes from a plugin that is not installed still has means."""
+    from ezhoi_diffusion.builtin.mean_shift import load
+    from ezhoi_diffusion.features.statistics import ModalityStatistics
+
+    visual, text = torch.randn(50, 8) + 1, torch.randn(9, 8) - 1
+    statistics = ModalityStatistics.of([visual], text)
+    DiffusionBridge(BridgeConfig(8, RECIPES["blend"], "echo"), Echo(), statistics).save_pretrained(tmp_path)
+    shifted = load(tmp_path)(visual)
+    assert torch.allclose(shifted.norm(dim=-1), visual.norm(dim=-1), atol=1e-5)
+    after = ModalityStatistics.of([shifted], text)
+    assert after.gap < 0.5 * statistics.gap
+
+
+def test_the_host_s_own_meter_is_used_where_it_brings_one(mocker):
+    """pocket's interface, as the host calls it."""
+    made = []
+
+    class Meter:
+        def __init__(self, num_cls, num_gt, nproc, algorithm):
+            made.append((num_cls, num_gt, nproc, algorithm))
+            self.kept = []
+
+        def append(self, scores, classes, labels):
+            self.kept.append(scores)
+
+        def eval(self):
+            print("WARNING: noise")
+            return torch.tensor([float(len(self.kept))])
+
+    association = mocker.Mock(return_value=torch.ones(1))
+    pocket = SimpleNamespace(
+        utils=SimpleNamespace(DetectionAPMeter=Meter, BoxPairAssociation=lambda min_iou: association)
+    )
+    mocker.patch.dict("sys.modules", {"pocket": pocket})
+    scorer = _make_scorer([3], ("none", "other"))
+    assert made == [(1, [3], 1, "11P")] * 2
+    scorer.add("other", torch.ones(1), torch.zeros(1), torch.ones(1))
+    assert scorer.associate("gt", "detected", "scores").tolist() == [1]
+    assert association.call_args.args == ("gt", "detected", "scores")
+    assert {name: ap.tolist() for name, ap in scorer.compute().items()} == {"none": [0], "other": [1]}
 
 
 # -- fingerprint -----------------------------------------------------------------------------------------------

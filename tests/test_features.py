@@ -150,6 +150,28 @@ def test_damaged_files_are_one_typed_error(tmp_path, name, how):
         FeatureStore(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("index.json", {"shards": None}),
+        ("index.json", {"shards": [{}]}),
+        ("meta.json", {"split": None, "fingerprint": 3}),
+    ],
+)
+def test_files_that_say_something_else_are_one_typed_error(tmp_path, name, change):
+    write(tmp_path)
+    content = json.loads((tmp_path / name).read_text())
+    (tmp_path / name).write_text(json.dumps({**content, **change}))
+    with pytest.raises(FeatureStoreError, match="is damaged"):
+        FeatureStore(tmp_path)
+
+
+def test_a_capture_without_any_pair_is_an_error(tmp_path):
+    with pytest.raises(FeatureStoreError, match="no image had a human-object pair"):
+        write(tmp_path, [image(0, 0), image(1, 0)])
+    assert not (tmp_path / "index.json").exists()
+
+
 def test_a_store_of_another_version_is_refused(tmp_path):
     write(tmp_path)
     index = json.loads((tmp_path / "index.json").read_text())

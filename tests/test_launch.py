@@ -240,6 +240,42 @@ def test_other_context_vectors_are_told_apart_and_can_be_restored(small_world, e
     assert "context is" not in restored.stdout
 
 
+def test_a_script_without_an_engine_is_joined_at_its_first_image(small_world, bridge, tmp_path):
+    script = tmp_path / "inference.py"
+    script.write_text(
+        "import runpy, sys\n"
+        f"sys.path.insert(0, {str(HOST)!r})\n"
+        "from main_tip_finetune import command_line\n"
+        "from upt_tip_cache_model_free_finetune_distillself import build_detector as build\n"
+        "from utils_tip_cache_and_union_finetune import DataFactory\n"
+        "import torch\n"
+        "if __name__ == '__main__':\n"
+        "    args = command_line().parse_args()\n"
+        "    args.human_idx = 0\n"
+        "    data = DataFactory('hicodet', 'test2015', args.data_root, 'ViT-B/16')\n"
+        "    torch.manual_seed(args.seed)\n"
+        "    upt = build(args, data.dataset.object_to_verb, data.dataset.object_n_verb_to_interaction, args.clip_dir_vit)\n"
+        "    upt.eval()\n"
+        "    with torch.no_grad():\n"
+        "        for i in range(8):\n"
+        "            found = upt([data[i][0]], [data[i][1]])\n"
+        "    print('hooks left while running:', len(upt._forward_pre_hooks))\n"
+    )
+    environment = {"PYTHONPATH": str(HOST)}
+    run = ["-m", "ezhoi_diffusion", "run", str(script), *host_flags(small_world, evaluate=True)]
+    bare = run_host(*run, **environment)
+    assert bare.returncode == 0, bare.stderr
+    assert "hooks left while running: 0" in bare.stdout
+    injected = run_host(
+        *run, "--plugin", "diffusion", "--bridge", str(bridge), "--restore-context", "--force-bridge", **environment
+    )
+    assert injected.returncode == 0, injected.stderr
+    assert "hooks left while running: 1" in injected.stdout
+    refused = run_host(*run, "--compare", "none,identity", **environment)
+    assert refused.returncode == 2
+    assert "need the host's data sets: run main_tip_finetune.py" in refused.stderr
+
+
 # -- errors ------------------------------------------------------------------------------------------------------
 
 
@@ -254,6 +290,11 @@ def test_other_context_vectors_are_told_apart_and_can_be_restored(small_world, e
         (["--compare", "none"], "--compare needs a bridge beside `none`"),
         (["--compare", "none,unheard"], "there is no bridge 'unheard'"),
         (["--max-images", "3"], "no enabled plugin makes one"),
+        (["--plugin", "mean_shift"], "plugin 'mean_shift' takes no part in a run"),
+        (["--force-bridge"], "this run uses none: add --bridge DIR"),
+        (["--compare", "identity", "--plugin", "diffusion"], "scores only what it names: add 'diffusion' there"),
+        (["--compare", "identity", "--report", "/proc/nowhere"], "cannot hold a report"),
+        (["--world-size", "2", "--plugin", "diffusion"], "needs --bridge DIR"),
         (["--report", "x"], "so it needs --compare"),
         (["--plugin", "diffusion", "--bridge", "nowhere"], "nowhere"),
     ],

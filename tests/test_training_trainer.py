@@ -297,3 +297,18 @@ def test_two_processes_give_what_one_gives(tmp_path):
     assert json.loads((tmp_path / "two" / "training.json").read_text())["processes"] == 2
     for name in one:
         assert torch.allclose(one[name], two[name], atol=1e-5)
+
+
+def test_an_out_that_cannot_be_a_folder_is_a_typed_error_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(TrainingError, match="cannot be written"):
+        train(low_rank(), QUICK, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_run_resumed_with_no_step_left_still_ends(tmp_path):
+    config = replace(QUICK, checkpoint_every=4, val_every=3)
+    with pytest.raises(Stop):
+        train(low_rank(), config, tmp_path, on_step=stop_at(5))
+    train(low_rank(), replace(config, train_steps=4), tmp_path, resume=True)
+    assert DiffusionBridge.from_pretrained(tmp_path).provenance["training"]["step"] == 4

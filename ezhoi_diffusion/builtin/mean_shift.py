@@ -36,12 +36,17 @@ class MeanShift:
 
 def load(folder: Path | None) -> MeanShift:
     """The shift between the statistics of the bridge in `folder`. Raises BridgeError, EzhoiDiffusionError."""
-    from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
+    from ezhoi_diffusion.diffusion.artifact import CONTEXT, STATISTICS, BridgeError, read_artifact
+    from ezhoi_diffusion.features.statistics import ModalityStatistics
 
     if folder is None:
         raise EzhoiDiffusionError("mean_shift takes its means from a trained bridge: give --bridge DIR")
-    bridge = DiffusionBridge.from_pretrained(folder)
-    return MeanShift(bridge.statistics, bridge.provenance, bridge.context)
+    config, files = read_artifact(folder)
+    try:
+        statistics = ModalityStatistics.from_tensors(files[STATISTICS])
+    except KeyError as error:
+        raise BridgeError(f"{folder / STATISTICS} lacks {error}; train anew") from error
+    return MeanShift(statistics, config.provenance, files.get(CONTEXT, {}))
 
 
 @hookimpl

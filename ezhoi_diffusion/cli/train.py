@@ -84,7 +84,13 @@ def run(args: argparse.Namespace) -> int:
     )
 
     store = FeatureStore(args.features)
-    out = train(training_data(store), config, args.out, registry=components(PluginHost()), resume=args.resume)
+    out = train(
+        training_data(store, config.recipe.trained_on),
+        config,
+        args.out,
+        registry=components(PluginHost()),
+        resume=args.resume,
+    )
     if int(os.environ.get("RANK", "0")) == 0:
         facts = json.loads((out / "training.json").read_text())
         plot_training(facts["history"], facts["isotropic_val_loss"], out / "training.png")
@@ -99,8 +105,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def training_data(store: FeatureStore) -> TrainingData:
-    """What may be learned from. Raises EzhoiDiffusionError for a capture of test images."""
+def training_data(store: FeatureStore, side: str) -> TrainingData:
+    """What may be learned from; visual rows are read only where `side` is "visual".
+
+    Raises EzhoiDiffusionError for a capture of test images.
+    """
+    import torch
+
     from ezhoi_diffusion.training.data import TrainingData
 
     if store.split != "train":
@@ -110,8 +121,8 @@ def training_data(store: FeatureStore) -> TrainingData:
         )
     provenance = {"fingerprint": store.fingerprint, "features": {"rows": len(store), "images": len(store.images)}}
     return TrainingData(
-        visual=store.adapter_feat(),
-        image=store.image_index(),
+        visual=store.adapter_feat() if side == "visual" else store.text[:0],
+        image=store.image_index() if side == "visual" else torch.zeros(0, dtype=torch.long),
         text=store.text,
         statistics=store.statistics(),
         provenance=provenance,

@@ -42,6 +42,9 @@ class BridgeConfig:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, kind in (("denoiser", str), ("denoiser_options", dict), ("provenance", dict)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name} must be a {kind.__name__}, not {getattr(self, name)!r:.100}")
         for name, limit in (("dim", MAX_DIM), ("timesteps", MAX_TIMESTEPS)):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= limit:
@@ -92,6 +95,8 @@ def _parse(content: dict[str, Any]) -> tuple[BridgeConfig, dict[str, str]]:
             f"it is a {kind!r} of schema version {version!r}, and this ezhoi-diffusion reads 'diffusion' "
             f"of version {SCHEMA_VERSION}: upgrade the package, or train anew"
         )
+    if not isinstance(checksums, dict):
+        raise ValueError(f"'files' must name files and their SHA-256, not {checksums!r:.100}")
     unknown = set(checksums) - {MODEL, STATISTICS, CONTEXT}
     missing = {MODEL, STATISTICS} - set(checksums)
     if unknown or missing:

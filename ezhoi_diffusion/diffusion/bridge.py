@@ -175,6 +175,6 @@ class DiffusionBridge(nn.Module):
                 context=files.get(CONTEXT),
                 chunk_rows=chunk_rows,
             )
-        except (KeyError, RuntimeError, ValueError, EzhoiDiffusionError) as error:
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, EzhoiDiffusionError) as error:
             raise BridgeError(f"the artefact in {folder} cannot be used: {error}") from error
         return bridge.to(device)

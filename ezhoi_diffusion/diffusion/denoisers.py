@@ -105,13 +105,13 @@ def _sinusoids(timesteps: int) -> Tensor:
 def build_mlp(
     dim: int, schedule: Schedule, objective: Objective, scale: float, *, width: int = 512, depth: int = 3
 ) -> nn.Module:
-    """The default denoiser. Raises DenoiserError for a width outside 8…8192 or a depth outside 1…64.
+    """The default denoiser. Raises DenoiserError for a width outside 8…4096 or a depth outside 1…12.
 
     width 512 is CLIP ViT-B's own width.
     """
-    # The bounds keep a hostile or mistyped artefact from claiming all memory before its weights are looked
-    # at.
-    for name, value, low, high in (("width", width, 8, 8192), ("depth", depth, 1, 64)):
+    # The bounds keep a hostile or mistyped artefact from claiming all memory before its weights are looked at: the
+    # largest network they admit takes about 2 GB.
+    for name, value, low, high in (("width", width, 8, 4096), ("depth", depth, 1, 12)):
         if type(value) is not int or not low <= value <= high:
             raise DenoiserError(f"mlp: {name} must be a whole number from {low} to {high}, not {value!r}")
     return ResidualMlp(dim, schedule, objective, scale, width, depth)

@@ -106,6 +106,10 @@ def write_host_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
 def finish_store(folder: Path) -> FeatureStore:
     """Merge the shards of all processes into the index, and open the store."""
     shards = [read_json(path, FeatureStoreError, AGAIN) for path in sorted(folder.glob("shard-*.json"))]
+    if not any(shard["rows"] for shard in shards):
+        raise FeatureStoreError(
+            f"{folder}: no image had a human-object pair, so there is nothing to store: is --pretrained the right detector?"
+        )
     totals = {"rows": sum(s["rows"] for s in shards), "images": sum(len(s["images"]) for s in shards)}
     write_json(folder / "index.json", {"schema": SCHEMA, **totals, "shards": shards})
     return FeatureStore(folder)
@@ -133,12 +137,24 @@ class FeatureStore:
                 raise FeatureStoreError(
                     f"{self.folder / file} has schema {value.get('schema')}, this version reads {SCHEMA}: {AGAIN}"
                 )
+        try:
+            self._check()
+        except (AttributeError, KeyError, TypeError) as error:
+            raise FeatureStoreError(
+                f"{self.folder} is damaged ({type(error).__name__}: {error} in meta.json, index.json or host.safetensors); {AGAIN}"
+            ) from error
+
+    def _check(self) -> None:
+        """Sizes, and the presence of what the properties below hand out."""
+        self.host = read_tensors(self.folder / "host.safetensors", FeatureStoreError, AGAIN)
+        _ = self.text, self.split, self.fingerprint, len(self)
+        for image in self.images:
+            _ = image["name"], image["rows"]
         for shard in self.index["shards"]:
             path = self.folder / shard["file"]
             size = path.stat().st_size if path.is_file() else None
             if size != shard["bytes"]:
                 raise FeatureStoreError(f"{path} has {size} bytes where the index says {shard['bytes']}; {AGAIN}")
-        self.host = read_tensors(self.folder / "host.safetensors", FeatureStoreError, AGAIN)
 
     def __len__(self) -> int:
         return int(self.index["rows"])

@@ -6,6 +6,7 @@ import argparse
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.comparison import REFERENCE
-from ezhoi_diffusion.evaluation.report import write_report
+from ezhoi_diffusion.evaluation.report import make_report_folder, write_report
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
 from ezhoi_diffusion.host import fingerprint as fp
 from ezhoi_diffusion.host.capture import capture_pass, default_split, share_context
@@ -81,11 +82,13 @@ class Host:
         something differs, unless `--force-bridge`, which every report of the run then says.
         """
         provenance = getattr(bridge, "provenance", None)
-        if not provenance:
+        if provenance is None:
             return
+        first = not self.provenance  # only the first may change the host: the others are scored on the same pass
         self.provenance[name] = provenance
-        stored = provenance.get("fingerprint", {})
-        if self.args.restore_context and stored.get("context") != self.fingerprint.context:
+        found = provenance.get("fingerprint") if isinstance(provenance, dict) else None
+        stored = found if isinstance(found, dict) else {}
+        if self.args.restore_context and first and stored.get("context") != self.fingerprint.context:
             try:
                 fp.restore_context(self.model, getattr(bridge, "context", {}))
             except ValueError as error:
@@ -119,6 +122,8 @@ class Attachment:
         self._tap: Tap | None = None
         self._undo: list[Callable[[], None]] = []
         self._attached = False
+        self._group: Any = None
+        self._compared = True
 
     def detach(self, *, failed: bool = False) -> None:
         """Remove every hook and tell the plugins. Raises TapError if something was to be injected and never was."""
@@ -129,9 +134,11 @@ class Attachment:
         self._attached = False
         self.host.failed = failed
         self.host.plugins.notify_all("on_detach", host=self.host)
+        if not self._compared and not failed:
+            raise EzhoiDiffusionError("--compare was given, and the host never evaluated: its test_hico was not called")
         if self._tap is not None and not failed:
             self._tap.require_hits()
-        if self.host.plugins.degraded and self.host.rank == 0:
+        if self.host.plugins.degraded and self.host.rank == 0 and not self.host.args.compare:  # else the table says it
             for message in self.host.plugins.degraded.values():
                 print(f"DEGRADED: {message}", flush=True)
 
@@ -147,14 +154,28 @@ class Attachment:
         host, plugins, args = self.host, self.host.plugins, self.host.args
         captures, injects = plugins.implementing("on_train_batch"), plugins.implementing("post_adapter_feat")
         compares = bool(args.compare)
+        if (captures or compares) and host.engine is None:
+            raise EzhoiDiffusionError(
+                "a capture pass and a comparison need the host's data sets: run main_tip_finetune.py, not a script for one image"
+            )
+        if (captures or compares) and args.dataset != "hicodet":
+            raise EzhoiDiffusionError(
+                f"capture and comparison know HICO-DET only, and this run is about {args.dataset}: its data set has no counts "
+                f"of annotations, and the host no evaluation for it"
+            )
+        if args.report:
+            make_report_folder(Path(args.report))
         if host.world_size > 1 and (captures or injects or compares):
             share_context(host.model, host.device)
         self._attached = True
         plugins.notify("on_attach", host=host)
+        if captures:
+            self._wait_for_all()  # what rank 0 opens is there before another process writes into it
         variants = resolve_variants(host, args.compare) if compares else {}
         if captures:
             self._capture()
         if compares:
+            self._compared = False
             self._replace_evaluation(functools.partial(self._compare, variants))
             return
         if injects:
@@ -187,9 +208,15 @@ class Attachment:
         for turn in (host.rank > 0, host.rank == 0):
             if turn:
                 self.detach()
-            if host.world_size > 1:
-                dist.barrier()
+            self._wait_for_all()
         raise SystemExit(0)  # the pass is the run: neither training nor evaluation follows
+
+    def _wait_for_all(self) -> None:
+        """A barrier that lets processes be hours apart: the host's own group may give up after ten minutes."""
+        if self.host.world_size > 1:
+            if self._group is None:
+                self._group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+            dist.barrier(self._group)
 
     def _replace_evaluation(self, evaluate: Callable[..., Any]) -> None:
         engine = self.host.engine
@@ -206,6 +233,7 @@ class Attachment:
     ) -> Any:
         host = self.host
         with self:
+            self._compared = True
             comparison = comparison_pass(host, loader, variants)
             if host.rank == 0:
                 print(f"\n{comparison.table()}\n", flush=True)
@@ -231,7 +259,7 @@ def resolve_variants(host: Host, names: str) -> dict[str, Inject]:
             raise EzhoiDiffusionError(f"--compare names '{item}' twice")
         if name in bridges.names():
             path = folder or host.args.bridge
-            bridge = bridges[name](Path(path) if path else None)
+            bridge = _loaded(bridges[name], Path(path) if path else None, name)
             host.accept(bridge, item)
             if isinstance(bridge, nn.Module):
                 bridge.to(host.device)
@@ -249,9 +277,23 @@ def resolve_variants(host: Host, names: str) -> dict[str, Inject]:
     return variants
 
 
+def _loaded(load: Callable[[Path | None], Bridge], folder: Path | None, name: str) -> Bridge:
+    try:
+        return load(folder)
+    except EzhoiDiffusionError:
+        raise
+    except Exception as error:  # a third party's, which may raise anything
+        raise EzhoiDiffusionError(f"bridge '{name}' could not be loaded: {type(error).__name__}: {error}") from error
+
+
 def _checked(bridge: Bridge, name: str) -> Inject:
     def inject(feature: Tensor, pairs: Pairs) -> Tensor:
-        replaced = bridge(feature)
+        try:
+            replaced = bridge(feature)
+        except EzhoiDiffusionError:
+            raise
+        except Exception as error:
+            raise EzhoiDiffusionError(f"bridge '{name}' raised {type(error).__name__}: {error}") from error
         problem = check_replacement(feature, replaced)
         if problem:
             raise EzhoiDiffusionError(f"bridge '{name}' {problem}")

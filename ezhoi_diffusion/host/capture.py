@@ -84,7 +84,7 @@ def clip_folder(host: Host, split: str, names: list[str]) -> Path | None:
     )
 
 
-CLIP_SUFFIXES = (".pkl", ".pt", ".safetensors")
+CLIP_SUFFIXES = (".pkl", ".safetensors")  # the published host's, and the miniature's
 
 
 @contextmanager
@@ -120,9 +120,10 @@ def capture_pass(
 
     Each process takes one contiguous block of images, from position `first` on. Raises CaptureError, TapError.
     """
-    if host.engine is None:
+    if getattr(host.model, "without_unseen_name", False) and not hasattr(host.model, "label_HO_eval"):
         raise CaptureError(
-            "a capture pass needs the host's data sets: run main_tip_finetune.py, not a script for one image"
+            "with --without_unseen_name the host cannot run in eval mode from its training flags, and has other text features "
+            "there: capture with the --eval flags, and --capture-split train"
         )
     dataset = split_dataset(host, split)
     names = image_names(dataset)
@@ -165,10 +166,10 @@ def capture_pass(
             )
             for index, (images, targets) in enumerate(progress, start):  # noqa: B007  `observe` reads it
                 target = targets[0]
-                host.model(to_device(images, host.device), targets)
+                host.model(to_device(images, host.device), to_device(targets, host.device))
     finally:
         host.model.train(was_training)
-    if high > start:
+    if start == 0 and high == len(names):  # a part of a split may well hold images without pairs alone
         tap.require_hits()
 
 

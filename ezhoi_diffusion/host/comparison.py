@@ -58,7 +58,7 @@ def comparison_pass(host: Host, loader: Any, variants: Mapping[str, Inject]) -> 
         with torch.no_grad(), tap, _recording(host.model) as calls:
             for images, targets in tqdm(loader, desc="compare", unit="img", disable=host.rank != 0, file=sys.stderr):
                 with clock.measure(REFERENCE):
-                    bare = host.model(to_device(images, host.device), targets)
+                    bare = host.model(to_device(images, host.device), to_device(targets, host.device))
                 images_seen += len(targets)
                 if not bare:
                     continue

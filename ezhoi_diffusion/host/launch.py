@@ -20,6 +20,7 @@ from ezhoi_diffusion.host.options import add_arguments
 
 FACTORY = "build_detector"
 ENGINE = "CustomisedDLE"
+USER_ERROR = 2  # exit status of a process that ended with a message for the user
 
 
 class LaunchError(EzhoiDiffusionError):
@@ -103,7 +104,12 @@ def _our_spawn(script: Path) -> Iterator[None]:
     original = mp.spawn
 
     def spawn(fn: Callable[..., Any], args: tuple[Any, ...] = (), *rest: Any, **kwargs: Any) -> Any:
-        return original(_child, (str(script), fn, args), *rest, **kwargs)
+        try:
+            return original(_child, (str(script), fn, args), *rest, **kwargs)
+        except mp.ProcessExitedException as error:
+            if error.exit_code == USER_ERROR:  # the process has said what it is
+                raise SystemExit(USER_ERROR) from error
+            raise
 
     mp.spawn = spawn
     try:
@@ -120,7 +126,7 @@ def _child(rank: int, script: str, fn: Callable[..., Any], args: tuple[Any, ...]
             fn(rank, *args)
     except EzhoiDiffusionError as error:
         sys.stderr.write(f"ezhoi-diffusion (process {rank}): {error}\n")
-        raise SystemExit(2) from error
+        raise SystemExit(USER_ERROR) from error
 
 
 @contextmanager
@@ -135,32 +141,27 @@ def _observed(script: Path, modules: dict[str, str], namespace: dict[str, Any] |
     engine_class = getattr(_import(script, modules[ENGINE]), ENGINE, None) if ENGINE in modules else None
     original_factory = getattr(factory_module, FACTORY)
     attachments: list[Attachment] = []
-    flags: dict[int, argparse.Namespace] = {}
+    waits: dict[int, tuple[argparse.Namespace, Any]] = {}
 
     def join(model: Any, engine: Any = None) -> None:
-        args = flags.pop(id(model), None)
-        if args is not None:  # once a model
-            attachments.append(attach(model, args, engine))
-
-    def join_at_first_image(model: Any) -> None:
-        def hook(module: Any, images: Any) -> None:
+        waiting = waits.pop(id(model), None)
+        if waiting is not None:  # once a model
+            args, handle = waiting
             handle.remove()
-            join(module)
-
-        handle = model.register_forward_pre_hook(hook)
+            attachments.append(attach(model, args, engine))
 
     @functools.wraps(original_factory)
     def build_detector(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
         model = original_factory(args, *rest, **kwargs)
-        flags[id(model)] = args
-        join_at_first_image(model)
+        # a script without an engine loads its checkpoint later, so the first image is when the model is complete
+        waits[id(model)] = args, model.register_forward_pre_hook(lambda module, images: join(module))
         return model
 
     with contextlib.ExitStack() as undo:
         for where in filter(None, (vars(factory_module), namespace)):
-            if where.get(FACTORY) is original_factory:
-                where[FACTORY] = build_detector
-                undo.callback(where.__setitem__, FACTORY, original_factory)
+            for name in [name for name, value in where.items() if value is original_factory]:
+                where[name] = build_detector
+                undo.callback(where.__setitem__, name, original_factory)
         if engine_class is not None:
             undo.enter_context(_engine_observed(engine_class, join))
         failed = True

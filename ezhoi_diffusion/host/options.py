@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
@@ -22,9 +23,19 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = 
 
     argv: the command line, sys.argv without the program by default. Raises PluginError where a flag exists already.
     """
-    import sys
-
     plugins = PluginHost(blocked_in(sys.argv[1:] if argv is None else argv))
+    try:
+        _add_own_options(parser)
+        for name in plugins.contributors():
+            _add_plugin_options(plugins, name, parser)
+    except argparse.ArgumentError as error:
+        raise PluginError(
+            f"the script's own command line and ours clash ({error}): a script that calls add_arguments itself is run with "
+            f"python, not with `ezhoi-diffusion run`; another flag of that name has to be renamed there"
+        ) from error
+
+
+def _add_own_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("ezhoi-diffusion", "plugins for this run; `ezhoi-diffusion plugins` lists them")
     add = group.add_argument
     add(
@@ -37,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = 
     add("--no-plugin", action="append", default=[], metavar="NAME", help="do not even import a plugin")
     add(
         "--plugin-errors", choices=("raise", "disable"), default="raise",
-        help="what a plugin that fails at eval does: end the run, or go off for the rest of it, which every report then says",
+        help="what a plugin that fails at eval does: end the run, or go off for the rest of it, which every report then says; a bridge of --compare always ends the run",
     )  # fmt: skip
     add(
         "--compare", default="", metavar="none,NAME[=DIR],…",
@@ -52,8 +63,6 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = 
         help="split of a capture pass (default: train, or test with --eval)",
     )  # fmt: skip
     add("--max-images", type=int, default=None, metavar="N", help="capture the first N images of the split only")
-    for name in plugins.contributors():
-        _add_plugin_options(plugins, name, parser)
 
 
 def _add_plugin_options(plugins: PluginHost, name: str, parser: argparse.ArgumentParser) -> None:
@@ -69,8 +78,22 @@ def check_options(plugins: PluginHost, args: argparse.Namespace) -> None:
         given = [a.option_strings[0] for a in actions if getattr(args, a.dest, a.default) != a.default]
         if given and name not in plugins.enabled:
             raise PluginError(f"{given[0]} belongs to plugin '{name}', which is not enabled: add --plugin {name}")
+    for name in plugins.enabled:
+        if all(hook.startswith("register_") for hook in plugins.found[name].hooks):
+            raise PluginError(
+                f"plugin '{name}' takes no part in a run, it only contributes to others: name its bridge in --compare none,…"
+            )
     if args.compare and not args.eval:
         raise EzhoiDiffusionError("--compare evaluates, so it needs --eval")
+    if args.compare and getattr(args, "cache", False):
+        raise EzhoiDiffusionError("--cache ends the host before it evaluates, so --compare cannot be combined with it")
+    compared = [part.partition("=")[0].strip() for part in args.compare.split(",")]
+    for name in plugins.implementing("post_adapter_feat") if args.compare else ():
+        if name not in compared:
+            raise PluginError(
+                f"plugin '{name}' is enabled and would replace adapter_feat, but --compare scores only what it names: add "
+                f"'{name}' there, or drop --plugin {name}"
+            )
     if args.report and not args.compare:
         raise EzhoiDiffusionError("--report writes a comparison, so it needs --compare")
     captures = bool(plugins.implementing("on_train_batch"))
@@ -83,6 +106,9 @@ def check_options(plugins: PluginHost, args: argparse.Namespace) -> None:
         raise EzhoiDiffusionError(f"--max-images must be at least 1, not {args.max_images}")
     if captures and args.compare:
         raise EzhoiDiffusionError("a capture pass ends the run, so it cannot be combined with --compare: make two runs")
+    for flag, given in (("--force-bridge", args.force_bridge), ("--restore-context", args.restore_context)):
+        if given and not (args.compare or args.bridge):
+            raise EzhoiDiffusionError(f"{flag} is about a bridge, and this run uses none: add --bridge DIR")
     uses_bridge = bool(args.compare or plugins.implementing("post_adapter_feat"))
     if args.bridge and not uses_bridge:
         raise PluginError("--bridge is given but nothing uses it: add --plugin diffusion, or --compare none,diffusion")

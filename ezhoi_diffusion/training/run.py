@@ -206,6 +206,8 @@ class Run:
 
     def finish(self) -> None:
         """Write the results. The artefact comes last: once it is there, everything is."""
+        if "val_loss" not in self.history[-1]:  # a resumed run that had no step left to do
+            self._validate(self.history[-1])
         if self.accelerator.is_main_process:
             facts = {
                 "config": self.config.to_dict(),

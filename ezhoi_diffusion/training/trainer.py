@@ -40,12 +40,21 @@ def train(
         what = "a trained bridge" if finished else "an unfinished training"
         raise TrainingError(f"{out} holds {what}: resume it, or choose another folder")
     run = Run(data, config, out, registry)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"{out} cannot be written ({error}): give another folder") from error
     if resume and not run.restore() and finished:
         raise TrainingError(f"{out} holds a trained bridge and no whole checkpoint to go on from")
-    with run.progress():
-        while run.step < config.train_steps:
-            run.advance()
-            if on_step is not None:
-                on_step(run.step)
-    run.finish()
+    try:
+        with run.progress():
+            while run.step < config.train_steps:
+                run.advance()
+                if on_step is not None:
+                    on_step(run.step)
+            run.finish()
+    except OSError as error:
+        raise TrainingError(
+            f"{out} could not take what the training writes ({error}): free space there and resume; checkpoints are kept"
+        ) from error
     return out

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from ezhoi_diffusion.features.statistics import ModalityStatistics as ModalityStatistics
     from ezhoi_diffusion.features.store import FeatureStore as FeatureStore
     from ezhoi_diffusion.hookspecs import hookimpl as hookimpl
-    from ezhoi_diffusion.host.attach import Host as Host
     from ezhoi_diffusion.host.attach import attach as attach
+    from ezhoi_diffusion.host.host import Host as Host
     from ezhoi_diffusion.host.options import add_arguments as add_arguments
     from ezhoi_diffusion.host.taps import Tap as Tap
     from ezhoi_diffusion.plugins import PluginHost as PluginHost
@@ -33,7 +33,7 @@ _WHERE = {
     "EzhoiDiffusionError": "errors",
     "FeatureBatch": "features.batch",
     "FeatureStore": "features.store",
-    "Host": "host.attach",
+    "Host": "host.host",
     "ModalityStatistics": "features.statistics",
     "Pairs": "features.batch",
     "PluginHost": "plugins",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from ezhoi_diffusion.evaluation.comparison import Comparison
     from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
-    from ezhoi_diffusion.host.attach import Host
+    from ezhoi_diffusion.host.host import Host
     from ezhoi_diffusion.plugins import PluginHost
     from ezhoi_diffusion.registry import Register
 

@@ -11,10 +11,11 @@ from torch import nn
 from ezhoi_diffusion import EzhoiDiffusionError, attach, hookimpl
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge
 from ezhoi_diffusion.diffusion.recipes import RECIPES
-from ezhoi_diffusion.host.attach import FingerprintError, Host, resolve_variants
 from ezhoi_diffusion.host.comparison import _make_scorer
 from ezhoi_diffusion.host.fingerprint import context_vectors, fingerprint, restore_context
+from ezhoi_diffusion.host.host import FingerprintError, Host
 from ezhoi_diffusion.host.taps import Tap, TapError, locate
+from ezhoi_diffusion.host.variants import resolve_variants
 from ezhoi_diffusion.plugins import PluginError, PluginHost
 
 
@@ -197,7 +198,7 @@ def test_a_bridge_that_fails_is_named(host, use):
         breaks=SimpleNamespace(register_bridges=hookimpl(lambda register: register("breaks", lambda folder: 1 / 0))),
         late=SimpleNamespace(register_bridges=hookimpl(lambda register: register("late", load))),
     )
-    import ezhoi_diffusion.host.attach as module
+    from ezhoi_diffusion.host import attach as module
 
     run = Host(host.model, host.args, None, module.PluginHost(), locate(host.model))
     with pytest.raises(EzhoiDiffusionError, match="bridge 'breaks' could not be loaded: ZeroDivisionError"):

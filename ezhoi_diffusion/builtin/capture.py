@@ -18,7 +18,7 @@ from ezhoi_diffusion.host.fingerprint import context_vectors
 from ezhoi_diffusion.host.tables import score_tables
 
 if TYPE_CHECKING:
-    from ezhoi_diffusion.host.attach import Host
+    from ezhoi_diffusion.host.host import Host
 
 
 class CapturePlugin:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ezhoi_diffusion.diffusion.bridge import Components, DiffusionBridge
-    from ezhoi_diffusion.host.attach import Host
+    from ezhoi_diffusion.host.host import Host
     from ezhoi_diffusion.plugins import PluginHost
 
 

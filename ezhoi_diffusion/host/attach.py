@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -20,98 +17,13 @@ from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.comparison import REFERENCE
 from ezhoi_diffusion.evaluation.report import make_report_folder, write_report
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
-from ezhoi_diffusion.host import fingerprint as fp
 from ezhoi_diffusion.host.capture import capture_pass, default_split, share_context
 from ezhoi_diffusion.host.comparison import comparison_pass
+from ezhoi_diffusion.host.host import Host
 from ezhoi_diffusion.host.options import check_options
 from ezhoi_diffusion.host.taps import Inject, Tap, TapPoint, check_replacement, locate, unwrap
+from ezhoi_diffusion.host.variants import resolve_variants
 from ezhoi_diffusion.plugins import PluginHost
-from ezhoi_diffusion.registry import Registry
-
-Bridge = Callable[[Tensor], Tensor]
-
-
-class FingerprintError(EzhoiDiffusionError):
-    """A bridge was made for another host than this one."""
-
-
-@dataclass
-class Host:
-    """One EZ-HOI run, as plugins see it.
-
-    model: the detector, unwrapped. args: the host's parsed flags, ours among them. engine: the host's engine, None
-    under inference.py.
-    """
-
-    model: Any
-    args: argparse.Namespace
-    engine: Any
-    plugins: PluginHost
-    tap_point: TapPoint
-    failed: bool = False
-    done: dict[str, int] = field(default_factory=dict)
-    forced: list[str] = field(default_factory=list)
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def rank(self) -> int:
-        """This process among `world_size`."""
-        return dist.get_rank() if dist.is_initialized() else 0
-
-    @property
-    def world_size(self) -> int:
-        """Number of the host's processes."""
-        return dist.get_world_size() if dist.is_initialized() else 1
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        found: torch.device = next(self.model.parameters()).device
-        return found
-
-    @cached_property
-    def fingerprint(self) -> fp.Fingerprint:
-        """What has to be equal for a bridge to be valid here."""
-        return fp.fingerprint(self.model, self.args)
-
-    def accept(self, bridge: object, name: str) -> None:
-        """Hold a bridge's fingerprint against this host's.
-
-        A bridge that knows where it comes from has `provenance["fingerprint"]`, and `context`, the context vectors it
-        was captured with; `--restore-context` puts those into the model. Raises FingerprintError with both values where
-        something differs, unless `--force-bridge`, which every report of the run then says.
-        """
-        provenance = getattr(bridge, "provenance", None)
-        if provenance is None:
-            return
-        first = not self.provenance  # only the first may change the host: the others are scored on the same pass
-        self.provenance[name] = provenance
-        found = provenance.get("fingerprint") if isinstance(provenance, dict) else None
-        stored = found if isinstance(found, dict) else {}
-        if self.args.restore_context and first and stored.get("context") != self.fingerprint.context:
-            try:
-                fp.restore_context(self.model, getattr(bridge, "context", {}))
-            except ValueError as error:
-                raise FingerprintError(f"--restore-context cannot be done for bridge '{name}': {error}") from error
-            del self.fingerprint
-        differences = self.fingerprint.differences(stored)
-        if not differences:
-            return
-        listed = "; ".join(f"{key} is {here!r} here, {there!r} there" for key, (here, there) in differences.items())
-        message = f"bridge '{name}' was made for another host: {listed}"
-        if self.args.force_bridge:
-            self.forced.append(message)
-            if self.rank == 0:
-                print(f"FORCED: {message}", flush=True)
-            return
-        if set(differences) == {"context"}:
-            raise FingerprintError(
-                f"{message}. The host never saves its context vectors, so another seed or script draws others: run with "
-                f"the seed of the capture, or add --restore-context to use the vectors stored with the bridge"
-            )
-        raise FingerprintError(
-            f"{message}. Capture and train for this host, or add --force-bridge to use it all the same"
-        )
 
 
 class Attachment:
@@ -241,69 +153,6 @@ class Attachment:
                     write_report(comparison, Path(host.args.report))
                 host.plugins.notify("on_comparison", comparison=comparison)
         return comparison.ap[REFERENCE]
-
-
-def resolve_variants(host: Host, names: str) -> dict[str, Inject]:
-    """`none,NAME,NAME=DIR,…` as callables on one image's features. Raises EzhoiDiffusionError for an unknown name.
-
-    NAME is a registered bridge, loaded from DIR or from `--bridge`; or an enabled plugin with post_adapter_feat.
-    """
-    empty: dict[str, Callable[[Path | None], Bridge]] = {}
-    bridges = host.plugins.collect("register_bridges", Registry("bridge", empty))
-    variants: dict[str, Inject] = {}
-    for item in filter(None, (part.strip() for part in names.split(","))):
-        name, _, folder = item.partition("=")
-        if name == REFERENCE:
-            continue
-        if item in variants:
-            raise EzhoiDiffusionError(f"--compare names '{item}' twice")
-        if name in bridges.names():
-            path = folder or host.args.bridge
-            bridge = _loaded(bridges[name], Path(path) if path else None, name)
-            host.accept(bridge, item)
-            if isinstance(bridge, nn.Module):
-                bridge.to(host.device)
-            variants[item] = _checked(bridge, item)
-        elif not folder and name in host.plugins.implementing("post_adapter_feat"):
-            variants[item] = functools.partial(_folded, host.plugins, name)
-        else:
-            known = ", ".join([REFERENCE, *bridges.names()])
-            raise EzhoiDiffusionError(
-                f"--compare: there is no bridge '{name}'; known are {known}, and plugins with post_adapter_feat that are "
-                f"enabled with --plugin"
-            )
-    if not variants:
-        raise EzhoiDiffusionError("--compare needs a bridge beside `none`, e.g. --compare none,diffusion --bridge DIR")
-    return variants
-
-
-def _loaded(load: Callable[[Path | None], Bridge], folder: Path | None, name: str) -> Bridge:
-    try:
-        return load(folder)
-    except EzhoiDiffusionError:
-        raise
-    except Exception as error:  # a third party's, which may raise anything
-        raise EzhoiDiffusionError(f"bridge '{name}' could not be loaded: {type(error).__name__}: {error}") from error
-
-
-def _checked(bridge: Bridge, name: str) -> Inject:
-    def inject(feature: Tensor, pairs: Pairs) -> Tensor:
-        try:
-            replaced = bridge(feature)
-        except EzhoiDiffusionError:
-            raise
-        except Exception as error:
-            raise EzhoiDiffusionError(f"bridge '{name}' raised {type(error).__name__}: {error}") from error
-        problem = check_replacement(feature, replaced)
-        if problem:
-            raise EzhoiDiffusionError(f"bridge '{name}' {problem}")
-        return replaced
-
-    return inject
-
-
-def _folded(plugins: PluginHost, name: str, feature: Tensor, pairs: Pairs) -> Tensor:
-    return plugins.fold("post_adapter_feat", feature, check_replacement, only=name, context=pairs)
 
 
 def attach(model: nn.Module, args: argparse.Namespace, engine: Any = None) -> Attachment:

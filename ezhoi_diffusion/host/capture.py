@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,10 +17,8 @@ from tqdm import tqdm
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
 from ezhoi_diffusion.host.fingerprint import context_vectors
+from ezhoi_diffusion.host.host import Host
 from ezhoi_diffusion.host.taps import Tap
-
-if TYPE_CHECKING:
-    from ezhoi_diffusion.host.attach import Host
 
 
 class CaptureError(EzhoiDiffusionError):

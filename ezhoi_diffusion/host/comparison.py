@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,11 +19,9 @@ from ezhoi_diffusion.evaluation.comparison import REFERENCE, Comparison
 from ezhoi_diffusion.evaluation.detection_ap import DetectionAP, associate_pairs
 from ezhoi_diffusion.features.batch import Pairs
 from ezhoi_diffusion.host.capture import to_device
+from ezhoi_diffusion.host.host import Host
 from ezhoi_diffusion.host.tables import class_groups
 from ezhoi_diffusion.host.taps import Inject, Tap
-
-if TYPE_CHECKING:
-    from ezhoi_diffusion.host.attach import Host
 
 Detections = list[dict[str, Tensor]]
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ezhoi_diffusion.host.attach import Host
+from ezhoi_diffusion.host.host import Host
 
 RARE_BELOW = 10  # annotations in the training set: HICO-DET's own border
 

@@ -21,6 +21,15 @@ HOST = Path(ezhoi_diffusion.demo.__file__).parent / "host"
 HOSTDUMP = Path(__file__).with_name("hostdump.py")
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Networks this small are fastest on one thread, and two processes then do not fight for two cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def small_world(tmp_path_factory):
     """Data and pretrained weights of a miniature EZ-HOI that was never fine-tuned."""

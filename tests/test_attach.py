@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
@@ -91,6 +92,11 @@ def test_nothing_enabled_attaches_nothing(host):
     after = run(host)
     attachment.detach()
     assert all(torch.equal(a[k], b[k]) for a, b in zip(before, after, strict=True) for k in a)
+
+
+def test_a_fork_that_forgot_the_flags_is_told(host):
+    with pytest.raises(EzhoiDiffusionError, match="call add_arguments"):
+        attach(host.model, Namespace(eval=True))
 
 
 def test_plugins_are_told_of_attach_and_detach_once(host, use):

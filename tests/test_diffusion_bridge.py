@@ -29,15 +29,6 @@ DIM = 64
 MLP = {"width": 32, "depth": 1}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Networks this small are fastest on one thread, whatever else the machine does."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Identity(nn.Module):
     def forward(self, x, t):
         return x

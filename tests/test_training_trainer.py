@@ -30,15 +30,6 @@ QUICK = TrainConfig(
 )
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Networks this small are fastest on one thread, and two test processes then do not fight for two cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def low_rank(texts: int = 60, visuals: int = 90, dim: int = DIM, rank: int = 3) -> TrainingData:
     """Embeddings near a plane of few dimensions, both sides with their own offset."""
     generator = torch.Generator().manual_seed(0)

@@ -161,6 +161,10 @@ def attach(model: nn.Module, args: argparse.Namespace, engine: Any = None) -> At
     Call it once the engine is made and the checkpoint is loaded. Where a plugin captures, the pass is made here and ends
     the process with SystemExit(0). Raises EzhoiDiffusionError for flags, models and plugins that cannot work.
     """
+    if not hasattr(args, "no_plugin"):
+        raise EzhoiDiffusionError(
+            "attach needs our flags in `args`: call add_arguments(parser) before parser.parse_args()"
+        )
     plugins = PluginHost(args.no_plugin)
     plugins.enable(args.plugin, raise_errors=args.plugin_errors == "raise")
     check_options(plugins, args)

@@ -128,7 +128,7 @@ class UPT(nn.Module):
     ):  # fmt: skip
         super().__init__()
         if args.logits_type != "HO":
-            raise NotImplementedError("the miniature has --logits_type HO only")
+            raise ValueError("the miniature has --logits_type HO only")
         self.detector, self.postprocessor, self.clip_head = detector, postprocessor, model
         self.visual_output_dim = dim = model.image_encoder.output_dim
         self.human_idx, self.num_classes, self.num_anno = human_idx, num_classes, num_anno

@@ -56,6 +56,7 @@ def test_the_demo_walks_all_the_way(tmp_path):
             {"identity": 0.0, "mean_shift": 2.0},
             "raised full mAP by 1.50 points, no more than the best control (mean_shift",
         ),
+        (0.1, {"identity": 0.0}, "left full mAP where it was (+0.10 points, which may be chance)"),
         (-4.0, {"identity": 0.0}, "lowered full mAP by 4.00 points, no more than"),
     ],
 )

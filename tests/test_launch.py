@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -274,6 +275,35 @@ def test_a_script_without_an_engine_is_joined_at_its_first_image(small_world, br
     refused = run_host(*run, "--compare", "none,identity", **environment)
     assert refused.returncode == 2
     assert "need the host's data sets: run main_tip_finetune.py" in refused.stderr
+
+
+def test_a_fork_with_three_lines_runs_by_itself(small_world, bridge, tmp_path):
+    fork = tmp_path / "fork"
+    shutil.copytree(HOST, fork, ignore=shutil.ignore_patterns("__pycache__"))
+    script = fork / "main_tip_finetune.py"
+    lines = script.read_text()
+    for old, new in (
+        ("import argparse\n", "import argparse\nfrom ezhoi_diffusion import add_arguments, attach\n"),
+        ("    return parser\n", "    add_arguments(parser)\n    return parser\n"),
+        (
+            "    if args.eval:\n        upt.eval()\n",
+            "    attach(upt, args, engine)\n    if args.eval:\n        upt.eval()\n",
+        ),
+    ):
+        assert lines.count(old) == 1
+        lines = lines.replace(old, new)
+    script.write_text(lines)
+    flags = [*host_flags(small_world, evaluate=True), "--bridge", str(bridge)]
+    injected = run_host(str(script), *flags, "--plugin", "diffusion")
+    assert injected.returncode == 0, injected.stderr
+    compared = run_host(str(script), *flags, "--compare", "none,diffusion")
+    assert compared.returncode == 0, compared.stderr
+    rows = rows_of(compared.stdout)
+    assert same_figures(rows["diffusion"], printed_by_host(injected.stdout))
+    assert same_figures(rows["none"], printed_by_host(compared.stdout))
+    clash = run_host("-m", "ezhoi_diffusion", "run", str(script), *flags)
+    assert clash.returncode == 2
+    assert "is run with python, not with `ezhoi-diffusion run`" in clash.stderr
 
 
 # -- errors ------------------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ class PluginHost:
     def _load(self, info: PluginInfo, load: Callable[[], object]) -> None:
         if info.name in self._blocked or ("*" in self._blocked and info.source != "built in"):
             info.status, info.reason = "blocked", f"by --no-plugin or {ENV_DISABLE}"
-            self.found[info.name] = info
+            self.found.setdefault(info.name, info)  # a built-in plugin of that name stays what it is
             return
         try:
             if info.name in self.found:
@@ -169,13 +169,13 @@ class PluginHost:
     # -- calling -----------------------------------------------------------------------------------------
 
     def _all(self, hook: str) -> list[pluggy.HookImpl]:
-        # get_hookimpls lists the last registered first called, i.e. last; turn it into order of registration
+        # in the order of registration: pluggy calls this list from its end, and here pluggy does not call
         return list(getattr(self._manager.hook, hook).get_hookimpls())
 
     def _taking_part(self, hook: str) -> Iterator[pluggy.HookImpl]:
         by_name = {impl.plugin_name: impl for impl in self._all(hook)}
         names = by_name if hook.startswith("register_") else self._enabled
-        return (by_name[name] for name in names if name in by_name and name not in self._disabled)
+        return (by_name[name] for name in names if name in by_name)
 
     def _call(self, impl: pluggy.HookImpl, hook: str, arguments: dict[str, Any]) -> Any:
         # pluggy would stop at the first exception without a name, so each call is ours, and wrapped once
@@ -224,7 +224,7 @@ class PluginHost:
         """
         argument = HOOKS[hook].__code__.co_varnames[0]
         for impl in list(self._taking_part(hook)):
-            if only not in (None, impl.plugin_name):
+            if only not in (None, impl.plugin_name) or impl.plugin_name in self._disabled:
                 continue
             try:
                 answer = self._call(impl, hook, {argument: value, **arguments})

@@ -94,6 +94,17 @@ def test_disabling_errors_lets_the_value_through_once_logged_and_degraded(host, 
     assert sum("DEGRADED" in record.message for record in caplog.records) == 1
 
 
+def test_a_plugin_that_was_switched_off_is_still_detached(host):
+    plugin, told = Fails(), []
+    plugin.on_detach = hookimpl(lambda host: told.append(host))
+    host.register(plugin, "fails")
+    host.enable(["fails"], raise_errors=False)
+    host.fold("post_adapter_feat", 3, accept, context=None)
+    assert list(host.degraded) == ["fails"]
+    host.notify_all("on_detach", host="run")
+    assert told == ["run"]
+
+
 def test_notify_raises_but_notify_all_reaches_everyone_first(host):
     late = Adds(0)
     late.on_detach = hookimpl(lambda host: late.seen.append("detached"))
@@ -210,6 +221,14 @@ def test_two_distributions_with_one_name_are_told_apart(installed, mocker):
     host = PluginHost()
     assert host.found["diffusion"].source == "built in"
     assert host.found["diffusion"].status == "loaded"
+
+
+def test_blocking_a_namesake_leaves_the_built_in_plugin(installed, monkeypatch, mocker):
+    monkeypatch.setenv("EZHOI_DIFFUSION_DISABLE", "*")
+    mocker.patch.object(
+        plugins, "entry_points", return_value=[EntryPoint("diffusion", "good_bridge", "ezhoi_diffusion")]
+    )
+    PluginHost().enable(["diffusion"])
 
 
 def test_the_command_lists_them(installed):

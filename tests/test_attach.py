@@ -49,7 +49,7 @@ def logits_of(host, mocker, inject):
 @pytest.mark.parametrize("recipe", ["blend", "paper"])
 def test_with_an_identity_denoiser_the_host_s_logits_do_not_move(host, mocker, recipe):
     seen = []
-    with torch.no_grad(), Tap(host.model, observe=lambda pairs, x, text: seen.append((x, text))):
+    with torch.no_grad(), Tap(host.model, observe=lambda pairs, x, text, logits: seen.append((x, text))):
         for image, target in zip(host.images, host.targets, strict=True):
             host.model([image], [target])
     from ezhoi_diffusion.features.statistics import ModalityStatistics

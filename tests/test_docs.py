@@ -107,7 +107,9 @@ def test_on_detach(plugin, capsys):
 @pytest.mark.parametrize("plugin", ["on_train_batch"], indirect=True)
 def test_on_train_batch(plugin, capsys):
     labels = torch.tensor([[True, False], [False, False]])
-    batch = FeatureBatch(0, pairs(), torch.randn(2, 4), None, labels, torch.zeros(2, 1, 4), torch.tensor([1]))
+    batch = FeatureBatch(
+        0, pairs(), torch.randn(2, 4), None, torch.zeros(2, 3), labels, torch.zeros(2, 1, 4), torch.tensor([1])
+    )
     plugin.notify("on_train_batch", batch=batch)
     assert capsys.readouterr().out == "a.jpg 1 of 2 pairs are annotated\n"
 

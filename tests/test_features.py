@@ -30,6 +30,7 @@ def image(index, pairs):
         pairs=Pairs(f"{index}.jpg", 0, torch.tensor([224, 224]), boxes, boxes[:, 0], torch.arange(pairs + 1), pairing),
         adapter_feat=torch.randn(pairs, D, generator=generator),
         text=None,
+        logits=torch.randn(pairs, CLASSES, generator=generator),
         labels=torch.rand(pairs, CLASSES, generator=generator) > 0.5,
         gt_boxes=torch.rand(2, 3, 4, generator=generator),
         gt_hoi=torch.tensor([1, 2, 3]),

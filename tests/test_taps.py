@@ -42,17 +42,18 @@ def test_observed_rows_are_what_the_host_multiplies_with_and_pairs_are_its_own(h
         _, _boxes, humans, others, logit, *_ = call.args
         logits += logit
         pairings += [torch.stack(p) for p in zip(humans, others, strict=True)]
-    with_pairs = [(pairs, x, text) for pairs, x, text in seen if len(pairs)]
+    with_pairs = [event for event in seen if len(event[0])]
     assert len(with_pairs) == len(logits) == tap.hits
     assert len(seen) == len(host.images)
     assert len(with_pairs) < len(seen), "the world must have images without pairs"
     label, lens, scale = host.model.label_HO, host.model.sample_lens_HO, host.model.logit_scale_HO
-    for (_, x, text), expected in zip(with_pairs, logits, strict=True):
+    for (_, x, text, own), expected in zip(with_pairs, logits, strict=True):
         assert torch.equal((x @ text.T) @ label / lens / 2 * scale, expected)
-    assert sum(len(x) for _, x, _ in seen) == sum(p.shape[1] for p in pairings)
-    for (pairs, _, _), pairing in zip(with_pairs, [p for p in pairings if p.shape[1]], strict=True):
+        assert torch.equal(own, expected)
+    assert sum(len(x) for _, x, *_ in seen) == sum(p.shape[1] for p in pairings)
+    for (pairs, *_), pairing in zip(with_pairs, [p for p in pairings if p.shape[1]], strict=True):
         assert torch.equal(pairs.pairing, pairing)
-    assert [pairs.image for pairs, _, _ in seen] == [target["filename"] for target in host.targets]
+    assert [pairs.image for pairs, *_ in seen] == [target["filename"] for target in host.targets]
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -154,7 +155,7 @@ def test_with_txt_align_the_text_is_the_one_after_it(make_host, mocker):
     with Tap(host.model, observe=lambda *event: seen.append(event)):
         detect(host)
     logits = [x for call in spy.call_args_list for x in call.args[4]]
-    rows = [(x, text) for pairs, x, text in seen if len(pairs)]
+    rows = [(x, text) for pairs, x, text, _ in seen if len(pairs)]
     m = host.model
     for (x, text), expected in zip(rows, logits, strict=True):
         assert torch.equal((x @ text.T) @ m.label_HO / m.sample_lens_HO / 2 * m.logit_scale_HO, expected)

@@ -15,7 +15,7 @@ from ezhoi_diffusion.files import read_tensors
 from ezhoi_diffusion.hookspecs import hookimpl
 from ezhoi_diffusion.host.capture import default_split
 from ezhoi_diffusion.host.fingerprint import context_vectors
-from ezhoi_diffusion.host.tables import score_tables
+from ezhoi_diffusion.host.tables import interaction_names, score_tables
 
 if TYPE_CHECKING:
     from ezhoi_diffusion.host.host import Host
@@ -49,6 +49,7 @@ class CapturePlugin:
             "max_images": host.args.max_images,
             "processes": host.world_size,
             "package": version("ezhoi-diffusion"),
+            "interactions": interaction_names(host),
             "fingerprint": fingerprint,
         }
         self._host, self._text = host, None

@@ -42,6 +42,7 @@ class FeatureBatch:
     pairs: Pairs
     adapter_feat: Tensor  # [P, D] float32, exactly what the host multiplies with the text features
     text: Tensor | None  # [N_sel, D] the text features it multiplies with; None where it formed no pair
+    logits: Tensor  # [P, num_classes] float32, what the host makes of them, before sigmoid and detector scores
     labels: Tensor  # [P, num_classes] bool, annotations matched at the host's IoU threshold
     gt_boxes: Tensor  # [2, G, 4] annotated human and object boxes, xyxy, same pixels as `pairs.boxes`
     gt_hoi: Tensor  # [G] int64, annotated interaction classes

@@ -22,7 +22,7 @@ from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
 from ezhoi_diffusion.features.statistics import ModalityStatistics
 from ezhoi_diffusion.files import read_json, read_tensors, sha256, write_json, write_tensors
 
-SCHEMA = 1
+SCHEMA = 2
 ROWS_PER_SHARD = (
     16_384  # 32 MiB of features at D = 512: what a killed capture loses at most, and what it keeps in memory
 )
@@ -226,13 +226,14 @@ def _require_same(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> Non
 def _to_cpu(batch: FeatureBatch) -> FeatureBatch:
     pairs = batch.pairs
     moved = {k: getattr(pairs, k).cpu() for k in ("size", "boxes", "scores", "classes", "pairing")}
-    own = {k: getattr(batch, k).cpu() for k in ("adapter_feat", "labels", "gt_boxes", "gt_hoi")}
+    own = {k: getattr(batch, k).cpu() for k in ("adapter_feat", "logits", "labels", "gt_boxes", "gt_hoi")}
     return FeatureBatch(index=batch.index, pairs=Pairs(pairs.image, pairs.batch_index, **moved), text=None, **own)
 
 
 def _stack(batches: list[FeatureBatch]) -> dict[str, Tensor]:
     return {
         "adapter_feat": torch.cat([b.adapter_feat for b in batches]).float(),
+        "logits": torch.cat([b.logits for b in batches]).float(),
         "pairing": torch.cat([b.pairs.pairing.T for b in batches]).to(torch.int32),
         "objects": torch.cat([b.pairs.objects for b in batches]).to(torch.int32),
         "labels": torch.cat([b.labels for b in batches]).to(torch.bool),

@@ -144,8 +144,8 @@ def capture_pass(
     target: dict[str, Any] = {}
     index = start
 
-    def observe(pairs: Pairs, feature: Tensor, text: Tensor | None) -> None:
-        emit(_feature_batch(host.model, index, pairs, feature, text, target))
+    def observe(pairs: Pairs, feature: Tensor, text: Tensor | None, logits: Tensor) -> None:
+        emit(_feature_batch(host.model, index, pairs, feature, text, logits, target))
 
     was_training = host.model.training
     host.model.eval()
@@ -172,7 +172,13 @@ def capture_pass(
 
 
 def _feature_batch(
-    model: Any, index: int, pairs: Pairs, feature: Tensor, text: Tensor | None, target: dict[str, Any]
+    model: Any,
+    index: int,
+    pairs: Pairs,
+    feature: Tensor,
+    text: Tensor | None,
+    logits: Tensor,
+    target: dict[str, Any],
 ) -> FeatureBatch:
     target = to_device(target, pairs.boxes.device)
     human, other = pairs.boxes[pairs.pairing[0]], pairs.boxes[pairs.pairing[1]]
@@ -182,6 +188,7 @@ def _feature_batch(
         pairs=pairs,
         adapter_feat=feature,
         text=text,
+        logits=logits,
         labels=model.associate_with_ground_truth(human, other, target).bool(),
         gt_boxes=torch.stack(gt),
         gt_hoi=target.get("hoi", target["labels"]),

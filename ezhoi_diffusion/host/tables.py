@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,25 @@ def class_groups(host: Host) -> dict[str, Tensor]:
     return {name: index for name, index in groups.items() if len(index)}
 
 
+def interaction_names(host: Host) -> list[str] | None:
+    """What the host calls each interaction class, from its module `hico_text_label`; None where it has no such names."""
+    sentences = getattr(sys.modules.get("hico_text_label"), "hico_text_label", None)
+    if not isinstance(sentences, dict):
+        return None
+    table = score_lookup(host)
+    names = [""] * (int(table.max()) + 1)
+    for other, verb in (table >= 0).nonzero().tolist():
+        sentence = str(sentences.get((verb, other), f"verb {verb}, object {other}"))
+        names[int(table[other, verb])] = sentence.removeprefix("a photo of ")
+    return names
+
+
+def score_lookup(host: Host) -> Tensor:
+    """[objects, verbs] int64 interaction classes, -1 where an object has no such verb."""
+    lookup = torch.as_tensor(host.model.object_n_verb_to_interaction)
+    return torch.where(lookup.isnan(), -1, lookup).long()
+
+
 def score_tables(host: Host, text: Tensor) -> dict[str, Tensor]:
     """What the host multiplies and looks up to turn adapter_feat into scores.
 
@@ -37,14 +58,13 @@ def score_tables(host: Host, text: Tensor) -> dict[str, Tensor]:
     allowed = torch.zeros((len(objects), model.num_classes), dtype=torch.bool)
     for index, targets in enumerate(objects):
         allowed[index, list(targets)] = True
-    lookup = torch.as_tensor(model.object_n_verb_to_interaction)
     tables = {
         "text": text,
         "label": label,
         "sample_lens": model.sample_lens_HO,
         "hyper_lambda": torch.tensor(float(model.hyper_lambda)),
         "object_to_target": allowed,
-        "object_n_verb_to_interaction": torch.where(lookup.isnan(), -1, lookup).long(),
+        "object_n_verb_to_interaction": score_lookup(host),
     }
     if hasattr(model, "logit_scale_HO"):  # absent where the host predicts weights instead
         tables["logit_scale"] = model.logit_scale_HO

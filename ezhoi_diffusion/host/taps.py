@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.features.batch import Pairs
 
-Observe = Callable[[Pairs, Tensor, Tensor | None], None]
+Observe = Callable[[Pairs, Tensor, Tensor | None, Tensor], None]
 Inject = Callable[[Tensor, Pairs], Tensor | None]
 
 
@@ -96,8 +96,8 @@ def _form_pairs(model: Any, proposals: dict[str, Tensor], size: Tensor, image: s
 class Tap:
     """Forward hooks on one detector, in one of two roles; active while the model is in eval mode.
 
-    observe(pairs, adapter_feat [P, D], text [N_sel, D] or None): called for every image, in order, once the host
-        has scored its batch; P is zero for an image without pairs.
+    observe(pairs, adapter_feat [P, D], text [N_sel, D] or None, logits [P, num_classes]): called for every image, in
+        order, once the host has scored its batch; P is zero for an image without pairs.
     inject(adapter_feat [P, D], pairs): called for every image that has pairs; its result, unless None, replaces
         the feature.
 
@@ -216,8 +216,11 @@ class Tap:
             empty = features.new_zeros((0, self._text.shape[-1] if self._text is not None else self._width))
             # without pairs the host stops before its last text module, so what was seen is not what it multiplies with
             text = self._text if expected else None
+            scored = iter(result[0])  # one entry for every image that has pairs
+            unscored = features.new_zeros((0, self.model.num_classes))
             for pairs in images:
-                self._observe(pairs, self._seen.get(pairs.batch_index, empty), text)
+                logits = next(scored).detach() if len(pairs) else unscored
+                self._observe(pairs, self._seen.get(pairs.batch_index, empty), text, logits)
         return result
 
     def _on_text(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

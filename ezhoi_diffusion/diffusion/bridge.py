@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,19 @@ class DiffusionBridge(nn.Module):
     def provenance(self) -> dict[str, Any]:
         """Where the bridge comes from: the host's fingerprint, the training's facts, as JSON."""
         return self.config.provenance
+
+    def override(self, **changes: Any) -> DiffusionBridge:
+        """Apply the same weights in another way, e.g. override(start_step=100, steps=100); returns itself.
+
+        The change is noted in the provenance, so reports say it. Raises RecipeError, BridgeError for values out of range.
+        """
+        try:
+            recipe = replace(self.config.recipe, **changes)
+            provenance = {**self.config.provenance, "overridden": changes}
+            self.config = replace(self.config, recipe=recipe, provenance=provenance)
+        except (TypeError, ValueError) as error:
+            raise BridgeError(f"this bridge cannot be applied with {changes}: {error}") from error
+        return self
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:

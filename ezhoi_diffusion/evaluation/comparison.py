@@ -16,14 +16,15 @@ class Comparison:
 
     ap: variant -> [num_interactions] float64 AP per interaction class, in 0..1; the first variant is `none`.
     groups: group -> interaction classes whose mean AP is reported.
-    host_ms: mean time of the host's own forward pass on an image. bridge_ms: variant -> mean time it adds.
+    host_ms: mean time of the host's own forward pass on an image, None where the host did not run.
+    bridge_ms: variant -> mean time it adds to an image.
     """
 
     ap: dict[str, Tensor]
     groups: dict[str, Tensor]
     images: int
     pairs: int
-    host_ms: float
+    host_ms: float | None
     bridge_ms: dict[str, float]
     fingerprint: dict[str, Any]
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -47,7 +48,7 @@ class Comparison:
             "classes": {group: index.tolist() for group, index in self.groups.items()},
             "images": self.images,
             "pairs": self.pairs,
-            "ms_per_image": {v: self.host_ms + self.bridge_ms.get(v, 0.0) for v in self.ap},
+            "host_ms_per_image": self.host_ms,
             "bridge_ms_per_image": self.bridge_ms,
             "fingerprint": self.fingerprint,
             "provenance": self.provenance,
@@ -76,7 +77,7 @@ class Comparison:
         return "\n".join(text)
 
     def _ms(self, variant: str) -> str:
-        return f"{self.host_ms + self.bridge_ms.get(variant, 0.0):.2f}"
+        return "-" if self.host_ms is None else f"{self.host_ms + self.bridge_ms.get(variant, 0.0):.2f}"
 
 
 def _row(cells: list[str], widths: list[int]) -> str:

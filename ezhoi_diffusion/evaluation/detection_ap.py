@@ -17,21 +17,30 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
     return inter / (area_a[:, None] + area_b[None] - inter)
 
 
+def matches(gt: tuple[Tensor, Tensor], detected: tuple[Tensor, Tensor], min_iou: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Which annotation each detection of one interaction class belongs to [M] int64, and whether it overlaps enough [M].
+
+    gt, detected: human and object boxes, [G, 4] and [M, 4] each, xyxy, G at least one. A detection belongs to the
+    annotation with which the smaller of its two IoUs is largest, and counts if that exceeds `min_iou`
+    (Chao et al., WACV 2018).
+    """
+    iou, belongs = torch.minimum(box_iou(gt[0], detected[0]), box_iou(gt[1], detected[1])).max(0)
+    return belongs, iou > min_iou
+
+
 def associate_pairs(
     gt: tuple[Tensor, Tensor], detected: tuple[Tensor, Tensor], scores: Tensor, min_iou: float = 0.5
 ) -> Tensor:
     """Which detections of one interaction class are true positives: float [M], 0 or 1.
 
-    gt, detected: human and object boxes, [G, 4] and [M, 4] each, xyxy. A detection belongs to the annotation with
-    which the smaller of its two IoUs is largest, if that exceeds `min_iou`; of those that belong to one annotation
-    the best scored is the true positive (Chao et al., WACV 2018).
+    As `matches` says; of the detections that belong to one annotation the best scored is the true positive.
     """
     labels = torch.zeros_like(scores)
     if len(gt[0]) == 0 or len(scores) == 0:
         return labels
-    iou, belongs = torch.minimum(box_iou(gt[0], detected[0]), box_iou(gt[1], detected[1])).max(0)
+    belongs, enough = matches(gt, detected, min_iou)
     for annotation in range(len(gt[0])):
-        candidates = torch.nonzero((belongs == annotation) & (iou > min_iou)).squeeze(1)
+        candidates = torch.nonzero((belongs == annotation) & enough).squeeze(1)
         if len(candidates):
             labels[candidates[scores[candidates].argmax()]] = 1
     return labels

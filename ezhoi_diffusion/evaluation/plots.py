@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ezhoi_diffusion.evaluation.comparison import REFERENCE, Comparison
-from ezhoi_diffusion.features.statistics import unit
+from ezhoi_diffusion.evaluation.effect import Effect
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,25 +47,63 @@ def plot_comparison(comparison: Comparison, path: Path) -> None:
     _save(figure, path)
 
 
-def plot_effect(before: Tensor, after: Tensor, text: Tensor, path: Path) -> None:
-    """What a bridge does to features [N, D]: cosine to the nearest of the texts [K, D], norms, and the two side by side."""
-    figure, (cosine, norms, pairs) = _figure(3)
-    near = [(unit(x) @ unit(text).T).max(-1).values for x in (before, after)]
+def plot_effect(effect: Effect, path: Path) -> None:
+    """What a bridge does to single pairs: similarity to the texts, norms, pair by pair, and what became of the top class."""
+    figure, (cosine, norms, pairs, top) = _figure(4, 4.2)
+    near = effect.similarity()
     for axes, values, label in (
         (cosine, near, "cosine to the nearest text"),
-        (norms, [x.norm(dim=-1) for x in (before, after)], "norm"),
+        (norms, effect.norms(), "norm"),
     ):
+        low, high = float(torch.cat(values).min()), float(torch.cat(values).max())
         for value, name in zip(values, ("before", "after"), strict=True):
-            axes.hist(value.tolist(), bins=40, alpha=0.6, label=name)
+            axes.hist(value.tolist(), bins=40, range=(low, max(high, low + 1e-6)), alpha=0.6, label=name)
         axes.set_title(label, loc="left")
         axes.set_ylabel("pairs")
     figure.legend(*cosine.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     pairs.scatter(near[0].tolist(), near[1].tolist(), s=4, alpha=0.4)
     pairs.axline((float(near[0].mean()),) * 2, slope=1, color="black", linewidth=0.8)
     pairs.set(xlabel="cosine before", ylabel="cosine after")
-    pairs.set_title("each pair", loc="left")
-    for axes in (cosine, norms, pairs):
+    pairs.set_title("each pair (above the line: nearer)", loc="left")
+    outcome = effect.outcome()
+    bars = {name: outcome[name] for name in ("unchanged", "to right", "to wrong", "other")}
+    colors = ("0.7", "C2", "C3", "C0")
+    drawn = top.bar(list(bars), list(bars.values()), color=colors)
+    top.bar_label(drawn)
+    top.set_ylabel("pairs")
+    top.set_title("top class under the host's score", loc="left")
+    for axes in (cosine, norms, pairs, top):
         axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def plot_embedding(effect: Effect, points: Tensor, method: str, path: Path) -> None:
+    """A map of both modalities: points [2P + N_sel, 2] of the rows before, after, and of the texts."""
+    figure, (axes,) = _figure(1, 7.0)
+    pairs = len(effect.before)
+    parts = points.split([pairs, pairs, len(effect.text)])
+    for part, label, size, marker in zip(parts, ("before", "after", "texts"), (6, 6, 22), ("o", "o", "x"), strict=True):
+        axes.scatter(part[:, 0].tolist(), part[:, 1].tolist(), s=size, marker=marker, alpha=0.6, label=label)
+    axes.set_title(f"{method}, cosine distances; only neighbourhoods mean something", loc="left")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def plot_statistics(norms: tuple[Tensor, Tensor], cosines: tuple[Tensor, Tensor, Tensor], path: Path) -> None:
+    """Norms of (visual, text) rows, and cosines (visual-visual, text-text, visual-text) of rows drawn at random."""
+    figure, (norm, cosine) = _figure(2)
+    for axes, values, names, title in (
+        (norm, norms, ("visual", "text"), "norm of a row"),
+        (cosine, cosines, ("visual-visual", "text-text", "visual-text"), "cosine between two rows"),
+    ):
+        for value, name in zip(values, names, strict=True):
+            axes.hist(value.tolist(), bins=40, density=True, alpha=0.5, label=name)
+        axes.set_title(title, loc="left")
+        axes.set_ylabel("density")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
     _save(figure, path)
 
 

@@ -1,7 +1,9 @@
-"""A comparison as files: comparison.json and pictures."""
+"""Results as files: JSON, and pictures beside it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
@@ -10,21 +12,21 @@ from ezhoi_diffusion.evaluation.plots import plot_comparison
 from ezhoi_diffusion.files import write_json
 
 
-def make_report_folder(folder: Path) -> None:
-    """Make the folder, before the work that fills it. Raises EzhoiDiffusionError where that cannot be."""
+@contextmanager
+def report_folder(folder: Path) -> Iterator[None]:
+    """Make the folder, and let results be written there. Raises EzhoiDiffusionError where the disk refuses either."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
-        raise EzhoiDiffusionError(f"{folder} cannot hold a report ({error}): give another --report") from error
+        raise EzhoiDiffusionError(
+            f"{folder} cannot hold results ({error}): give another folder, or free space there"
+        ) from error
 
 
 def write_report(comparison: Comparison, folder: Path) -> None:
     """Write comparison.json and comparison.png into `folder`. Raises EzhoiDiffusionError where the disk refuses."""
-    try:
+    with report_folder(folder):
         write_json(folder / "comparison.json", comparison.to_dict())
         plot_comparison(comparison, folder / "comparison.png")
-    except OSError as error:
-        raise EzhoiDiffusionError(
-            f"the report cannot be written to {folder} ({error}): give another --report"
-        ) from error
     print(f"report: {folder / 'comparison.json'}, {folder / 'comparison.png'}", flush=True)

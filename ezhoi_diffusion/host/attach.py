@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.comparison import REFERENCE
-from ezhoi_diffusion.evaluation.report import make_report_folder, write_report
+from ezhoi_diffusion.evaluation.report import report_folder, write_report
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
 from ezhoi_diffusion.host.capture import capture_pass, default_split, share_context
 from ezhoi_diffusion.host.comparison import comparison_pass
@@ -76,14 +76,15 @@ class Attachment:
                 f"of annotations, and the host no evaluation for it"
             )
         if args.report:
-            make_report_folder(Path(args.report))
+            with report_folder(Path(args.report)):
+                pass  # refused now, not after the pass
         if host.world_size > 1 and (captures or injects or compares):
             share_context(host.model, host.device)
         self._attached = True
         plugins.notify("on_attach", host=host)
         if captures:
             self._wait_for_all()  # what rank 0 opens is there before another process writes into it
-        variants = resolve_variants(host, args.compare) if compares else {}
+        variants = resolve_variants(args.compare, plugins, args.bridge, host.accept, host.device) if compares else {}
         if captures:
             self._capture()
         if compares:

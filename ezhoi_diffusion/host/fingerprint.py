@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from argparse import Namespace
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import PurePath
 from typing import Any
 
@@ -33,10 +33,21 @@ class Fingerprint:
         """The JSON form."""
         return asdict(self)
 
-    def differences(self, other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Field -> (this host's value, the other's) where they are not equal."""
-        own = self.to_dict()
-        return {f.name: (own[f.name], other.get(f.name)) for f in fields(self) if own[f.name] != other.get(f.name)}
+
+def foreign(bridge: object, name: str, here: dict[str, Any]) -> tuple[set[str], str] | None:
+    """Which fields of a bridge's fingerprint are not those of the host `here`, and a sentence with both values.
+
+    A bridge that knows where it comes from has `provenance["fingerprint"]`. None where nothing differs, or where the
+    bridge claims no origin.
+    """
+    provenance = getattr(bridge, "provenance", None)
+    if provenance is None:
+        return None
+    found = provenance.get("fingerprint") if isinstance(provenance, dict) else None
+    there = found if isinstance(found, dict) else {}
+    fields = [key for key in here if here[key] != there.get(key)]
+    listed = "; ".join(f"{key} is {here[key]!r} here, {there.get(key)!r} there" for key in fields)
+    return (set(fields), f"bridge '{name}' was made for another host: {listed}") if fields else None
 
 
 def context_vectors(model: nn.Module) -> dict[str, Tensor]:

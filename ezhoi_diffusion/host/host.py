@@ -79,17 +79,16 @@ class Host:
             except ValueError as error:
                 raise FingerprintError(f"--restore-context cannot be done for bridge '{name}': {error}") from error
             del self.fingerprint
-        differences = self.fingerprint.differences(stored)
-        if not differences:
+        difference = fp.foreign(bridge, name, self.fingerprint.to_dict())
+        if difference is None:
             return
-        listed = "; ".join(f"{key} is {here!r} here, {there!r} there" for key, (here, there) in differences.items())
-        message = f"bridge '{name}' was made for another host: {listed}"
+        fields, message = difference
         if self.args.force_bridge:
             self.forced.append(message)
             if self.rank == 0:
                 print(f"FORCED: {message}", flush=True)
             return
-        if set(differences) == {"context"}:
+        if fields == {"context"}:
             raise FingerprintError(
                 f"{message}. The host never saves its context vectors, so another seed or script draws others: run with "
                 f"the seed of the capture, or add --restore-context to use the vectors stored with the bridge"

@@ -1,4 +1,4 @@
-"""What `--compare` names, as callables on one image's features."""
+"""What a comparison names, as callables on one image's features."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.comparison import REFERENCE
 from ezhoi_diffusion.features.batch import Pairs
-from ezhoi_diffusion.host.host import Host
 from ezhoi_diffusion.host.taps import Inject, check_replacement
 from ezhoi_diffusion.plugins import PluginHost
 from ezhoi_diffusion.registry import Registry
@@ -19,37 +19,40 @@ from ezhoi_diffusion.registry import Registry
 Bridge = Callable[[Tensor], Tensor]
 
 
-def resolve_variants(host: Host, names: str) -> dict[str, Inject]:
+def resolve_variants(
+    names: str, plugins: PluginHost, folder: str, accept: Callable[[object, str], None], device: torch.device
+) -> dict[str, Inject]:
     """`none,NAME,NAME=DIR,…` as callables on one image's features. Raises EzhoiDiffusionError for an unknown name.
 
-    NAME is a registered bridge, loaded from DIR or from `--bridge`; or an enabled plugin with post_adapter_feat.
+    NAME is a registered bridge, loaded from DIR or from `folder`; or an enabled plugin with post_adapter_feat.
+    accept(bridge, name) raises where a bridge is not for this host.
     """
     empty: dict[str, Callable[[Path | None], Bridge]] = {}
-    bridges = host.plugins.collect("register_bridges", Registry("bridge", empty))
+    bridges = plugins.collect("register_bridges", Registry("bridge", empty))
     variants: dict[str, Inject] = {}
     for item in filter(None, (part.strip() for part in names.split(","))):
-        name, _, folder = item.partition("=")
+        name, _, own_folder = item.partition("=")
         if name == REFERENCE:
             continue
         if item in variants:
-            raise EzhoiDiffusionError(f"--compare names '{item}' twice")
+            raise EzhoiDiffusionError(f"the comparison names '{item}' twice")
         if name in bridges.names():
-            path = folder or host.args.bridge
+            path = own_folder or folder
             bridge = _loaded(bridges[name], Path(path) if path else None, name)
-            host.accept(bridge, item)
+            accept(bridge, item)
             if isinstance(bridge, nn.Module):
-                bridge.to(host.device)
+                bridge.to(device)
             variants[item] = _checked(bridge, item)
-        elif not folder and name in host.plugins.implementing("post_adapter_feat"):
-            variants[item] = functools.partial(_folded, host.plugins, name)
+        elif not own_folder and name in plugins.implementing("post_adapter_feat"):
+            variants[item] = functools.partial(_folded, plugins, name)
         else:
             known = ", ".join([REFERENCE, *bridges.names()])
             raise EzhoiDiffusionError(
-                f"--compare: there is no bridge '{name}'; known are {known}, and plugins with post_adapter_feat that are "
-                f"enabled with --plugin"
+                f"there is no bridge '{name}'; known are {known}, and in a run of the host plugins with post_adapter_feat that "
+                f"are enabled with --plugin"
             )
     if not variants:
-        raise EzhoiDiffusionError("--compare needs a bridge beside `none`, e.g. --compare none,diffusion --bridge DIR")
+        raise EzhoiDiffusionError("a comparison needs a bridge beside `none`, e.g. none,diffusion and --bridge DIR")
     return variants
 
 

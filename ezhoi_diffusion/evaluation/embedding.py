@@ -1,0 +1,38 @@
+"""Maps of both modalities in two dimensions, for the eye."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.evaluation.effect import Effect
+
+SEED = 0
+
+
+class EmbeddingError(EzhoiDiffusionError):
+    """A map cannot be made here."""
+
+
+def embed(effect: Effect, method: str) -> Tensor:
+    """[2P + N_sel, 2] for the rows before and after and the texts, by "tsne" or "umap" with cosine distances.
+
+    Raises EmbeddingError where the library is not installed, or there are too few rows.
+    """
+    rows = torch.cat([effect.before, effect.after, effect.text]).float().numpy()
+    if len(rows) < 5:
+        raise EmbeddingError(f"a map of {len(rows)} rows shows nothing: take more images")
+    if method == "umap":
+        try:
+            reducer: Any = import_module("umap").UMAP(metric="cosine", random_state=SEED)
+        except ImportError as error:
+            raise EmbeddingError(f"{error}: pip install umap-learn, or use --embedding tsne") from error
+    else:
+        from sklearn.manifold import TSNE
+
+        reducer = TSNE(metric="cosine", init="random", random_state=SEED, perplexity=min(30.0, (len(rows) - 1) / 3))
+    return torch.from_numpy(reducer.fit_transform(rows)).float()

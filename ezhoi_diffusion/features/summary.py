@@ -1,0 +1,63 @@
+"""What a set of captured features is like, in figures: the guide's first step, and the first thing to look at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ezhoi_diffusion.features.statistics import ModalityStatistics, unit
+from ezhoi_diffusion.features.store import FeatureStore
+
+
+def summarize(store: FeatureStore) -> dict[str, Any]:
+    """Counts, norms and means of a store, as JSON. Raises FeatureStoreError.
+
+    shared: the share of a unit visual row that all rows have in common once a mean is taken off, the norm of the mean of
+    unit(unit(x) − mean): about 0 after its own mean if rows spread evenly around it, large where a cone is left.
+    """
+    statistics = store.statistics()
+    counts = torch.tensor([image["rows"] for image in store.images])
+    norms = torch.cat([shard["adapter_feat"].norm(dim=1) for shard in store.shards()])
+    text_norms = store.text.norm(dim=1)
+    return {
+        "rows": len(store),
+        "images": len(counts),
+        "images_without_pairs": int((counts == 0).sum()),
+        "pairs_per_image": {"median": float(counts.double().median()), "max": int(counts.max())},
+        "split": store.split,
+        "dim": statistics.dim,
+        "text_rows": len(store.text),
+        "text_norm": _range(text_norms),
+        "visual_norm": _range(norms),
+        "text_mean_norm": float(statistics.text_mean.norm()),
+        "visual_mean_norm": float(statistics.visual_mean.norm()),
+        "gap": statistics.gap,
+        "shared": {side: shared_part(store, mean) for side, mean in _means(statistics).items()},
+    }
+
+
+def shared_part(store: FeatureStore, mean: Tensor) -> float:
+    """Norm of the mean of unit(unit(x) − mean) over all rows x, for mean [D]."""
+    total = torch.zeros(len(mean), dtype=torch.float64)
+    for shard in store.shards():
+        total += unit(unit(shard["adapter_feat"].double()) - mean.double()).sum(0)
+    return float((total / len(store)).norm())
+
+
+def drawn_cosines(store: FeatureStore, rows: int = 1000, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosines between rows drawn at random: visual-visual, text-text and visual-text, `rows` pairs each."""
+    source = torch.Generator().manual_seed(seed)
+    visual = unit(store.adapter_feat()[torch.randint(len(store), (2 * rows,), generator=source)])
+    text = unit(store.text[torch.randint(len(store.text), (2 * rows,), generator=source)])
+    (v1, v2), (t1, t2) = visual.split(rows), text.split(rows)
+    return (v1 * v2).sum(1), (t1 * t2).sum(1), (v1 * t1).sum(1)
+
+
+def _means(statistics: ModalityStatistics) -> dict[str, Tensor]:
+    return {"after_text_mean": statistics.text_mean, "after_visual_mean": statistics.visual_mean}
+
+
+def _range(values: Tensor) -> dict[str, float]:
+    return {"min": float(values.min()), "median": float(values.median()), "max": float(values.max())}

@@ -21,16 +21,22 @@ def test_the_demo_walks_all_the_way(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     out = tmp_path / "ezhoi-diffusion-demo"
-    report = json.loads((out / "report" / "comparison.json").read_text())
+    results = out / "results"
+    report = json.loads((results / "report" / "comparison.json").read_text())
     assert list(report["mean_ap"]) == ["none", "identity", "mean_shift", "diffusion"]
     assert report["difference"]["identity"]["full"] == 0
     bare = report["mean_ap"]["none"]
     assert 30 < bare["full"] < 90, "the miniature must have learned, and not everything"
     assert set(bare) == {"full", "unseen", "seen", "rare", "non-rare"}
-    store = FeatureStore(out / "features")
+    store = FeatureStore(results / "features")
     assert store.statistics().gap > 0.3, "the modality gap must be there"
-    for name in ("comparison.png", "effect.png"):
-        assert (out / "report" / name).stat().st_size > 10_000
+    for name in (
+        "report/comparison.png",
+        "test/diffusion_effect.png",
+        "statistics/statistics.png",
+        "bridge/training.png",
+    ):
+        assert (results / name).stat().st_size > 10_000
     assert f"{bare['full']:.2f}" in done.stdout
     assert "One seed of a toy says nothing about HICO-DET" in done.stdout
     again = subprocess.run(

@@ -10,7 +10,11 @@ from importlib import import_module
 
 COMMANDS = {
     "run": "run an EZ-HOI script, unmodified, with plugins",
+    "pipeline": "capture, train, test and compare in one go",
+    "statistics": "what was captured, in figures",
     "train": "train a diffusion bridge on captured features",
+    "test": "what a bridge does on a few images: pictures, top 5, a verdict",
+    "compare": "score bridges on captured features of the test split, without the host",
     "demo": "see all of it on a miniature EZ-HOI, without data",
     "plugins": "list plugins: name, version, status, source, hooks",
 }

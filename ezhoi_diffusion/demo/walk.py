@@ -13,13 +13,12 @@ from pathlib import Path
 
 from ezhoi_diffusion.demo.world import host_args, make_world
 from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.evaluation.effect import CHANCE
 
 HOST = Path(__file__).parent / "host"
 SCRIPT = "main_tip_finetune.py"
 EPOCHS = 6
 TRAIN_STEPS = 1500
-ROWS_DRAWN = 3000
-CHANCE = 0.5  # points of mAP; another --seed of the host alone moved it by about 3
 
 
 class DemoError(EzhoiDiffusionError):
@@ -36,67 +35,55 @@ def walk(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     out = out.resolve()
     begun = time.monotonic()
-    world, checkpoints, features, bridge, report = (
-        out / name for name in ("world", "checkpoints", "features", "bridge", "report")
-    )
+    world, checkpoints, results = (out / name for name in ("world", "checkpoints", "results"))
     _say(1, "a world of handwritten digits: a person's digit is the verb, the other the object; contrastive towers")
     make_world(world)
     training = ["run", SCRIPT, *host_args(world, evaluate=False), "--output-dir", str(checkpoints)]
-    testing = ["run", SCRIPT, *host_args(world, evaluate=True), "--output-dir", str(checkpoints)]
 
     _say(2, "fine-tune the miniature EZ-HOI on seen classes, as its own script does")
     _command([*training, "--epochs", str(EPOCHS)])
     checkpoint = max(checkpoints.glob("ckpt_*.pt"))
-    resume = ["--resume", str(checkpoint)]
 
-    _say(3, "capture adapter_feat of the training images")
-    _command([*training, *resume, "--plugin", "capture", "--capture", str(features)])
+    _say(3, "capture, train a bridge, test and compare: the pipeline, as you would give it in an EZ-HOI folder")
+    testing = [*host_args(world, evaluate=True), "--output-dir", str(checkpoints), "--resume", str(checkpoint)]
+    _command(["pipeline", SCRIPT, *testing, "--work", str(results), "--train-steps", str(TRAIN_STEPS)])
 
-    _say(4, "train the diffusion bridge")
-    _command(["train", str(features), "--out", str(bridge), "--train-steps", str(TRAIN_STEPS)])
-
-    _say(5, "compare with and without, on the test images")
-    variants = ["--bridge", str(bridge), "--compare", "none,identity,mean_shift,diffusion", "--report", str(report)]
-    _command([*testing, *resume, *variants])
-
-    _draw_effect(features, bridge, report / "effect.png")
-    print(f"\n{verdict(report / 'comparison.json')}")
+    print(f"\n{verdict(results / 'report' / 'comparison.json')}")
     print(
-        f"{time.monotonic() - begun:.0f} s. Look at {report}: comparison.json, comparison.png, effect.png; and {bridge}."
+        f"{time.monotonic() - begun:.0f} s. Look into {results}: report/comparison.png, test/diffusion_effect.png, bridge/."
     )
 
 
 def _say(step: int, what: str) -> None:
-    print(f"\n[{step}/5] {what}", flush=True)
+    print(f"\n[{step}/3] {what}", flush=True)
 
 
 def _command(arguments: list[str]) -> None:
     """Run `ezhoi-diffusion arguments…` in the miniature's folder; its tables and bars are shown as they come."""
-    if arguments[0] == "run":
+    if arguments[0] in ("run", "pipeline"):
         arguments = [*arguments, "--port", _free_port()]
     print(f"$ ezhoi-diffusion {shlex.join(_shortened(arguments))}", flush=True)
     # the host's own prints go on stdout; only what is ours, or an error, is worth a reader's time here
     # one thread: matrices this small only lose by more, and lose badly where cores are shared
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    process = subprocess.run(
-        [sys.executable, "-m", "ezhoi_diffusion", *arguments], cwd=HOST, env=environment, stdout=subprocess.PIPE, text=True,
-        check=False,
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ezhoi_diffusion", *arguments], cwd=HOST, env=environment, stdout=subprocess.PIPE, text=True
     )  # fmt: skip
-    if process.returncode:
+    lines: list[str] = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append(line)
+        if not line.startswith(("Namespace(", "Rank ")):
+            print(line, end="", flush=True)
+    if process.wait():
         raise DemoError(
-            f"`ezhoi-diffusion {shlex.join(arguments)}` failed with status {process.returncode}:\n{process.stdout[-2000:]}"
+            f"`ezhoi-diffusion {shlex.join(arguments)}` failed with status {process.returncode}:\n{''.join(lines[-30:])}"
         )
-    print(
-        "\n".join(line for line in process.stdout.splitlines() if not line.startswith(("Namespace(", "Rank "))),
-        flush=True,
-    )
 
 
 def _shortened(arguments: list[str]) -> list[str]:
     """The command without the miniature's own flags, which say nothing about the package."""
-    if arguments[0] != "run":
-        return arguments
-    ours = ("--epochs", "--resume", "--eval", "--plugin", "--capture", "--bridge", "--compare", "--report")
+    ours = ("--epochs", "--resume", "--eval", "--work", "--train-steps")
     kept = ["…"]
     for position, word in enumerate(arguments):
         if word in ours:
@@ -109,16 +96,6 @@ def _free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return str(probe.getsockname()[1])
-
-
-def _draw_effect(features: Path, bridge: Path, path: Path) -> None:
-    from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
-    from ezhoi_diffusion.evaluation.plots import plot_effect
-    from ezhoi_diffusion.features.store import FeatureStore
-
-    store = FeatureStore(features)
-    rows = store.adapter_feat()[:ROWS_DRAWN]
-    plot_effect(rows, DiffusionBridge.from_pretrained(bridge)(rows), store.text, path)
 
 
 def verdict(comparison: Path) -> str:

@@ -1,0 +1,165 @@
+"""`ezhoi-diffusion pipeline SCRIPT … --work DIR`: capture, statistics, training, test and comparison in one go."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ezhoi_diffusion.errors import EzhoiDiffusionError
+
+if TYPE_CHECKING:
+    from ezhoi_diffusion.pipeline import Step
+
+DESCRIPTION = """\
+From an EZ-HOI checkpoint to a compared bridge, in one command and without a question: capture the training images, look at
+the features, train, capture the test images, test, compare. Give it in the EZ-HOI folder, with the flags of your test script
+(`--eval --resume CKPT …`). What is done and still valid is skipped: by the contents of checkpoint, weights, data folders and
+the host's own sources, and by all flags, not by a file's existence. An interrupted step goes on where it was."""
+EPILOG = """\
+what the numbers mean:
+  --max-images       the first N images of each split: for a quick look, not for a result. Expect at least 15 pairs an image,
+                     most of them background
+  --train-steps      optimizer steps. The default network needs thousands, not the 500,000 of the 1-D UNet
+  --scale-factor     norm of every network input, the same in training and at eval, stored with the bridge; it says how
+                     large a row is beside the schedule's noise
+  --inference-steps  the training guide's one number is two things: the level at which a feature enters, which is how
+                     strongly it is bridged, and the number of network evaluations, which is what that costs. N sets both;
+                     more is not better. Left out, the recipe decides (5 evaluations from level 100)
+
+in DIR:
+  features/       adapter_feat of the training images      statistics/   figures of them (gap, means, norms)
+  bridge/         the bridge, its checkpoints and curve    test/         diffusion_effect.png, effect.json
+  features-test/  adapter_feat of the test images          report/       comparison.png, comparison.json
+
+example:
+  ezhoi-diffusion pipeline main_tip_finetune.py … --eval --resume CKPT --work DIR
+"""
+UNREAD = ("--output-dir", "--port", "--num-workers", "--print-interval")  # flags of the host that change no feature
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    _declare(parser)
+    parser.add_argument("script", type=Path, help="the host's script, main_tip_finetune.py")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="…", help="its flags, and those above")
+
+
+def _declare(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--work", type=Path, metavar="DIR", help="folder for all results (required)")
+    add("--max-images", type=int, metavar="N", help="the first N images of each split only")
+    add("--recipe", metavar="NAME", help="blend (default), paper or guide; see `ezhoi-diffusion train --help`")
+    add("--denoiser", metavar="NAME", help="the network: mlp (default), unet1d, or a plugin's")
+    add("--train-steps", type=int, metavar="N", help="optimizer steps")
+    add("--scale-factor", type=float, metavar="S", help="norm of every network input (5)")
+    add("--inference-steps", type=int, metavar="N", help="start level and number of evaluations, both N")
+    add("--num-test-images", type=int, default=20, metavar="N", help="images of the test step (20)")
+    add("--bridges", default="none,identity,mean_shift,diffusion", metavar="none,NAME[=DIR],…", help="what to compare")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make the steps and run them."""
+    from ezhoi_diffusion.pipeline import StepFailed, run_steps
+
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # ours stand among the host's, in any order
+    _declare(flags)
+    args, host_flags = flags.parse_known_args(args.arguments, args)
+    if args.work is None:
+        raise EzhoiDiffusionError("--work DIR is missing: the folder for features, bridge and results")
+    for ours in ("--plugin", "--capture", "--compare", "--bridge"):
+        if ours in host_flags:
+            raise EzhoiDiffusionError(f"the pipeline sets {ours} itself: leave it out, or use `ezhoi-diffusion run`")
+    steps = make_steps(args, host_flags if "--eval" in host_flags else [*host_flags, "--eval"])
+    try:
+        done = run_steps(steps, args.work)
+    except StepFailed as failed:
+        print(f"ezhoi-diffusion: error: {failed}", flush=True)
+        return failed.status if failed.status > 0 else 128 - failed.status
+    what = f"{done} of {len(steps)} steps were done" if done else "everything was up to date"
+    print(
+        f"{what}; look at {args.work / 'test' / 'diffusion_effect.png'} and {args.work / 'report' / 'comparison.png'}"
+    )
+    return 0
+
+
+def make_steps(args: argparse.Namespace, host_flags: list[str]) -> list[Step]:
+    """The six steps for these flags."""
+    from importlib.metadata import version
+
+    from ezhoi_diffusion.pipeline import Step, content
+
+    work: Path = args.work
+    folders = {name: work / name for name in ("features", "statistics", "bridge", "features-test", "test", "report")}
+    package = {"package": version("ezhoi-diffusion")}
+    words = _without(host_flags, UNREAD)
+    host = {**package, "flags": words, "sources": source_digest(args.script)}
+    host |= {f"contents of {word}": content(word) for word in words if not word.startswith("-") and Path(word).exists()}
+    limit = [] if args.max_images is None else ["--max-images", str(args.max_images)]
+
+    def capture(name: str, split: str) -> Step:
+        command = [
+            "run",
+            str(args.script),
+            *host_flags,
+            "--plugin",
+            "capture",
+            "--capture",
+            str(folders[name].resolve()),
+        ]
+        return Step(
+            name, f"capture the {split} images", folders[name], [*command, "--capture-split", split, *limit],
+            {**host, "split": split, "max_images": args.max_images},
+        )  # fmt: skip
+
+    chosen = {
+        "--recipe": args.recipe, "--denoiser": args.denoiser, "--train-steps": args.train_steps,
+        "--scale-factor": args.scale_factor, "--inference-steps": args.inference_steps,
+    }  # fmt: skip
+    training = [part for flag, value in chosen.items() if value is not None for part in (flag, str(value))]
+    features, test_features, bridge = (str(folders[name]) for name in ("features", "features-test", "bridge"))
+    looks = ["test", test_features, "--bridge", bridge, "--out", str(folders["test"])]
+    return [
+        capture("features", "train"),
+        Step(
+            "statistics", "figures of the features", folders["statistics"],
+            ["statistics", features, "--out", str(folders["statistics"])], package, ["features"],
+        ),
+        Step(
+            "bridge", "train the bridge", folders["bridge"], ["train", features, "--out", bridge, *training],
+            {**package, "flags": training}, ["features"], ["--resume"],
+        ),
+        capture("features-test", "test"),
+        Step(
+            "test", "test on a few images", folders["test"],
+            [*looks, "--num-test-images", str(args.num_test_images)], {**package, "images": args.num_test_images},
+            ["bridge", "features-test"],
+        ),
+        Step(
+            "report", "compare on all test images", folders["report"],
+            ["compare", test_features, "--bridge", bridge, "--bridges", args.bridges, "--report", str(folders["report"])],
+            {**package, "bridges": args.bridges}, ["bridge", "features-test"],
+        ),
+    ]  # fmt: skip
+
+
+def _without(words: list[str], flags: tuple[str, ...]) -> list[str]:
+    """The command line less these flags and their values."""
+    return [
+        word for before, word in zip(["", *words], words, strict=False) if word not in flags and before not in flags
+    ]
+
+
+def source_digest(script: Path) -> str:
+    """SHA-256 over the Python files beside the script, by name and content."""
+    import hashlib
+
+    from ezhoi_diffusion.files import sha256
+
+    if not script.is_file():
+        raise EzhoiDiffusionError(f"{script} is no file: give this command in the EZ-HOI folder")
+    digest = hashlib.sha256()
+    for path in sorted(script.resolve().parent.glob("*.py")):
+        digest.update(f"{path.name} {sha256(path)}\n".encode())
+    return digest.hexdigest()

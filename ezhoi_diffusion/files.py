@@ -1,28 +1,40 @@
-"""Files and folders that are whole or absent: written aside, flushed to disk, renamed; read back with typed errors."""
+"""Files and folders that are whole or absent: written aside, flushed to disk, renamed; read back with typed errors.
+
+Whatever is read back has a hash. A JSON carries its own, as its last entry, and is read only if its bytes are those
+that `write_json` wrote. A safetensors file has its size and hash in a JSON beside it.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import stat
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 
 STAGED = ".staged"
 COMMITTED = ".committed"
+LOCK = ".lock"
+SEAL = "seal"
+# Larger than anything this package writes: the index of ten times HICO-DET's images, a network of two billion weights.
+MAX_JSON_BYTES, MAX_TENSORS_BYTES = 1 << 26, 1 << 33
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Make `path` hold `data`, or leave it as it was. Raises OSError."""
+def write_atomic(path: Path, data: bytes) -> dict[str, Any]:
+    """Make `path` hold `data`, or leave it as it was; returns its name, size in bytes and SHA-256. Raises OSError."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with aside.open("wb") as file:
@@ -34,6 +46,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         aside.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+    return {"file": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def sync_folder(folder: Path) -> None:
@@ -45,35 +58,52 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as readable JSON, atomically."""
-    write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
+def write_json(path: Path, value: dict[str, Any]) -> dict[str, Any]:
+    """Write `value` and its seal as readable JSON, atomically; returns what `write_atomic` does."""
+    return write_atomic(path, _sealed(value))
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Write a safetensors file atomically; returns its name, size in bytes and SHA-256."""
-    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    write_atomic(path, data)
-    return {"file": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    """Write a safetensors file, atomically; returns what `write_atomic` does."""
+    return write_atomic(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
 def read_json(path: Path, error: type[EzhoiDiffusionError], remedy: str) -> dict[str, Any]:
-    """A JSON object from disk. Raises `error` where the file is missing or is not one."""
+    """A JSON object as `write_json` wrote it, without its seal.
+
+    Raises `error` where the file is missing, too large, no such object, or not as it was written, be it by one space.
+    """
+    data = _read(path, MAX_JSON_BYTES, None, error, remedy)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as problem:
+        value = json.loads(data)
+        if not isinstance(value, dict):
+            raise error(f"{path} holds {type(value).__name__}, not a JSON object; {remedy}")
+        if value.pop(SEAL, None) is None:
+            raise error(f"{path} has no seal: an older version wrote it, or it was edited; {remedy}")
+        if data != _sealed(value):
+            raise error(f"{path} was changed after it was written; {remedy}")
+    except (ValueError, RecursionError) as problem:
         raise error(f"{path} cannot be read ({problem}); {remedy}") from problem
-    if not isinstance(value, dict):
-        raise error(f"{path} holds {type(value).__name__}, not a JSON object; {remedy}")
     return value
 
 
-def read_tensors(path: Path, error: type[EzhoiDiffusionError], remedy: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises `error` where the file is missing, cut short or malformed."""
+def read_tensors(path: Path, facts: dict[str, Any], error: type[EzhoiDiffusionError], remedy: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU; the file may change afterwards. For a moment it is in memory twice.
+
+    facts: what `write_tensors` returned. Raises `error` where the file is missing, not as it was written, malformed,
+    or holds NaN or infinity.
+    """
+    data = _read(path, MAX_TENSORS_BYTES, facts["bytes"], error, remedy)
+    if hashlib.sha256(data).hexdigest() != facts["sha256"]:
+        raise error(f"{path} was changed after it was written; {remedy}")
     try:
-        return load_file(path)
-    except (OSError, SafetensorError, ValueError) as problem:
+        tensors = load(data)
+        broken = [name for name, x in tensors.items() if x.is_floating_point() and not torch.isfinite(x).all()]
+    except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as problem:
         raise error(f"{path} cannot be read ({problem}); {remedy}") from problem
+    if broken:
+        raise error(f"{path}: {broken[0]} holds NaN or infinity; {remedy}")
+    return tensors
 
 
 def sha256(path: Path) -> str:
@@ -85,18 +115,81 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _sealed(value: dict[str, Any]) -> bytes:
+    """The one way in which a JSON object stands on disk."""
+    seal = hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    return (json.dumps({**value, SEAL: seal}, indent=2) + "\n").encode()
+
+
+def _read(path: Path, limit: int, size: int | None, error: type[EzhoiDiffusionError], remedy: str) -> bytes:
+    """A regular file's bytes, if they are as many as they should be: size comes before memory."""
+    try:
+        with open(path, "rb", opener=_without_waiting) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise error(f"{path} is not a file; {remedy}")
+            if size not in (None, found.st_size):
+                raise error(f"{path} has {found.st_size} bytes where {size!r} were written; {remedy}")
+            if found.st_size > limit:
+                raise error(f"{path} has {found.st_size} bytes, more than the {limit} of any such file; {remedy}")
+            return file.read(found.st_size)
+    except (OSError, ValueError) as problem:
+        raise error(f"{path} cannot be read ({problem}); {remedy}") from problem
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a pipe nobody writes to, as any other file."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+@contextmanager
+def locked(folder: Path, error: type[EzhoiDiffusionError], name: str = LOCK, *, wait: bool = False) -> Iterator[None]:
+    """Hold `folder`/`name` against other processes; the lock dies with its process, however that ends.
+
+    Raises `error` where another process has it, unless it is to be waited for, and OSError.
+    """
+    path = folder / name
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except (BlockingIOError, PermissionError):
+            os.close(handle)
+            raise error(f"another process is writing into {folder}: let it end, or give another folder") from None
+        except OSError as problem:
+            warnings.warn(f"{path} cannot be locked ({problem}): start only one writer for {folder}", stacklevel=3)
+        if _is(handle, path):  # else its last holder has just removed it
+            break
+        os.close(handle)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _is(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Files that `write_atomic` was killed over. Only for whoever may write there: another's may be in use."""
+    return list(folder.glob(".*.tmp"))
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yields a folder to write into, which becomes `folder` by one rename if the block ends well.
 
     What an older `folder` held is lost. Parents are made.
     """
-    staged = folder.with_name(folder.name + STAGED)
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    yield staged
-    shutil.rmtree(folder, ignore_errors=True)
-    staged.rename(folder)
+    with _staged(folder.with_name(folder.name + STAGED)) as staged:
+        yield staged
+        shutil.rmtree(folder, ignore_errors=True)
+        staged.rename(folder)
     sync_folder(folder.parent)
 
 
@@ -107,14 +200,23 @@ def replaced_files(folder: Path) -> Iterator[Path]:
     Other entries of `folder` stay. One rename commits. From then on `current` finds the new files, even if
     moving them into place was interrupted; the next call finishes that.
     """
-    staged, committed = folder / STAGED, folder / COMMITTED
     _finish(folder)
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    yield staged
-    staged.rename(committed)
+    with _staged(folder / STAGED) as staged:
+        yield staged
+        staged.rename(folder / COMMITTED)
     sync_folder(folder)
     _finish(folder)
+
+
+@contextmanager
+def _staged(staged: Path) -> Iterator[Path]:
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    try:
+        yield staged
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)  # a full disk needs the room
+        raise
 
 
 def current(folder: Path, name: str) -> Path:

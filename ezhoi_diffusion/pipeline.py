@@ -35,7 +35,7 @@ class StepFailed(PipelineError):
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
-        self.status = status
+        self.status = status if status > 0 else 128 - status  # as a shell says that a signal ended it
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ import torch
 
 import ezhoi_diffusion.demo
 from ezhoi_diffusion.demo import world
+from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.files import read_json, write_json
 
 HOST = Path(ezhoi_diffusion.demo.__file__).parent / "host"
 HOSTDUMP = Path(__file__).with_name("hostdump.py")
@@ -72,6 +74,12 @@ def run_host(*command: str, timeout: int = 240, **env: str) -> subprocess.Comple
 def launch(*flags: str, **kwargs) -> subprocess.CompletedProcess[str]:
     """`ezhoi-diffusion run main_tip_finetune.py flags…` on the miniature."""
     return run_host("-m", "ezhoi_diffusion", "run", "main_tip_finetune.py", *flags, **kwargs)
+
+
+def rewrite(path: Path, **changes) -> None:
+    """A JSON as its writer would have written it, had it said something else; None deletes an entry."""
+    content = {**read_json(path, EzhoiDiffusionError, ""), **changes}
+    write_json(path, {key: value for key, value in content.items() if value is not None})
 
 
 class _Parsed(Exception):

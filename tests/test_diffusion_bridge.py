@@ -1,6 +1,5 @@
 """The bridge's contracts: identity, determinism, independence, precision, artefact."""
 
-import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import rewrite
 from torch import nn
 
 from ezhoi_diffusion.diffusion import artifact
@@ -240,14 +240,7 @@ def test_a_crash_before_the_commit_leaves_the_old_artefact(tmp_path, monkeypatch
 
 
 def edit(folder, **changes):
-    path = folder / "config.json"
-    content = json.loads(path.read_text())
-    for key, value in changes.items():
-        if value is None:
-            del content[key]
-        else:
-            content[key] = value
-    path.write_text(json.dumps(content))
+    rewrite(folder / "config.json", **changes)
 
 
 def nan_weights(folder):
@@ -265,7 +258,8 @@ def nan_weights(folder):
         (lambda f: (f / "config.json").write_text("{"), "config.json"),
         (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json"),
         (lambda f: (f / "config.json").write_text("[]"), "config.json"),
-        (lambda f: (f / "config.json").write_text("{}"), "missing"),
+        (lambda f: (f / "config.json").write_text("{}"), "no seal"),
+        (lambda f: (f / "config.json").write_text((f / "config.json").read_text() + " "), "changed after"),
         (lambda f: edit(f, schema_version=2), "schema version 2"),
         (lambda f: edit(f, bridge="other"), "'other'"),
         (lambda f: edit(f, dim=32), "cannot be used"),
@@ -279,6 +273,7 @@ def nan_weights(folder):
         (lambda f: edit(f, recipe=None), "recipe"),
         (lambda f: edit(f, surprise=1), "surprise"),
         (lambda f: edit(f, files={"../../etc/passwd": ""}), "files"),
+        (lambda f: edit(f, files={"../../etc/passwd": {"bytes": 1, "sha256": ""}}), "passwd"),
         (lambda f: (f / "model.safetensors").write_bytes(b"garbage"), "model.safetensors"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 4096), "model.safetensors"),
         (

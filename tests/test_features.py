@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
+from conftest import rewrite
 
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
 from ezhoi_diffusion.features.statistics import ModalityStatistics
@@ -152,18 +151,22 @@ def test_damaged_files_are_one_typed_error(tmp_path, name, how):
 
 
 @pytest.mark.parametrize(
-    ("name", "change"),
+    ("change", "says"),
     [
-        ("index.json", {"shards": None}),
-        ("index.json", {"shards": [{}]}),
-        ("meta.json", {"split": None, "fingerprint": 3}),
+        ({"shards": None}, "is damaged"),
+        ({"shards": [{}]}, "is damaged"),
+        ({"shards": []}, "is damaged"),
+        ({"rows": 13}, "is damaged"),
+        ({"images": 5}, "is damaged"),
+        ({"host": {}}, "is damaged"),
+        ({"schema": 99}, "schema 99, this version reads 1"),
+        ({"meta": {**META, "schema": 1, "split": "test"}}, "belongs to another capture"),
     ],
 )
-def test_files_that_say_something_else_are_one_typed_error(tmp_path, name, change):
+def test_an_index_that_says_something_else_is_one_typed_error(tmp_path, change, says):
     write(tmp_path)
-    content = json.loads((tmp_path / name).read_text())
-    (tmp_path / name).write_text(json.dumps({**content, **change}))
-    with pytest.raises(FeatureStoreError, match="is damaged"):
+    rewrite(tmp_path / "index.json", **change)
+    with pytest.raises(FeatureStoreError, match=says):
         FeatureStore(tmp_path)
 
 
@@ -173,11 +176,6 @@ def test_a_capture_without_any_pair_is_an_error(tmp_path):
     assert not (tmp_path / "index.json").exists()
 
 
-def test_a_store_of_another_version_is_refused(tmp_path):
-    write(tmp_path)
-    index = json.loads((tmp_path / "index.json").read_text())
-    (tmp_path / "index.json").write_text(json.dumps({**index, "schema": 99}))
-    with pytest.raises(FeatureStoreError, match="schema 99, this version reads 1"):
-        FeatureStore(tmp_path)
+def test_no_store_is_no_store(tmp_path):
     with pytest.raises(FeatureStoreError, match="holds no captured features: make them with"):
         FeatureStore(tmp_path / "nowhere")

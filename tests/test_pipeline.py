@@ -157,7 +157,7 @@ def test_the_pipeline_on_the_miniature(small_world, tmp_path):
 
     failed = run("--train-steps", "0", *quick)
     assert failed.returncode == 2
-    assert "the same pipeline command goes on from here" in failed.stdout
+    assert "the same pipeline command goes on from here" in failed.stderr
     assert "Traceback" not in failed.stderr
 
     third = run("--train-steps", "12", *quick)

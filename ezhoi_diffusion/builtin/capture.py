@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ezhoi_diffusion.features.batch import FeatureBatch
-from ezhoi_diffusion.features.store import FeatureStoreError, FeatureWriter, finish_store, write_host_tensors
-from ezhoi_diffusion.files import read_tensors
+from ezhoi_diffusion.features.store import FeatureStoreError, FeatureWriter, finish_store
 from ezhoi_diffusion.hookspecs import hookimpl
 from ezhoi_diffusion.host.capture import default_split
 from ezhoi_diffusion.host.fingerprint import context_vectors
@@ -79,27 +78,25 @@ class CapturePlugin:
                 )
             return
         self._text = text.clone()
-        path = self._writer.folder / "host.safetensors"
-        if path.exists():  # written before an interruption, or by another process
-            stored = read_tensors(path, FeatureStoreError, "capture again, into a new folder")["text"]
-            if stored.shape != text.shape or not torch.allclose(stored, text.cpu(), rtol=1e-4, atol=1e-5):
-                raise FeatureStoreError(
-                    f"{path} has other text features than this run: capture again, into a new folder"
-                )
-            return
         context = {f"context/{name}": vector for name, vector in context_vectors(self._host.model).items()}
-        write_host_tensors(self._writer.folder, {**score_tables(self._host, text), **context})
+        kept = self._writer.keep_host_tensors({**score_tables(self._host, text), **context})
+        stored = kept.get("text", text[:0])  # written before an interruption, or by another process
+        if stored.shape != text.shape or not torch.allclose(stored, text.cpu(), rtol=1e-4, atol=1e-5):
+            raise FeatureStoreError(
+                f"{self._writer.folder} has other text features than this run: capture again, into a new folder"
+            )
 
     @hookimpl
     def on_detach(self, host: Host) -> None:
         """Close the store, on rank 0 once the others have closed theirs."""
         writer, self._writer = self._writer, None
-        if writer is None or host.failed:
+        if writer is None:
             return
-        writer.flush()
-        if host.rank == 0:
+        writer.flush()  # whole images, whatever ended the run
+        if host.rank == 0 and not host.failed:
             store = finish_store(writer.folder)
             print(f"captured {len(store)} pairs of {len(store.images)} images into {store.folder}", flush=True)
+        writer.close()
 
 
 plugin = CapturePlugin()

@@ -44,8 +44,8 @@ def load(folder: Path | None) -> MeanShift:
     config, files = read_artifact(folder)
     try:
         statistics = ModalityStatistics.from_tensors(files[STATISTICS])
-    except KeyError as error:
-        raise BridgeError(f"{folder / STATISTICS} lacks {error}; train anew") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise BridgeError(f"{folder / STATISTICS} holds no statistics ({error}); train anew") from error
     return MeanShift(statistics, config.provenance, files.get(CONTEXT, {}))
 
 

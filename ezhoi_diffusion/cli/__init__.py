@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+
+# What a disk says that is full, over quota, read-only or broken: never a mistake of the program
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 COMMANDS = {
     "run": "run an EZ-HOI script, unmodified, with plugins",
@@ -46,16 +50,24 @@ the way, from an EZ-HOI folder:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status, 2 for an error that the user can act on."""
-    from ezhoi_diffusion.errors import EzhoiDiffusionError
+    """Run one command; returns its exit status: 2 for an error that the user can act on, 75 where it may go on later."""
+    from ezhoi_diffusion.errors import EzhoiDiffusionError, Interrupted
 
     logging.basicConfig(format="ezhoi-diffusion: %(message)s", level=logging.WARNING)
     argv = sys.argv[1:] if argv is None else argv
     args = build_parser(argv).parse_args(argv)
     try:
         status: int = args.run(args)
+    except Interrupted as error:
+        sys.stderr.write(f"ezhoi-diffusion: {error}\n")
+        return error.status
     except EzhoiDiffusionError as error:
         sys.stderr.write(f"ezhoi-diffusion: error: {error}\n")
+        return error.status
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        sys.stderr.write(f"ezhoi-diffusion: error: the disk refused ({error}): free space and give the command again\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("ezhoi-diffusion: interrupted\n")

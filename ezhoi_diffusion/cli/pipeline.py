@@ -61,7 +61,7 @@ def _declare(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make the steps and run them."""
-    from ezhoi_diffusion.pipeline import StepFailed, run_steps
+    from ezhoi_diffusion.pipeline import run_steps
 
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # ours stand among the host's, in any order
     _declare(flags)
@@ -72,11 +72,7 @@ def run(args: argparse.Namespace) -> int:
         if ours in host_flags:
             raise EzhoiDiffusionError(f"the pipeline sets {ours} itself: leave it out, or use `ezhoi-diffusion run`")
     steps = make_steps(args, host_flags if "--eval" in host_flags else [*host_flags, "--eval"])
-    try:
-        done = run_steps(steps, args.work)
-    except StepFailed as failed:
-        print(f"ezhoi-diffusion: error: {failed}", flush=True)
-        return failed.status if failed.status > 0 else 128 - failed.status
+    done = run_steps(steps, args.work)
     what = f"{done} of {len(steps)} steps were done" if done else "everything was up to date"
     print(
         f"{what}; look at {args.work / 'test' / 'diffusion_effect.png'} and {args.work / 'report' / 'comparison.png'}"

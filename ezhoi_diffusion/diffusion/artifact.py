@@ -6,13 +6,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ezhoi_diffusion.diffusion.recipes import Recipe
 from ezhoi_diffusion.diffusion.schedule import OBJECTIVES, Objective, Schedule
 from ezhoi_diffusion.errors import EzhoiDiffusionError
-from ezhoi_diffusion.files import current, read_json, read_tensors, replaced_files, sha256, write_json, write_tensors
+from ezhoi_diffusion.files import current, read_json, read_tensors, replaced_files, write_json, write_tensors
 
 SCHEMA_VERSION = 1
 CONFIG = "config.json"
@@ -27,7 +26,7 @@ class BridgeError(EzhoiDiffusionError):
 
 @dataclass(frozen=True)
 class BridgeConfig:
-    """What config.json holds, apart from the checksums of the files beside it.
+    """What config.json holds, apart from sizes and hashes of the files beside it.
 
     `provenance` is the writer's own JSON (host fingerprint, training facts, versions): kept, never
     interpreted here. Raises ValueError for values that contradict each other.
@@ -63,16 +62,20 @@ class BridgeConfig:
 
 
 def write_artifact(folder: Path, config: BridgeConfig, files: dict[str, dict[str, Tensor]]) -> None:
-    """Write all files of an artefact into `folder`, together or not at all; other entries of it stay."""
-    with replaced_files(folder) as staged:
-        written = {name: write_tensors(staged / name, tensors) for name, tensors in files.items()}
-        content = {
-            "schema_version": SCHEMA_VERSION,
-            "bridge": "diffusion",
-            **asdict(config),
-            "files": {name: facts["sha256"] for name, facts in written.items()},
-        }
-        write_json(staged / CONFIG, content)
+    """Write all files of an artefact into `folder`, together or not at all; other entries of it stay.
+
+    Raises BridgeError where the disk refuses.
+    """
+    try:
+        with replaced_files(folder) as staged:
+            written = {name: write_tensors(staged / name, tensors) for name, tensors in files.items()}
+            content = {"schema_version": SCHEMA_VERSION, "bridge": "diffusion", **asdict(config), "files": written}
+            write_json(staged / CONFIG, content)
+    except OSError as error:
+        raise BridgeError(
+            f"{folder} could not take the bridge ({error}): free space there, or give another folder, and try again; what "
+            f"was there is unharmed"
+        ) from error
 
 
 def read_artifact(folder: Path) -> tuple[BridgeConfig, dict[str, dict[str, Tensor]]]:
@@ -80,35 +83,27 @@ def read_artifact(folder: Path) -> tuple[BridgeConfig, dict[str, dict[str, Tenso
     path = current(folder, CONFIG)
     content = read_json(path, BridgeError, "give the folder of a finished training")
     try:
-        config, checksums = _parse(content)
+        config, files = _parse(content)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise BridgeError(f"{path} does not describe a diffusion bridge: {reason}") from error
-    return config, {name: _read_tensors(current(folder, name), digest) for name, digest in checksums.items()}
+    return config, {
+        name: read_tensors(current(folder, name), facts, BridgeError, REMEDY) for name, facts in files.items()
+    }
 
 
-def _parse(content: dict[str, Any]) -> tuple[BridgeConfig, dict[str, str]]:
+def _parse(content: dict[str, Any]) -> tuple[BridgeConfig, dict[str, dict[str, Any]]]:
     content = dict(content)
-    version, kind, checksums = content.pop("schema_version"), content.pop("bridge"), content.pop("files")
+    version, kind, files = content.pop("schema_version"), content.pop("bridge"), content.pop("files")
     if (version, kind) != (SCHEMA_VERSION, "diffusion"):
         raise ValueError(
             f"it is a {kind!r} of schema version {version!r}, and this ezhoi-diffusion reads 'diffusion' "
             f"of version {SCHEMA_VERSION}: upgrade the package, or train anew"
         )
-    if not isinstance(checksums, dict):
-        raise ValueError(f"'files' must name files and their SHA-256, not {checksums!r:.100}")
-    unknown = set(checksums) - {MODEL, STATISTICS, CONTEXT}
-    missing = {MODEL, STATISTICS} - set(checksums)
+    if not isinstance(files, dict) or not all({"bytes", "sha256"} <= set(facts) for facts in files.values()):
+        raise ValueError(f"'files' must give each file's size and SHA-256, not {files!r:.100}")
+    unknown = set(files) - {MODEL, STATISTICS, CONTEXT}
+    missing = {MODEL, STATISTICS} - set(files)
     if unknown or missing:
         raise ValueError(f"unexpected or missing entries in 'files': {', '.join(sorted(unknown | missing))}")
-    return BridgeConfig(**{**content, "recipe": Recipe(**content["recipe"])}), checksums
-
-
-def _read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
-    tensors = read_tensors(path, BridgeError, REMEDY)
-    if sha256(path) != digest:
-        raise BridgeError(f"{path} is not the file that config.json was written with; {REMEDY}")
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise BridgeError(f"{path}: {name} holds NaN or infinity; {REMEDY}")
-    return tensors
+    return BridgeConfig(**{**content, "recipe": Recipe(**content["recipe"])}), files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ezhoi_diffusion.evaluation.comparison import REFERENCE, Comparison
 from ezhoi_diffusion.evaluation.effect import Effect
+from ezhoi_diffusion.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +26,9 @@ def _figure(columns: int, width: float = 5.0) -> tuple[Figure, list[Axes]]:
 
 
 def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130, metadata={"Software": None})
+    write_atomic(path, picture.getvalue())
 
 
 def plot_comparison(comparison: Comparison, path: Path) -> None:

@@ -65,6 +65,9 @@ class ModalityStatistics:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> ModalityStatistics:
-        """The inverse of `tensors`. Raises KeyError where one is missing."""
+        """The inverse of `tensors`. Raises KeyError where one is missing, ValueError where one is something else."""
         visual_rows, text_rows = tensors["rows"].tolist()
+        for name in ("visual_mean", "text_mean"):
+            if tensors[name].dtype != torch.float32 or tensors[name].ndim != 1:
+                raise ValueError(f"{name} is {tensors[name].dtype} of shape {list(tensors[name].shape)}")
         return cls(tensors["visual_mean"], tensors["text_mean"], int(visual_rows), int(text_rows))

@@ -1,16 +1,20 @@
 """A folder of captured features: sharded safetensors with an index, written as a stream.
 
-    meta.json            what was captured, from which host (written first)
-    host.safetensors     text features and tables that the host's score needs
-    shard-000-00000.*    .safetensors rows of some images; .json names them and is what makes the shard count
-    index.json           the shards in order, and the totals (written last: without it the store is unfinished)
+    meta.json                      what was captured, from which host (written first)
+    host.safetensors               text features and tables that the host's score needs
+    shard-000-00000.safetensors    rows of some images
+    index.json                     meta, totals, the shards in order, sizes and hashes (written last: without it the
+                                   store is unfinished)
 
-Rows are in the order of the split's images, whatever the number of processes that captured them.
+While it is captured, a .json beside a .safetensors has its size and hash and is what makes it count. Rows are in the order of the split's images, whatever the number of processes that captured them.
 """
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +24,12 @@ from torch import Tensor
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
 from ezhoi_diffusion.features.statistics import ModalityStatistics
-from ezhoi_diffusion.files import read_json, read_tensors, sha256, write_json, write_tensors
+from ezhoi_diffusion.files import LOCK, leftovers, locked, read_json, read_tensors, write_json, write_tensors
 
 SCHEMA = 2
-ROWS_PER_SHARD = (
-    16_384  # 32 MiB of features at D = 512: what a killed capture loses at most, and what it keeps in memory
-)
+# What a killed capture loses at most, and what it keeps in memory: 32 MiB of features at D = 512, or a minute's work
+ROWS_PER_SHARD, SECONDS_PER_SHARD = 16_384, 60.0
+META, INDEX, HOST = "meta.json", "index.json", "host.safetensors"
 AGAIN = "capture it again, into a new folder"
 
 
@@ -37,34 +41,52 @@ class FeatureWriter:
     """Writes the part of a store that one process captures; finish with `finish_store` on one process.
 
     Opening a folder that holds an unfinished capture of the same host and split goes on after its last whole shard:
-    images before `next_index` are there already, and adding them again does nothing. Raises FeatureStoreError where the folder holds anything else.
+    images before `next_index` are there already, and adding them again does nothing. Raises FeatureStoreError where the
+    folder holds anything else, a file in it was changed, or another process is writing there.
     """
 
     def __init__(
-        self, folder: Path, meta: dict[str, Any], *, rank: int = 0, rows_per_shard: int = ROWS_PER_SHARD
+        self,
+        folder: Path,
+        meta: dict[str, Any],
+        *,
+        rank: int = 0,
+        rows_per_shard: int = ROWS_PER_SHARD,
+        seconds_per_shard: float = SECONDS_PER_SHARD,
     ) -> None:
         self.folder = folder
         self.rank = rank
         self.rows_per_shard = rows_per_shard
-        meta = {"schema": SCHEMA, **meta}
+        self.seconds_per_shard = seconds_per_shard
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if (folder / "index.json").exists():
-                raise FeatureStoreError(f"{folder} holds a finished capture already: give another folder, or delete it")
-            if (folder / "meta.json").exists():
-                _require_same(folder, read_json(folder / "meta.json", FeatureStoreError, AGAIN), meta)
-            elif rank == 0:
-                if any(folder.iterdir()):
-                    raise FeatureStoreError(f"{folder} is not empty and holds no capture: give another folder")
-                write_json(folder / "meta.json", meta)
+            with ExitStack() as undo:
+                undo.enter_context(locked(folder, FeatureStoreError, f"{LOCK}-{rank:03d}"))
+                self._open({"schema": SCHEMA, **meta})
+                self._shards = _captured(folder, rank)
+                self._lock = undo.pop_all()
         except OSError as error:
             raise FeatureStoreError(
                 f"{folder} cannot be written ({error}): choose a folder you can write to"
             ) from error
-        self._shards = [read_json(p, FeatureStoreError, AGAIN) for p in sorted(folder.glob(f"shard-{rank:03d}-*.json"))]
         self.next_index = self._shards[-1]["images"][-1]["index"] + 1 if self._shards else 0
         self._pending: list[FeatureBatch] = []
         self._rows = 0
+        self._flushed = time.monotonic()
+
+    def _open(self, meta: dict[str, Any]) -> None:
+        folder = self.folder
+        if (folder / INDEX).exists():
+            raise FeatureStoreError(f"{folder} holds a finished capture already: give another folder, or delete it")
+        if (folder / META).exists():
+            _require_same(folder, read_json(folder / META, FeatureStoreError, AGAIN), meta)
+        elif self.rank == 0 and {*folder.iterdir()} - {*leftovers(folder), *folder.glob(f"{LOCK}*")}:
+            raise FeatureStoreError(f"{folder} is not empty and holds no capture: give another folder")
+        if self.rank == 0:  # the others wait until it has opened the folder
+            for path in leftovers(folder):
+                path.unlink(missing_ok=True)
+            if not (folder / META).exists():
+                write_json(folder / META, meta)
 
     def add(self, batch: FeatureBatch) -> None:
         """Append one image. Raises FeatureStoreError where a value is not finite or the disk refuses."""
@@ -74,17 +96,21 @@ class FeatureWriter:
             raise FeatureStoreError(
                 f"image {batch.image} gave features that are not finite: does the bare host score it?"
             )
+        for name, value in (("boxes", batch.pairs.boxes), ("scores", batch.pairs.scores), ("gt_boxes", batch.gt_boxes)):
+            if not torch.isfinite(value).all():
+                raise FeatureStoreError(f"image {batch.image} has {name} that are not finite: look at its annotation")
         self._pending.append(_to_cpu(batch))
         self.next_index = batch.index + 1
         self._rows += len(batch.pairs)
-        if self._rows >= self.rows_per_shard:
+        if self._rows >= self.rows_per_shard or time.monotonic() - self._flushed >= self.seconds_per_shard:
             self.flush()
 
     def flush(self) -> None:
         """Write what is pending as one shard."""
+        self._flushed = time.monotonic()
         if not self._pending:
             return
-        name = f"shard-{self.rank:03d}-{len(self._shards):05d}"
+        name = _shard_name(self.rank, len(self._shards))
         try:
             written = write_tensors(self.folder / f"{name}.safetensors", _stack(self._pending))
             shard = {**written, "rows": self._rows, "images": [_image_entry(batch) for batch in self._pending]}
@@ -97,21 +123,56 @@ class FeatureWriter:
         self._shards.append(shard)
         self._pending, self._rows = [], 0
 
+    def keep_host_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Write what the host's score needs, unless that is there already; returns what is there."""
+        try:
+            with locked(self.folder, FeatureStoreError, f"{LOCK}-host", wait=True):
+                if not (self.folder / HOST).with_suffix(".json").exists():
+                    write_host_tensors(self.folder, tensors)
+        except OSError as error:
+            raise FeatureStoreError(
+                f"{self.folder} could not take {HOST} ({error}): free space there and give the same command again"
+            ) from error
+        return _read_entry(self.folder, HOST)[1]
+
+    def close(self) -> None:
+        """Let other processes write into the folder."""
+        self._lock.close()
+
 
 def write_host_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write what the host's score needs beside the features."""
-    write_tensors(folder / "host.safetensors", tensors)
+    """Write what the host's score needs beside the features. Raises OSError."""
+    write_json((folder / HOST).with_suffix(".json"), write_tensors(folder / HOST, tensors))
 
 
 def finish_store(folder: Path) -> FeatureStore:
-    """Merge the shards of all processes into the index, and open the store."""
-    shards = [read_json(path, FeatureStoreError, AGAIN) for path in sorted(folder.glob("shard-*.json"))]
+    """Merge the shards of all processes into the index, and open the store. Raises FeatureStoreError."""
+    entries = sorted(folder.glob("shard-[0-9][0-9][0-9]-*.json"))
+    ranks = sorted({int(path.name[6:9]) for path in entries})
+    shards = [shard for rank in ranks for shard in _captured(folder, rank)]
     if not any(shard["rows"] for shard in shards):
         raise FeatureStoreError(
             f"{folder}: no image had a human-object pair, so there is nothing to store: is --pretrained the right detector?"
         )
-    totals = {"rows": sum(s["rows"] for s in shards), "images": sum(len(s["images"]) for s in shards)}
-    write_json(folder / "index.json", {"schema": SCHEMA, **totals, "shards": shards})
+    order = [image["index"] for shard in shards for image in shard["images"]]
+    if order != list(range(len(order))):
+        raise FeatureStoreError(f"{folder} lacks images between those it has: give the capture command again")
+    index = {
+        "schema": SCHEMA,
+        "rows": sum(shard["rows"] for shard in shards),
+        "images": len(order),
+        "meta": read_json(folder / META, FeatureStoreError, AGAIN),
+        "host": _read_entry(folder, HOST)[0],
+        "shards": shards,
+    }
+    try:
+        write_json(folder / INDEX, index)
+        for path in (*entries, (folder / HOST).with_suffix(".json"), *leftovers(folder)):
+            path.unlink(missing_ok=True)  # the index has what they say
+    except OSError as error:
+        raise FeatureStoreError(
+            f"{folder} could not take {INDEX} ({error}): free space there and give the same command again"
+        ) from error
     return FeatureStore(folder)
 
 
@@ -120,41 +181,50 @@ class FeatureStore:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        if not (self.folder / "index.json").is_file():
+        if not (self.folder / INDEX).is_file():
             what = (
                 "is unfinished: give the capture command again"
-                if (self.folder / "meta.json").is_file()
+                if (self.folder / META).is_file()
                 else (
                     "holds no captured features: make them with `ezhoi-diffusion run main_tip_finetune.py … --plugin capture "
                     "--capture DIR`"
                 )
             )
             raise FeatureStoreError(f"{self.folder} {what}")
-        self.meta = read_json(self.folder / "meta.json", FeatureStoreError, AGAIN)
-        self.index = read_json(self.folder / "index.json", FeatureStoreError, AGAIN)
-        for value, file in ((self.meta, "meta.json"), (self.index, "index.json")):
+        self.index = read_json(self.folder / INDEX, FeatureStoreError, AGAIN)
+        try:
+            self._check()
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise FeatureStoreError(
+                f"{self.folder} is damaged ({type(error).__name__}: {error} in {META}, {INDEX} or {HOST}); {AGAIN}"
+            ) from error
+
+    def _check(self) -> None:
+        """Everything but the rows: those are checked when they are read."""
+        self.meta = read_json(self.folder / META, FeatureStoreError, AGAIN)
+        for value, file in ((self.meta, META), (self.index, INDEX)):
             if value.get("schema") != SCHEMA:
                 raise FeatureStoreError(
                     f"{self.folder / file} has schema {value.get('schema')}, this version reads {SCHEMA}: {AGAIN}"
                 )
-        try:
-            self._check()
-        except (AttributeError, KeyError, TypeError) as error:
-            raise FeatureStoreError(
-                f"{self.folder} is damaged ({type(error).__name__}: {error} in meta.json, index.json or host.safetensors); {AGAIN}"
-            ) from error
-
-    def _check(self) -> None:
-        """Sizes, and the presence of what the properties below hand out."""
-        self.host = read_tensors(self.folder / "host.safetensors", FeatureStoreError, AGAIN)
-        _ = self.text, self.split, self.fingerprint, len(self)
-        for image in self.images:
-            _ = image["name"], image["rows"]
+        if self.meta != self.index["meta"]:
+            raise FeatureStoreError(f"{self.folder / META} belongs to another capture than {INDEX}; {AGAIN}")
+        self.host = read_tensors(self.folder / HOST, self.index["host"], FeatureStoreError, AGAIN)
+        _require(self.split in ("train", "test"), f"the split is {self.split!r}")
+        _require(isinstance(self.meta["fingerprint"], dict), "the fingerprint is no object")
+        _require(self.text.ndim == 2 and self.text.numel() > 0, f"text has shape {list(self.text.shape)}")
+        _require(self.text.dtype == torch.float32, f"text is {self.text.dtype}")
         for shard in self.index["shards"]:
+            _require(SHARD.fullmatch(shard["file"]), f"{shard['file']!r} is no name of a shard")
+            _require_counts(shard)
             path = self.folder / shard["file"]
             size = path.stat().st_size if path.is_file() else None
             if size != shard["bytes"]:
                 raise FeatureStoreError(f"{path} has {size} bytes where the index says {shard['bytes']}; {AGAIN}")
+        images = self.images
+        _require([i["index"] for i in images] == list(range(len(images))), "images are missing or not in order")
+        _require(len(self) == sum(image["rows"] for image in images) > 0, f"rows is {self.index['rows']}")
+        _require(self.index["images"] == len(images), f"images is {self.index['images']}")
 
     def __len__(self) -> int:
         return int(self.index["rows"])
@@ -185,12 +255,14 @@ class FeatureStore:
         return [image for shard in self.index["shards"] for image in shard["images"]]
 
     def shards(self) -> Iterator[dict[str, Tensor]]:
-        """The tensors of each shard in order; contents are checked against the index's SHA-256."""
+        """The tensors of each shard in order. Raises FeatureStoreError where one is not as it was captured."""
         for shard in self.index["shards"]:
             path = self.folder / shard["file"]
-            if sha256(path) != shard["sha256"]:
-                raise FeatureStoreError(f"{path} was changed after it was captured; {AGAIN}")
-            yield read_tensors(path, FeatureStoreError, AGAIN)
+            tensors = read_tensors(path, shard, FeatureStoreError, AGAIN)
+            problem = _rows_problem(tensors, shard, self.text.shape[1])
+            if problem:
+                raise FeatureStoreError(f"{path}: {problem}; {AGAIN}")
+            yield tensors
 
     def adapter_feat(self) -> Tensor:
         """[N, D] float32, all rows."""
@@ -198,8 +270,7 @@ class FeatureStore:
 
     def rows(self, name: str) -> Tensor:
         """One tensor of the shards over all rows (or boxes, or annotations), concatenated on dim 0."""
-        found = [shard[name] for shard in self.shards()]
-        return torch.cat(found) if found else torch.zeros((0, self.text.shape[1]))
+        return torch.cat([shard[name] for shard in self.shards()])
 
     def image_index(self) -> Tensor:
         """[N] int64, for each row the position of its image in `images`."""
@@ -221,6 +292,80 @@ def _require_same(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> Non
         raise FeatureStoreError(
             f"{folder} holds an unfinished capture of something else ({listed:.600}): give another folder"
         )
+
+
+SHARD = re.compile(r"shard-(\d{3})-(\d{5})\.safetensors")
+
+
+def _shard_name(rank: int, number: int) -> str:
+    return f"shard-{rank:03d}-{number:05d}"
+
+
+def _read_entry(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A file of an unfinished capture: what the .json beside it says, and its tensors."""
+    facts = read_json((folder / name).with_suffix(".json"), FeatureStoreError, AGAIN)
+    try:
+        return facts, read_tensors(folder / name, facts, FeatureStoreError, AGAIN)
+    except KeyError as error:
+        raise FeatureStoreError(f"{folder / name} has an entry without {error}; {AGAIN}") from error
+
+
+def _captured(folder: Path, rank: int) -> list[dict[str, Any]]:
+    """What one process has captured so far, in order. Raises FeatureStoreError where something of it is gone."""
+    found = sorted(folder.glob(f"{_shard_name(rank, 0)[:9]}-*.json"))
+    shards = [_read_entry(folder, path.with_suffix(".safetensors").name)[0] for path in found]
+    names = [f"{_shard_name(rank, number)}.safetensors" for number in range(len(shards))]
+    try:
+        for shard in shards:
+            _require_counts(shard)
+        order = [image["index"] for shard in shards for image in shard["images"]]
+        _require(names == [shard["file"] for shard in shards], "a shard is missing")
+        _require(not order or order == list(range(order[0], order[0] + len(order))), "an image is missing")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise FeatureStoreError(f"the unfinished capture in {folder} is damaged ({error}); {AGAIN}") from error
+    return shards
+
+
+def _require(holds: object, what: str) -> None:
+    if not holds:
+        raise ValueError(what)
+
+
+def _require_counts(shard: dict[str, Any]) -> None:
+    """Raises ValueError, TypeError, KeyError unless an index entry has images with counts, and their sum of rows."""
+    for image in shard["images"]:
+        counts = [image[key] for key in ("index", "rows", "boxes", "annotations")]
+        _require(all(type(n) is int and n >= 0 for n in counts), f"an image has the counts {counts}")
+        _require(image["name"] is None or isinstance(image["name"], str), f"an image has the name {image['name']!r}")
+    rows = sum(image["rows"] for image in shard["images"])
+    _require(
+        shard["images"] and shard["rows"] == rows, f"{shard['file']} has {shard['rows']!r} rows, its images {rows}"
+    )
+
+
+def _rows_problem(tensors: dict[str, Tensor], shard: dict[str, Any], dim: int) -> str | None:
+    """What is wrong with the tensors of a shard, held against its entry in the index and the text's width."""
+    images = shard["images"]
+    counts = {key: sum(image[key] for image in images) for key in ("rows", "boxes", "annotations")}
+    rows, boxes, annotations, whole, real = *counts.values(), torch.int32, torch.float32
+    expected: dict[str, tuple[torch.dtype, list[int | None]]] = {
+        "adapter_feat": (real, [rows, dim]), "pairing": (whole, [rows, 2]), "objects": (whole, [rows]),
+        "logits": (real, [rows, None]), "labels": (torch.bool, [rows, None]), "boxes": (real, [boxes, 4]), "scores": (real, [boxes]),
+        "classes": (whole, [boxes]), "sizes": (whole, [len(images), 2]), "gt_boxes": (real, [annotations, 2, 4]),
+        "gt_hoi": (whole, [annotations]),
+    }  # fmt: skip
+    if tensors.keys() != expected.keys():
+        return f"it holds {', '.join(sorted(tensors))} instead of {', '.join(sorted(expected))}"
+    for name, (dtype, shape) in expected.items():
+        x = tensors[name]
+        fits = x.ndim == len(shape) and all(want in (None, n) for n, want in zip(x.shape, shape, strict=True))
+        if x.dtype != dtype or not fits:
+            return f"{name} is {x.dtype} {list(x.shape)} instead of {dtype} {shape}"
+    of_image = torch.tensor([image["boxes"] for image in images])
+    limit = of_image.repeat_interleave(torch.tensor([image["rows"] for image in images]))
+    if ((tensors["pairing"] < 0) | (tensors["pairing"] >= limit[:, None])).any():
+        return "pairing names boxes that are not there"
+    return None
 
 
 def _to_cpu(batch: FeatureBatch) -> FeatureBatch:

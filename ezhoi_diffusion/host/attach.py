@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.errors import EzhoiDiffusionError, Interrupted
 from ezhoi_diffusion.evaluation.comparison import REFERENCE
 from ezhoi_diffusion.evaluation.report import report_folder, write_report
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
@@ -24,6 +26,7 @@ from ezhoi_diffusion.host.options import check_options
 from ezhoi_diffusion.host.taps import Inject, Tap, TapPoint, check_replacement, locate, unwrap
 from ezhoi_diffusion.host.variants import resolve_variants
 from ezhoi_diffusion.plugins import PluginHost
+from ezhoi_diffusion.signals import asked_to_stop
 
 
 class Attachment:
@@ -113,23 +116,38 @@ class Attachment:
 
         try:
             first = min(host.done.get(name, 0) for name in host.plugins.implementing("on_train_batch"))
-            capture_pass(host, split, args.max_images, emit, first)
+            with asked_to_stop() as asked:
+                capture_pass(host, split, args.max_images, emit, first, asked)
+                if host.rank == 0:
+                    self._wait_for_all(asked)
+        except Interrupted as stopped:
+            self.detach(failed=True)
+            sys.stderr.write(f"ezhoi-diffusion: {stopped}: give the same command again to go on\n")
+            raise SystemExit(stopped.status) from None  # no traceback where a fork calls this
         except BaseException:
             self.detach(failed=True)
             raise
         # rank 0 is the last to detach, so that a plugin may merge there what the others have closed
-        for turn in (host.rank > 0, host.rank == 0):
-            if turn:
-                self.detach()
+        self.detach()
+        if host.rank > 0:
             self._wait_for_all()
+        self._wait_for_all()
         raise SystemExit(0)  # the pass is the run: neither training nor evaluation follows
 
-    def _wait_for_all(self) -> None:
-        """A barrier that lets processes be hours apart: the host's own group may give up after ten minutes."""
+    def _wait_for_all(self, asked: Callable[[], bool] = lambda: False) -> None:
+        """A barrier that lets processes be hours apart: the host's own group may give up after ten minutes.
+
+        Raises Interrupted where this one is asked to stop meanwhile.
+        """
         if self.host.world_size > 1:
             if self._group is None:
                 self._group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-            dist.barrier(self._group)
+            barrier = dist.barrier(self._group, async_op=True)
+            while not barrier.is_completed():
+                if asked():
+                    raise Interrupted("stopped while other processes went on")
+                time.sleep(0.1)
+            barrier.wait()
 
     def _replace_evaluation(self, evaluate: Callable[..., Any]) -> None:
         engine = self.host.engine

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.errors import EzhoiDiffusionError, Interrupted
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
 from ezhoi_diffusion.host.fingerprint import context_vectors
 from ezhoi_diffusion.host.host import Host
@@ -112,11 +112,17 @@ def share_context(model: torch.nn.Module, device: torch.device) -> None:
 
 
 def capture_pass(
-    host: Host, split: str, max_images: int | None, emit: Callable[[FeatureBatch], None], first: int = 0
+    host: Host,
+    split: str,
+    max_images: int | None,
+    emit: Callable[[FeatureBatch], None],
+    first: int = 0,
+    asked: Callable[[], bool] = lambda: False,
 ) -> None:
     """Show each image of a split to the host and hand what the tap saw to `emit`, in the order of the split.
 
-    Each process takes one contiguous block of images, from position `first` on. Raises CaptureError, TapError.
+    Each process takes one contiguous block of images, from position `first` on. Raises CaptureError, TapError, and
+    Interrupted after the image during which `asked` becomes true.
     """
     if getattr(host.model, "without_unseen_name", False) and not hasattr(host.model, "label_HO_eval"):
         raise CaptureError(
@@ -162,9 +168,15 @@ def capture_pass(
                 disable=host.rank != 0,
                 file=sys.stderr,
             )
-            for index, (images, targets) in enumerate(progress, start):  # noqa: B007  `observe` reads it
+            for index, (images, targets) in enumerate(progress, start):
                 target = targets[0]
                 host.model(to_device(images, host.device), to_device(targets, host.device))
+                if asked() and index + 1 < high:
+                    raise Interrupted(f"stopped after image {index + 1 - low} of {high - low}")
+    except RuntimeError as error:
+        if not asked():  # the loader's processes were told to end, too
+            raise
+        raise Interrupted(f"stopped while image {index + 1 - low} of {high - low} was loaded") from error
     finally:
         host.model.train(was_training)
     if start == 0 and high == len(names):  # a part of a split may well hold images without pairs alone

@@ -15,12 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.errors import EzhoiDiffusionError, Interrupted
 from ezhoi_diffusion.host.options import add_arguments
+from ezhoi_diffusion.signals import passed_to_children
 
 FACTORY = "build_detector"
 ENGINE = "CustomisedDLE"
-USER_ERROR = 2  # exit status of a process that ended with a message for the user
+SPOKEN = (EzhoiDiffusionError.status, Interrupted.status)  # of a process that ended with a message for the user
 
 
 class LaunchError(EzhoiDiffusionError):
@@ -104,12 +105,13 @@ def _our_spawn(script: Path) -> Iterator[None]:
     original = mp.spawn
 
     def spawn(fn: Callable[..., Any], args: tuple[Any, ...] = (), *rest: Any, **kwargs: Any) -> Any:
-        try:
-            return original(_child, (str(script), fn, args), *rest, **kwargs)
-        except mp.ProcessExitedException as error:
-            if error.exit_code == USER_ERROR:  # the process has said what it is
-                raise SystemExit(USER_ERROR) from error
-            raise
+        with passed_to_children():
+            try:
+                return original(_child, (str(script), fn, args), *rest, **kwargs)
+            except mp.ProcessExitedException as error:
+                if error.exit_code in SPOKEN:
+                    raise SystemExit(error.exit_code) from error
+                raise
 
     mp.spawn = spawn
     try:
@@ -126,7 +128,7 @@ def _child(rank: int, script: str, fn: Callable[..., Any], args: tuple[Any, ...]
             fn(rank, *args)
     except EzhoiDiffusionError as error:
         sys.stderr.write(f"ezhoi-diffusion (process {rank}): {error}\n")
-        raise SystemExit(USER_ERROR) from error
+        raise SystemExit(error.status) from error
 
 
 @contextmanager

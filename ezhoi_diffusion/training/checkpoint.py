@@ -9,39 +9,42 @@ from typing import Any
 
 from torch import Tensor
 
-from ezhoi_diffusion.files import new_folder, read_json, read_tensors, sha256, write_json, write_tensors
+from ezhoi_diffusion.files import STAGED, new_folder, read_json, read_tensors, write_json, write_tensors
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
 
 KEEP = 2
-STATE, MANIFEST = "state.json", "manifest.json"
+MANIFEST = "manifest.json"
+TENSORS = ("model", "ema", "optimizer")
 
 
 def write_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
     """Write `folder`/step-…, whole or not at all, then remove all but the last two whole ones."""
     with new_folder(folder / f"step-{step:09d}") as staged:
-        for name, content in tensors.items():
-            write_tensors(staged / f"{name}.safetensors", content)
-        write_json(staged / STATE, state)
-        manifest = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(staged.iterdir())}
-        write_json(staged / MANIFEST, manifest)
+        files = {name: write_tensors(staged / f"{name}.safetensors", content) for name, content in tensors.items()}
+        write_json(staged / MANIFEST, {"files": files, "state": state})
+    for path in folder.glob(f"step-*{STAGED}"):  # of a writer that was killed
+        shutil.rmtree(path)
     whole = 0
     for path in _newest_first(folder):
         if whole == KEEP:
             shutil.rmtree(path)
-        elif _fault(path) is None:
+        elif not isinstance(_read(path), str):
             whole += 1
 
 
 def read_newest(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-    """Tensors and state of the newest whole checkpoint, or None; warns of every newer one that is not whole."""
-    for path in _newest_first(folder):
-        fault = _fault(path)
-        if fault is None:
-            remedy = "remove this checkpoint"
-            files = path.glob("*.safetensors")
-            tensors = {file.stem: read_tensors(file, TrainingError, remedy) for file in files}
-            return tensors, read_json(path / STATE, TrainingError, remedy)
-        warnings.warn(f"skipping checkpoint {path}: {fault}", stacklevel=2)
+    """Tensors and state of the newest whole checkpoint, or None; warns of every newer one that is not whole.
+
+    Raises TrainingError where there are checkpoints, and none is whole.
+    """
+    found = _newest_first(folder)
+    for path in found:
+        content = _read(path)
+        if not isinstance(content, str):
+            return content
+        warnings.warn(f"skipping checkpoint {path}: {content}", stacklevel=2)
+    if found:
+        raise TrainingError(f"{folder} has no whole checkpoint to go on from: remove that folder to begin anew")
     return None
 
 
@@ -76,14 +79,18 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("step-*") if p.name[5:].isdigit()), reverse=True)
 
 
-def _fault(path: Path) -> str | None:
-    """Why this checkpoint is not whole, or None."""
+def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | str:
+    """Tensors and state of one checkpoint, or why it is not whole."""
+    remedy = "it is not used"
     try:
-        manifest = read_json(path / MANIFEST, TrainingError, "it is incomplete")
-        for name, facts in manifest.items():
-            file = path / name
-            if file.stat().st_size != facts["bytes"] or sha256(file) != facts["sha256"]:
-                return f"{name} has changed since it was written"
-        return None if STATE in manifest else f"{MANIFEST} does not list {STATE}"
-    except (OSError, KeyError, TypeError, TrainingError) as error:
-        return str(error)
+        manifest = read_json(path / MANIFEST, TrainingError, remedy)
+        files, state = manifest["files"], manifest["state"]
+        if state["step"] != int(path.name[5:]):
+            return f"{path / MANIFEST} is that of step {state['step']}"
+        read = {
+            name: read_tensors(path / f"{name}.safetensors", facts, TrainingError, remedy)
+            for name, facts in files.items()
+        }
+        return {name: read[name] for name in TENSORS}, state
+    except (AttributeError, KeyError, TypeError, ValueError, TrainingError) as error:
+        return f"{path / MANIFEST} lacks {error}" if isinstance(error, KeyError) else str(error)

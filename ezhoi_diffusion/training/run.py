@@ -29,6 +29,7 @@ CHECKPOINTS = "checkpoints"
 BEST = "best"
 FACTS = "training.json"
 LOG_EVERY = 50
+AGREE_EVERY = 10  # steps after which several processes ask each other whether to stop
 ADAM_BETAS = (0.9, 0.99)  # the reference implementation's
 
 
@@ -104,6 +105,22 @@ class Run:
             if checkpoint:
                 self._checkpoint()
 
+    def stops(self, asked: bool) -> bool:
+        """Whether to stop after this step: several processes, which may be asked at different ones, stop at the same."""
+        if self.step == self.config.train_steps:
+            return False
+        if self.accelerator.num_processes == 1:
+            return asked
+        if self.step % AGREE_EVERY:
+            return False
+        votes = self.accelerator.reduce(torch.tensor(float(asked), device=self.device), "sum")
+        return bool(votes > 0)
+
+    def stop(self) -> None:
+        """Write a checkpoint of this very step, in all processes."""
+        self._checkpoint()
+        self.accelerator.wait_for_everyone()
+
     def _loss(self, batch: int) -> Tensor:
         """This process's share of the loss of one global batch."""
         config, accelerator = self.config, self.accelerator
@@ -169,6 +186,7 @@ class Run:
             self.bridge.save_pretrained(folder)
 
     def _checkpoint(self) -> None:
+        pending = self.accelerator.reduce(torch.stack(self.pending), "mean").tolist() if self.pending else []
         if self.accelerator.is_main_process:
             tensors = {
                 "model": self.network.state_dict(),
@@ -180,6 +198,7 @@ class Run:
                 "step": self.step,
                 "best_val_loss": self.best,
                 "history": self.history,
+                "pending": pending,
                 "seconds": self._elapsed(),
                 "config": self.config.to_dict(),
                 "data_sha256": self.rows.fingerprint,
@@ -193,15 +212,21 @@ class Run:
         if found is None:
             return False
         tensors, state = found
-        require_same_run(state, self.config, self.rows.fingerprint)
-        self.network.load_state_dict(tensors["model"])
-        self.ema.load_state_dict(tensors["ema"])
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": nested(tensors["optimizer"]), "param_groups": groups})
-        if self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step, self.best, self.history = state["step"], state["best_val_loss"], state["history"]
-        self.seconds = state["seconds"]
+        try:
+            require_same_run(state, self.config, self.rows.fingerprint)
+            self.network.load_state_dict(tensors["model"])
+            self.ema.load_state_dict(tensors["ema"])
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": nested(tensors["optimizer"]), "param_groups": groups})
+            if self.accelerator.scaler:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+            self.step, self.best, self.history = state["step"], state["best_val_loss"], state["history"]
+            self.pending = [torch.tensor(loss, device=self.device) for loss in state["pending"]]
+            self.seconds = state["seconds"]
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise TrainingError(
+                f"the newest checkpoint in {self.out / CHECKPOINTS} is not one of this network ({error}): remove it"
+            ) from error
         return True
 
     def finish(self) -> None:

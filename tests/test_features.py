@@ -159,7 +159,7 @@ def test_damaged_files_are_one_typed_error(tmp_path, name, how):
         ({"rows": 13}, "is damaged"),
         ({"images": 5}, "is damaged"),
         ({"host": {}}, "is damaged"),
-        ({"schema": 99}, "schema 99, this version reads 1"),
+        ({"schema": 99}, "schema 99, this version reads 2"),
         ({"meta": {**META, "schema": 1, "split": "test"}}, "belongs to another capture"),
     ],
 )

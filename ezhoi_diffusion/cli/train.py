@@ -21,14 +21,53 @@ recipes:
   paper   learns the text features; starts at level 600, 5 evaluations (Diffusion Bridge, CVPR 2025)
   guide   learns visual features less the text mean; 600 evaluations, unit output. It hurt wherever it was measured.
 
-steps are two things: --start-step is how strongly a feature is bridged, --steps is how many network evaluations that takes.
+what the numbers mean:
+  --inference-steps N is two things in one: a feature starts at level N of the noise schedule, which is how strongly it is
+      changed, and takes N network evaluations, which is what it costs. More is not better quality: it is a stronger change.
+      --start-step and --steps set the two apart; 5 evaluations come within .02 mAP of 600.
+  --scale-factor S is the norm of every row that the network sees, after its mean is taken off. It sets how much noise a level
+      is, so training and eval need the same one: it is stored in the bridge, and eval has no flag for it.
+  --train-steps counts optimizer steps. The 500,000 of the guide (8-15 hours on a GPU) are for the unet1d and visual rows; the
+      default network has enough after a few thousand. In the guide's folders model-K.pt is K = step // 10000: the model of
+      step 500,000 is model-50.pt, and model-500.pt would be five million.
+  the loss is weighted by the signal-to-noise ratio, so its size says nothing by itself. Compare the validation loss with the
+      isotropic estimate, which knows no data: a network above it has learned nothing that generalises. training.json and the
+      curve have both for five ranges of levels. A lower loss does not promise a higher mAP: compare on the host.
+  --patience N stops when N validations in a row brought no new lowest loss. The bridge is that of the last step, best/ always
+      that of the lowest validation loss. Resumed, a stopped training stays stopped; a larger --patience takes it further, as
+      larger --train-steps do unless --lr-schedule follows them.
+
+flags may be written with underscores, as in the guide. --use_amp is --mixed-precision fp16 (or bf16).
 
 examples:
   ezhoi-diffusion train FEATURES --out BRIDGE
   ezhoi-diffusion train FEATURES --out BRIDGE --recipe paper --denoiser unet1d --train-steps 500000
+  ezhoi-diffusion train FEATURES --out BRIDGE --patience 5 --lr-schedule cosine --warmup-steps 200 --log-with tensorboard
   ezhoi-diffusion train FEATURES --out BRIDGE --resume
-  accelerate launch --num_processes 4 -m ezhoi_diffusion train FEATURES --out BRIDGE
+
+several processes (the batch is divided among them; the result is that of one process, to rounding):
+  accelerate launch --multi_gpu --num_processes 4 -m ezhoi_diffusion train FEATURES --out BRIDGE
+several machines, on each with its own RANK; FEATURES on all of them, --out is used on the first only:
+  accelerate launch --multi_gpu --num_machines 2 --num_processes 8 --machine_rank RANK --main_process_ip FIRST \\
+    --main_process_port 29500 -m ezhoi_diffusion train FEATURES --out BRIDGE
 """
+# flags of the guide whose counterpart has another name or shape
+ELSEWHERE = {
+    "--data-path": "the first argument, FEATURES: the folder of a capture",
+    "--results-folder": "--out DIR",
+    "--use-amp": "--mixed-precision fp16, or bf16",
+    "--init-dim": """--denoiser unet1d --denoiser-options '{"init_dim": 32}'""",
+    "--dim-mults": """--denoiser unet1d --denoiser-options '{"dim_mults": [1, 2, 4, 8]}'""",
+}
+
+
+class _Elsewhere(argparse.Action):
+    """Ends the command with the name that a flag of the guide has here."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: object, values: object, option_string: str | None = None
+    ) -> None:
+        parser.exit(2, f"ezhoi-diffusion: error: {option_string} of the guide is {self.const} here\n")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -48,9 +87,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", metavar="NAME", help="blend (default), paper or guide; see below")
     parser.add_argument("--start-step", type=int, help="t0, the level at which a feature enters: strength (recipe's)")
     parser.add_argument("--steps", type=int, help="S, network evaluations a feature costs at eval (recipe's)")
+    parser.add_argument(
+        "--inference-steps",
+        type=int,
+        metavar="N",
+        help="the guide's: --start-step N --steps N, strength and cost in one",
+    )
     parser.add_argument("--strength", type=float, help="share of the bridged direction in the result, 0..1 (recipe's)")
     parser.add_argument("--output-mode", dest="output", help="calibrated (keeps each row's norm) or unit (recipe's)")
     parser.add_argument("--scale-factor", dest="scale", type=float, help="norm of every network input (recipe's, 5)")
+    parser.add_argument(
+        "--log-with",
+        type=lambda names: names.split(","),
+        default=[],
+        metavar="NAMES",
+        help="experiment trackers by accelerate's names, e.g. tensorboard,wandb, or all (none)",
+    )
     types = get_type_hints(TrainConfig)
     for entry in fields(TrainConfig):
         if entry.name == "recipe":
@@ -62,6 +114,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
             choices=get_args(kind) if get_origin(kind) is Literal else None,
             help=entry.metadata["help"] + default,
         )
+    for flag, ours in ELSEWHERE.items():
+        parser.add_argument(flag, nargs="*", action=_Elsewhere, const=ours, help=argparse.SUPPRESS)
+    # the guide writes underscores; as aliases in add_argument they would stand in --help too
+    known = parser._option_string_actions
+    known.update({"--" + flag[2:].replace("-", "_"): action for flag, action in [*known.items()] if flag[:2] == "--"})
 
 
 def run(args: argparse.Namespace) -> int:
@@ -78,6 +135,10 @@ def run(args: argparse.Namespace) -> int:
     if args.recipe is not None and args.recipe not in RECIPES:
         raise EzhoiDiffusionError(f"there is no recipe '{args.recipe}'; recipes are {', '.join(RECIPES)}")
     recipe = RECIPES[args.recipe] if args.recipe else DEFAULT_RECIPE
+    if args.inference_steps is not None:
+        if args.start_step is not None or args.steps is not None:
+            raise EzhoiDiffusionError("--inference-steps sets --start-step and --steps both: give it, or them")
+        args.start_step = args.steps = args.inference_steps
     recipe = replace(recipe, **_given(args, RECIPE_FLAGS))
     config = TrainConfig(
         **{"recipe": recipe, **_given(args, [f.name for f in fields(TrainConfig) if f.name != "recipe"])}
@@ -90,10 +151,11 @@ def run(args: argparse.Namespace) -> int:
         args.out,
         registry=components(PluginHost()),
         resume=args.resume,
+        log_with=args.log_with,
     )
     if int(os.environ.get("RANK", "0")) == 0:
         facts = json.loads((out / "training.json").read_text())
-        plot_training(facts["history"], facts["isotropic_val_loss"], out / "training.png")
+        plot_training(facts, out / "training.png")
         last, bar = facts["history"][-1]["val_loss"], facts["isotropic_val_loss"]
         if last > bar:
             print(

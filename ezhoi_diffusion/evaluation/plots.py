@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +26,8 @@ def _figure(columns: int, width: float = 5.0) -> tuple[Figure, list[Axes]]:
 
 
 def _save(figure: Any, path: Path) -> None:
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=130, metadata={"Software": None})
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=130, metadata={"Software": None})
     write_atomic(path, picture.getvalue())
 
 
@@ -111,16 +111,51 @@ def plot_statistics(norms: tuple[Tensor, Tensor], cosines: tuple[Tensor, Tensor,
     _save(figure, path)
 
 
-def plot_training(history: list[dict[str, float]], bar: float | None, path: Path) -> None:
-    """Training and validation loss by step, with the closed-form estimate's loss as the bar to clear."""
-    figure, (axes,) = _figure(1, 7.0)
-    for key, label in (("loss", "training"), ("val_loss", "validation, EMA")):
-        points = [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label)
-    if bar is not None:
-        axes.axhline(bar, color="black", linewidth=0.8, linestyle="--", label="closed-form isotropic Wiener")
+_BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
+
+
+def plot_training(facts: dict[str, Any], path: Path) -> None:
+    """The curve of a training.json: losses and learning rate by step, and the validation loss by range of levels.
+
+    The bar to clear is the loss of the closed-form isotropic estimate; in the second panel, 1 is the bar of each range.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    figure, (axes, by_range) = _figure(2, 6.5)
+    history = facts["history"]
+    validated = [record for record in history if "val_loss" in record]
+    best, last = min(validated, key=lambda record: record["val_loss"]), history[-1]
+    for key, records, label in (("loss", history, "training"), ("val_loss", validated, "validation, averaged weights")):
+        marker = "." if len(records) == 1 else None
+        axes.plot([r["step"] for r in records], [r[key] for r in records], label=label, marker=marker)
+    axes.axhline(facts["isotropic_val_loss"], color="black", linewidth=0.8, linestyle="--", label="isotropic estimate")
+    axes.plot(best["step"], best["val_loss"], "*", color="C1", markersize=12, label=f"best: step {best['step']}")
+    axes.axvline(last["step"], color="grey", linewidth=0.8, linestyle=":", label=f"stopped: step {last['step']}")
     axes.set(xlabel="step", ylabel="loss", yscale="log")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_title(facts["stopped"], loc="left", fontsize="medium")
+    rate = axes.twinx()
+    rate.plot([r["step"] for r in history], [r["lr"] for r in history], color="C2", linewidth=0.8)
+    rate.set_ylim(0, 1.05 * max(r["lr"] for r in history))
+    rate.ticklabel_format(axis="y", scilimits=(0, 0))
+    rate.set_ylabel("learning rate", color="C2")
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend([*handles, *rate.lines], [*labels, "learning rate"], frameon=False, fontsize="small", **_BELOW, ncols=3)
+    for number, ((low, high), bar) in enumerate(
+        zip(facts["ranges"], facts["isotropic_val_loss_by_range"], strict=True)
+    ):
+        shares = [record["val_loss_by_range"][number] / bar for record in validated]
+        # as dark as there is noise
+        color = str(0.8 - 0.8 * number / (len(facts["ranges"]) - 1))
+        by_range.plot([r["step"] for r in validated], shares, color=color, marker=".", label=f"{low} to {high}")
+    by_range.axhline(1, color="black", linewidth=0.8, linestyle="--")
+    by_range.set(xlabel="step", ylabel="validation loss / isotropic estimate's")
+    by_range.set_title("by level of noise; above 1 nothing was learned", loc="left", fontsize="medium")
+    by_range.set_ylim(bottom=0)
+    by_range.legend(frameon=False, fontsize="small", title="levels", **_BELOW, ncols=5)
+    axes.spines["top"].set_visible(False)
+    rate.spines["top"].set_visible(False)
+    by_range.spines[["top", "right"]].set_visible(False)
     _save(figure, path)

@@ -50,11 +50,9 @@ def read_newest(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, A
 
 def require_same_run(state: dict[str, Any], config: TrainConfig, data_sha256: str) -> None:
     """Raises TrainingError, which names what differs, unless `state` may go on under `config`."""
-    then, now = state["config"], config.to_dict()
-    differing = [name for name in now if name != "train_steps" and now[name] != then.get(name)]
-    if differing:
-        listed = ", ".join(f"{name} (was {then.get(name)!r}, is {now[name]!r})" for name in differing)
-        raise TrainingError(f"cannot resume with another configuration: {listed}")
+    departures = config.departures(state["config"])
+    if departures:
+        raise TrainingError(f"cannot resume with another configuration: {', '.join(departures)}")
     if config.train_steps < state["step"]:
         raise TrainingError(f"cannot resume: step {state['step']} lies beyond train_steps {config.train_steps}")
     if state["data_sha256"] != data_sha256:

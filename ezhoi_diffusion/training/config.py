@@ -12,6 +12,7 @@ from ezhoi_diffusion.diffusion.schedule import OBJECTIVES, Objective
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 
 MixedPrecision = Literal["no", "fp16", "bf16"]
+LrSchedule = Literal["constant", "cosine", "linear"]
 
 
 class TrainingError(EzhoiDiffusionError):
@@ -29,8 +30,16 @@ class TrainConfig:
     # from .176, the bar, to .051, and by 2.5 % over the last 500 steps. `best/` guards against too many.
     train_steps: int = field(default=5000, metadata={"help": "optimizer steps"})
     batch_size: int = field(default=64, metadata={"help": "rows per step, over all processes together"})
-    learning_rate: float = field(default=8e-5, metadata={"help": "Adam's learning rate"})
+    learning_rate: float = field(default=8e-5, metadata={"help": "Adam's learning rate, the highest of the run"})
+    lr_schedule: LrSchedule = field(
+        default="constant", metadata={"help": "learning rate after the warm-up: cosine and linear fall to 0 at the end"}
+    )
+    warmup_steps: int = field(default=0, metadata={"help": "steps over which the learning rate rises from 0"})
+    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's, decoupled; 0 is Adam"})
     ema_decay: float = field(default=0.995, metadata={"help": "decay of the averaged weights, which are the result"})
+    ema_update_every: int = field(
+        default=1, metadata={"help": "steps between updates of the averaged weights; Diffusion Bridge's trainer has 10"}
+    )
     timesteps: int = field(default=1000, metadata={"help": "levels of the noise schedule"})
     objective: Objective = field(default="pred_x0", metadata={"help": "what the network predicts"})
     gradient_accumulate: int = field(default=1, metadata={"help": "batches per optimizer step"})
@@ -43,6 +52,9 @@ class TrainConfig:
     )
     checkpoint_every: int = field(default=1000, metadata={"help": "steps between checkpoints"})
     val_every: int = field(default=500, metadata={"help": "steps between validations"})
+    patience: int = field(
+        default=0, metadata={"help": "stop after so many validations without a new lowest validation loss; 0: never"}
+    )
     seed: int = field(default=0, metadata={"help": "of initial weights, data order, noise and split"})
     recipe: Recipe = field(
         default=DEFAULT_RECIPE, metadata={"help": "what is trained on, and how the bridge is applied later"}
@@ -55,8 +67,25 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("train_steps", "batch_size", "gradient_accumulate", "checkpoint_every", "val_every"):
+        counts = (
+            "train_steps",
+            "batch_size",
+            "gradient_accumulate",
+            "checkpoint_every",
+            "val_every",
+            "ema_update_every",
+        )
+        for name in counts:
             self._require(name, type(getattr(self, name)) is int and getattr(self, name) >= 1, "at least 1")
+        self._require("patience", type(self.patience) is int and self.patience >= 0, "at least 1, or 0 for never")
+        self._require(
+            "warmup_steps",
+            type(self.warmup_steps) is int and 0 <= self.warmup_steps < self.train_steps,
+            f"from 0 to below train_steps, {self.train_steps}",
+        )
+        self._require("weight_decay", 0 <= self.weight_decay < math.inf, "0 or positive, and finite")
+        schedules = get_args(LrSchedule)
+        self._require("lr_schedule", self.lr_schedule in schedules, f"one of {', '.join(schedules)}")
         for name in ("learning_rate", "max_grad_norm"):
             self._require(name, 0 < getattr(self, name) < math.inf, "positive and finite")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "from 0 to below 1")
@@ -74,6 +103,36 @@ class TrainConfig:
     def _require(self, name: str, holds: bool, what: str) -> None:
         if not holds:
             raise TrainingError(f"{name} must be {what}, not {getattr(self, name)!r}")
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        return self.learning_rate * self.learning_rate_share(step)
+
+    def learning_rate_share(self, step: int) -> float:
+        """The same as a share of the highest: (step+1)/W in a warm-up of W steps, then 1, 1−p or (1 + cos πp)/2.
+
+        p is the share of the other steps that is done. A function of the step alone, so a resumed run needs no more.
+        """
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        progress = min(1.0, (step - self.warmup_steps) / (self.train_steps - self.warmup_steps))
+        return {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[
+            self.lr_schedule
+        ]
+
+    def departures(self, then: dict[str, Any]) -> list[str]:
+        """What keeps this from being the same run as the one begun with `then`, each in words.
+
+        How long a run lasts may change, as long as that changes none of its steps. Fields that `then` lacks had
+        their defaults.
+        """
+        free = {"patience"} if self.lr_schedule != "constant" else {"patience", "train_steps"}
+        begun, now = {**TrainConfig().to_dict(), **then}, self.to_dict()
+        return [
+            f"{name} (was {begun[name]!r}, is {now[name]!r})"
+            for name in now
+            if name not in free and now[name] != begun[name]
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it."""

@@ -14,8 +14,8 @@ from ezhoi_diffusion.training.config import TrainConfig
 from ezhoi_diffusion.training.data import Rows
 from ezhoi_diffusion.training.order import generator
 
-VALIDATION_ROWS = 512
-CHUNK = 64
+RANGES = 5
+ROWS_PER_RANGE = 100
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 
@@ -36,7 +36,8 @@ def denoising_loss(
 
 @dataclass(frozen=True, eq=False)
 class Validation:
-    """Held-out rows with noise and levels fixed for the whole run, levels evenly spread."""
+    """Held-out rows with noise and levels fixed for the whole run: five ranges of levels, from low noise to high,
+    with the same number of rows each and levels evenly spread."""
 
     z: Tensor
     t: Tensor
@@ -47,26 +48,31 @@ class Validation:
 
     @classmethod
     def of(cls, rows: Rows, schedule: Schedule, config: TrainConfig) -> Validation:
-        """512 (row, level) pairs: few rows are repeated at several levels, of many a sample is taken."""
+        """500 (row, level) pairs: few rows are repeated at several levels, of many a sample is taken."""
         source = generator(config.seed, "validation")
         shuffled = rows.validation[torch.randperm(len(rows.validation), generator=source)]
-        z = rows[shuffled.repeat(-(-VALIDATION_ROWS // len(shuffled)))[:VALIDATION_ROWS]]
-        levels = (torch.arange(VALIDATION_ROWS) * schedule.timesteps) // VALIDATION_ROWS
-        t = levels[torch.randperm(VALIDATION_ROWS, generator=source)]
+        pairs = RANGES * ROWS_PER_RANGE
+        z = rows[shuffled.repeat(-(-pairs // len(shuffled)))[:pairs]]
+        levels = (torch.arange(pairs) * schedule.timesteps) // pairs
+        t = torch.cat([part[torch.randperm(len(part), generator=source)] for part in levels.split(ROWS_PER_RANGE)])
         noise = torch.randn(z.shape, generator=source)
         return cls(z, t, noise, schedule, config.objective, rows.scale)
 
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """The lowest and the highest level of every range."""
+        return [(int(part.min()), int(part.max())) for part in self.t.split(ROWS_PER_RANGE)]
+
     @torch.no_grad()
-    def loss(self, predict: Predict, device: torch.device | str = "cpu") -> float:
-        """The loss of `predict` on this batch."""
-        parts = zip(self.z.split(CHUNK), self.t.split(CHUNK), self.noise.split(CHUNK), strict=True)
-        losses = [
-            denoising_loss(predict, z.to(device), t, noise.to(device), self.schedule, self.objective, self.scale)
+    def losses(self, predict: Predict, device: torch.device | str = "cpu") -> list[float]:
+        """The loss of `predict` in every range. Their mean is the loss on all of it."""
+        parts = zip(*(x.split(ROWS_PER_RANGE) for x in (self.z, self.t, self.noise)), strict=True)
+        return [
+            float(denoising_loss(predict, z.to(device), t, noise.to(device), self.schedule, self.objective, self.scale))
             for z, t, noise in parts
         ]
-        return float(torch.stack(losses).mean())
 
-    def bar(self) -> float:
-        """The loss of the isotropic Wiener estimate, which knows no data: a network has to be below it."""
+    def bar(self) -> list[float]:
+        """The losses of the isotropic Wiener estimate, which knows no data: a network has to be below it."""
         skip, _ = isotropic_estimate(self.schedule, self.objective, self.z.shape[1], self.scale)
-        return self.loss(lambda x, t: skip[t].to(x).unsqueeze(1) * x)
+        return self.losses(lambda x, t: skip[t].to(x).unsqueeze(1) * x)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import os
+import math
 import platform
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import accelerate
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -24,23 +26,32 @@ from ezhoi_diffusion.training.config import TrainConfig, TrainingError
 from ezhoi_diffusion.training.data import TrainingData, training_rows
 from ezhoi_diffusion.training.loss import Validation, denoising_loss
 from ezhoi_diffusion.training.order import batch_indices, levels_and_noise
+from ezhoi_diffusion.training.processes import agreed, require_same_everywhere
 
 CHECKPOINTS = "checkpoints"
 BEST = "best"
 FACTS = "training.json"
 LOG_EVERY = 50
 AGREE_EVERY = 10  # steps after which several processes ask each other whether to stop
+TELL_EVERY = 30.0  # seconds
 ADAM_BETAS = (0.9, 0.99)  # the reference implementation's
 
 
 class Run:
     """The state of one training, in one process."""
 
-    def __init__(self, data: TrainingData, config: TrainConfig, out: Path, registry: Components | None) -> None:
-        self.data, self.config, self.out = data, config, out
-        self.accelerator = accelerator_for(config)
-        self.device = self.accelerator.device
+    def __init__(
+        self,
+        accelerator: accelerate.Accelerator,
+        data: TrainingData,
+        config: TrainConfig,
+        out: Path,
+        registry: Components | None,
+    ) -> None:
+        self.accelerator, self.data, self.config, self.out = accelerator, data, config, out
+        self.device = accelerator.device
         self.rows = training_rows(data, config)
+        require_same_everywhere({**config.to_dict(), "features": self.rows.fingerprint})
         self.bridge_config = BridgeConfig(
             dim=self.rows.source.shape[1],
             recipe=config.recipe,
@@ -64,14 +75,19 @@ class Run:
             context=data.context,
         )
         self.parameters = list(self.network.parameters())
-        optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, betas=ADAM_BETAS)
-        self.model, self.optimizer = self.accelerator.prepare(self.network, optimizer)
+        optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.learning_rate, betas=ADAM_BETAS, weight_decay=config.weight_decay
+        )
+        self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
+        self.scheduler = LambdaLR(self.optimizer, config.learning_rate_share)
 
         self.step = 0
         self.best = float("inf")
-        self.bar = self.validation.bar()
-        self.history: list[dict[str, float]] = []
+        self.bars = self.validation.bar()
+        self.bar = fmean(self.bars)
+        self.history: list[dict[str, Any]] = []
         self.pending: list[Tensor] = []
+        self.stopped: str | None = None
         self.seconds = 0.0
         self.since = time.monotonic()
 
@@ -90,24 +106,28 @@ class Run:
         accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.ema.update_parameters(self.network)
-        self.pending.append(total)
+        self.scheduler.step()
         self.step += 1
-        self.bar_display.update()
+        if self.step % config.ema_update_every == 0:
+            self.ema.update_parameters(self.network)
+        self.pending.append(total)
+        self._tell()
 
-        done = self.step == config.train_steps
-        validate = done or self.step % config.val_every == 0
-        checkpoint = done or self.step % config.checkpoint_every == 0
+        last = self.step == config.train_steps
+        validate = last or self.step % config.val_every == 0
+        checkpoint = last or self.step % config.checkpoint_every == 0
         if validate or checkpoint or self.step % LOG_EVERY == 0:
             record = self._log()
             if validate:
                 self._validate(record)
-            if checkpoint:
+                self.stopped = self._why_stop()
+            accelerator.log(self._scalars(record), step=self.step)
+            if checkpoint or self.stopped:
                 self._checkpoint()
 
     def stops(self, asked: bool) -> bool:
         """Whether to stop after this step: several processes, which may be asked at different ones, stop at the same."""
-        if self.step == self.config.train_steps:
+        if self.stopped:
             return False
         if self.accelerator.num_processes == 1:
             return asked
@@ -120,6 +140,22 @@ class Run:
         """Write a checkpoint of this very step, in all processes."""
         self._checkpoint()
         self.accelerator.wait_for_everyone()
+
+    def _why_stop(self) -> str | None:
+        """Why there is no step left to do, in words; None while there is.
+
+        Patience looks only at validations that every run with this val_every has, so that a run which ended and then
+        goes on for longer stops where one that never ended would.
+        """
+        if self.config.patience:
+            regular = [r for r in self.history if "val_loss" in r and r["step"] % self.config.val_every == 0]
+            best = min(regular, key=lambda record: record["val_loss"], default=None)
+            if best is not None and len(regular) - 1 - regular.index(best) >= self.config.patience:
+                return (
+                    f"patience {self.config.patience}: no validation after step {best['step']} went below its "
+                    f"{best['val_loss']:.5f}"
+                )
+        return f"all {self.step} steps are done" if self.step >= self.config.train_steps else None
 
     def _loss(self, batch: int) -> Tensor:
         """This process's share of the loss of one global batch."""
@@ -152,14 +188,20 @@ class Run:
                 f"{self.config.learning_rate:g}) and train into another folder; {self.out} keeps its last checkpoint"
             )
         self.pending.clear()
-        record = {"step": self.step, "loss": float(losses.mean())}
+        record = {"step": self.step, "loss": float(losses.mean()), "lr": self.config.learning_rate_at(self.step - 1)}
         self.history.append(record)
         self.bar_display.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
         return record
 
-    def _validate(self, record: dict[str, float]) -> None:
-        """All processes hold the same average and get the same number: nothing to communicate."""
-        record["val_loss"] = self.validation.loss(self.ema.module, self.device)
+    def _validate(self, record: dict[str, Any]) -> None:
+        """The main process's figures count for all: another kind of processor may round otherwise."""
+        ranges = agreed(self.accelerator, lambda: self.validation.losses(self.ema.module, self.device))
+        record["val_loss"], record["val_loss_by_range"] = fmean(ranges), ranges
+        if not math.isfinite(record["val_loss"]):
+            raise TrainingError(
+                f"the validation loss is {record['val_loss']} at step {self.step}: lower the learning rate (now "
+                f"{self.config.learning_rate:g}) and train into another folder; {self.out} keeps its last checkpoint"
+            )
         if self.accelerator.is_main_process:
             self.bar_display.write(
                 f"step {self.step}: loss {record['loss']:.5f}, validation {record['val_loss']:.5f} "
@@ -167,48 +209,62 @@ class Run:
             )
         if record["val_loss"] < self.best:
             self.best = record["val_loss"]
-            self._save(self.out / BEST, self.best)
+            self._save(self.out / BEST, record)
+
+    def _scalars(self, record: dict[str, Any]) -> dict[str, float]:
+        """A record of the history as trackers take it."""
+        scalars = {name: value for name, value in record.items() if name not in ("step", "val_loss_by_range")}
+        for (low, high), loss in zip(self.validation.ranges, record.get("val_loss_by_range", ()), strict=False):
+            scalars[f"val_loss/levels {low}-{high}"] = loss
+        return scalars
 
     # Files
 
-    def _save(self, folder: Path, val_loss: float) -> None:
-        if self.accelerator.is_main_process:
-            facts = {
-                "config": self.config.to_dict(),
-                "step": self.step,
-                "val_loss": val_loss,
-                "isotropic_val_loss": self.bar,
-                "rows": len(self.rows.training),
-                "data_sha256": self.rows.fingerprint,
-            }
-            provenance = {**self.data.provenance, "training": facts}
-            self.bridge.config = replace(self.bridge_config, provenance=provenance)
-            self.bridge.save_pretrained(folder)
+    def _save(self, folder: Path, record: dict[str, Any], **more: Any) -> None:
+        facts = {
+            "config": self.config.to_dict(),
+            "step": self.step,
+            "val_loss": record["val_loss"],
+            "isotropic_val_loss": self.bar,
+            **self._ranges(record),
+            "rows": len(self.rows.training),
+            "data_sha256": self.rows.fingerprint,
+            **more,
+        }
+        self.bridge.config = replace(self.bridge_config, provenance={**self.data.provenance, "training": facts})
+        agreed(self.accelerator, lambda: self.bridge.save_pretrained(folder))
+
+    def _ranges(self, record: dict[str, Any]) -> dict[str, Any]:
+        """What is said of the ranges of levels, in the artefact as in training.json."""
+        return {
+            "ranges": self.validation.ranges,
+            "val_loss_by_range": record["val_loss_by_range"],
+            "isotropic_val_loss_by_range": self.bars,
+        }
 
     def _checkpoint(self) -> None:
         pending = self.accelerator.reduce(torch.stack(self.pending), "mean").tolist() if self.pending else []
-        if self.accelerator.is_main_process:
-            tensors = {
-                "model": self.network.state_dict(),
-                "ema": self.ema.state_dict(),
-                "optimizer": flat(self.optimizer.state_dict()["state"]),
-            }
-            scaler = self.accelerator.scaler
-            state = {
-                "step": self.step,
-                "best_val_loss": self.best,
-                "history": self.history,
-                "pending": pending,
-                "seconds": self._elapsed(),
-                "config": self.config.to_dict(),
-                "data_sha256": self.rows.fingerprint,
-                "scaler": scaler.state_dict() if scaler else None,
-            }
-            write_checkpoint(self.out / CHECKPOINTS, self.step, tensors, state)
+        tensors = {
+            "model": self.network.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": flat(self.optimizer.state_dict()["state"]),
+        }
+        scaler = self.accelerator.scaler
+        state = {
+            "step": self.step,
+            "best_val_loss": self.best,
+            "history": self.history,
+            "pending": pending,
+            "seconds": self._elapsed(),
+            "config": self.config.to_dict(),
+            "data_sha256": self.rows.fingerprint,
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+        agreed(self.accelerator, lambda: write_checkpoint(self.out / CHECKPOINTS, self.step, tensors, state))
 
     def restore(self) -> bool:
         """Take up the newest whole checkpoint; False where there is none. Raises TrainingError if it differs."""
-        found = read_newest(self.out / CHECKPOINTS)
+        found = agreed(self.accelerator, lambda: read_newest(self.out / CHECKPOINTS))
         if found is None:
             return False
         tensors, state = found
@@ -223,6 +279,8 @@ class Run:
             self.step, self.best, self.history = state["step"], state["best_val_loss"], state["history"]
             self.pending = [torch.tensor(loss, device=self.device) for loss in state["pending"]]
             self.seconds = state["seconds"]
+            self.scheduler = LambdaLR(self.optimizer, self.config.learning_rate_share, last_epoch=self.step - 1)
+            self.stopped = self._why_stop()
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise TrainingError(
                 f"the newest checkpoint in {self.out / CHECKPOINTS} is not one of this network ({error}): remove it"
@@ -231,26 +289,30 @@ class Run:
 
     def finish(self) -> None:
         """Write the results. The artefact comes last: once it is there, everything is."""
-        if "val_loss" not in self.history[-1]:  # a resumed run that had no step left to do
-            self._validate(self.history[-1])
+        last = self.history[-1]
+        if "val_loss" not in last:  # a resumed run that had no step left to do
+            self._validate(last)
+        facts = {
+            "config": self.config.to_dict(),
+            "step": self.step,
+            "stopped": self.stopped,
+            "history": self.history,
+            "best_val_loss": self.best,
+            "isotropic_val_loss": self.bar,
+            **self._ranges(last),
+            "seconds": self._elapsed(),
+            "device": str(self.device),
+            "processes": self.accelerator.num_processes,
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "accelerate": accelerate.__version__,
+            },
+        }
+        agreed(self.accelerator, lambda: write_json(self.out / FACTS, facts))
+        self._save(self.out, last, stopped=self.stopped)
         if self.accelerator.is_main_process:
-            facts = {
-                "config": self.config.to_dict(),
-                "history": self.history,
-                "best_val_loss": self.best,
-                "isotropic_val_loss": self.bar,
-                "seconds": self._elapsed(),
-                "device": str(self.device),
-                "processes": self.accelerator.num_processes,
-                "versions": {
-                    "python": platform.python_version(),
-                    "torch": torch.__version__,
-                    "accelerate": accelerate.__version__,
-                },
-            }
-            write_json(self.out / FACTS, facts)
-            self._save(self.out, self.history[-1]["val_loss"])
-        self.accelerator.wait_for_everyone()
+            self.bar_display.write(f"stopped at step {self.step}: {self.stopped}")
 
     def progress(self) -> Any:
         """The progress bar, a context manager; silent in all processes but the first and without a terminal."""
@@ -258,28 +320,26 @@ class Run:
         self.bar_display = tqdm(
             total=self.config.train_steps, initial=self.step, disable=disable, unit="step", desc="training"
         )
+        self.first_step, self.began, self.told = self.step, time.monotonic(), time.monotonic()
         return self.bar_display
+
+    def _tell(self) -> None:
+        """Advance the bar; in a batch job's log, which shows none, write a line now and then."""
+        self.bar_display.update()
+        now = time.monotonic()
+        if self.bar_display.disable and self.accelerator.is_main_process and now - self.told >= TELL_EVERY:
+            self.told = now
+            line = tqdm.format_meter(
+                self.step,
+                self.config.train_steps,
+                now - self.began,
+                ncols=0,
+                prefix="training",
+                unit="step",
+                postfix=f"loss={self.pending[-1].item():.4f}",
+                initial=self.first_step,
+            )
+            print(line, file=sys.stderr, flush=True)
 
     def _elapsed(self) -> float:
         return self.seconds + time.monotonic() - self.since
-
-
-def accelerator_for(config: TrainConfig) -> accelerate.Accelerator:
-    """Devices, processes and precision. Raises TrainingError where they do not fit the configuration."""
-    AcceleratorState._reset_state()  # a process-wide singleton, which would keep an earlier call's precision
-    expected = int(os.environ.get("WORLD_SIZE", "1"))
-    # unless told that it is to use the CPU, accelerate overlooks the other processes of torchrun where there is no GPU
-    on_cpu = expected > 1 and not torch.cuda.is_available()
-    accelerator = accelerate.Accelerator(mixed_precision=config.mixed_precision, cpu=on_cpu)
-    if accelerator.num_processes != expected:
-        raise TrainingError(
-            f"this is one of {expected} processes, and accelerate found {accelerator.num_processes}: start them with "
-            f"torchrun or `accelerate launch`, on devices of one kind"
-        )
-    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise TrainingError("mixed_precision fp16 needs a GPU: use bf16 or no")
-    if config.batch_size % accelerator.num_processes:
-        raise TrainingError(
-            f"batch_size {config.batch_size} is not a multiple of the {accelerator.num_processes} processes"
-        )
-    return accelerator

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from ezhoi_diffusion.diffusion.artifact import CONFIG
 from ezhoi_diffusion.diffusion.bridge import Components
@@ -13,7 +14,9 @@ from ezhoi_diffusion.files import current, leftovers, locked
 from ezhoi_diffusion.signals import asked_to_stop
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
 from ezhoi_diffusion.training.data import TrainingData
+from ezhoi_diffusion.training.processes import accelerator_for, agreed
 from ezhoi_diffusion.training.run import CHECKPOINTS, Run
+from ezhoi_diffusion.training.trackers import TRACKS, require_trackers, start_trackers
 
 __all__ = ["TrainConfig", "TrainingData", "TrainingError", "train"]
 
@@ -25,50 +28,75 @@ def train(
     *,
     registry: Components | None = None,
     resume: bool = False,
+    log_with: Sequence[Any] = (),
     on_step: Callable[[int], None] | None = None,
 ) -> Path:
     """Train a bridge into `out` and return it: the artefact of the last averaged weights, `best/` with the ones of
     the lowest validation loss, training.json and checkpoints/.
 
-    With `resume` it goes on from the newest whole checkpoint, bit-equal on a CPU to a run that never stopped;
-    train_steps may have grown. `on_step` is called after every step with the number of steps done. Under
-    torchrun or `accelerate launch`, call it in every process.
+    With `resume` it goes on from the newest whole checkpoint, bit-equal on a CPU to a run that never stopped.
+    `patience` may differ, and train_steps may have grown unless the learning rate follows it. A run that ended
+    early, resumed as it was, has nothing left to do. `log_with` names trackers that accelerate knows, or holds
+    trackers of accelerate's kind; it is no part of the run's identity. `on_step` is called after every step with
+    the number of steps done.
+
+    Under torchrun or `accelerate launch`, call it in every process. Only the main process reads and writes `out`.
 
     Asked to end by SIGTERM or SIGINT, it writes a checkpoint of the step it is at and raises Interrupted.
 
     Raises TrainingError where `out` is in use, the data, the device or the checkpoint do not fit the
-    configuration, or the loss becomes NaN or infinite.
+    configuration, a tracker is missing, or the loss becomes NaN or infinite.
     """
     out = Path(out)
-    finished, begun = current(out, CONFIG).exists(), (out / CHECKPOINTS).exists()
-    if (finished or begun) and not resume:
-        what = "a trained bridge" if finished else "an unfinished training"
-        raise TrainingError(f"{out} holds {what}: resume it, or choose another folder")
-    run = Run(data, config, out, registry)
+    require_trackers(log_with)
+    accelerator = accelerator_for(config, log_with, out / TRACKS)
+    finished = agreed(accelerator, lambda: _holds_a_bridge(out, resume))
+    run = Run(accelerator, data, config, out, registry)
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        agreed(accelerator, lambda: out.mkdir(parents=True, exist_ok=True))
     except OSError as error:
         raise TrainingError(f"{out} cannot be written ({error}): give another folder") from error
+    held = ExitStack()
     try:
-        with locked(out, TrainingError) if run.accelerator.is_main_process else nullcontext():
-            for path in leftovers(out) if run.accelerator.is_main_process else ():
-                path.unlink(missing_ok=True)
-            if resume and not run.restore() and finished:
-                raise TrainingError(f"{out} holds a trained bridge and no checkpoint to go on from")
-            with run.progress(), asked_to_stop() as asked:
-                while run.step < config.train_steps:
-                    run.advance()
-                    if on_step is not None:
-                        on_step(run.step)
-                    if run.stops(asked()):
-                        run.stop()
-                        raise Interrupted(
-                            f"stopped after step {run.step} of {config.train_steps}, with a checkpoint of it in {out}: give the "
-                            f"same command with --resume to go on"
-                        )
-                run.finish()
+        agreed(accelerator, lambda: _take(out, held))
+        if resume and not run.restore() and finished:
+            raise TrainingError(f"{out} holds a trained bridge and no checkpoint to go on from")
+        agreed(accelerator, lambda: start_trackers(accelerator, config, out))
+        with run.progress(), asked_to_stop() as asked:
+            while not run.stopped:
+                run.advance()
+                if on_step is not None:
+                    on_step(run.step)
+                if run.stops(asked()):
+                    run.stop()
+                    raise Interrupted(
+                        f"stopped after step {run.step} of {config.train_steps}, with a checkpoint of it in {out}: give the "
+                        f"same command with --resume to go on"
+                    )
+            run.finish()
     except OSError as error:
         raise TrainingError(
             f"{out} could not take what the training writes ({error}): free space there and resume; checkpoints are kept"
         ) from error
+    finally:
+        # not accelerate's end_training, which would also part the processes for good
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        held.close()
     return out
+
+
+def _take(out: Path, held: ExitStack) -> None:
+    """Keep other trainings out of the folder as long as `held` is open, and clear away what a killed one left."""
+    held.enter_context(locked(out, TrainingError))
+    for path in leftovers(out):
+        path.unlink(missing_ok=True)
+
+
+def _holds_a_bridge(out: Path, resume: bool) -> bool:
+    """Whether `out` does. Raises TrainingError where it holds anything of a training that is not to be resumed."""
+    finished, begun = current(out, CONFIG).exists(), (out / CHECKPOINTS).exists()
+    if (finished or begun) and not resume:
+        what = "a trained bridge" if finished else "an unfinished training"
+        raise TrainingError(f"{out} holds {what}: resume it, or choose another folder")
+    return finished

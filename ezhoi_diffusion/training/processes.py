@@ -1,0 +1,82 @@
+"""The processes that train together: found, checked, and of one mind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import accelerate
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list, gather_object
+
+from ezhoi_diffusion.training.config import TrainConfig, TrainingError
+
+T = TypeVar("T")
+
+
+def accelerator_for(config: TrainConfig, log_with: Sequence[Any], tracks: Path) -> accelerate.Accelerator:
+    """Devices, processes, precision, and trackers that write into `tracks`.
+
+    Raises TrainingError where they do not fit the configuration.
+    """
+    AcceleratorState._reset_state()  # a process-wide singleton, which would keep an earlier call's precision
+    # unless told that it is to use the CPU, accelerate overlooks the other processes of torchrun where there is no GPU
+    on_cpu = _expected() > 1 and not torch.cuda.is_available()
+    accelerator = accelerate.Accelerator(
+        mixed_precision=config.mixed_precision, cpu=on_cpu, log_with=list(log_with) or None, project_dir=tracks
+    )
+    expected = _expected()  # once more: where mpirun started them, accelerate has set it just now
+    if accelerator.num_processes != expected:
+        raise TrainingError(
+            f"this is one of {expected} processes, and accelerate found {accelerator.num_processes}: start them with "
+            f"torchrun or `accelerate launch`, on devices of one kind"
+        )
+    if expected == 1 and {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys():
+        raise TrainingError(
+            "`accelerate launch` was asked for several processes and started one, as it does on CPUs: leave out --cpu and "
+            "add --multi_gpu, which starts them on CPUs too, or use torchrun"
+        )
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise TrainingError("mixed_precision fp16 needs a GPU: use bf16 or no")
+    if config.batch_size % accelerator.num_processes:
+        raise TrainingError(
+            f"batch_size {config.batch_size} is not a multiple of the {accelerator.num_processes} processes"
+        )
+    return accelerator
+
+
+def agreed(accelerator: accelerate.Accelerator, decide: Callable[[], T]) -> T:
+    """What `decide` returns or raises in the main process, in every process. All must call it.
+
+    So only the main process needs the files, and no two can come to different decisions.
+    """
+    if accelerator.num_processes == 1:
+        return decide()
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = decide()
+        except Exception as error:  # whatever it is, the others would wait for ever
+            outcome[1] = error
+    result, failure = broadcast_object_list(outcome)
+    if failure is not None:
+        raise failure
+    return result  # type: ignore[no-any-return]
+
+
+def require_same_everywhere(what: dict[str, Any]) -> None:
+    """Raises TrainingError, in every process, where one of them was given something else."""
+    for rank, given in enumerate(gather_object([what])):
+        for name, value in given.items():
+            if value != what[name]:
+                raise TrainingError(
+                    f"the processes differ in {name}: {what[name]!r} here, {value!r} in process {rank}; give the same flags "
+                    f"and the same features on every machine"
+                )
+
+
+def _expected() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,73 @@
+"""Experiment trackers, through accelerate: which there are, and one run in each for a training and what resumes it."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import accelerate
+from accelerate import tracking
+from accelerate.utils import LoggerType
+
+from ezhoi_diffusion.files import write_atomic
+from ezhoi_diffusion.training.config import TrainConfig, TrainingError
+
+TRACKS = "trackers"
+PROJECT = "ezhoi-diffusion"
+RUN_ID = "run-id"
+
+
+def require_trackers(log_with: Sequence[Any]) -> None:
+    """Raises TrainingError for a name that accelerate does not know, or whose package is not installed.
+
+    Trackers of one's own (accelerate.tracking.GeneralTracker) need no name.
+    """
+    known, installed = LoggerType.list(), [str(name) for name in tracking.get_available_trackers()]
+    for name in (entry for entry in log_with if isinstance(entry, str)):
+        if name not in known and name not in tracking.LOGGER_TYPE_TO_CLASS:
+            raise TrainingError(f"there is no tracker {name!r}: accelerate knows {', '.join(sorted(known))}")
+        if name == "all" and not installed:
+            raise TrainingError(
+                f"no tracker is installed: pip install one of {', '.join(sorted(set(known) - {'all'}))}, or leave log-with out"
+            )
+        if name != "all" and name in known and name not in installed:
+            package = name.replace("_", "-")
+            raise TrainingError(
+                f"the tracker {name} is not installed: `pip install {package}`, or log with another (here: "
+                f"{', '.join(installed) or 'none'})"
+            )
+
+
+def start_trackers(accelerator: accelerate.Accelerator, config: TrainConfig, out: Path) -> None:
+    """Begin a run in every tracker, or go on in the one that an earlier start in `out` began.
+
+    TensorBoard and W&B write into `out`/trackers; others where their own settings say. Raises TrainingError where a
+    tracker does not start.
+    """
+    if not accelerator.log_with:
+        return
+    folder = out / TRACKS
+    folder.mkdir(exist_ok=True)
+    begun = (folder / RUN_ID).exists()
+    if not begun:
+        write_atomic(folder / RUN_ID, uuid.uuid4().hex.encode())
+    run_id = (folder / RUN_ID).read_text()
+    wandb = {"dir": str(folder), "id": run_id, "name": out.resolve().name, "resume": "allow"}
+    try:
+        accelerator.init_trackers(PROJECT, None if begun else _flat(config.to_dict()), {"wandb": wandb})
+    except Exception as error:  # third-party code: no account, no network, another version
+        raise TrainingError(f"a tracker did not start ({error}): mend that, or leave log-with out") from error
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, str | int | float]:
+    """Configuration as trackers take it: no nesting, no lists."""
+    flat: dict[str, str | int | float] = {}
+    for name, value in content.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value if isinstance(value, (str, int, float)) else json.dumps(value)
+    return flat

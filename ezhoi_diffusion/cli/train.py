@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 
 if TYPE_CHECKING:
+    from ezhoi_diffusion.diffusion.recipes import Recipe
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.training.data import TrainingData
 
@@ -123,23 +124,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, and draw the curve."""
-    from dataclasses import fields, replace
+    from dataclasses import fields
 
     from ezhoi_diffusion.builtin.diffusion import components
-    from ezhoi_diffusion.diffusion.recipes import DEFAULT_RECIPE, RECIPES
     from ezhoi_diffusion.evaluation.plots import plot_training
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.plugins import PluginHost
     from ezhoi_diffusion.training.trainer import TrainConfig, train
 
-    if args.recipe is not None and args.recipe not in RECIPES:
-        raise EzhoiDiffusionError(f"there is no recipe '{args.recipe}'; recipes are {', '.join(RECIPES)}")
-    recipe = RECIPES[args.recipe] if args.recipe else DEFAULT_RECIPE
-    if args.inference_steps is not None:
-        if args.start_step is not None or args.steps is not None:
-            raise EzhoiDiffusionError("--inference-steps sets --start-step and --steps both: give it, or them")
-        args.start_step = args.steps = args.inference_steps
-    recipe = replace(recipe, **_given(args, RECIPE_FLAGS))
+    recipe = chosen_recipe(args)
     config = TrainConfig(
         **{"recipe": recipe, **_given(args, [f.name for f in fields(TrainConfig) if f.name != "recipe"])}
     )
@@ -165,6 +158,22 @@ def run(args: argparse.Namespace) -> int:
             )
         print(f"bridge: {out} (lowest validation loss: {out / 'best'}); curve: {out / 'training.png'}", flush=True)
     return 0
+
+
+def chosen_recipe(args: argparse.Namespace) -> Recipe:
+    """The named recipe with what the flags change of it. Raises EzhoiDiffusionError for flags that contradict."""
+    from dataclasses import replace
+
+    from ezhoi_diffusion.diffusion.recipes import DEFAULT_RECIPE, RECIPES
+
+    if args.recipe is not None and args.recipe not in RECIPES:
+        raise EzhoiDiffusionError(f"there is no recipe '{args.recipe}'; recipes are {', '.join(RECIPES)}")
+    recipe = RECIPES[args.recipe] if args.recipe else DEFAULT_RECIPE
+    if args.inference_steps is not None:
+        if args.start_step is not None or args.steps is not None:
+            raise EzhoiDiffusionError("--inference-steps sets --start-step and --steps both: give it, or them")
+        args.start_step = args.steps = args.inference_steps
+    return replace(recipe, **_given(args, RECIPE_FLAGS))
 
 
 def training_data(store: FeatureStore, side: str) -> TrainingData:

@@ -81,7 +81,8 @@ def test_configuration_refuses(change):
 
 
 def checkpoint(folder, step):
-    write_checkpoint(folder, step, {"model": {"w": torch.full((3,), float(step))}}, {"step": step})
+    w = {"w": torch.full((3,), float(step))}
+    write_checkpoint(folder, step, {"model": w, "ema": w, "optimizer": {}}, {"step": step})
 
 
 def test_optimizer_state_survives_flattening():
@@ -100,7 +101,7 @@ def test_the_last_two_checkpoints_are_kept(tmp_path):
     assert tensors["model"]["w"].tolist() == [10.0] * 3
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "manifest.json"])
 @pytest.mark.parametrize("damage", [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-1] + b"X")])
 def test_the_newest_whole_checkpoint_counts(tmp_path, name, damage):
     checkpoint(tmp_path, 1)
@@ -118,5 +119,5 @@ def test_an_unfinished_checkpoint_is_not_seen(tmp_path):
     (tmp_path / "step-000000009.staged").mkdir(parents=True)
     assert read_newest(tmp_path) is None
     (tmp_path / "step-000000008").mkdir()
-    with pytest.warns(UserWarning, match="manifest"):
-        assert read_newest(tmp_path) is None
+    with pytest.warns(UserWarning, match="manifest"), pytest.raises(TrainingError, match="no whole checkpoint"):
+        read_newest(tmp_path)

@@ -7,9 +7,11 @@ import ast
 import contextlib
 import functools
 import importlib
+import io
 import os
 import runpy
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +50,61 @@ def run_script(script: Path, argv: Sequence[str]) -> None:
                     f"errors in its training loss; run the script without ezhoi-diffusion to look around there"
                 ) from error
             raise
+
+
+class _FlagsRead(BaseException):
+    """Ends a script at its parse_args; no `except Exception` of the script's own stops it."""
+
+    def __init__(self, flags: argparse.Namespace) -> None:
+        self.flags = flags
+
+
+def read_flags(script: Path, argv: Sequence[str]) -> argparse.Namespace:
+    """What the script's own parser, ours added to it, makes of `argv`: the script runs up to there and no further.
+
+    What it prints is lost, and the interpreter's argv, path and standard input are as before; modules that it imported
+    stay. Raises LaunchError where it does not come so far, its imports fail, or its parser refuses the flags; the
+    cause is the script's own exception.
+    """
+    _imported_modules(script)
+    original, before = argparse.ArgumentParser.parse_args, (sys.argv, list(sys.path), sys.stdin)
+
+    def parse_args(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
+        argparse.ArgumentParser.parse_args = original  # type: ignore[method-assign]
+        add_arguments(self, args)
+        raise _FlagsRead(original(self, args, namespace))
+
+    said = io.StringIO()
+    argparse.ArgumentParser.parse_args = parse_args  # type: ignore[method-assign]
+    sys.argv = [str(script), *argv]
+    sys.path.insert(0, str(script.resolve().parent))
+    try:
+        with (
+            Path(os.devnull).open() as nothing,
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(said),
+        ):
+            sys.stdin = nothing
+            runpy.run_path(str(script), run_name="__main__")
+    except _FlagsRead as reached:
+        return reached.flags
+    except EzhoiDiffusionError:
+        raise
+    except SystemExit as end:
+        words = said.getvalue().strip().splitlines()
+        raise LaunchError(
+            f"{script} refuses its flags: {words[-1] if words else f'it ends with status {end.code} before it reads them'}"
+        ) from end
+    except Exception as error:
+        raise LaunchError(
+            f"{script} fails before it reads its flags ({type(error).__name__}: {error}): run this from the EZ-HOI folder, in "
+            f"the environment in which the script itself runs"
+        ) from error
+    finally:
+        argparse.ArgumentParser.parse_args = original  # type: ignore[method-assign]
+        sys.argv, sys.path[:], sys.stdin = before
+    raise LaunchError(f"{script} ends without reading its flags: it is no EZ-HOI script")
 
 
 def _imported_modules(script: Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ import torch
 from ezhoi_diffusion.features.batch import FeatureBatch
 from ezhoi_diffusion.features.store import FeatureStoreError, FeatureWriter, finish_store
 from ezhoi_diffusion.hookspecs import hookimpl
-from ezhoi_diffusion.host.capture import default_split
+from ezhoi_diffusion.host.capture import clip_folder, default_split, image_names, split_dataset
 from ezhoi_diffusion.host.fingerprint import context_vectors
 from ezhoi_diffusion.host.tables import interaction_names, score_tables
 
@@ -43,9 +43,12 @@ class CapturePlugin:
         if not host.args.capture:
             raise FeatureStoreError("--plugin capture needs --capture DIR, the folder to write to")
         fingerprint = host.fingerprint.to_dict()
+        split = host.args.capture_split or default_split(host.args)
+        clip = clip_folder(host, split, image_names(split_dataset(host, split))[: host.args.max_images])
         meta = {
-            "split": host.args.capture_split or default_split(host.args),
+            "split": split,
             "max_images": host.args.max_images,
+            "clip_img_file": clip and clip.name,  # the name tells the split; the path may differ when a capture goes on
             "processes": host.world_size,
             "package": version("ezhoi-diffusion"),
             "interactions": interaction_names(host),

@@ -54,12 +54,19 @@ def image_names(dataset: Any) -> list[str]:
 def clip_folder(host: Host, split: str, names: list[str]) -> Path | None:
     """The folder with this split's CLIP image features; None where the host reads none.
 
-    The published folders end in `_train` and `_test`, so the other split's is found beside the one in the flags.
-    Raises CaptureError where the folder lacks an image of the split.
+    Raises CaptureError where it lacks an image of the split.
     """
     if not getattr(host.model, "img_clip_pt", False):
         return None
-    given = Path(host.args.clip_img_file)
+    return find_clip_folder(Path(host.args.clip_img_file), split, names)
+
+
+def find_clip_folder(given: Path, split: str, names: list[str]) -> Path:
+    """The folder with the CLIP features of images `names`: `given`, or its sibling for the split.
+
+    The published folders end in `_train` and `_test`, so the other split's is found beside the one in the flags.
+    Raises CaptureError where no folder has all.
+    """
     candidates = [given]
     for other in ("train", "test"):
         if other != split and given.name.endswith(f"_{other}"):

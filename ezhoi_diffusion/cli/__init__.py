@@ -20,6 +20,7 @@ COMMANDS = {
     "test": "what a bridge does on a few images: pictures, top 5, a verdict",
     "compare": "score bridges on captured features of the test split, without the host",
     "demo": "see all of it on a miniature EZ-HOI, without data",
+    "doctor": "find out what is wrong with environment, features, bridge or host flags, and the fix",
     "plugins": "list plugins: name, version, status, source, hooks",
 }
 
@@ -55,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     logging.basicConfig(format="ezhoi-diffusion: %(message)s", level=logging.WARNING)
     argv = sys.argv[1:] if argv is None else argv
-    args = build_parser(argv).parse_args(argv)
+    own, host_line = _split(list(argv))
+    args = build_parser(own).parse_args(own)
+    args.host_line = host_line
     try:
         status: int = args.run(args)
     except Interrupted as error:
@@ -73,3 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write("ezhoi-diffusion: interrupted\n")
         return 130
     return status
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The words before and after `--` for doctor: argparse loses that mark, in another way in every version."""
+    if argv[:1] != ["doctor"] or "--" not in argv:
+        return argv, []
+    mark = argv.index("--")
+    return argv[:mark], argv[mark + 1 :]

@@ -1,0 +1,254 @@
+"""A trained bridge: whole, of a recipe that is worth using, trained long enough, and made for these features."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ezhoi_diffusion.builtin.diffusion import components
+from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
+from ezhoi_diffusion.diffusion.recipes import Recipe
+from ezhoi_diffusion.doctor.features import Scan
+from ezhoi_diffusion.doctor.finding import Finding, ok
+from ezhoi_diffusion.features.statistics import ModalityStatistics, unit
+from ezhoi_diffusion.features.store import FeatureStore
+from ezhoi_diffusion.plugins import PluginHost
+
+TRAIN = "ezhoi-diffusion train FEATURES --out BRIDGE"
+EFFECT_ROWS = 512
+EFFECT_SECONDS = 60.0
+WASHES_OUT = 600  # the level from which strength 1 lost most, wherever measured
+
+
+def load(folder: Path) -> DiffusionBridge:
+    """The bridge in `folder`, with what plugins contribute. Raises BridgeError, PluginError."""
+    return DiffusionBridge.from_pretrained(folder, registry=components(PluginHost()))
+
+
+def unfinished(folder: Path) -> bool:
+    """Whether a training was begun there and not ended."""
+    return (folder / "checkpoints").is_dir() and not (folder / "config.json").is_file()
+
+
+def artefact(bridge: DiffusionBridge) -> Iterator[Finding]:
+    """What the bridge is, does and costs, from its configuration."""
+    config, parameters = bridge.config, sum(p.numel() for p in bridge.denoiser.parameters())
+    yield ok(
+        "bridge.artefact", f"{config.denoiser}, D = {config.dim}, {parameters:,} parameters, files whole and finite"
+    )
+    yield _recipe(config.recipe)
+    yield _means(config.recipe, bridge.statistics)
+    steps = config.recipe.steps
+    found = f"{steps} network evaluations a row, {parameters * steps:,} parameters used a row in all"
+    if steps > 50:
+        yield Finding(
+            "bridge.cost", "note", f"{found}; beyond 20 evaluations buy almost nothing",
+            "--steps (the guide's --inference-steps) is cost, --start-step is strength: lower --steps",
+        )  # fmt: skip
+    else:
+        yield ok("bridge.cost", found)
+
+
+def _recipe(recipe: Recipe) -> Finding:
+    name = "bridge.recipe"
+    found = (
+        f"{recipe.name}: learned {recipe.trained_on} rows; a row enters at level {recipe.start_step} (strength), takes "
+        f"{recipe.steps} evaluations (cost), {recipe.strength:.0%} of the result is bridged, output {recipe.output}"
+    )
+    if recipe.input_mean == "text" or recipe.output == "unit":
+        return Finding(
+            name, "warning", f"{found}. The guide's recipe: it hurt wherever it was measured",
+            f"{TRAIN} (recipe blend), and compare with --compare none,mean_shift,diffusion",
+        )  # fmt: skip
+    if recipe.start_step >= WASHES_OUT and recipe.strength == 1:
+        return Finding(
+            name, "note", f"{found}. From {WASHES_OUT} at full strength a row's identity is washed out where measured",
+            "try --recipe blend, or a --start-step of 50 to 300",
+        )  # fmt: skip
+    return ok(name, found)
+
+
+def _means(recipe: Recipe, statistics: ModalityStatistics) -> Finding:
+    given_back = (
+        f"gives back the {recipe.restored_mean} mean" if recipe.output == "calibrated" else "gives no mean back"
+    )
+    found = (
+        f"takes the {recipe.input_mean} mean off visual rows, {given_back}; norms: visual "
+        f"{statistics.visual_mean.norm():.4f}, text {statistics.text_mean.norm():.4f} (the guide's 0.01-0.05 is impossible), "
+        f"gap {statistics.gap:.3f}"
+    )
+    if recipe.input_mean == "text":
+        return Finding(
+            "bridge.means", "warning", f"{found}. The text mean leaves in every visual row a vector that all share",
+            f"train a recipe that takes the visual mean off: {TRAIN}",
+        )  # fmt: skip
+    if recipe.output == "calibrated" and recipe.restored_mean == "text":
+        return Finding(
+            "bridge.means", "warning",
+            f"{found}. EZ-HOI's score is a plain dot product that was trained with the visual mean in place",
+            "use restored_mean visual, as recipes blend and paper do",
+        )  # fmt: skip
+    return ok("bridge.means", found)
+
+
+def training(bridge: DiffusionBridge, folder: Path) -> Iterator[Finding]:
+    """Whether it was trained long enough, and not by heart: from its provenance, and the curve beside it."""
+    facts = bridge.provenance.get("training")
+    if not isinstance(facts, dict):
+        yield Finding(
+            "bridge.training", "note", "nothing is known of its training (imported?)",
+            "compare it on your host, or train one here",
+        )  # fmt: skip
+        return
+    loss, bar = float(facts["val_loss"]), float(facts["isotropic_val_loss"])
+    found = f"step {facts['step']}, validation loss {loss:.5f}, the bar (a closed-form estimate without data) {bar:.5f}"
+    history = _history(folder / "training.json")
+    validations = [record["val_loss"] for record in history if "val_loss" in record]
+    best = min([*validations, loss])
+    if not math.isfinite(loss):
+        yield Finding("bridge.training", "problem", found, f"lower --learning-rate, and {TRAIN}")
+    elif loss >= bar and best < bar:
+        yield Finding(
+            "bridge.training", "warning", f"{found}, lowest {best:.5f}: it has learned its training rows by heart",
+            f"use {folder / 'best'}, or fewer --train-steps",
+        )  # fmt: skip
+    elif loss >= bar:
+        yield Finding(
+            "bridge.training", "warning", f"{found}: under-trained, it is no better than that estimate",
+            "train longer: the same command with a larger --train-steps and --resume. If the loss does not fall, see "
+            "features.norms and features.finite, try --learning-rate 5e-5 or 1e-4, or a larger --batch-size",
+        )  # fmt: skip
+    elif len(validations) > 1 and loss > 1.02 * best:
+        yield Finding("bridge.training", "note", f"{found}; it was lower before, {best:.5f}", f"use {folder / 'best'}")
+    else:
+        yield ok("bridge.training", found)
+    if len(validations) > 1 and validations[-1] < 0.98 * validations[-2]:
+        yield Finding(
+            "bridge.curve", "note",
+            f"the validation loss was still falling: {validations[-2]:.5f}, then {validations[-1]:.5f}",
+            "it may gain from more steps: the same command with a larger --train-steps and --resume",
+        )  # fmt: skip
+    losses = [record["loss"] for record in history]
+    if len(losses) > 3 and min(losses[-2:]) > 0.98 * losses[0]:
+        yield Finding(
+            "bridge.curve", "warning", f"the training loss does not fall: {losses[0]:.5f} at first, {losses[-1]:.5f} at last",
+            "see features.norms and features.finite; then --learning-rate 5e-5 (lower) or 1e-4 (higher), or a larger "
+            "--batch-size",
+        )  # fmt: skip
+
+
+def _history(path: Path) -> list[dict[str, float]]:
+    """The training's records, where they lie beside the bridge; `best` has none."""
+    try:
+        found = json.loads(path.read_text())["history"]
+        return [{str(key): float(value) for key, value in record.items()} for record in found]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+def against_features(bridge: DiffusionBridge, store: FeatureStore, found: Scan) -> Iterator[Finding]:
+    """Whether the bridge was made from these features, and for the host that they came from."""
+    theirs, own = bridge.provenance.get("fingerprint"), store.fingerprint
+    theirs = theirs if isinstance(theirs, dict) else {}
+    differing = {key: (own[key], theirs.get(key)) for key in own if own[key] != theirs.get(key)}
+    if differing:
+        listed = "; ".join(f"{key} {here!s:.40} here, {there!s:.40} there" for key, (here, there) in differing.items())
+        yield Finding(
+            "bridge.fingerprint", "problem" if set(differing) - {"context"} else "warning",
+            f"the bridge was made for another host than the features: {listed}",
+            f"run the host with --restore-context, which uses the bridge's context vectors; or {TRAIN}"
+            if set(differing) == {"context"} else TRAIN,
+        )  # fmt: skip
+    else:
+        yield ok("bridge.fingerprint", "the same host as the features'")
+    if bridge.config.dim != store.text.shape[1] or found.statistics is None:
+        return
+    recorded = (bridge.provenance.get("training") or {}).get("data_sha256")
+    if recorded is None:
+        return
+    if recorded == _data_sha256(bridge.config.recipe, store, found):
+        yield ok("bridge.data", "trained on these very features")
+    else:
+        yield Finding("bridge.data", "warning", "trained on other features than these", f"if they are newer: {TRAIN}")
+
+
+def _data_sha256(recipe: Recipe, store: FeatureStore, found: Scan) -> str:
+    """What training records of its rows: SHA-256 over them as they are, then over the mean that they lose."""
+    assert found.statistics is not None
+    means = {"visual": found.statistics.visual_mean, "text": found.statistics.text_mean}
+    if recipe.trained_on == "text":
+        digest, mean = hashlib.sha256(store.text.contiguous().numpy().tobytes()), means["text"]
+    else:
+        digest, mean = found.digest.copy(), means[recipe.input_mean]
+    digest.update(mean.contiguous().numpy().tobytes())
+    return str(digest.hexdigest())
+
+
+def effect(bridge: DiffusionBridge, sample: Tensor, text: Tensor) -> Iterator[Finding]:
+    """What the bridge does to at most 512 rows of sample [n, D]: norms, direction, similarity to the nearest text."""
+    if bridge.config.dim != sample.shape[1]:
+        yield Finding(
+            "bridge.effect", "problem", f"the bridge has D = {bridge.config.dim}, the features {sample.shape[1]}",
+            f"train on features of this backbone: {TRAIN}",
+        )  # fmt: skip
+        return
+    sample = sample[torch.isfinite(sample).all(dim=1) & (sample.norm(dim=1) > 0)]
+    affordable = _affordable(bridge)
+    if affordable < 1 or len(sample) == 0:
+        yield Finding(
+            "bridge.effect", "note", "not tried: even one row would take more than a minute here, or no row is usable",
+            "see bridge.cost: fewer --steps, or the denoiser mlp; or ask on a GPU with `ezhoi-diffusion run … --compare`",
+        )  # fmt: skip
+        return
+    before = sample[: min(EFFECT_ROWS, affordable)].float()
+    after = bridge(before)
+    if not torch.isfinite(after).all():
+        yield Finding("bridge.effect", "problem", "its output holds NaN or infinity", TRAIN)
+        return
+    ratio = float((after.norm(dim=1) / before.norm(dim=1)).median())
+    kept = float((unit(before) * unit(after)).sum(1).median())
+    similar = [(unit(x) @ unit(text).T).max(dim=1) for x in (before, after)]
+    changed = float((similar[0].indices != similar[1].indices).float().mean())
+    found = (
+        f"on {len(before)} rows: norm x {ratio:.3f}, cosine to the row before {kept:.3f}, cosine to the nearest text "
+        f"{similar[0].values.mean():.3f} -> {similar[1].values.mean():.3f}, nearest text changed for {changed:.0%}. A higher "
+        f"cosine does not mean a higher mAP"
+    )
+    measure = "measure it: `ezhoi-diffusion run … --eval --bridge BRIDGE --compare none,mean_shift,diffusion`"
+    if not 0.5 < ratio < 2:
+        yield Finding(
+            "bridge.effect", "warning", f"{found}. EZ-HOI does not normalise, so this change of norm rescales every score",
+            f"take a recipe with output calibrated; {measure}",
+        )  # fmt: skip
+    elif kept < 0.5:
+        yield Finding(
+            "bridge.effect", "warning", f"{found}. Little is left of each row",
+            f"a lower --start-step or --strength; {measure}",
+        )  # fmt: skip
+    else:
+        yield ok("bridge.effect", found)
+
+
+def _affordable(bridge: DiffusionBridge) -> int:
+    """Rows that can be bridged in about a minute, judged by one evaluation of a few."""
+    rows = torch.zeros(4, bridge.config.dim)
+    with torch.no_grad():
+        bridge.denoiser(rows, torch.zeros(4, dtype=torch.long))
+        begun = time.perf_counter()
+        bridge.denoiser(rows, torch.zeros(4, dtype=torch.long))
+    seconds = (time.perf_counter() - begun) / len(rows) * bridge.config.recipe.steps
+    return int(EFFECT_SECONDS / max(seconds, 1e-9))
+
+
+def facts_for_host(bridge: DiffusionBridge) -> dict[str, Any]:
+    """The fingerprint that the bridge demands of a host; empty where it knows none."""
+    found = bridge.provenance.get("fingerprint")
+    return found if isinstance(found, dict) else {}

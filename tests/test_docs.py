@@ -154,7 +154,7 @@ def test_help_needs_no_heavy_import():
     assert "torch" not in loaded.rsplit("|", 1)[1].split()
 
 
-@pytest.mark.parametrize("command", ["run", "train", "demo", "plugins"])
+@pytest.mark.parametrize("command", ["run", "train", "demo", "doctor", "plugins"])
 def test_every_command_explains_itself(command):
     out = subprocess.run(
         [sys.executable, "-m", "ezhoi_diffusion", command, "--help"], capture_output=True, text=True, check=True

@@ -25,6 +25,7 @@ from ezhoi_diffusion.plugins import PluginHost
 TRAIN = "ezhoi-diffusion train FEATURES --out BRIDGE"
 EFFECT_ROWS = 512
 EFFECT_SECONDS = 60.0
+LITTLE_LEFT = 0.3
 WASHES_OUT = 600  # the level from which strength 1 lost most, wherever measured
 
 
@@ -214,11 +215,12 @@ def effect(bridge: DiffusionBridge, sample: Tensor, text: Tensor) -> Iterator[Fi
         yield Finding("bridge.effect", "problem", "its output holds NaN or infinity", TRAIN)
         return
     ratio = float((after.norm(dim=1) / before.norm(dim=1)).median())
-    kept = float((unit(before) * unit(after)).sum(1).median())
+    own = [unit(unit(x) - bridge.statistics.visual_mean) for x in (before, after)]  # what a row does not share with all
+    kept = float((own[0] * own[1]).sum(1).median())
     similar = [(unit(x) @ unit(text).T).max(dim=1) for x in (before, after)]
     changed = float((similar[0].indices != similar[1].indices).float().mean())
     found = (
-        f"on {len(before)} rows: norm x {ratio:.3f}, cosine to the row before {kept:.3f}, cosine to the nearest text "
+        f"on {len(before)} rows: norm x {ratio:.3f}, cosine to the row before, less the mean, {kept:.3f}, cosine to the nearest text "
         f"{similar[0].values.mean():.3f} -> {similar[1].values.mean():.3f}, nearest text changed for {changed:.0%}. A higher "
         f"cosine does not mean a higher mAP"
     )
@@ -228,7 +230,7 @@ def effect(bridge: DiffusionBridge, sample: Tensor, text: Tensor) -> Iterator[Fi
             "bridge.effect", "warning", f"{found}. EZ-HOI does not normalise, so this change of norm rescales every score",
             f"take a recipe with output calibrated; {measure}",
         )  # fmt: skip
-    elif kept < 0.5:
+    elif kept < LITTLE_LEFT:
         yield Finding(
             "bridge.effect", "warning", f"{found}. Little is left of each row",
             f"a lower --start-step or --strength; {measure}",

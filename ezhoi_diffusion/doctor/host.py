@@ -58,8 +58,9 @@ def _flags_fix(cause: BaseException | None, script: Path) -> str:
 def options(args: argparse.Namespace) -> Iterator[Finding]:
     """Flags that upstream's own code cannot run with."""
     refused = cannot_run(args)
-    for flag, reason in refused.items():
-        yield Finding("host.options", "problem", f"{flag}: {reason}", f"change or drop {flag.split()[0]}")
+    for flag, text in refused.items():
+        reason, _, fix = text.rpartition(": ")  # what happens: what to do
+        yield Finding("host.options", "problem", f"{flag}: {reason or text}", fix or f"leave {flag} out")
     if not refused:
         yield ok("host.options", "upstream can run these")
     workers = getattr(args, "num_workers", 0)
@@ -107,7 +108,8 @@ def data(args: argparse.Namespace) -> Iterator[Finding]:
         return
     root = Path(args.data_root)
     names: dict[str, list[str]] = {}
-    for split, partition in zip(("train", "test"), args.partitions, strict=False):
+    partitions, used = _partitions(args)
+    for split, partition in partitions.items():
         file = root / f"instances_{partition}.json"
         try:
             content = json.loads(file.read_text())
@@ -120,9 +122,18 @@ def data(args: argparse.Namespace) -> Iterator[Finding]:
             )  # fmt: skip
             continue
         yield _images(root, partition, names[split])
-    split = getattr(args, "capture_split", None) or default_split(args)
-    if getattr(args, "img_clip_pt", False) and getattr(args, "clip_img_file", "") and split in names:
-        yield _clip_features(args, split, names[split])
+    one_image = getattr(args, "self_image_path", None)
+    if getattr(args, "img_clip_pt", False) and getattr(args, "clip_img_file", "") and used in names and not one_image:
+        yield _clip_features(args, used, names[used])
+
+
+def _partitions(args: argparse.Namespace) -> tuple[dict[str, str], str]:
+    """Split -> partition as the flags name them, and the split that the run is about; inference.py has one only."""
+    if hasattr(args, "partitions"):
+        split = getattr(args, "capture_split", None) or default_split(args)
+        return dict(zip(("train", "test"), args.partitions, strict=False)), split
+    split = "train" if args.partition.startswith("train") else "test"
+    return {split: args.partition}, split
 
 
 def _images(root: Path, partition: str, names: list[str]) -> Finding:

@@ -19,7 +19,7 @@ from test_training_trainer import QUICK, Stop, equal, low_rank, stop_at, weights
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ezhoi_diffusion.cli import build_parser, main
-from ezhoi_diffusion.cli.train import chosen_recipe
+from ezhoi_diffusion.cli.train import chosen_recipe, notes
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge, build_denoiser
 from ezhoi_diffusion.diffusion.recipes import RECIPES, RecipeError
 from ezhoi_diffusion.diffusion.schedule import Schedule, isotropic_estimate
@@ -137,6 +137,14 @@ def test_patience_stops_and_says_so(tmp_path):
     assert facts(train(low_rank(), replace(config, patience=0), tmp_path / "off"))["stopped"] == "all 40 steps are done"
 
 
+def test_a_run_that_goes_on_for_longer_stops_where_one_that_never_ended_does(tmp_path):
+    """The extra validation at the first end, step 6, does not count."""
+    config = replace(QUICK, train_steps=6, learning_rate=1e-30, patience=3)
+    train(low_rank(), config, tmp_path / "out")
+    out = train(low_rank(), replace(config, train_steps=40), tmp_path / "out", resume=True)
+    assert facts(out)["step"] == 16
+
+
 def test_a_stopped_run_stays_stopped_and_more_patience_takes_it_further(tmp_path):
     out = train(few(), OVERFIT, tmp_path / "out")
     stopped, before = facts(out), weights(out)
@@ -235,6 +243,22 @@ def test_ranges_are_in_the_files_and_in_the_picture(tmp_path, monkeypatch):
     bar = found["isotropic_val_loss_by_range"]
     for number, line in enumerate(by_range.lines[:5]):
         assert list(line.get_ydata()) == [r["val_loss_by_range"][number] / bar[number] for r in validated]
+
+
+def test_what_was_not_learned_is_said():
+    found = {
+        "config": {"recipe": {"trained_on": "text", "start_step": 100}},
+        "history": [{"val_loss": 0.2}],
+        "isotropic_val_loss": 0.3,
+        "ranges": [[0, 499], [500, 999]],
+        "val_loss_by_range": [0.3, 0.1],
+        "isotropic_val_loss_by_range": [0.5, 0.1],
+    }
+    (note,) = notes(found)
+    assert note.startswith("at levels 500-999 the network is no better")
+    assert note.endswith("below 100")
+    assert "by heart" in notes({**found, "isotropic_val_loss": 0.1})[0]
+    assert notes({**found, "isotropic_val_loss_by_range": [0.5, 0.2]}) == []
 
 
 # Trackers and progress

@@ -149,15 +149,29 @@ def run(args: argparse.Namespace) -> int:
     if int(os.environ.get("RANK", "0")) == 0:
         facts = json.loads((out / "training.json").read_text())
         plot_training(facts, out / "training.png")
-        last, bar = facts["history"][-1]["val_loss"], facts["isotropic_val_loss"]
-        if last > bar:
-            print(
-                f"note: the validation loss {last:.4f} is above that of the closed-form isotropic estimate, {bar:.4f}: the "
-                f"network has learned its {config.recipe.trained_on} rows by heart. {out / 'best'} generalises better",
-                flush=True,
-            )
+        for note in notes(facts):
+            print(f"note: {note}", flush=True)
         print(f"bridge: {out} (lowest validation loss: {out / 'best'}); curve: {out / 'training.png'}", flush=True)
     return 0
+
+
+def notes(facts: dict[str, Any]) -> list[str]:
+    """What a training.json shows that a user should know before using the bridge."""
+    recipe, last, bar = facts["config"]["recipe"], facts["history"][-1]["val_loss"], facts["isotropic_val_loss"]
+    found = []
+    if last > bar:
+        found.append(
+            f"the validation loss {last:.4f} is above that of the closed-form isotropic estimate, {bar:.4f}: the network has "
+            f"learned its {recipe['trained_on']} rows by heart. best/ generalises better"
+        )
+    ranges = zip(facts["ranges"], facts["val_loss_by_range"], facts["isotropic_val_loss_by_range"], strict=True)
+    unlearned = [f"{low}-{high}" for (low, high), loss, estimate in ranges if loss >= estimate]
+    if unlearned:
+        found.append(
+            f"at levels {', '.join(unlearned)} the network is no better than the isotropic estimate, which knows no data; "
+            f"this bridge uses the levels below {recipe['start_step']}"
+        )
+    return found
 
 
 def chosen_recipe(args: argparse.Namespace) -> Recipe:

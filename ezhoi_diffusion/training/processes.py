@@ -37,7 +37,7 @@ def accelerator_for(config: TrainConfig, log_with: Sequence[Any], tracks: Path) 
     if expected == 1 and {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys():
         raise TrainingError(
             "`accelerate launch` was asked for several processes and started one, as it does on CPUs: leave out --cpu and "
-            "add --multi_gpu, which starts them on CPUs too, or use torchrun"
+            "add --multi_gpu, which starts them on CPUs too, or use torchrun. If one is what you want, unset MASTER_ADDR"
         )
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise TrainingError("mixed_precision fp16 needs a GPU: use bf16 or no")

@@ -21,6 +21,7 @@ COMMANDS = {
     "compare": "score bridges on captured features of the test split, without the host",
     "demo": "see all of it on a miniature EZ-HOI, without data",
     "doctor": "find out what is wrong with environment, features, bridge or host flags, and the fix",
+    "patch": "write the three lines a fork needs into its main_tip_finetune.py, or take them out",
     "plugins": "list plugins: name, version, status, source, hooks",
 }
 

@@ -148,7 +148,8 @@ def command_line():
 
 
 if __name__ == "__main__":
-    args = command_line().parse_args()
+    parser = command_line()
+    args = parser.parse_args()
     print(args)
 
     os.environ["MASTER_ADDR"] = "localhost"

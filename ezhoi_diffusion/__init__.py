@@ -3,6 +3,7 @@
     from ezhoi_diffusion import add_arguments, attach     # in a fork's script
     from ezhoi_diffusion import hookimpl                  # in a plugin
     from ezhoi_diffusion import DiffusionBridge, FeatureStore
+    from ezhoi_diffusion import DiffusionBridgeHOI        # where a script of the guide imports it
 
 Names are imported when they are first used, so that importing the package costs next to nothing.
 """
@@ -25,11 +26,13 @@ if TYPE_CHECKING:
     from ezhoi_diffusion.host.host import Host as Host
     from ezhoi_diffusion.host.options import add_arguments as add_arguments
     from ezhoi_diffusion.host.taps import Tap as Tap
+    from ezhoi_diffusion.legacy.drop_in import DiffusionBridgeHOI as DiffusionBridgeHOI
     from ezhoi_diffusion.plugins import PluginHost as PluginHost
 
 _WHERE = {
     "Comparison": "evaluation.comparison",
     "DiffusionBridge": "diffusion.bridge",
+    "DiffusionBridgeHOI": "legacy.drop_in",
     "EzhoiDiffusionError": "errors",
     "FeatureBatch": "features.batch",
     "FeatureStore": "features.store",

@@ -46,6 +46,11 @@ def load(folder: Path | None) -> MeanShift:
         statistics = ModalityStatistics.from_tensors(files[STATISTICS])
     except (KeyError, TypeError, ValueError) as error:
         raise BridgeError(f"{folder / STATISTICS} holds no statistics ({error}); train anew") from error
+    if not statistics.visual_known:
+        raise BridgeError(
+            f"mean_shift needs the visual mean, and {folder} was imported without: import it again together with the file of "
+            f"visual embeddings, or take a bridge trained on captured features"
+        )
     return MeanShift(statistics, config.provenance, files.get(CONTEXT, {}))
 
 

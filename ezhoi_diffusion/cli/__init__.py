@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train a diffusion bridge on captured features",
     "test": "what a bridge does on a few images: pictures, top 5, a verdict",
     "compare": "score bridges on captured features of the test split, without the host",
+    "import": "turn files of the training guide (.pkl, .pt) into ours",
     "demo": "see all of it on a miniature EZ-HOI, without data",
     "doctor": "find out what is wrong with environment, features, bridge or host flags, and the fix",
     "patch": "write the three lines a fork needs into its main_tip_finetune.py, or take them out",

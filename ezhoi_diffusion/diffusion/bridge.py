@@ -21,6 +21,7 @@ from ezhoi_diffusion.diffusion.artifact import (
 )
 from ezhoi_diffusion.diffusion.denoisers import DenoiserBuilder, denoisers
 from ezhoi_diffusion.diffusion.normalization import normalize, uncenter
+from ezhoi_diffusion.diffusion.recipes import Recipe, Side
 from ezhoi_diffusion.diffusion.samplers import Sampler, ddim, samplers
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.features.statistics import ModalityStatistics, unit
@@ -49,6 +50,10 @@ def build_denoiser(config: BridgeConfig, registry: Components | None = None) -> 
         raise BridgeError(f"denoiser {config.denoiser!r} does not take {config.denoiser_options}: {error}") from error
 
 
+def _means_in_use(recipe: Recipe) -> set[Side]:
+    return {recipe.input_mean} | ({recipe.restored_mean} if recipe.output == "calibrated" else set())
+
+
 class DiffusionBridge(nn.Module):
     """Bridges visual features [N, D]: deterministic, row by row, in float32, without gradient.
 
@@ -75,6 +80,11 @@ class DiffusionBridge(nn.Module):
         statistics do not fit the configuration.
         """
         super().__init__()
+        if not statistics.visual_known and "visual" in _means_in_use(config.recipe):
+            raise BridgeError(
+                f"recipe {config.recipe.name!r} uses the visual mean, which is not known here: the files that this comes "
+                f"from held the text mean alone. Use recipe 'guide', or capture features and train on them"
+            )
         for side, mean in (("visual", statistics.visual_mean), ("text", statistics.text_mean)):
             if mean.shape != (config.dim,) or not mean.square().sum() < 1:
                 raise BridgeError(
@@ -150,8 +160,9 @@ class DiffusionBridge(nn.Module):
         if self.config.objective == "pred_x0":
             return output
         # ε and v lead back to x0 only from x_t itself. Its norm was taken off for the network, and is known.
-        scale = self.config.recipe.scale
-        x_t = x * float(self._schedule.expected_norm(t, self.config.dim, scale) / scale)
+        x_t, scale = x, self.config.recipe.scale
+        if self.config.recipe.noisy_norm == "expected":
+            x_t = x * float(self._schedule.expected_norm(t, self.config.dim, scale) / scale)
         return self._schedule.to_x0(self.config.objective, output, x_t, t)
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:

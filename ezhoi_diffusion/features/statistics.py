@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ class ModalityStatistics:
     """Means of the *unit* rows of both modalities, not renormalised (float32, [D]).
 
     The norm of such a mean is the root of the mean pairwise cosine: about 0.7-0.9 for CLIP text.
+    `visual_rows` is 0, and the visual mean a zero vector, where only the text mean is known, as with some imported files;
+    `text_rows` is 0 where it is not known of how many rows the text mean is the mean.
     """
 
     visual_mean: Tensor
@@ -35,15 +38,31 @@ class ModalityStatistics:
 
         Raises ValueError where either side has no row.
         """
-        total = torch.zeros(text.shape[1], dtype=torch.float64)
+        if len(text) == 0:
+            raise ValueError("statistics need rows on both sides, found no text row")
+        return cls.around(visual, unit(text.double()).mean(0).float(), len(text))
+
+    @classmethod
+    def around(cls, visual: Iterable[Tensor], text_mean: Tensor, text_rows: int) -> ModalityStatistics:
+        """As `of`, where the text mean [D] is known already. Raises ValueError where there is no visual row."""
+        total = torch.zeros(len(text_mean), dtype=torch.float64)
         rows = 0
         for block in visual:
             total += unit(block.double()).sum(0)
             rows += len(block)
-        if rows == 0 or len(text) == 0:
-            raise ValueError(f"statistics need rows on both sides, found {rows} visual and {len(text)} text rows")
-        text_mean = unit(text.double()).mean(0)
-        return cls((total / rows).float(), text_mean.float(), rows, len(text))
+        if rows == 0:
+            raise ValueError("statistics need rows on both sides, found no visual row")
+        return cls((total / rows).float(), text_mean, rows, text_rows)
+
+    @classmethod
+    def text_only(cls, text_mean: Tensor, text_rows: int = 0) -> ModalityStatistics:
+        """What is known where no visual row is: the text mean [D]."""
+        return cls(torch.zeros_like(text_mean), text_mean, 0, text_rows)
+
+    @property
+    def visual_known(self) -> bool:
+        """Whether the visual mean is one."""
+        return self.visual_rows > 0
 
     @property
     def dim(self) -> int:
@@ -52,7 +71,9 @@ class ModalityStatistics:
 
     @property
     def gap(self) -> float:
-        """Distance between the two means: the modality gap of Liang et al. (NeurIPS 2022)."""
+        """Distance between the two means: the modality gap of Liang et al. (NeurIPS 2022). NaN where one is unknown."""
+        if not self.visual_known:
+            return math.nan
         return float((self.visual_mean - self.text_mean).norm())
 
     def tensors(self) -> dict[str, Tensor]:

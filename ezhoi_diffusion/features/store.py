@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,16 @@ from torch import Tensor
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
 from ezhoi_diffusion.features.statistics import ModalityStatistics
-from ezhoi_diffusion.files import LOCK, leftovers, locked, read_json, read_tensors, write_json, write_tensors
+from ezhoi_diffusion.files import (
+    LOCK,
+    leftovers,
+    locked,
+    new_folder,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 
 SCHEMA = 2
 # What a killed capture loses at most, and what it keeps in memory: 32 MiB of features at D = 512, or a minute's work
@@ -176,6 +185,42 @@ def finish_store(folder: Path) -> FeatureStore:
     return FeatureStore(folder)
 
 
+def write_imported(
+    folder: Path, meta: dict[str, Any], rows: dict[str, Tensor], images: Sequence[str], host: dict[str, Tensor]
+) -> FeatureStore:
+    """Write a store of features that were captured elsewhere, whole or not at all, and open it.
+
+    `rows` has `adapter_feat` [N, D], perhaps more of what a capture has; `images` the N file names; `meta["imported"]` says
+    where they come from, and with `norms` whether the rows' norms are the host's. `host` has `text`, which may have no rows,
+    and the `text_mean` [D]. Raises FeatureStoreError where `folder` is in use or cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FeatureStoreError(f"{folder} is in use: give a new folder")
+    places: dict[str, list[int]] = {}
+    for row, name in enumerate(images):  # an image's rows stand together in a store
+        places.setdefault(name, []).append(row)
+    try:
+        with new_folder(folder) as staged:
+            write_json(staged / "meta.json", {"schema": SCHEMA, **meta})
+            write_host_tensors(staged, host)
+            number, shard = 0, list[int]()
+            entries: list[dict[str, Any]] = []
+            for index, (name, numbers) in enumerate(places.items()):
+                shard += numbers
+                entries.append({"index": index, "name": name, "rows": len(numbers), "boxes": 0, "annotations": 0})
+                if len(shard) >= ROWS_PER_SHARD or index == len(places) - 1:
+                    name = f"shard-000-{number:05d}"
+                    written = write_tensors(staged / f"{name}.safetensors", {k: t[shard] for k, t in rows.items()})
+                    write_json(staged / f"{name}.json", {**written, "rows": len(shard), "images": entries})
+                    number, shard, entries = number + 1, [], []
+            finish_store(staged)
+    except OSError as error:
+        raise FeatureStoreError(
+            f"{folder} could not be written ({error}): choose another folder, or free space"
+        ) from error
+    return FeatureStore(folder)
+
+
 class FeatureStore:
     """Reads a finished store. Raises FeatureStoreError where it is missing, unfinished or damaged."""
 
@@ -212,7 +257,8 @@ class FeatureStore:
         self.host = read_tensors(self.folder / HOST, self.index["host"], FeatureStoreError, AGAIN)
         _require(self.split in ("train", "test"), f"the split is {self.split!r}")
         _require(isinstance(self.meta["fingerprint"], dict), "the fingerprint is no object")
-        _require(self.text.ndim == 2 and self.text.numel() > 0, f"text has shape {list(self.text.shape)}")
+        imported = self.imported is not None
+        _require(self.text.ndim == 2 and (imported or self.text.numel() > 0), f"text has shape {list(self.text.shape)}")
         _require(self.text.dtype == torch.float32, f"text is {self.text.dtype}")
         for shard in self.index["shards"]:
             _require(SHARD.fullmatch(shard["file"]), f"{shard['file']!r} is no name of a shard")
@@ -259,7 +305,7 @@ class FeatureStore:
         for shard in self.index["shards"]:
             path = self.folder / shard["file"]
             tensors = read_tensors(path, shard, FeatureStoreError, AGAIN)
-            problem = _rows_problem(tensors, shard, self.text.shape[1])
+            problem = _rows_problem(tensors, shard, self.text.shape[1], imported=self.imported is not None)
             if problem:
                 raise FeatureStoreError(f"{path}: {problem}; {AGAIN}")
             yield tensors
@@ -270,7 +316,31 @@ class FeatureStore:
 
     def rows(self, name: str) -> Tensor:
         """One tensor of the shards over all rows (or boxes, or annotations), concatenated on dim 0."""
-        return torch.cat([shard[name] for shard in self.shards()])
+        return torch.cat([shard[name] for shard in self.shards() if self._require(name, shard)])
+
+    @property
+    def imported(self) -> dict[str, Any] | None:
+        """Where the rows come from, if they were not captured by this package."""
+        found: dict[str, Any] | None = self.meta.get("imported")
+        return found
+
+    @property
+    def norms_known(self) -> bool:
+        """Whether rows have the norms that the host gave them; an imported store may have their directions only."""
+        return self.imported is None or bool(self.imported["norms"])
+
+    def require_captured(self, what: str) -> None:
+        """Raise FeatureStoreError, saying that `what` is not known, in an imported store."""
+        if self.imported is not None:
+            raise FeatureStoreError(
+                f"{self.folder} was imported, and {what} was not in the files it comes from: capture the features with "
+                f"`ezhoi-diffusion run main_tip_finetune.py … --plugin capture --capture DIR`"
+            )
+
+    def _require(self, name: str, shard: dict[str, Tensor]) -> bool:
+        if name not in shard:
+            self.require_captured(f"'{name}'")
+        return True
 
     def image_index(self) -> Tensor:
         """[N] int64, for each row the position of its image in `images`."""
@@ -279,8 +349,11 @@ class FeatureStore:
 
     def statistics(self) -> ModalityStatistics:
         """Means over all rows and over the text features, as a stream. Raises FeatureStoreError without rows."""
+        blocks = (shard["adapter_feat"] for shard in self.shards())
         try:
-            return ModalityStatistics.of((shard["adapter_feat"] for shard in self.shards()), self.text)
+            if "text_mean" in self.host:
+                return ModalityStatistics.around(blocks, self.host["text_mean"], len(self.text))
+            return ModalityStatistics.of(blocks, self.text)
         except ValueError as error:
             raise FeatureStoreError(f"{self.folder}: {error}; capture a split whose images have pairs") from error
 
@@ -343,8 +416,11 @@ def _require_counts(shard: dict[str, Any]) -> None:
     )
 
 
-def _rows_problem(tensors: dict[str, Tensor], shard: dict[str, Any], dim: int) -> str | None:
-    """What is wrong with the tensors of a shard, held against its entry in the index and the text's width."""
+def _rows_problem(tensors: dict[str, Tensor], shard: dict[str, Any], dim: int, *, imported: bool) -> str | None:
+    """What is wrong with the tensors of a shard, held against its entry in the index and the text's width.
+
+    An imported one may lack all but adapter_feat.
+    """
     images = shard["images"]
     counts = {key: sum(image[key] for image in images) for key in ("rows", "boxes", "annotations")}
     rows, boxes, annotations, whole, real = *counts.values(), torch.int32, torch.float32
@@ -354,6 +430,8 @@ def _rows_problem(tensors: dict[str, Tensor], shard: dict[str, Any], dim: int) -
         "classes": (whole, [boxes]), "sizes": (whole, [len(images), 2]), "gt_boxes": (real, [annotations, 2, 4]),
         "gt_hoi": (whole, [annotations]),
     }  # fmt: skip
+    if imported and "adapter_feat" in tensors:
+        expected = {name: what for name, what in expected.items() if name in tensors}
     if tensors.keys() != expected.keys():
         return f"it holds {', '.join(sorted(tensors))} instead of {', '.join(sorted(expected))}"
     for name, (dtype, shape) in expected.items():
@@ -361,6 +439,8 @@ def _rows_problem(tensors: dict[str, Tensor], shard: dict[str, Any], dim: int) -
         fits = x.ndim == len(shape) and all(want in (None, n) for n, want in zip(x.shape, shape, strict=True))
         if x.dtype != dtype or not fits:
             return f"{name} is {x.dtype} {list(x.shape)} instead of {dtype} {shape}"
+    if "pairing" not in tensors:
+        return None
     of_image = torch.tensor([image["boxes"] for image in images])
     limit = of_image.repeat_interleave(torch.tensor([image["rows"] for image in images]))
     if ((tensors["pairing"] < 0) | (tensors["pairing"] >= limit[:, None])).any():

@@ -46,7 +46,9 @@ def foreign(bridge: object, name: str, here: dict[str, Any]) -> tuple[set[str], 
     found = provenance.get("fingerprint") if isinstance(provenance, dict) else None
     there = found if isinstance(found, dict) else {}
     fields = [key for key in here if here[key] != there.get(key)]
-    listed = "; ".join(f"{key} is {here[key]!r} here, {there.get(key)!r} there" for key in fields)
+    listed = "; ".join(
+        f"{key} is {here[key]!r} here, {repr(there[key]) if key in there else 'unknown'} there" for key in fields
+    )
     return (set(fields), f"bridge '{name}' was made for another host: {listed}") if fields else None
 
 

@@ -1,0 +1,400 @@
+"""Reads pickles and torch files from elsewhere without running anything that is in them.
+
+A pickle is a program. The one that runs here knows tensors, numpy arrays and plain containers, and nothing else; what a
+file claims to hold is held against the file's own size before memory is taken for it.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import re
+import struct
+import zipfile
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor, nn
+
+from ezhoi_diffusion.errors import EzhoiDiffusionError
+
+TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle in a file of torch.save before 1.6, and in pickled tensors
+COPIES, SMALL = 4, 1 << 20  # a file may make four times its size, as bytes on the way to arrays do, or 1 MiB
+CONTAINER_BYTES = 100  # what an element of a copied container is taken to cost
+PLAIN_KEYS = (str, int, float, bool, bytes, type(None))
+STORAGE_BYTES = {
+    **dict.fromkeys(("Bool", "Byte", "Char", "Untyped"), 1),
+    **dict.fromkeys(("Half", "BFloat16", "Short"), 2),
+    **dict.fromkeys(("Float", "Int"), 4),
+    **dict.fromkeys(("Double", "Long", "ComplexFloat"), 8),
+    "ComplexDouble": 16,
+}
+NUMPY_MODULES = ("numpy.core", "numpy._core")  # before version 2, and since
+INSTRUCTIONS: dict[int, Callable[[Any], None]] = pickle._Unpickler.dispatch
+
+
+class LegacyFileError(EzhoiDiffusionError):
+    """A file of the guide cannot be read, or is not what is needed."""
+
+
+class UnsafeFileError(LegacyFileError):
+    """A file would run code when it is unpickled. It was not run."""
+
+
+def read_untrusted(path: Path) -> Any:
+    """What a pickle or a torch file holds: tensors on the CPU, numpy arrays and plain containers.
+
+    Raises UnsafeFileError, which names the file and what it asks for, where it holds anything else; LegacyFileError where
+    it is empty, cut short, damaged, claims more than it holds, or is no such file.
+    """
+    data = _content(path)
+    try:
+        if data.startswith(b"PK\x03\x04"):
+            return _load_torch_archive(data, path)
+        if not data.startswith((b"\x80", b"(", b"}", b"]", b"c")):
+            raise LegacyFileError(f"{path} is neither a pickle nor a torch file (it starts with {data[:16]!r})")
+        if _is_old_torch(data):
+            return _load_old_torch(data, path)
+        file = io.BytesIO(data)
+        value = _Unpickler(file, path, size=len(data)).load()
+    except LegacyFileError:
+        raise
+    except Exception as error:  # whatever a malformed program can bring about
+        raise _damaged(path, error) from error
+    if left := len(data) - file.tell():
+        raise LegacyFileError(f"{path} goes on for {left} bytes after its end: it is damaged; copy or make it again")
+    return value
+
+
+def _content(path: Path) -> bytes:
+    try:
+        if path.is_dir():
+            raise LegacyFileError(f"{path} is a folder: give files of the guide, .pkl or .pt")
+        size = path.stat().st_size
+        if size == 0:
+            raise LegacyFileError(
+                f"{path} is empty (0 bytes): the program that wrote it crashed; run that program again"
+            )
+        # the file and what is made of it are in memory together
+        if 2 * size > (available := psutil.virtual_memory().available):
+            raise LegacyFileError(
+                f"{path} has {size / 1e9:.1f} GB and takes twice that to read, where {available / 1e9:.1f} GB are free: use a "
+                f"machine with more memory"
+            )
+        return path.read_bytes()
+    except OSError as error:
+        raise LegacyFileError(f"{path} cannot be read ({error})") from error
+
+
+def _damaged(path: Path, error: Exception) -> LegacyFileError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return LegacyFileError(f"{path} is damaged or cut short ({reason:.200}): copy or make it again")
+
+
+# Plain pickles
+
+
+class _Dtype:
+    """Stands for numpy.dtype: only plain numbers, truth values and strings."""
+
+    def __init__(self, name: str, align: bool = False, copy: bool = False) -> None:
+        if not isinstance(name, str) or not re.fullmatch(r"[|<>=]?[biufSU]\d{1,9}", name):
+            raise LegacyFileError(f"numpy data of the type {name!r:.50}, which is not numeric")
+        self.value = np.dtype(name)
+
+    def set_state(self, state: Any) -> None:
+        order = state[1]
+        if order not in ("<", ">", "|", "=") or any(part is not None for part in state[2:5]):
+            raise LegacyFileError("structured numpy data")
+        self.value = self.value.newbyteorder(order)
+
+
+class _Array(np.ndarray[Any, Any]):
+    """An array that is still to be filled."""
+
+
+class _Claim:
+    """A tensor storage that a torch file announces; its data are not read yet."""
+
+    def __init__(self, numel: int) -> None:
+        self.numel = numel
+
+
+class _Unpickler(pickle._Unpickler):
+    """The pickle machine with a closed list of what it may call, and a budget of bytes that it may make.
+
+    Python's own implementation in Python: that in C takes memory for lengths and positions that it has only read.
+    `storage` makes something of a torch file's references to its data.
+    """
+
+    stack: list[Any]
+    append: Callable[[Any], None]
+    read: Callable[[int], bytes]
+
+    def __init__(self, file: io.BytesIO, path: Path, *, size: int, storage: Callable[[Any], Any] | None = None) -> None:
+        super().__init__(file)
+        self.path, self.size, self.storage = path, size, storage
+        self.budget = COPIES * size + SMALL
+        self.known: dict[str, Any] = {
+            "collections.OrderedDict": self._ordered_dict,
+            "collections.Counter": self._counter,
+            "torch.Size": self._tuple,
+            "torch._utils._rebuild_tensor_v2": self._tensor,
+            "torch._utils._rebuild_parameter": self._parameter,
+            "torch.nn.parameter.Parameter": "Parameter",
+            "_codecs.encode": self._encode,
+            "numpy.ndarray": "ndarray",
+            "numpy.dtype": _Dtype,
+        }
+        for builtins in ("builtins", "__builtin__"):
+            self.known |= {f"{builtins}.set": self._set, f"{builtins}.bytearray": self._bytes}
+        for module in NUMPY_MODULES:
+            self.known |= {
+                f"{module}.multiarray._reconstruct": self._array,
+                f"{module}.multiarray.scalar": self._scalar,
+                f"{module}.numeric._frombuffer": self._from_buffer,
+            }
+        if storage is None:
+            self.known["torch.storage._load_from_bytes"] = self._storage_from_bytes
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What a file's program may name."""
+        wanted = f"{module}.{name}"
+        if wanted in self.known:
+            return self.known[wanted]
+        if module in ("torch", "torch.cuda", "torch.storage") and name.removesuffix("Storage") in STORAGE_BYTES:
+            return _StorageType(STORAGE_BYTES[name.removesuffix("Storage")])
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise UnsafeFileError(
+            f"{self.path} asks for {wanted}, which is no tensor, array or plain container: opening it could run code. It was "
+            f"refused and nothing of it was run. Do not open it with pickle.load"
+        )
+
+    def persistent_load(self, pid: Any) -> Any:
+        """A reference to data outside of the pickle."""
+        if self.storage is None:
+            raise LegacyFileError(f"{self.path} refers to data that are not in it: it is a part of a torch file")
+        return self.storage(pid)
+
+    def spend(self, count: int) -> None:
+        """Take `count` bytes of the budget, before they are taken of memory."""
+        self.budget -= count
+        if count < 0 or self.budget < 0:
+            raise LegacyFileError(
+                f"{self.path} has {self.size} bytes and claims to hold more than that: it is damaged or made to fill memory"
+            )
+
+    # what is known
+
+    def _ordered_dict(self, items: Any = ()) -> OrderedDict[Any, Any]:
+        self.spend(CONTAINER_BYTES * len(items))
+        return OrderedDict((self._key(key), value) for key, value in items)
+
+    def _counter(self, counts: dict[Any, int]) -> Counter[Any]:
+        self.spend(CONTAINER_BYTES * len(counts))
+        return Counter(dict(counts))
+
+    def _tuple(self, items: Any = ()) -> tuple[Any, ...]:
+        self.spend(CONTAINER_BYTES * len(items))
+        return tuple(items)
+
+    def _set(self, items: Any = ()) -> set[Any]:
+        self.spend(CONTAINER_BYTES * len(items))
+        return {self._key(item) for item in items}
+
+    def _encode(self, text: str, encoding: str) -> bytes:
+        self.spend(len(text) if encoding == "latin1" else -1)
+        return text.encode("latin1")
+
+    def _bytes(self, data: bytes | bytearray = b"") -> bytes:
+        self.spend(len(data))  # bytearray(n) would be n zeros: len refuses a number
+        return bytes(data)
+
+    def _array(self, _kind: Any, shape: Any, _code: Any) -> Any:
+        if shape != (0,):
+            self.spend(-1)
+        return np.ndarray.__new__(_Array, (0,), np.uint8)
+
+    def _require_fit(self, data: Any, dtype: _Dtype, shape: tuple[int, ...]) -> None:
+        if min(shape, default=0) < 0 or math.prod(shape) * dtype.value.itemsize != len(data):
+            raise LegacyFileError(
+                f"{self.path} is damaged: an array of shape {list(shape)} does not fit its {len(data)} bytes"
+            )
+        self.spend(len(data))
+
+    def _from_buffer(self, data: Any, dtype: _Dtype, shape: Any, order: str) -> Any:
+        self._require_fit(data, dtype, shape)
+        return np.frombuffer(bytearray(data), dtype.value).reshape(shape, order="F" if order == "F" else "C")
+
+    def _scalar(self, dtype: _Dtype, data: bytes) -> Any:
+        self._require_fit(data, dtype, ())
+        return np.frombuffer(data, dtype.value).item()
+
+    def _storage_from_bytes(self, data: bytes) -> Tensor:
+        """A tensor pickled without torch.save: its storage is a torch file of its own, in the format before 1.6."""
+        self.spend(len(data))
+        stored = _load_old_torch(data, self.path)
+        if isinstance(stored, torch.UntypedStorage):
+            return torch.empty(0, dtype=torch.uint8).set_(stored)
+        if not isinstance(stored, torch.TypedStorage):
+            raise LegacyFileError(f"{self.path} is damaged: {type(stored).__name__} in the place of a tensor's data")
+        untyped = stored._untyped_storage  # the public way to it warns that typed storages are deprecated
+        return torch.empty(0, dtype=stored.dtype).set_(untyped, 0, (untyped.nbytes() // stored.dtype.itemsize,), (1,))
+
+    def _tensor(self, storage: Any, offset: int, shape: Any, stride: Any, _grad: bool = False, *_: Any) -> Any:
+        count = math.prod(shape)
+        last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if count else -1
+        held = storage.numel if isinstance(storage, _Claim) else len(storage)
+        if min((offset, *shape, *stride)) < 0 or last >= held or count > held:
+            raise LegacyFileError(
+                f"{self.path} is damaged: a tensor of shape {list(shape)} claims more than the {held} numbers stored for it"
+            )
+        return storage if isinstance(storage, _Claim) else storage.as_strided(shape, stride, offset)
+
+    def _parameter(self, data: Any, *_: Any) -> Any:
+        return data
+
+    def _key(self, key: Any) -> Any:
+        """A key that costs nothing to hash: nested tuples can take for ever, or overflow the stack."""
+        if not isinstance(key, PLAIN_KEYS):
+            raise LegacyFileError(
+                f"{self.path} has a {type(key).__name__} as a key, which files of the guide do not have"
+            )
+        return key
+
+    # opcodes that call, fill or copy
+
+    def _load_build(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if type(target) is _Dtype:
+            target.set_state(state)
+        elif type(target) is _Array:
+            *_, shape, dtype, fortran, data = state
+            self._require_fit(data, dtype, shape)
+            target.__setstate__((1, shape, dtype.value, bool(fortran), bytes(data)))  # type: ignore[arg-type]
+        elif type(target) is not OrderedDict:  # that of a state dict has the versions of modules as an attribute
+            raise LegacyFileError(f"{self.path} is damaged: it sets the attributes of {type(target).__name__}")
+
+    def _load_setitem(self) -> None:
+        self._key(self.stack[-2])
+        INSTRUCTIONS[pickle.SETITEM[0]](self)
+
+    def _load_setitems(self) -> None:
+        for key in self.stack[::2]:
+            self._key(key)
+        INSTRUCTIONS[pickle.SETITEMS[0]](self)
+
+    def _load_additems(self) -> None:
+        for key in self.stack:
+            self._key(key)
+        INSTRUCTIONS[pickle.ADDITEMS[0]](self)
+
+    def _load_bytearray8(self) -> None:
+        (size,) = struct.unpack("<Q", self.read(8))
+        self.append(self._bytes(self.read(min(size, self.size))))
+
+    def _refuse(self) -> None:
+        raise LegacyFileError(f"{self.path} is damaged: it holds an instruction that files of the guide do not have")
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        **INSTRUCTIONS,
+        pickle.BUILD[0]: _load_build,
+        pickle.SETITEM[0]: _load_setitem,
+        pickle.SETITEMS[0]: _load_setitems,
+        pickle.ADDITEMS[0]: _load_additems,
+        pickle.BYTEARRAY8[0]: _load_bytearray8,
+        **dict.fromkeys((*(pickle.EXT1 + pickle.EXT2 + pickle.EXT4 + pickle.FROZENSET + pickle.NEWOBJ_EX),), _refuse),
+    }
+
+
+# Files of torch.save: what they claim is checked first, then torch reads them with weights_only
+
+
+class _StorageType:
+    def __init__(self, itemsize: int) -> None:
+        self.itemsize = itemsize
+
+
+def _claimed(pid: Any) -> tuple[str, int, int]:
+    """Key, number of elements and bytes of ("storage", type, key, location, numel, …)."""
+    kind, storage, key, _, numel, *_ = pid
+    if kind != "storage" or not isinstance(storage, _StorageType) or type(numel) is not int or numel < 0:
+        raise ValueError(f"a reference to a {kind!r:.50} where one to a tensor's data should be")
+    return str(key), numel, numel * storage.itemsize
+
+
+def _load_torch_archive(data: bytes, path: Path) -> Any:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = {entry.filename: entry for entry in archive.infolist()}
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in members.values()) or (
+            sum(entry.file_size for entry in members.values()) > len(data)
+        ):
+            raise LegacyFileError(
+                f"{path} is compressed, which torch.save does not do: it could be made to fill memory"
+            )
+        if broken := archive.testzip():
+            raise LegacyFileError(f"{path} is damaged: {broken} is not what was written; copy or make it again")
+        programs = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if len(programs) != 1 or any(name.endswith("/constants.pkl") for name in members):
+            raise LegacyFileError(f"{path} is a zip file, but none that torch.save wrote")
+        folder = programs[0].removesuffix("data.pkl")
+
+        def storage(pid: Any) -> _Claim:
+            key, numel, size = _claimed(pid)
+            entry = members.get(f"{folder}data/{key}")
+            if entry is None or size > entry.file_size:
+                raise LegacyFileError(
+                    f"{path} is damaged: its data {key!r:.50} claim {size} bytes and have {entry.file_size if entry else 0}"
+                )
+            return _Claim(numel)
+
+        _Unpickler(io.BytesIO(archive.read(programs[0])), path, size=len(data), storage=storage).load()
+    return _torch_load(data)
+
+
+def _is_old_torch(data: bytes) -> bool:
+    """Whether the first pickle is torch's magic number, written by protocol 2."""
+    return data[:14] == pickle.dumps(TORCH_MAGIC, protocol=2)[:14]
+
+
+def _load_old_torch(data: bytes, path: Path) -> Any:
+    if not _is_old_torch(data):
+        raise LegacyFileError(f"{path} is damaged: bytes in the place of a tensor's data are no torch file")
+    claims: dict[str, int] = {}
+
+    def storage(pid: Any) -> _Claim:
+        key, numel, size = _claimed(pid)
+        claims[key] = max(size, claims.get(key, 0))
+        if sum(claims.values()) > len(data):
+            raise LegacyFileError(f"{path} is damaged: its tensors claim more than its {len(data)} bytes")
+        return _Claim(numel)
+
+    file = io.BytesIO(data)
+    for _ in range(5):  # magic number, protocol, system, the object, the keys of its data
+        _Unpickler(file, path, size=len(data), storage=storage).load()
+    return _torch_load(data)
+
+
+def _torch_load(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def to_tensor(value: Any) -> Tensor | None:
+    """A tensor, array, parameter or list of numbers as a detached CPU tensor of its own dtype; None for anything else."""
+    if isinstance(value, (Tensor, nn.Parameter)):
+        return value.detach().cpu()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return torch.from_numpy(np.array(value.astype(value.dtype.newbyteorder("="))))
+    if isinstance(value, list) and value:
+        try:
+            return torch.tensor(value, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            return None
+    return None

@@ -91,6 +91,7 @@ RECIPES: dict[str, Recipe] = {
             steps=600,
             strength=1.0,
             output="unit",
+            sampler="published",
             noisy_norm="scale",
         ),
         # The default: the gentlest of what was measured. Starting low keeps a row's identity, which 600 washes out, and

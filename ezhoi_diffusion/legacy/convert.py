@@ -13,6 +13,7 @@ from torch import Tensor
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge, build_denoiser
 from ezhoi_diffusion.diffusion.normalization import uncenter
 from ezhoi_diffusion.diffusion.recipes import RECIPES
+from ezhoi_diffusion.diffusion.samplers import samplers
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.features.statistics import ModalityStatistics, unit
 from ezhoi_diffusion.features.store import FeatureStore, write_imported
@@ -150,7 +151,7 @@ def make_bridge(
         imported={"files": bundle.origin, "weights": used, "notes": bundle.notes},
         training={"step": model.step},
     )
-    return DiffusionBridge(config, denoiser, statistics)
+    return DiffusionBridge(config, denoiser, statistics, sampler=samplers()[recipe.sampler])
 
 
 def save_bridge(bridge: DiffusionBridge, folder: Path) -> None:

@@ -14,6 +14,7 @@ import struct
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -141,6 +142,7 @@ class _Unpickler(pickle._Unpickler):
         super().__init__(file)
         self.path, self.size, self.storage = path, size, storage
         self.budget = COPIES * size + SMALL
+        self.arrays = False
         self.known: dict[str, Any] = {
             "collections.OrderedDict": self._ordered_dict,
             "collections.Counter": self._counter,
@@ -153,7 +155,11 @@ class _Unpickler(pickle._Unpickler):
             "numpy.dtype": _Dtype,
         }
         for builtins in ("builtins", "__builtin__"):
-            self.known |= {f"{builtins}.set": self._set, f"{builtins}.bytearray": self._bytes}
+            self.known |= {
+                f"{builtins}.set": self._set,
+                f"{builtins}.bytes": self._bytes,
+                f"{builtins}.bytearray": self._bytes,
+            }
         for module in NUMPY_MODULES:
             self.known |= {
                 f"{module}.multiarray._reconstruct": self._array,
@@ -223,6 +229,7 @@ class _Unpickler(pickle._Unpickler):
         return np.ndarray.__new__(_Array, (0,), np.uint8)
 
     def _require_fit(self, data: Any, dtype: _Dtype, shape: tuple[int, ...]) -> None:
+        self.arrays = True
         if min(shape, default=0) < 0 or math.prod(shape) * dtype.value.itemsize != len(data):
             raise LegacyFileError(
                 f"{self.path} is damaged: an array of shape {list(shape)} does not fit its {len(data)} bytes"
@@ -355,8 +362,9 @@ def _load_torch_archive(data: bytes, path: Path) -> Any:
                 )
             return _Claim(numel)
 
-        _Unpickler(io.BytesIO(archive.read(programs[0])), path, size=len(data), storage=storage).load()
-    return _torch_load(data)
+        scan = _Unpickler(io.BytesIO(archive.read(programs[0])), path, size=len(data), storage=storage)
+        scan.load()
+    return _torch_load(data, arrays=scan.arrays)
 
 
 def _is_old_torch(data: bytes) -> bool:
@@ -377,13 +385,25 @@ def _load_old_torch(data: bytes, path: Path) -> Any:
         return _Claim(numel)
 
     file = io.BytesIO(data)
+    arrays = False
     for _ in range(5):  # magic number, protocol, system, the object, the keys of its data
-        _Unpickler(file, path, size=len(data), storage=storage).load()
-    return _torch_load(data)
+        scan = _Unpickler(file, path, size=len(data), storage=storage)
+        scan.load()
+        arrays |= scan.arrays
+    return _torch_load(data, arrays=arrays)
 
 
-def _torch_load(data: bytes) -> Any:
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+def _torch_load(data: bytes, *, arrays: bool) -> Any:
+    with torch.serialization.safe_globals(_numpy_globals()) if arrays else nullcontext():
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def _numpy_globals() -> list[Any]:
+    """What torch has to admit for arrays, which it does not know by itself; the scan has checked what they are called with."""
+    builders = [np.zeros(1).__reduce__()[0], np.float64(1).__reduce__()[0]]
+    named = [(build, f"{module}.multiarray.{build.__name__}") for module in NUMPY_MODULES for build in builders]
+    kinds = {type(np.dtype(code)) for code in "?bhilqBHILQefdSU"}
+    return [*named, np.ndarray, np.dtype, *kinds]
 
 
 def to_tensor(value: Any) -> Tensor | None:

@@ -665,7 +665,7 @@ def mutations(value):
 
 
 def test_damage_of_any_kind_gives_findings_and_no_exception(look, tmp_path, trained, monkeypatch):
-    monkeypatch.setattr(bridges, "EFFECT_ROWS", 4)
+    monkeypatch.setattr(bridges, "EFFECT_ROWS", 8)
     features, bridge = (Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in trained)
     shutil.rmtree(bridge / "checkpoints")
     shutil.rmtree(bridge / "best")

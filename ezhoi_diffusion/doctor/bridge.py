@@ -24,7 +24,8 @@ from ezhoi_diffusion.plugins import PluginHost
 
 TRAIN = "ezhoi-diffusion train FEATURES --out BRIDGE"
 EFFECT_ROWS = 512
-EFFECT_SECONDS = 60.0
+EFFECT_LEAST = 8  # fewer say nothing
+EFFECT_SECONDS = 10.0
 LITTLE_LEFT = 0.3
 WASHES_OUT = 600  # the level from which strength 1 lost most, wherever measured
 
@@ -48,7 +49,7 @@ def artefact(bridge: DiffusionBridge) -> Iterator[Finding]:
     yield _recipe(config.recipe)
     yield _means(config.recipe, bridge.statistics)
     steps = config.recipe.steps
-    found = f"{steps} network evaluations a row, {parameters * steps:,} parameters used a row in all"
+    found = f"{steps} network evaluations a row, of {parameters:,} parameters each"
     if steps > 50:
         yield Finding(
             "bridge.cost", "note", f"{found}; beyond 20 evaluations buy almost nothing",
@@ -203,13 +204,15 @@ def effect(bridge: DiffusionBridge, sample: Tensor, text: Tensor) -> Iterator[Fi
         return
     sample = sample[torch.isfinite(sample).all(dim=1) & (sample.norm(dim=1) > 0)]
     affordable = _affordable(bridge)
-    if affordable < 1 or len(sample) == 0:
+    if min(affordable, len(sample)) < EFFECT_LEAST:
         yield Finding(
-            "bridge.effect", "note", "not tried: even one row would take more than a minute here, or no row is usable",
+            "bridge.effect", "note",
+            f"not tried: of {len(sample)} usable rows {affordable} could be bridged here in {EFFECT_SECONDS:.0f} s",
             "see bridge.cost: fewer --steps, or the denoiser mlp; or ask on a GPU with `ezhoi-diffusion run … --compare`",
         )  # fmt: skip
         return
-    before = sample[: min(EFFECT_ROWS, affordable)].float()
+    chosen = torch.randperm(len(sample), generator=torch.Generator().manual_seed(0))
+    before = sample[chosen[: min(EFFECT_ROWS, affordable)]].float()
     after = bridge(before)
     if not torch.isfinite(after).all():
         yield Finding("bridge.effect", "problem", "its output holds NaN or infinity", TRAIN)
@@ -240,12 +243,12 @@ def effect(bridge: DiffusionBridge, sample: Tensor, text: Tensor) -> Iterator[Fi
 
 
 def _affordable(bridge: DiffusionBridge) -> int:
-    """Rows that can be bridged in about a minute, judged by one evaluation of a few."""
-    rows = torch.zeros(4, bridge.config.dim)
+    """Rows that can be bridged in EFFECT_SECONDS, judged by one evaluation of a few after a first to warm up."""
+    rows, levels = torch.zeros(EFFECT_LEAST, bridge.config.dim), torch.zeros(EFFECT_LEAST, dtype=torch.long)
     with torch.no_grad():
-        bridge.denoiser(rows, torch.zeros(4, dtype=torch.long))
+        bridge.denoiser(rows, levels)
         begun = time.perf_counter()
-        bridge.denoiser(rows, torch.zeros(4, dtype=torch.long))
+        bridge.denoiser(rows, levels)
     seconds = (time.perf_counter() - begun) / len(rows) * bridge.config.recipe.steps
     return int(EFFECT_SECONDS / max(seconds, 1e-9))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from collections import defaultdict
@@ -15,6 +16,7 @@ import pytest
 import torch
 from conftest import HOST, host_flags, run_host
 
+import ezhoi_diffusion
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge, build_denoiser
 from ezhoi_diffusion.diffusion.recipes import RECIPES
@@ -32,6 +34,7 @@ FINGERPRINT = asdict(
     Fingerprint("ViT-B-16", D, "hicodet", "unseen_verb", 6, 24, "HO", True, False, weights="w" * 64, context="c" * 64)
 )
 META = {"split": "train", "max_images": None, "clip_img_file": "clip_img_hicodet_train", "fingerprint": FINGERPRINT}
+ROOT = Path(ezhoi_diffusion.__file__).parent.parent
 SCRIPT = str(HOST / "main_tip_finetune.py")
 
 
@@ -183,6 +186,15 @@ def test_a_torch_that_refuses_torchscript_is_a_problem_for_the_host_only(monkeyp
     levels = {f.name: f.level for f in environment.packages(host=True)}
     assert levels["environment.torch_load"] == "problem"
     assert levels["environment.cuda"] == "warning"
+
+
+def test_a_broken_torch(tmp_path, trained):
+    package(tmp_path, "torch.__init__", "raise OSError('libcudart.so.12: cannot open shared object file')")
+    done = run_host("-m", "ezhoi_diffusion", "doctor", str(trained[0]), PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr + done.stdout
+    assert re.search("problem +environment.torch .*libcudart.* -> .*pip install --upgrade torch", done.stdout)
+    assert re.search("problem +input .*importing fails.* -> mend", done.stdout)
 
 
 def test_an_import_that_never_ends(tmp_path, monkeypatch):

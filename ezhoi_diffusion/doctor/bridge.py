@@ -17,12 +17,11 @@ from ezhoi_diffusion.builtin.diffusion import components
 from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
 from ezhoi_diffusion.diffusion.recipes import Recipe
 from ezhoi_diffusion.doctor.features import Scan
-from ezhoi_diffusion.doctor.finding import Finding, ok
+from ezhoi_diffusion.doctor.finding import TRAIN, Finding, ok
 from ezhoi_diffusion.features.statistics import ModalityStatistics, unit
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.plugins import PluginHost
 
-TRAIN = "ezhoi-diffusion train FEATURES --out BRIDGE"
 EFFECT_ROWS = 512
 EFFECT_LEAST = 8  # fewer say nothing
 EFFECT_SECONDS = 10.0

@@ -93,6 +93,8 @@ def packages(*, host: bool) -> Iterator[Finding]:
         "install both from one source: pip install --upgrade torch torchvision (with the --index-url of your CUDA)"
     )
     yield _imported("torch", found["torch"], "problem", reinstall)
+    if "error" in found["torch"]:
+        return  # all others rest on it
     yield _imported(
         "torchvision", found["torchvision"], "problem",
         f"it does not match torch {torch_version}, or is missing; {reinstall}",
@@ -222,7 +224,7 @@ def space(folder: Path) -> Iterator[Finding]:
     fix = "free space there or capture elsewhere" if level != "ok" else ""
     yield Finding(
         "environment.disk", level,
-        f"{free / GIB:.1f} GiB free at {folder}; a capture of HICO-DET's 38,118 training images takes 1.2 GiB and more at D = 512, by "
+        f"{free / GIB:.1f} GiB free at {folder.resolve()}; a capture of HICO-DET's 38,118 training images takes 1.2 GiB and more at D = 512, by "
         f"count of at least 15 pairs an image", fix,
     )  # fmt: skip
     memory = available_memory()

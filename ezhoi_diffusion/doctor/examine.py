@@ -1,20 +1,12 @@
-"""All checks in their order: what a later one needs, an earlier one has opened."""
+"""All checks in their order. Light, so that an environment in which torch is broken can be examined too."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
-from ezhoi_diffusion.doctor import bridge as bridges
-from ezhoi_diffusion.doctor import environment, features, host
-from ezhoi_diffusion.doctor.finding import Finding, guarded
-from ezhoi_diffusion.features.store import FeatureStore
-
-FEATURES, BRIDGE = "features", "bridge"
+from ezhoi_diffusion.doctor import environment
+from ezhoi_diffusion.doctor.finding import BRIDGE, CAPTURE, FEATURES, TRAIN, Finding, guarded
 
 
 def examine(folders: Sequence[Path], host_line: Sequence[str]) -> Iterator[Finding]:
@@ -33,32 +25,25 @@ def examine(folders: Sequence[Path], host_line: Sequence[str]) -> Iterator[Findi
 
     yield from guarded("environment", lambda: environment.packages(host=bool(host_line)), "reinstall this package")
     yield from guarded("environment.plugins", environment.plugins, "`ezhoi-diffusion plugins` lists what is installed")
-    here = kinds.get(FEATURES, Path.cwd())
+    here = kinds.get(FEATURES, Path())
     yield from guarded("environment.disk", lambda: environment.space(here), "choose a folder that can be read")
     yield from strange
-
-    demanded: dict[str, dict[str, Any]] = {}
-    store: FeatureStore | None = None
-    found = features.Scan()
-    if FEATURES in kinds:
-        store, lines = _store(kinds[FEATURES])
-        yield from lines
-    if store is not None:
-        opened = store
-        demanded[FEATURES] = opened.fingerprint
-        yield from guarded("features.text", lambda: features.text(opened), features.AGAIN)
-        scans: list[features.Scan] = []
-        yield from guarded("features.files", lambda: _rows(opened, scans), features.AGAIN)
-        found = scans[0] if scans else found
-    if BRIDGE in kinds:
-        yield from _bridge(kinds[BRIDGE], store, found, demanded)
-    if host_line:
-        yield from _host(Path(host_line[0]), host_line[1:], demanded)
+    if not kinds and not host_line:
+        return
+    try:
+        from ezhoi_diffusion.doctor.inputs import examine_inputs
+    except Exception as error:
+        yield Finding(
+            "input", "problem", f"cannot be examined, because importing fails ({type(error).__name__}: {error})",
+            "mend what the lines above name",
+        )  # fmt: skip
+        return
+    yield from examine_inputs(kinds, host_line)
 
 
 def kind_of(folder: Path) -> str | Finding:
     """What a folder holds, by the names of its files, or a finding where it is neither kind."""
-    makes = f"features come from `{features.CAPTURE}`, a bridge from `{bridges.TRAIN}`"
+    makes = f"features come from `{CAPTURE}`, a bridge from `{TRAIN}`"
     try:
         if folder.is_file():
             fix = "give a folder; `ezhoi-diffusion import` turns the guide's .pkl and .pt files into ours"
@@ -73,62 +58,3 @@ def kind_of(folder: Path) -> str | Finding:
     if names & {"config.json", "model.safetensors", ".committed", "checkpoints"}:
         return BRIDGE
     return Finding("input", "problem", f"{folder} holds neither features nor a bridge", makes)
-
-
-def _store(folder: Path) -> tuple[FeatureStore | None, list[Finding]]:
-    stores: list[FeatureStore] = []
-
-    def opening() -> Iterator[Finding]:
-        stores.append(FeatureStore(folder))
-        yield from features.meta(stores[0])
-
-    fix = "give the capture command again, it goes on" if features.unfinished(folder) else features.AGAIN
-    lines = guarded("features.open", opening, fix)
-    return (stores[0] if stores else None), lines
-
-
-def _rows(store: FeatureStore, scans: list[features.Scan]) -> Iterator[Finding]:
-    scans.append(features.scan(store))
-    yield from features.rows(store, scans[0])
-
-
-def _bridge(
-    folder: Path, store: FeatureStore | None, found: features.Scan, demanded: dict[str, dict[str, Any]]
-) -> Iterator[Finding]:
-    loaded: list[DiffusionBridge] = []
-
-    def opening() -> Iterator[Finding]:
-        loaded.append(bridges.load(folder))
-        yield from bridges.artefact(loaded[0])
-
-    again = f"restore it from where it came, or {bridges.TRAIN}"
-    fix = "give the training command again with --resume" if bridges.unfinished(folder) else again
-    yield from guarded("bridge.open", opening, fix)
-    if not loaded:
-        return
-    bridge = loaded[0]
-    demanded[BRIDGE] = bridges.facts_for_host(bridge)
-    yield from guarded("bridge.training", lambda: bridges.training(bridge, folder), again)
-    if store is not None:
-        opened = store
-        yield from guarded("bridge.features", lambda: bridges.against_features(bridge, opened, found), again)
-        if found.sample:
-            sample = torch.cat(found.sample)
-            yield from guarded("bridge.effect", lambda: bridges.effect(bridge, sample, opened.text), again)
-
-
-def _host(script: Path, argv: Sequence[str], demanded: dict[str, dict[str, Any]]) -> Iterator[Finding]:
-    args, line = host.flags(script, argv)
-    yield line
-    if args is None:
-        return
-    flags = args
-    again = "see EZ-HOI's scripts/ for flags that belong together"
-    strictest = demanded.get(BRIDGE) or demanded.get(FEATURES) or {}
-    yield from guarded("host.options", lambda: host.options(flags), again)
-    yield from guarded("host.paths", lambda: host.paths(flags), again)
-    yield from guarded("host.data", lambda: host.data(flags), again)
-    unreadable = "download or copy the checkpoint again; one that needs a pickle executed is not to be trusted"
-    yield from guarded("host.checkpoint", lambda: host.checkpoint(flags, strictest), unreadable)
-    for what, fingerprint in demanded.items():
-        yield from guarded(f"host.{what}", lambda w=what, f=fingerprint: iter([host.fits(flags, w, f)]), again)  # type: ignore[misc]

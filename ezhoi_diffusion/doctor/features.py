@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ezhoi_diffusion.doctor.finding import Finding, Level, ok
+from ezhoi_diffusion.doctor.finding import CAPTURE, Finding, Level, ok
 from ezhoi_diffusion.features.statistics import ModalityStatistics, unit
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.host.fingerprint import Fingerprint
 
-CAPTURE = "ezhoi-diffusion run main_tip_finetune.py … --plugin capture --capture DIR"
 AGAIN = f"capture again, into a new folder: {CAPTURE}"
 PAIRS_EXPECTED = 15  # the host keeps at least 3 humans and 3 objects: 3 · (3 + 3 - 1)
 SAMPLE = 4096

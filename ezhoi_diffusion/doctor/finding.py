@@ -8,6 +8,10 @@ from typing import Literal
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 
+FEATURES, BRIDGE = "features", "bridge"
+CAPTURE = "ezhoi-diffusion run main_tip_finetune.py … --plugin capture --capture DIR"
+TRAIN = "ezhoi-diffusion train FEATURES --out BRIDGE"
+
 Level = Literal["ok", "note", "warning", "problem"]
 
 

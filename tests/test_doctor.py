@@ -22,6 +22,7 @@ from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge, buil
 from ezhoi_diffusion.diffusion.recipes import RECIPES
 from ezhoi_diffusion.doctor import bridge as bridges
 from ezhoi_diffusion.doctor import environment, examine, host
+from ezhoi_diffusion.doctor.finding import Finding
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
 from ezhoi_diffusion.features.statistics import unit
 from ezhoi_diffusion.features.store import FeatureWriter, finish_store, write_host_tensors
@@ -194,7 +195,15 @@ def test_a_broken_torch(tmp_path, trained):
     assert done.returncode == 1
     assert "Traceback" not in done.stderr + done.stdout
     assert re.search("problem +environment.torch .*libcudart.* -> .*pip install --upgrade torch", done.stdout)
-    assert re.search("problem +input .*importing fails.* -> mend", done.stdout)
+    assert re.search("problem +input .*not examined.* -> mend environment.torch first", done.stdout)
+
+
+def test_flags_are_not_read_where_torchvision_is_broken(look, trained, monkeypatch):
+    broken = Finding("environment.torchvision", "problem", "nms does not exist", "install both")
+    monkeypatch.setattr(environment, "packages", lambda host: iter([broken]))
+    found = look(*trained, line=[SCRIPT])
+    one(found, "host.flags", "problem", "not read", "mend environment.torchvision")
+    one(found, "bridge.artefact", "ok")
 
 
 def test_an_import_that_never_ends(tmp_path, monkeypatch):

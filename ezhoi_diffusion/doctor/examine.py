@@ -1,4 +1,4 @@
-"""All checks in their order. Light, so that an environment in which torch is broken can be examined too."""
+"""All checks in their order; it looks at the environment before it imports torch itself."""
 
 from __future__ import annotations
 
@@ -23,22 +23,30 @@ def examine(folders: Sequence[Path], host_line: Sequence[str]) -> Iterator[Findi
         else:
             kinds[kind] = folder
 
-    yield from guarded("environment", lambda: environment.packages(host=bool(host_line)), "reinstall this package")
-    yield from guarded("environment.plugins", environment.plugins, "`ezhoi-diffusion plugins` lists what is installed")
+    broken = set()
+    for finding in guarded("environment", lambda: environment.packages(host=bool(host_line)), "reinstall this package"):
+        broken |= {finding.name} if finding.level == "problem" else set()
+        yield finding
+    # What is broken there may end this process too, without an exception.
+    torch_works, host_loads = "environment.torch" not in broken, "environment.torchvision" not in broken
+    if torch_works:
+        yield from guarded(
+            "environment.plugins", environment.plugins, "`ezhoi-diffusion plugins` lists what is installed"
+        )
     here = kinds.get(FEATURES, Path())
     yield from guarded("environment.disk", lambda: environment.space(here), "choose a folder that can be read")
     yield from strange
-    if not kinds and not host_line:
+    if not torch_works:
+        if kinds or host_line:
+            yield Finding("input", "problem", "not examined: that takes torch", "mend environment.torch first")
         return
-    try:
+    if host_line and not host_loads:
+        fix = "mend environment.torchvision first"
+        yield Finding("host.flags", "problem", "not read: EZ-HOI's scripts import torchvision", fix)
+    if kinds or host_line:
         from ezhoi_diffusion.doctor.inputs import examine_inputs
-    except Exception as error:
-        yield Finding(
-            "input", "problem", f"cannot be examined, because importing fails ({type(error).__name__}: {error})",
-            "mend what the lines above name",
-        )  # fmt: skip
-        return
-    yield from examine_inputs(kinds, host_line)
+
+        yield from examine_inputs(kinds, host_line if host_loads else ())
 
 
 def kind_of(folder: Path) -> str | Finding:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ezhoi_diffusion.builtin.diffusion import components
+from ezhoi_diffusion.cli import COMMANDS
 from ezhoi_diffusion.evaluation.comparison import Comparison
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
 from ezhoi_diffusion.hookspecs import HOOKS
@@ -154,7 +155,7 @@ def test_help_needs_no_heavy_import():
     assert "torch" not in loaded.rsplit("|", 1)[1].split()
 
 
-@pytest.mark.parametrize("command", ["run", "train", "demo", "doctor", "plugins"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command):
     out = subprocess.run(
         [sys.executable, "-m", "ezhoi_diffusion", command, "--help"], capture_output=True, text=True, check=True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -260,18 +261,18 @@ def test_a_script_without_an_engine_is_joined_at_its_first_image(small_world, br
         "    with torch.no_grad():\n"
         "        for i in range(8):\n"
         "            found = upt([data[i][0]], [data[i][1]])\n"
-        "    print('hooks left while running:', len(upt._forward_pre_hooks))\n"
+        "    print('tapped while running:', 'compute_roi_embeddings' in vars(upt))\n"
     )
-    environment = {"PYTHONPATH": str(HOST)}
+    environment = {"PYTHONPATH": os.pathsep.join([str(HOST), os.environ.get("PYTHONPATH", "")])}
     run = ["-m", "ezhoi_diffusion", "run", str(script), *host_flags(small_world, evaluate=True)]
     bare = run_host(*run, **environment)
     assert bare.returncode == 0, bare.stderr
-    assert "hooks left while running: 0" in bare.stdout
+    assert "tapped while running: False" in bare.stdout
     injected = run_host(
         *run, "--plugin", "diffusion", "--bridge", str(bridge), "--restore-context", "--force-bridge", **environment
     )
     assert injected.returncode == 0, injected.stderr
-    assert "hooks left while running: 1" in injected.stdout
+    assert "tapped while running: True" in injected.stdout
     refused = run_host(*run, "--compare", "none,identity", **environment)
     assert refused.returncode == 2
     assert "need the host's data sets: run main_tip_finetune.py" in refused.stderr

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,9 +32,9 @@ pytestmark = [
 ]
 
 
-def dump(out: Path, how: str, flags: str | None, *ours: str):
+def dump(out: Path, how: str, flags: str | None, *ours: str, script: str = "main_tip_finetune.py"):
     done = subprocess.run(
-        [sys.executable, str(HOSTDUMP), str(out), how, "main_tip_finetune.py", *shlex.split(flags or ""), *ours],
+        [sys.executable, str(HOSTDUMP), str(out), how, script, *shlex.split(flags or ""), *ours],
         cwd=ROOT, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -89,3 +90,19 @@ def test_a_bridge_is_trained_injected_and_compared_and_the_checkout_stays_clean(
         ["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout
     assert after == before
+
+
+def test_a_patched_script_runs_alone_and_is_as_before_without_our_flags(bare, tmp_path):
+    script = Path(ROOT or "") / "main_tip_finetune.py"
+    before = script.read_bytes()
+    beside = Path(ROOT or "") / "patched"  # the checkout's own script stays as it is
+    beside.mkdir()
+    try:
+        (beside / script.name).write_bytes(before)
+        assert main(["patch", str(beside)]) == 0
+        _, same_as_bare = dump(tmp_path / "x.safetensors", "bare", EVAL, script=str(beside / script.name))
+        assert same(bare[1], same_as_bare)
+        assert main(["patch", str(beside), "--revert"]) == 0
+        assert (beside / script.name).read_bytes() == before
+    finally:
+        shutil.rmtree(beside)

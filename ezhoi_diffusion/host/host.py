@@ -88,6 +88,11 @@ class Host:
             if self.rank == 0:
                 print(f"FORCED: {message}", flush=True)
             return
+        if fields == {"context"} and self.engine is None:
+            raise FingerprintError(
+                f"{message}. The host never saves its context vectors, and a script for one image draws others every time, "
+                f"whatever its --seed: add --restore-context to use the vectors stored with the bridge"
+            )
         if fields == {"context"}:
             raise FingerprintError(
                 f"{message}. The host never saves its context vectors, so another seed or script draws others: run with "

@@ -19,10 +19,12 @@ from typing import Any
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError, Interrupted
 from ezhoi_diffusion.host.options import add_arguments
+from ezhoi_diffusion.host.single_image import check_flags, single_images
 from ezhoi_diffusion.signals import passed_to_children
 
 FACTORY = "build_detector"
 ENGINE = "CustomisedDLE"
+DATASET = "DataFactory"
 SPOKEN = (EzhoiDiffusionError.status, Interrupted.status)  # of a process that ended with a message for the user
 
 
@@ -40,10 +42,20 @@ def run_script(script: Path, argv: Sequence[str]) -> None:
     _close_stdin()
     sys.argv = [str(script), *argv]
     sys.path.insert(0, str(script.resolve().parent))
-    with _our_flags(), _our_spawn(script), _observed(script, modules, None):
+    with _our_flags(ENGINE in modules), _our_spawn(script), _observed(script, modules, None):
         try:
             runpy.run_path(str(script), run_name="__main__")
         except Exception as error:
+            if isinstance(error, FileNotFoundError) and "_clip." in str(error):
+                raise LaunchError(
+                    f"a file of CLIP image features is missing ({error}): give the folder that has this split's as "
+                    f"--clip_img_file; CLIP_hicodet_extract.py makes it"
+                ) from error
+            if isinstance(error, RuntimeError) and str(error).startswith("Error(s) in loading state_dict"):
+                raise LaunchError(
+                    f"the checkpoint does not fit the model that these flags build. Give those it was trained with (they are in "
+                    f"args.txt beside it); {script.name} has defaults of its own. The host says: {str(error)[:600]}"
+                ) from error
             if type(error).__name__ == "BdbQuit":
                 raise LaunchError(
                     f"the host stopped in its debugger (pdb.set_trace) at {_where(error)}, which it does on NaN losses and on "
@@ -108,7 +120,10 @@ def read_flags(script: Path, argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _imported_modules(script: Path) -> dict[str, str]:
-    """Which modules a script imports the factory and the engine from: name -> module, read without running it."""
+    """Which modules a script imports factory, engine and data set from: name -> module, read without running it.
+
+    The engine only where the script uses it: inference.py imports it, and leaves it at that.
+    """
     try:
         tree = ast.parse(script.read_text(encoding="utf-8"), str(script))
     except OSError as error:
@@ -117,12 +132,13 @@ def _imported_modules(script: Path) -> dict[str, str]:
         ) from error
     except (SyntaxError, ValueError) as error:
         raise LaunchError(f"{script} is no Python script ({error})") from error
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     found = {
         alias.name: node.module
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.module
         for alias in node.names
-        if alias.name in (FACTORY, ENGINE)
+        if alias.name in (FACTORY, DATASET) or (alias.name == ENGINE and (alias.asname or alias.name) in used)
     }
     if FACTORY not in found:
         raise LaunchError(
@@ -139,14 +155,16 @@ def _close_stdin() -> None:
 
 
 @contextmanager
-def _our_flags() -> Iterator[None]:
+def _our_flags(has_engine: bool) -> Iterator[None]:
     """Let the first parser that reads the command line know our flags: the script's own."""
     original = argparse.ArgumentParser.parse_args
 
     def parse_args(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
         argparse.ArgumentParser.parse_args = original  # type: ignore[method-assign]
         add_arguments(self, args)
-        return original(self, args, namespace)
+        parsed = original(self, args, namespace)
+        check_flags(parsed, has_engine)
+        return parsed
 
     argparse.ArgumentParser.parse_args = parse_args  # type: ignore[method-assign]
     try:
@@ -198,6 +216,7 @@ def _observed(script: Path, modules: dict[str, str], namespace: dict[str, Any] |
 
     factory_module = _import(script, modules[FACTORY])
     engine_class = getattr(_import(script, modules[ENGINE]), ENGINE, None) if ENGINE in modules else None
+    dataset_class = getattr(_import(script, modules[DATASET]), DATASET, None) if DATASET in modules else None
     original_factory = getattr(factory_module, FACTORY)
     attachments: list[Attachment] = []
     waits: dict[int, tuple[argparse.Namespace, Any]] = {}
@@ -212,11 +231,13 @@ def _observed(script: Path, modules: dict[str, str], namespace: dict[str, Any] |
     @functools.wraps(original_factory)
     def build_detector(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
         model = original_factory(args, *rest, **kwargs)
+        help_model(model)
         # a script without an engine loads its checkpoint later, so the first image is when the model is complete
         waits[id(model)] = args, model.register_forward_pre_hook(lambda module, images: join(module))
         return model
 
     with contextlib.ExitStack() as undo:
+        help_model = undo.enter_context(single_images(dataset_class)) if engine_class is None else lambda model: None
         for where in filter(None, (vars(factory_module), namespace)):
             for name in [name for name, value in where.items() if value is original_factory]:
                 where[name] = build_detector

@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = 
 
     argv: the command line, sys.argv without the program by default. Raises PluginError where a flag exists already.
     """
-    plugins = PluginHost(blocked_in(sys.argv[1:] if argv is None else argv))
+    argv = sys.argv[1:] if argv is None else argv
+    _refuse_flags_of_the_guide(parser, argv)
+    plugins = PluginHost(blocked_in(argv))
     try:
         _add_own_options(parser)
         for name in plugins.contributors():
@@ -33,6 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = 
             f"the script's own command line and ours clash ({error}): a script that calls add_arguments itself is run with "
             f"python, not with `ezhoi-diffusion run`; another flag of that name has to be renamed there"
         ) from error
+
+
+def _refuse_flags_of_the_guide(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Say what --diffusion_bridge and its like are called here, unless the script is a fork that has them."""
+    given = {word.partition("=")[0] for word in argv if word.startswith(("--diffusion_", "--diffusion-"))}
+    unknown = sorted(given - parser._option_string_actions.keys())
+    if unknown:
+        raise EzhoiDiffusionError(
+            f"{', '.join(unknown)}: flags of the guide's edited EZ-HOI. Here a bridge is one folder, which holds the means and "
+            f"the steps too: --plugin diffusion --bridge DIR. `ezhoi-diffusion train` makes it"
+        )
 
 
 def _add_own_options(parser: argparse.ArgumentParser) -> None:

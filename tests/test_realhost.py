@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,17 +91,29 @@ def test_a_bridge_is_trained_injected_and_compared_and_the_checkout_stays_clean(
     assert after == before
 
 
-def test_a_patched_script_runs_alone_and_is_as_before_without_our_flags(bare, tmp_path):
-    script = Path(ROOT or "") / "main_tip_finetune.py"
+def test_a_patched_script_is_as_before_without_our_flags_and_after_revert(bare, tmp_path):
+    script = tmp_path / "main_tip_finetune.py"
+    script.write_bytes((Path(ROOT or "") / script.name).read_bytes())
     before = script.read_bytes()
-    beside = Path(ROOT or "") / "patched"  # the checkout's own script stays as it is
-    beside.mkdir()
-    try:
-        (beside / script.name).write_bytes(before)
-        assert main(["patch", str(beside)]) == 0
-        _, same_as_bare = dump(tmp_path / "x.safetensors", "bare", EVAL, script=str(beside / script.name))
-        assert same(bare[1], same_as_bare)
-        assert main(["patch", str(beside), "--revert"]) == 0
-        assert (beside / script.name).read_bytes() == before
-    finally:
-        shutil.rmtree(beside)
+    assert main(["patch", str(tmp_path)]) == 0
+    _, patched = dump(tmp_path / "x.safetensors", "bare", EVAL, script=str(script))
+    assert same(bare[1], patched)
+    assert main(["patch", str(tmp_path), "--revert"]) == 0
+    assert script.read_bytes() == before
+
+
+def test_one_image_scores_as_the_evaluation_does(captured, tmp_path):
+    """inference.py over the test split; it ends at the first image in which the host finds no pair."""
+    bridge, ours = tmp_path / "bridge", ["--plugin", "diffusion", "--bridge", str(tmp_path / "bridge")]
+    assert main(["train", str(captured[0].folder), "--out", str(bridge), "--train-steps", "20"]) == 0
+    _, evaluated = dump(tmp_path / "e.safetensors", "launched", EVAL, *ours)
+    # nothing scores above 2, so that the script draws no picture
+    flags = [*shlex.split(EVAL or ""), "--action-score-thresh", "2", *ours, "--restore-context"]
+    subprocess.run(
+        [sys.executable, str(HOSTDUMP), str(tmp_path / "i.safetensors"), "launched", "inference.py", *flags],
+        cwd=ROOT, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}, check=False,
+    )  # fmt: skip
+    alone = load_file(tmp_path / "i.safetensors")
+    assert "0.logits" in alone
+    for key in (key for key in alone if not key.startswith("context.")):
+        assert torch.allclose(alone[key].float(), evaluated[key].float(), rtol=1e-5, atol=1e-6), key

@@ -23,10 +23,13 @@ from ezhoi_diffusion.host.capture import capture_pass, default_split, share_cont
 from ezhoi_diffusion.host.comparison import comparison_pass
 from ezhoi_diffusion.host.host import Host
 from ezhoi_diffusion.host.options import check_options
+from ezhoi_diffusion.host.supported import refuse_unsupported
 from ezhoi_diffusion.host.taps import Inject, Tap, TapPoint, check_replacement, locate, unwrap
 from ezhoi_diffusion.host.variants import resolve_variants
 from ezhoi_diffusion.plugins import PluginHost
 from ezhoi_diffusion.signals import asked_to_stop
+
+EVALUATIONS = ("test_hico", "cache_hico", "cache_vcoco")  # methods of the host's engine, which end what is attached
 
 
 class Attachment:
@@ -73,11 +76,6 @@ class Attachment:
             raise EzhoiDiffusionError(
                 "a capture pass and a comparison need the host's data sets: run main_tip_finetune.py, not a script for one image"
             )
-        if (captures or compares) and args.dataset != "hicodet":
-            raise EzhoiDiffusionError(
-                f"capture and comparison know HICO-DET only, and this run is about {args.dataset}: its data set has no counts "
-                f"of annotations, and the host no evaluation for it"
-            )
         if args.report:
             with report_folder(Path(args.report)):
                 pass  # refused now, not after the pass
@@ -92,7 +90,7 @@ class Attachment:
             self._capture()
         if compares:
             self._compared = False
-            self._replace_evaluation(functools.partial(self._compare, variants))
+            self._replace("test_hico", functools.partial(self._compare, variants))
             return
         if injects:
             if host.engine is not None and not (args.eval or getattr(args, "cache", False)):
@@ -101,8 +99,8 @@ class Attachment:
                 )
             self._tap = Tap(host.model, inject=self._inject, point=host.tap_point).attach()
             self._undo.append(self._tap.remove)
-        if host.engine is not None:
-            self._replace_evaluation(self._evaluate)
+        for name in EVALUATIONS if host.engine is not None else ():
+            self._replace(name, self._evaluate)
 
     def _inject(self, feature: Tensor, pairs: Pairs) -> Tensor:
         return self.host.plugins.fold("post_adapter_feat", feature, check_replacement, context=pairs)
@@ -149,11 +147,12 @@ class Attachment:
                 time.sleep(0.1)
             barrier.wait()
 
-    def _replace_evaluation(self, evaluate: Callable[..., Any]) -> None:
+    def _replace(self, name: str, evaluate: Callable[..., Any]) -> None:
         engine = self.host.engine
-        original = engine.test_hico
-        engine.test_hico = functools.partial(evaluate, original)
-        self._undo.append(lambda: vars(engine).pop("test_hico", None))
+        original = getattr(engine, name, None)
+        if original is not None:
+            setattr(engine, name, functools.partial(evaluate, original))
+            self._undo.append(lambda: vars(engine).pop(name, None))
 
     def _evaluate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self:
@@ -184,6 +183,7 @@ def attach(model: nn.Module, args: argparse.Namespace, engine: Any = None) -> At
         raise EzhoiDiffusionError(
             "attach needs our flags in `args`: call add_arguments(parser) before parser.parse_args()"
         )
+    refuse_unsupported(args)
     plugins = PluginHost(args.no_plugin)
     plugins.enable(args.plugin, raise_errors=args.plugin_errors == "raise")
     check_options(plugins, args)

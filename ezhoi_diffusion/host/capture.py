@@ -26,8 +26,8 @@ class CaptureError(EzhoiDiffusionError):
 
 
 def default_split(args: Any) -> str:
-    """`test` under --eval, else `train`: the split that the host's own flags are about."""
-    return "test" if getattr(args, "eval", False) else "train"
+    """`test` under --eval and --cache, else `train`: the split that the host's own flags are about."""
+    return "test" if getattr(args, "eval", False) or getattr(args, "cache", False) else "train"
 
 
 def split_dataset(host: Host, split: str) -> Any:
@@ -64,13 +64,14 @@ def clip_folder(host: Host, split: str, names: list[str]) -> Path | None:
 def find_clip_folder(given: Path, split: str, names: list[str]) -> Path:
     """The folder with the CLIP features of images `names`: `given`, or its sibling for the split.
 
-    The published folders end in `_train` and `_test`, so the other split's is found beside the one in the flags.
-    Raises CaptureError where no folder has all.
+    The published folders end in `_train` and `_test`, V-COCO's in `_train` and `_val`, so the other split's is found
+    beside the one in the flags. Raises CaptureError where no folder has all.
     """
     candidates = [given]
-    for other in ("train", "test"):
-        if other != split and given.name.endswith(f"_{other}"):
-            candidates.insert(0, given.with_name(given.name.removesuffix(other) + split))
+    for ending in CLIP_ENDINGS["test" if split == "train" else "train"]:
+        if given.name.endswith(ending):
+            base = given.name.removesuffix(ending)
+            candidates = [*(given.with_name(base + own) for own in CLIP_ENDINGS[split]), given]
     missing = {}
     for folder in candidates:
         available = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -89,6 +90,7 @@ def find_clip_folder(given: Path, split: str, names: list[str]) -> Path:
     )
 
 
+CLIP_ENDINGS = {"train": ("_train",), "test": ("_test", "_val")}
 CLIP_SUFFIXES = (".pkl", ".safetensors")  # the published host's, and the miniature's
 
 
@@ -131,11 +133,6 @@ def capture_pass(
     Each process takes one contiguous block of images, from position `first` on. Raises CaptureError, TapError, and
     Interrupted after the image during which `asked` becomes true.
     """
-    if getattr(host.model, "without_unseen_name", False) and not hasattr(host.model, "label_HO_eval"):
-        raise CaptureError(
-            "with --without_unseen_name the host cannot run in eval mode from its training flags, and has other text features "
-            "there: capture with the --eval flags, and --capture-split train"
-        )
     dataset = split_dataset(host, split)
     names = image_names(dataset)
     total = len(names) if max_images is None else min(max_images, len(names))

@@ -20,6 +20,7 @@ from typing import Any
 from ezhoi_diffusion.errors import EzhoiDiffusionError, Interrupted
 from ezhoi_diffusion.host.options import add_arguments
 from ezhoi_diffusion.host.single_image import check_flags, single_images
+from ezhoi_diffusion.host.supported import refuse_unsupported
 from ezhoi_diffusion.signals import passed_to_children
 
 FACTORY = "build_detector"
@@ -164,6 +165,7 @@ def _our_flags(has_engine: bool) -> Iterator[None]:
         add_arguments(self, args)
         parsed = original(self, args, namespace)
         check_flags(parsed, has_engine)
+        refuse_unsupported(parsed)  # now, because the host may take an hour to where it crashes
         return parsed
 
     argparse.ArgumentParser.parse_args = parse_args  # type: ignore[method-assign]

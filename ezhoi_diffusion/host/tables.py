@@ -13,8 +13,14 @@ RARE_BELOW = 10  # annotations in the training set: HICO-DET's own border
 
 
 def class_groups(host: Host) -> dict[str, Tensor]:
-    """Group name -> interaction classes [k]: full, and where the run knows them unseen, seen, rare, non-rare."""
-    training = torch.as_tensor(host.engine._train_loader.dataset.dataset.anno_interaction)
+    """Group name -> interaction classes [k]: full, and where the run knows them unseen, seen, rare, non-rare.
+
+    V-COCO has actions in their place, and no groups: its data set counts no interactions, its splits hide none.
+    """
+    counts = getattr(host.engine._train_loader.dataset.dataset, "anno_interaction", None)
+    if counts is None:
+        return {"full": torch.arange(host.model.num_classes)}
+    training = torch.as_tensor(counts)
     every = torch.arange(len(training))
     groups = {"full": every}
     if getattr(host.args, "zs", False):
@@ -29,7 +35,7 @@ def class_groups(host: Host) -> dict[str, Tensor]:
 def interaction_names(host: Host) -> list[str] | None:
     """What the host calls each interaction class, from its module `hico_text_label`; None where it has no such names."""
     sentences = getattr(sys.modules.get("hico_text_label"), "hico_text_label", None)
-    if not isinstance(sentences, dict):
+    if not isinstance(sentences, dict) or host.args.dataset != "hicodet":
         return None
     table = score_lookup(host)
     names = [""] * (int(table.max()) + 1)
@@ -41,7 +47,8 @@ def interaction_names(host: Host) -> list[str] | None:
 
 def score_lookup(host: Host) -> Tensor:
     """[objects, verbs] int64 interaction classes, -1 where an object has no such verb."""
-    lookup = torch.as_tensor(host.model.object_n_verb_to_interaction)
+    objects = len(host.model.object_class_to_target_class)
+    lookup = torch.as_tensor(host.model.object_n_verb_to_interaction)[-objects:]  # V-COCO's has a row for no object
     return torch.where(lookup.isnan(), -1, lookup).long()
 
 

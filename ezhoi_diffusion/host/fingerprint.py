@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Flags that change adapter_feat or the text features and leave no trace in the weights or the context vectors. Not
+# among them: what decides which pairs there are, and what changes the score alone.
+OPTIONS = ("act_descriptor", "de_txtcls", "finetune_allcls_utpl", "pt_begin_layer", "vlmtxt", "without_unseen_name")
+
 
 @dataclass(frozen=True)
 class Fingerprint:
@@ -28,6 +32,7 @@ class Fingerprint:
     txt_align: bool
     weights: str  # SHA-256 of the loaded state dict
     context: str  # SHA-256 of the context vectors, which no checkpoint holds
+    options: dict[str, Any]  # OPTIONS as they were given, None where the host lacks one; `unseen_pt_inj` as a zs_type
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -44,12 +49,18 @@ def foreign(bridge: object, name: str, here: dict[str, Any]) -> tuple[set[str], 
     if provenance is None:
         return None
     found = provenance.get("fingerprint") if isinstance(provenance, dict) else None
-    there = found if isinstance(found, dict) else {}
+    here, there = _flat(here), _flat(found if isinstance(found, dict) else {})
     fields = [key for key in here if here[key] != there.get(key)]
     listed = "; ".join(
         f"{key} is {here[key]!r} here, {repr(there[key]) if key in there else 'unknown'} there" for key in fields
     )
     return (set(fields), f"bridge '{name}' was made for another host: {listed}") if fields else None
+
+
+def _flat(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    options = fingerprint.get("options")
+    named = {key: value for key, value in fingerprint.items() if key != "options"}
+    return named | (options if isinstance(options, dict) else {})
 
 
 def context_vectors(model: nn.Module) -> dict[str, Tensor]:
@@ -104,4 +115,7 @@ def fingerprint(model: nn.Module, args: Namespace) -> Fingerprint:
         txt_align=bool(getattr(model, "txt_align", False)),
         weights=_digest(model.state_dict().items()),
         context=_digest(context_vectors(model).items()),
+        # without --zs too, zs_type chooses which classes borrow prompts, and from whom
+        options={name: getattr(args, name, None) for name in OPTIONS}
+        | {"unseen_pt_inj": args.zs_type if getattr(args, "unseen_pt_inj", False) else None},
     )

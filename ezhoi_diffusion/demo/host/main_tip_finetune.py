@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 from upt_tip_cache_model_free_finetune_distillself import build_detector
 from utils_tip_cache_and_union_finetune import CustomisedDLE, DataFactory, custom_collate
 
+from ezhoi_diffusion.demo.world import CORRESPONDENCE
+
 
 def main(rank, args):
     torch.set_num_threads(1)  # more gain nothing on maps this small, and lose much where cores are shared
@@ -46,13 +48,19 @@ def main(rank, args):
     )  # fmt: skip
 
     args.human_idx = 0
-    object_to_target = trainset.zs_object_to_target if args.zs else trainset.dataset.object_to_verb
+    if args.dataset == "vcoco":
+        for part in (trainset.dataset, testset.dataset):  # the data set itself knows no interactions
+            part.object_n_verb_to_interaction = part.table_of(CORRESPONDENCE)
+        object_to_target, num_anno = list(trainset.dataset.object_to_action.values()), None
+    else:
+        object_to_target = trainset.zs_object_to_target if args.zs else trainset.dataset.object_to_verb
+        num_anno = torch.as_tensor(trainset.dataset.anno_action)
     upt = build_detector(
         args, object_to_target,
         object_n_verb_to_interaction=trainset.dataset.object_n_verb_to_interaction,
-        clip_model_path=args.clip_dir_vit, num_anno=torch.as_tensor(trainset.dataset.anno_action),
+        clip_model_path=args.clip_dir_vit, num_anno=num_anno,
     )  # fmt: skip
-    if args.eval:
+    if args.eval and args.dataset == "hicodet":
         upt.object_class_to_target_class = testset.dataset.object_to_verb
 
     checkpoint = None
@@ -68,8 +76,13 @@ def main(rank, args):
         print_interval=args.print_interval, find_unused_parameters=True, cache_dir=args.output_dir,
     )  # fmt: skip
 
+    if args.cache:
+        getattr(engine, "cache_vcoco" if args.dataset == "vcoco" else "cache_hico")(test_loader, args.output_dir)
+        return
     if args.eval:
         upt.eval()
+        if args.dataset == "vcoco":
+            raise NotImplementedError("V-COCO has no evaluation here")
         ap = engine.test_hico(test_loader, args)
         rare = torch.as_tensor(trainset.dataset.anno_interaction) < 10
         full, rare_ap, non_rare_ap = (float(x.mean()) * 100 for x in (ap, ap[rare], ap[~rare]))
@@ -130,7 +143,17 @@ VALUES = {
     0.5: ["alpha", "fg-iou-thresh"],
     2.8: ["hyper_lambda"],
 }
-SWITCHES = ["eval", "zs", "txtcls_pt", "img_align", "txt_align", "img_clip_pt", "without_unseen_name"]
+SWITCHES = [
+    "eval",
+    "cache",
+    "act_descriptor",
+    "zs",
+    "txtcls_pt",
+    "img_align",
+    "txt_align",
+    "img_clip_pt",
+    "without_unseen_name",
+]
 
 
 def command_line():

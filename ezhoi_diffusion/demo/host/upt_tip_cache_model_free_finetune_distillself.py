@@ -36,6 +36,21 @@ class Adapter(nn.Module):
         return x + self.up_proj_mem(hidden)
 
 
+class DescriptorAdapter(nn.Module):
+    """Residual attention of every text feature [1, N_sel, D] to its own three descriptions; the identity when new."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.up_proj_mem = nn.Linear(dim, dim)
+        nn.init.zeros_(self.up_proj_mem.weight)
+        nn.init.zeros_(self.up_proj_mem.bias)
+
+    def forward(self, x, prior):
+        descriptions = prior[0]  # [N_sel, 3, D]
+        weight = (descriptions @ x[0][:, :, None]).softmax(1)
+        return x + self.up_proj_mem((weight * descriptions).sum(1))[None]
+
+
 class MultiModalPromptLearner(nn.Module):
     """Context vectors for both towers."""
 
@@ -124,7 +139,7 @@ class UPT(nn.Module):
 
     def __init__(
         self, args, detector, postprocessor, model, human_idx, num_classes, object_class_to_target_class,
-        object_n_verb_to_interaction, num_anno, select_HOI_index,
+        object_n_verb_to_interaction, num_anno, select_HOI_index, act_descriptor_feat_select,
     ):  # fmt: skip
         super().__init__()
         if args.logits_type != "HO":
@@ -143,7 +158,7 @@ class UPT(nn.Module):
         self.zs_type = args.zs_type if args.zs else None
         self.filtered_hoi_idx = hico_unseen_index[args.zs_type] if args.zs else []
         self.select_HOI_index = select_HOI_index
-        self.act_descriptor_feat_select = {}
+        self.act_descriptor_feat_select = act_descriptor_feat_select
 
         self.vis_fuse = nn.Sequential(nn.Linear(2 * dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU())
         with torch.no_grad():  # near the sum of both features: eight seen verbs teach no map that generalises
@@ -155,6 +170,8 @@ class UPT(nn.Module):
             self.mem_adapter = Adapter(dim, args.emb_dim)
         if self.txt_align:
             self.txtmem_adapter = Adapter(dim, args.emb_dim)
+        if len(act_descriptor_feat_select):
+            self.act_descriptor_attn = DescriptorAdapter(dim)
         self.featmap_dropout = nn.Dropout(0.2)
         self.logit_scale_HO = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # used as it is, not exponentiated
         verbs = torch.tensor([HOI_IDX_TO_ACT_IDX[hoi] for hoi in select_HOI_index])
@@ -203,6 +220,9 @@ class UPT(nn.Module):
             text = hoitxt_features
             if self.txt_align:
                 text = self.txtmem_adapter(text[None])[0]
+            if len(self.act_descriptor_feat_select):
+                descriptions, rows = self.act_descriptor_feat_select
+                text = self.act_descriptor_attn(text[None], (descriptions[rows], None))[0]
             evaluated = self.without_unseen_name and not self.training
             label = self.label_HO_eval if evaluated else self.label_HO
             phi = (adapter_feat @ text.T) @ label / self.sample_lens_HO.to(device) / 2
@@ -346,9 +366,13 @@ def build_detector(args, class_corr, object_n_verb_to_interaction, clip_model_pa
     with torch.no_grad():
         features = text_encoder.encode(text_encoder.token_embedding(tokens), tokens)
     select_HOI_index = select_interactions(args, features)
+    descriptions = {}
+    if args.act_descriptor:  # stand in for a language model's: the three most similar other sentences
+        nearest = (features[select_HOI_index] @ features.T).topk(4).indices[:, 1:]
+        descriptions = (features[nearest], list(range(len(select_HOI_index))))
     model = CustomCLIP(args, [sentences[i] for i in select_HOI_index], image_encoder, text_encoder)
     return UPT(
         args, detector, PostProcess(), model, human_idx=args.human_idx, num_classes=args.num_classes,
         object_class_to_target_class=class_corr, object_n_verb_to_interaction=object_n_verb_to_interaction,
-        num_anno=num_anno, select_HOI_index=select_HOI_index,
+        num_anno=num_anno, select_HOI_index=select_HOI_index, act_descriptor_feat_select=descriptions,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """Data and engine of the miniature EZ-HOI: what the real host takes from pocket and hicodet, for a CPU.
 
-Differs from the real host: images come from one safetensors file per split, there is no V-COCO, no caching and
-no mixed precision; the training augmentation is a random crop and brightness.
+Differs from the real host: images come from one safetensors file per split, there is no
+mixed precision, and what is cached is JSON; the training augmentation is a random crop and brightness.
 """
 
 import json
@@ -73,6 +73,44 @@ class HICODet(Dataset):
         return (self._images[name][None].float(), target), name
 
 
+class VCOCO(Dataset):
+    """As HICODet, but annotated with actions alone, and with objects counted from 1."""
+
+    def __init__(self, root, anno_file):
+        anno = json.loads(Path(anno_file).read_text())
+        self.annotations, self.objects, self.actions = anno["annotations"], anno["objects"], anno["classes"]
+        self.action_to_object, self._image_ids = anno["action_to_object"], anno["images"]
+        self._keep = [i for i, image in enumerate(self.annotations) if image["actions"]]
+        self._images = load_file(root)
+
+    @property
+    def object_to_action(self):
+        every = enumerate(self.action_to_object)
+        found = [(action, set(objects)) for action, objects in every]
+        return {obj: [a for a, objects in found if obj in objects] for obj in range(1, len(self.objects))}
+
+    def table_of(self, correspondence):
+        table = [[None] * len(self.actions) for _ in self.objects]
+        for hoi, obj, verb in correspondence:
+            table[obj + 1][verb] = hoi
+        return table
+
+    def filename(self, i):
+        return self.annotations[self._keep[i]]["file_name"]
+
+    def image_id(self, i):
+        return self._image_ids[self._keep[i]]
+
+    def __len__(self):
+        return len(self._keep)
+
+    def __getitem__(self, i):
+        anno, name = self.annotations[self._keep[i]], self.filename(i)
+        target = {k: torch.tensor(anno[k]).view(-1, 4) for k in ("boxes_h", "boxes_o")}
+        target |= {k: torch.tensor(anno[k]) for k in ("actions", "objects")}
+        return (self._images[name][None].float(), target), name
+
+
 def keep_as_is(image, target):
     return image, target
 
@@ -99,15 +137,16 @@ class DataFactory(Dataset):
     def __init__(
         self, name, partition, data_root, clip_model_name, zero_shot=False, zs_type="rare_first", num_classes=None
     ):
-        if name != "hicodet" or partition not in world.PARTITIONS:
+        if partition not in {"hicodet": world.PARTITIONS, "vcoco": ("trainval", "test")}.get(name, ()):
             raise ValueError(f"unknown dataset or partition: {name} {partition}")
         self.name, self.partition, self.clip_model_name = name, partition, clip_model_name
-        root = Path(data_root)
-        self.dataset = HICODet(root / f"{partition}.safetensors", root / f"instances_{partition}.json")
+        root, stem = Path(data_root), partition if name == "hicodet" else f"vcoco_{partition}"
+        kind = HICODet if name == "hicodet" else VCOCO
+        self.dataset = kind(root / f"{stem}.safetensors", root / f"instances_{stem}.json")
         self.transforms = augment if partition.startswith("train") else keep_as_is
         self.clip_transforms = resize_to_clip_input
         self.keep = list(range(len(self.dataset)))
-        self.zero_shot = zero_shot and partition.startswith("train")
+        self.zero_shot = zero_shot and partition == "train2015"
         if self.zero_shot:
             self.zs_type = zs_type
             self.filtered_hoi_idx = hico_unseen_index[zs_type]
@@ -127,7 +166,10 @@ class DataFactory(Dataset):
         if self.zero_shot:
             seen = ~torch.isin(annotated["hoi"], torch.tensor(self.filtered_hoi_idx, dtype=torch.int64))
             annotated = {k: v[seen] for k, v in annotated.items()}
-        extra = {"orig_size": torch.tensor(picture.shape[-2:]), "labels": annotated["verb"], "filename": name}
+        labels = annotated["verb" if self.name == "hicodet" else "actions"]
+        if self.name == "vcoco":
+            annotated["object"] = annotated.pop("objects")
+        extra = {"orig_size": torch.tensor(picture.shape[-2:]), "labels": labels, "filename": name}
         picture, annotated = self.transforms(picture, annotated)
         clip_input, annotated = self.clip_transforms(picture, annotated)
         h, w = clip_input.shape[-2:]
@@ -255,3 +297,24 @@ class CustomisedDLE:
                         ).to(labels)
                 meter.append(scores, interactions, labels)
         return meter.compute()
+
+    @torch.no_grad()
+    def cache_hico(self, dataloader, cache_dir):
+        """Like cache_vcoco, but the model is given no targets."""
+        self._cache(dataloader, cache_dir, targets=False)
+
+    @torch.no_grad()
+    def cache_vcoco(self, dataloader, cache_dir):
+        """Write every detection of every image."""
+        self._cache(dataloader, cache_dir, targets=True)
+
+    def _cache(self, dataloader, cache_dir, targets):
+        net = self._state.net
+        net.eval()
+        rows = []
+        for i, (images, annotated) in enumerate(dataloader):
+            for output in net(relocate(images), annotated if targets else None) or []:
+                columns = (output[key].tolist() for key in ("scores", "labels", "objects"))
+                rows += [[i, *row] for row in zip(*columns, strict=True)]
+        Path(cache_dir).mkdir(parents=True, exist_ok=True)
+        (Path(cache_dir) / "cache.json").write_text(json.dumps(rows))

@@ -13,7 +13,7 @@ from ezhoi_diffusion import EzhoiDiffusionError, attach, hookimpl
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge
 from ezhoi_diffusion.diffusion.recipes import RECIPES
 from ezhoi_diffusion.host.comparison import _make_scorer
-from ezhoi_diffusion.host.fingerprint import context_vectors, fingerprint, restore_context
+from ezhoi_diffusion.host.fingerprint import context_vectors, differences, fingerprint, restore_context
 from ezhoi_diffusion.host.host import FingerprintError, Host
 from ezhoi_diffusion.host.taps import Tap, TapError, locate
 from ezhoi_diffusion.host.variants import resolve_variants
@@ -262,18 +262,18 @@ def test_the_host_s_own_meter_is_used_where_it_brings_one(mocker):
 
 def test_a_fingerprint_changes_with_weights_context_and_split(host, make_host):
     own = fingerprint(host.model, host.args)
-    assert own.differences(fingerprint(host.model, host.args).to_dict()) == {}
+    assert differences(own.to_dict(), fingerprint(host.model, host.args).to_dict()) == {}
     stored = {name: vector.clone() for name, vector in context_vectors(host.model).items()}
     assert stored
     with torch.no_grad():
         host.model.clip_head.prompt_learner.txtcls_ctx_pt[0][0, 0] += 1
-    assert set(own.differences(fingerprint(host.model, host.args).to_dict())) == {"context"}
+    assert set(differences(own.to_dict(), fingerprint(host.model, host.args).to_dict())) == {"context"}
     restore_context(host.model, stored)
-    assert own.differences(fingerprint(host.model, host.args).to_dict()) == {}
+    assert differences(own.to_dict(), fingerprint(host.model, host.args).to_dict()) == {}
     with torch.no_grad():
         host.model.vis_fuse[0].bias[0] += 1e-6
-    assert set(own.differences(fingerprint(host.model, host.args).to_dict())) == {"weights"}
+    assert set(differences(own.to_dict(), fingerprint(host.model, host.args).to_dict())) == {"weights"}
     other = make_host(zs_type="rare_first")
-    assert {"zs_type", "weights"} <= set(own.differences(fingerprint(other.model, other.args).to_dict()))
+    assert {"zs_type", "weights"} <= set(differences(own.to_dict(), fingerprint(other.model, other.args).to_dict()))
     with pytest.raises(ValueError, match="do not fit"):
         restore_context(host.model, {})

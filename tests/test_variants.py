@@ -18,7 +18,7 @@ from ezhoi_diffusion import attach, hookimpl
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.demo import towers, world
 from ezhoi_diffusion.features.store import FeatureStore
-from ezhoi_diffusion.host.fingerprint import fingerprint
+from ezhoi_diffusion.host.fingerprint import differences, fingerprint
 from ezhoi_diffusion.host.supported import UnsupportedError, cannot_run, refuse_unsupported
 from ezhoi_diffusion.host.taps import TapError
 from ezhoi_diffusion.plugins import PluginHost
@@ -90,15 +90,15 @@ def test_flags_that_leave_no_trace_in_the_weights_are_in_the_fingerprint(make_ho
     own = fingerprint(host.model, host.args)
     for name, value in (("act_descriptor", True), ("without_unseen_name", True), ("vlmtxt", "fix")):
         other = fingerprint(host.model, Namespace(**{**vars(host.args), name: value}))
-        assert own.differences(other.to_dict()) == {name: (getattr(host.args, name, None), value)}
+        assert differences(own.to_dict(), other.to_dict()) == {name: (getattr(host.args, name, None), value)}
     # without --zs too, the split chooses whose prompts the unseen classes borrow
     here, there = (
         fingerprint(host.model, Namespace(**{**vars(host.args), "zs": False, "unseen_pt_inj": True, "zs_type": kind}))
         for kind in ("rare_first", "unseen_verb")
     )
-    assert here.differences(there.to_dict()) == {"unseen_pt_inj": ("rare_first", "unseen_verb")}
+    assert differences(here.to_dict(), there.to_dict()) == {"unseen_pt_inj": ("rare_first", "unseen_verb")}
     older = {key: value for key, value in own.to_dict().items() if key != "options"}
-    assert "act_descriptor" in own.differences(older), "what does not say is not taken for equal"
+    assert "act_descriptor" in differences(own.to_dict(), older), "what does not say is not taken for equal"
 
 
 # -- V-COCO ------------------------------------------------------------------------------------------------------

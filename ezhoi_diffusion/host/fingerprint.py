@@ -49,12 +49,20 @@ def foreign(bridge: object, name: str, here: dict[str, Any]) -> tuple[set[str], 
     if provenance is None:
         return None
     found = provenance.get("fingerprint") if isinstance(provenance, dict) else None
-    here, there = _flat(here), _flat(found if isinstance(found, dict) else {})
-    fields = [key for key in here if here[key] != there.get(key)]
+    there = found if isinstance(found, dict) else {}
+    known = _flat(there)
+    differing = differences(here, there)
     listed = "; ".join(
-        f"{key} is {here[key]!r} here, {repr(there[key]) if key in there else 'unknown'} there" for key in fields
+        f"{key} is {own!r} here, {repr(other) if key in known else 'unknown'} there"
+        for key, (own, other) in differing.items()
     )
-    return (set(fields), f"bridge '{name}' was made for another host: {listed}") if fields else None
+    return (set(differing), f"bridge '{name}' was made for another host: {listed}") if differing else None
+
+
+def differences(here: dict[str, Any], there: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Field or option of a fingerprint as JSON -> (value here, value there), where they are not equal."""
+    here, there = _flat(here), _flat(there)
+    return {key: (here[key], there.get(key)) for key in here if here[key] != there.get(key)}
 
 
 def _flat(fingerprint: dict[str, Any]) -> dict[str, Any]:

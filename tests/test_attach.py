@@ -206,10 +206,11 @@ def test_a_bridge_that_fails_is_named(host, use):
     )
     from ezhoi_diffusion.host import attach as module
 
-    run = Host(host.model, host.args, None, module.PluginHost(), locate(host.model))
+    plugins, device = module.PluginHost(), torch.device("cpu")
+    run = Host(host.model, host.args, None, plugins, locate(host.model))
     with pytest.raises(EzhoiDiffusionError, match="bridge 'breaks' could not be loaded: ZeroDivisionError"):
-        resolve_variants(run, "breaks")
-    inject = resolve_variants(run, "late")["late"]
+        resolve_variants("breaks", plugins, "", run.accept, device)
+    inject = resolve_variants("late", plugins, "", run.accept, device)["late"]
     with pytest.raises(EzhoiDiffusionError, match="bridge 'late' raised TypeError"):
         inject(torch.ones(2, 2), None)
 

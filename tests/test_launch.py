@@ -318,13 +318,13 @@ def test_a_fork_with_three_lines_runs_by_itself(small_world, bridge, tmp_path):
         (["--capture", "x"], "--capture belongs to plugin 'capture', which is not enabled: add --plugin capture"),
         (["--bridge", "x"], "nothing uses it: add --plugin diffusion"),
         (["--plugin", "diffusion"], "needs --bridge DIR"),
-        (["--compare", "none"], "--compare needs a bridge beside `none`"),
+        (["--compare", "none"], "a comparison needs a bridge beside `none`"),
         (["--compare", "none,unheard"], "there is no bridge 'unheard'"),
         (["--max-images", "3"], "no enabled plugin makes one"),
         (["--plugin", "mean_shift"], "plugin 'mean_shift' takes no part in a run"),
         (["--force-bridge"], "this run uses none: add --bridge DIR"),
         (["--compare", "identity", "--plugin", "diffusion"], "scores only what it names: add 'diffusion' there"),
-        (["--compare", "identity", "--report", "/proc/nowhere"], "cannot hold a report"),
+        (["--compare", "identity", "--report", "/proc/nowhere"], "cannot hold results"),
         (["--world-size", "2", "--plugin", "diffusion"], "needs --bridge DIR"),
         (["--report", "x"], "so it needs --compare"),
         (["--plugin", "diffusion", "--bridge", "nowhere"], "nowhere"),
@@ -357,7 +357,7 @@ def test_scripts_that_are_not_the_host_s(tmp_path):
     done = run_host("-m", "ezhoi_diffusion", "run", str(tmp_path / "elsewhere.py"))
     assert done.returncode == 2
     assert "imports nowhere_at_all, and that failed" in done.stderr
-    assert _imported_modules(HOST / "main_tip_finetune.py").keys() == {"build_detector", "CustomisedDLE"}
+    assert _imported_modules(HOST / "main_tip_finetune.py").keys() == {"build_detector", "CustomisedDLE", "DataFactory"}
 
 
 def test_a_debugger_of_the_host_ends_the_run(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import sys
 from collections.abc import Iterator
@@ -35,7 +34,6 @@ class Scan:
     norms: list[Tensor] = field(default_factory=list)
     hashes: list[Tensor] = field(default_factory=list)
     sample: list[Tensor] = field(default_factory=list)
-    broken: int = 0  # rows that hold NaN or infinity
     labelled: set[int] = field(default_factory=set)  # interaction classes that occur as labels
     digest: Any = field(default_factory=hashlib.sha256)  # over the bytes of all rows, as training takes it
 
@@ -59,20 +57,23 @@ def scan(store: FeatureStore) -> Scan:
             result.norms.append(rows.norm(dim=1))
             result.hashes.append((rows.contiguous().view(torch.int32).long() * factors).sum(1))
             result.sample.append(rows[chosen[start : start + len(rows)]])
-            finite = torch.isfinite(rows).all(dim=1)
-            result.broken += int((~finite).sum())
             result.labelled |= _labelled(store, shard)
             start += len(rows)
             bar.update(entry["bytes"])
-            yield rows[finite]
+            yield rows
 
-    with bar, contextlib.suppress(ValueError):  # no finite row at all, which `broken` says
-        result.statistics = ModalityStatistics.of(blocks(), store.text)
+    with bar:
+        if "text_mean" in store.host:
+            result.statistics = ModalityStatistics.around(blocks(), store.host["text_mean"], len(store.text))
+        else:
+            result.statistics = ModalityStatistics.of(blocks(), store.text)
     return result
 
 
 def _labelled(store: FeatureStore, shard: dict[str, Tensor]) -> set[int]:
     """Interaction classes that occur in a shard's annotations, and in its labels where those are by interaction."""
+    if store.imported is not None:
+        return set()
     found = set(shard["gt_hoi"].tolist())
     everything = store.host.get("classes/full")
     if everything is not None and shard["labels"].shape[1:] == everything.shape:
@@ -161,13 +162,7 @@ def rows(store: FeatureStore, found: Scan) -> Iterator[Finding]:
     shards = store.index["shards"]
     size = sum(shard["bytes"] for shard in shards)
     yield ok("features.files", f"{len(shards)} shards, {size / 1e6:.1f} MB, every SHA-256 is right")
-    if found.broken:
-        yield Finding(
-            "features.finite", "problem", f"{found.broken} of {len(store)} rows hold NaN or infinity",
-            f"does the bare host score these images? Boxes outside the image do this; {AGAIN}",
-        )  # fmt: skip
-    else:
-        yield ok("features.finite", "no NaN, no infinity")
+    yield ok("features.finite", "no NaN, no infinity")  # a file that holds any is refused when it is read
     yield _duplicates(torch.cat(found.hashes))
     yield _labels(store, found.labelled)
     if found.statistics is not None:
@@ -176,7 +171,6 @@ def rows(store: FeatureStore, found: Scan) -> Iterator[Finding]:
 
 
 def _norms(norms: Tensor) -> Finding:
-    norms = norms[torch.isfinite(norms)]
     zero = int((norms == 0).sum())
     low, middle, high = float(norms.min()), float(norms.median()), float(norms.max())
     found = f"least {low:.4g}, median {middle:.4g}, largest {high:.4g}; {zero} rows of norm zero"
@@ -218,7 +212,6 @@ def means(statistics: ModalityStatistics, sample: Tensor) -> Iterator[Finding]:
     yield _mean_norm("text", text)
     yield _mean_norm("visual", visual)
     yield ok("features.gap", f"distance of the two means {statistics.gap:.3f}")
-    sample = sample[torch.isfinite(sample).all(dim=1)]
     share = {
         side: float(unit(unit(sample) - mean).mean(0).norm())
         for side, mean in (("own", statistics.visual_mean), ("text", statistics.text_mean))
@@ -249,7 +242,7 @@ def _mean_norm(side: str, norm: float) -> Finding:
         return Finding(
             name,
             "problem",
-            f"{what}: all rows point the same way, or are not finite",
+            f"{what}: all rows point the same way",
             f"is --resume a trained checkpoint? {AGAIN}",
         )
     if norm < 0.3:
@@ -265,12 +258,15 @@ def _mean_norm(side: str, norm: float) -> Finding:
 
 
 def text(store: FeatureStore) -> Iterator[Finding]:
-    """Whether the text rows [N_sel, D] are finite, distinct, and span more than a few directions."""
+    """Whether the text rows [N_sel, D] are distinct, and span more than a few directions."""
     name, rows_ = "features.text", store.text
-    zero, broken = int((rows_.norm(dim=1) == 0).sum()), int((~torch.isfinite(rows_)).any(dim=1).sum())
-    if broken or zero:
+    if len(rows_) == 0:
+        yield Finding(name, "warning", "no text rows, only their mean", "import the file of text embeddings as well")
+        return
+    zero = int((rows_.norm(dim=1) == 0).sum())
+    if zero:
         yield Finding(
-            name, "problem", f"of {len(rows_)} text rows {broken} hold NaN or infinity and {zero} are zero",
+            name, "problem", f"of {len(rows_)} text rows {zero} are zero",
             f"rows of classes that were not selected do not belong there: {AGAIN}",
         )  # fmt: skip
         return

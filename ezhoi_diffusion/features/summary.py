@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -60,4 +61,6 @@ def _means(statistics: ModalityStatistics) -> dict[str, Tensor]:
 
 
 def _range(values: Tensor) -> dict[str, float]:
+    if len(values) == 0:
+        return {"min": math.nan, "median": math.nan, "max": math.nan}
     return {"min": float(values.min()), "median": float(values.median()), "max": float(values.max())}

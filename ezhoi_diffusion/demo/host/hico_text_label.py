@@ -9,6 +9,7 @@ hico_text_label = {
     (verb, obj): sentence for (_, obj, verb), sentence in zip(world.CORRESPONDENCE, world.SENTENCES, strict=True)
 }
 hico_unseen_index = world.UNSEEN
+CORRESPONDENCE = world.CORRESPONDENCE
 HOI_IDX_TO_ACT_IDX = [verb for verb, _ in hico_text_label]
 HOI_IDX_TO_OBJ_IDX = [obj for _, obj in hico_text_label]
 ACT_IDX_TO_ACT_NAME = world.VERBS

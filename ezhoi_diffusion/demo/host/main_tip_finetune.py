@@ -15,12 +15,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from hico_text_label import ACT_IDX_TO_ACT_NAME, hico_unseen_index
+from hico_text_label import ACT_IDX_TO_ACT_NAME, CORRESPONDENCE, hico_unseen_index
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 from upt_tip_cache_model_free_finetune_distillself import build_detector
 from utils_tip_cache_and_union_finetune import CustomisedDLE, DataFactory, custom_collate
-
-from ezhoi_diffusion.demo.world import CORRESPONDENCE
 
 
 def main(rank, args):

@@ -123,7 +123,7 @@ def make_bridge(
             force,
         )
     timesteps = model.timesteps or GUIDE_TIMESTEPS
-    steps = steps or min(GUIDE_STEPS, timesteps)
+    steps = min(GUIDE_STEPS, timesteps) if steps is None else steps
     recipe = replace(RECIPES["guide"], scale=_scale(bundle, scale), steps=steps, start_step=steps)
     try:
         config = BridgeConfig(

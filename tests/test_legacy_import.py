@@ -324,6 +324,14 @@ def test_visual_rows_make_a_store_of_directions(files, tmp_path, words):
         store.require_captured("the norms of rows")
 
 
+def test_test_images_are_not_trained_on(files, tmp_path, capsys):
+    metadata = [{"image_id": "HICO_test2015_00000001.jpg"}] * 24
+    path = dump({"embeddings": chain(VISUAL, MEAN, 5.0), "metadata": metadata, "config": {}}, files.folder / "test.pkl")
+    run(path, files.mean, "--out", tmp_path / "out")
+    assert main(["train", str(tmp_path / "out"), "--recipe", "guide", "--out", str(tmp_path / "bridge")]) == 2
+    assert "holds the test split" in capsys.readouterr().err
+
+
 def test_many_rows_make_several_shards(files, tmp_path, monkeypatch):
     monkeypatch.setattr("ezhoi_diffusion.features.store.ROWS_PER_SHARD", 10)
     run(files.visual, files.mean, "--out", tmp_path / "out")

@@ -44,15 +44,20 @@ examples:
 
 def run(args: argparse.Namespace) -> int:
     """Report, and convert."""
+    from tqdm import tqdm
+
     from ezhoi_diffusion.legacy.convert import Bundle, make_bridge, make_store, require_unused, save_bridge
     from ezhoi_diffusion.legacy.formats import read_legacy
 
     if args.out is not None:
         require_unused(args.out)
     files: list[LegacyFile] = []
-    for path in args.files:
-        files.append(read_legacy(path))
-        _report(files[-1])
+    size = sum(path.stat().st_size for path in args.files if path.is_file())
+    with tqdm(total=size, unit="B", unit_scale=True, desc="reading", disable=None, leave=False) as progress:
+        for path in args.files:
+            files.append(read_legacy(path))
+            progress.write(_report(files[-1]))
+            progress.update(path.stat().st_size)
     if args.out is None:
         return 0
     bundle = Bundle.of(files, force=args.force)
@@ -71,9 +76,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _report(file: LegacyFile) -> None:
-    print(f"{file.path}\n  {file.kind}: {file.contents}")
+def _report(file: LegacyFile) -> str:
+    lines = [str(file.path), f"  {file.kind}: {file.contents}"]
     if file.facts:
-        print("  it says: " + ", ".join(f"{key} {value}" for key, value in file.facts.items()))
-    for warning in file.warnings:
-        print(f"  warning: {warning}")
+        lines.append("  it says: " + ", ".join(f"{key} {value}" for key, value in file.facts.items()))
+    return "\n".join([*lines, *(f"  warning: {warning}" for warning in file.warnings)])

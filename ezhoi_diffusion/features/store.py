@@ -6,7 +6,9 @@
     index.json                     meta, totals, the shards in order, sizes and hashes (written last: without it the
                                    store is unfinished)
 
-While it is captured, a .json beside a .safetensors has its size and hash and is what makes it count. Rows are in the order of the split's images, whatever the number of processes that captured them.
+While it is captured, a .json beside a .safetensors has its size and hash and is what makes it count. Rows are in the order
+of the split's images, whatever the number of processes that captured them. An imported store has fewer tensors: what is
+not in it is a typed error, and its text_mean may be known without text rows.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from ezhoi_diffusion.legacy.formats import LegacyFile, read_legacy
 class DiffusionBridgeHOI(nn.Module):
     """adapter_feat [N, D] -> [N, D], from a folder of `ezhoi-diffusion train` or from the guide's own files.
 
-    `diffusion_path` is such a folder, and nothing else is needed; or the guide's model-k.pt, and then `text_mean_path` is
+    `diffusion_path` is such a folder, and nothing else is needed (`text_mean_path` is not read: a folder has its means); or the guide's model-k.pt, and then `text_mean_path` is
     its text mean (or its text embeddings), .pkl or .pt. The guide's files give the guide's behaviour: the EMA weights, the
     text mean taken off visual rows, and *unit rows in the centred space* as result, which EZ-HOI's text features are not in.
     A folder does what its recipe says.

@@ -149,7 +149,6 @@ class _Unpickler(pickle._Unpickler):
             "torch.Size": self._tuple,
             "torch._utils._rebuild_tensor_v2": self._tensor,
             "torch._utils._rebuild_parameter": self._parameter,
-            "torch.nn.parameter.Parameter": "Parameter",
             "_codecs.encode": self._encode,
             "numpy.ndarray": "ndarray",
             "numpy.dtype": _Dtype,

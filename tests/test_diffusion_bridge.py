@@ -85,6 +85,39 @@ def test_unet1d_refuses_odd_widths():
         build_denoiser(BridgeConfig(510, RECIPES["paper"], "unet1d"))
 
 
+@pytest.mark.parametrize(
+    ("dim", "options", "parameters"),
+    [
+        (512, {"dim_mults": [1, 2, 4]}, 1_333_697),
+        (768, {"dim_mults": [1, 2, 4, 8, 16]}, 13_819_073),
+        (512, {"init_dim": 64, "dim_mults": (1, 2)}, 1_729_153),
+        (512, {"init_dim": 16, "dim_mults": [2, 3, 5]}, 646_177),
+        (512, {"init_dim": 32, "dim_mults": [1, 2, 4, 8]}, 4_037_313),
+    ],
+)
+def test_unet1d_of_other_sizes_is_the_published_class(dim, options, parameters):
+    """Counts of the published class, whose outputs were equal to the last digit."""
+    unet = build_denoiser(BridgeConfig(dim, RECIPES["paper"], "unet1d", options))
+    assert sum(p.numel() for p in unet.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"init_dim": 10**6}, "init_dim"),
+        ({"init_dim": 32.0}, "init_dim"),
+        ({"dim_mults": [1, 2, 4, 8, 16, 32, 64]}, "dim_mults"),
+        ({"dim_mults": [1, 1000]}, "dim_mults"),
+        ({"dim_mults": []}, "dim_mults"),
+        ({"dim_mults": "12"}, "dim_mults"),
+        ({"dim_mults": [1, 2, 4, 8, 16, 32]}, "not a multiple of 32, use mlp"),
+    ],
+)
+def test_unet1d_refuses_absurd_sizes(options, says):
+    with pytest.raises(DenoiserError, match=says):
+        build_denoiser(BridgeConfig(520, RECIPES["paper"], "unet1d", options))
+
+
 @pytest.mark.parametrize("options", [{"width": 10**9}, {"depth": 0}, {"width": "512"}])
 def test_mlp_refuses_absurd_sizes(options):
     with pytest.raises(DenoiserError):

@@ -9,7 +9,7 @@ import torch
 
 from ezhoi_diffusion.diffusion.normalization import normalize, uncenter
 from ezhoi_diffusion.diffusion.recipes import RECIPES, Recipe, RecipeError
-from ezhoi_diffusion.diffusion.samplers import ddim, grid
+from ezhoi_diffusion.diffusion.samplers import ddim, grid, published
 from ezhoi_diffusion.diffusion.schedule import OBJECTIVES, Schedule, isotropic_estimate
 from ezhoi_diffusion.features.statistics import unit
 
@@ -109,9 +109,12 @@ def test_grid_refuses_repeated_levels(steps, start_step):
 def test_sampler_refuses_a_start_beyond_the_schedule():
     with pytest.raises(ValueError, match="1000 levels"):
         ddim(lambda x, t: x, normal(1, 8), schedule=SCHEDULE, steps=5, start_step=1001, scale=5.0)
+    with pytest.raises(ValueError, match="1000 levels"):
+        published(lambda x, t: x, normal(1, 8), schedule=SCHEDULE, steps=5, start_step=1001, scale=5.0)
 
 
-def test_ddim_equals_the_published_loop():
+@pytest.mark.parametrize("sampler", [ddim, published])
+def test_samplers_equal_the_published_loop(sampler):
     """Written from the formula, with ε explicit and in float64."""
     z = 5 * unit(normal(4, 64, dtype=torch.float64))
     weights = normal(64, 64, seed=2, dtype=torch.float64) / 8
@@ -128,7 +131,7 @@ def test_ddim_equals_the_published_loop():
         if after >= 0:
             noise = (x / alpha_bar[t].sqrt() - x0) / (1 / alpha_bar[t] - 1).sqrt()
             x = alpha_bar[after].sqrt() * x0 + (1 - alpha_bar[after]).sqrt() * noise
-    found = ddim(predict, z, schedule=SCHEDULE, steps=5, start_step=600, scale=5.0)
+    found = sampler(predict, z, schedule=SCHEDULE, steps=5, start_step=600, scale=5.0)
     assert torch.allclose(found, x0, atol=1e-12)
 
 

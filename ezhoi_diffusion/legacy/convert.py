@@ -77,7 +77,7 @@ class Bundle:
     def tolerate(self, problem: str, force: bool) -> None:
         """Raise ImportFilesError, or note the problem if `force`."""
         if not force:
-            raise ImportFilesError(f"{problem}, or add --force to go on all the same")
+            raise ImportFilesError(f"{problem}, or go on all the same with `ezhoi-diffusion import --force`")
         self.notes.append(f"FORCED: {problem}")
 
     @property

@@ -13,6 +13,7 @@ not in it is a typed error, and its text_mean may be known without text rows.
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -138,7 +139,7 @@ class FeatureWriter:
         """Write what the host's score needs, unless that is there already; returns what is there."""
         try:
             with locked(self.folder, FeatureStoreError, f"{LOCK}-host", wait=True):
-                if not (self.folder / HOST).with_suffix(".json").exists():
+                if not os.path.lexists((self.folder / HOST).with_suffix(".json")):
                     write_host_tensors(self.folder, tensors)
         except OSError as error:
             raise FeatureStoreError(

@@ -1,0 +1,253 @@
+"""kill -9 at any moment, over and over: what goes on in a new process ends as if nothing had happened.
+
+EZHOI_DIFFUSION_KILLS=100 asks for that many random kills of each kind instead of a few.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import crash
+import pytest
+import torch
+import torch._dynamo  # the first optimizer of a process imports it, and that takes seconds
+from conftest import HOST, host_flags, launch
+from test_features import META, D, image
+from test_training_trainer import QUICK, equal, low_rank, weights
+
+from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
+from ezhoi_diffusion.features.store import FeatureStore, FeatureStoreError, FeatureWriter, finish_store
+from ezhoi_diffusion.training.trainer import TrainingError, train
+
+KILLS = int(os.environ.get("EZHOI_DIFFUSION_KILLS", "6"))
+STRIDE = 1 if KILLS > 6 else 23  # between the calls that are aimed at
+
+pytestmark = pytest.mark.slow
+PAIRS = [3, 0, 5, 2, 0, 4, 1, 6, 0, 2, 7, 3]
+TEXT = torch.randn(7, D, generator=torch.Generator().manual_seed(0))
+# nearly all of the time goes into saving
+SAVING = replace(QUICK, train_steps=8, checkpoint_every=2, val_every=3)
+
+processes = multiprocessing.get_context("forkserver")  # each run a fresh process, the imports paid once
+processes.set_forkserver_preload(["test_kills"])
+
+
+def capture(folder: Path, pause: float = 0.0) -> None:
+    """What the capture plugin does to a folder in a run over all images."""
+    writer = FeatureWriter(folder, META, rows_per_shard=4)
+    for index in range(writer.next_index, len(PAIRS)):
+        writer.keep_host_tensors({"text": TEXT, "context/ctx.0": torch.ones(2)})
+        writer.add(image(index, PAIRS[index]))
+        time.sleep(pause)
+    writer.flush()
+    finish_store(folder)
+    writer.close()
+
+
+def training(folder: Path) -> None:
+    torch.set_num_threads(1)
+    train(low_rank(), SAVING, folder, resume=True)
+
+
+def job(work, folder: Path, call: int | None) -> None:
+    if call is not None:
+        crash.crash_at(call)
+    work(folder)
+
+
+def started(work, folder: Path, call: int | None = None):
+    process = processes.Process(target=job, args=(work, folder, call))
+    process.start()
+    return process
+
+
+def ended(process) -> int:
+    process.join(120)
+    assert process.exitcode is not None, "a run hangs"
+    return process.exitcode
+
+
+def finished(work, folder: Path) -> bool:
+    return (folder / ("index.json" if work is capture else "config.json")).exists()
+
+
+def content(work, folder: Path):
+    """What has to be equal, bit for bit."""
+    if work is capture:
+        store = FeatureStore(folder)
+        names = ("adapter_feat", "labels", "pairing", "boxes", "gt_boxes")
+        return {**{name: store.rows(name) for name in names}, **store.host}, [i["name"] for i in store.images]
+    DiffusionBridge.from_pretrained(folder)
+    both = {**weights(folder), **{f"best.{name}": x for name, x in weights(folder / "best").items()}}
+    return both, None
+
+
+def same(work, folder: Path, reference: Path) -> bool:
+    (a, listed), (b, expected) = content(work, folder), content(work, reference)
+    left = [path for path in folder.rglob("*") if path.name.endswith((".tmp", ".staged", ".committed"))]
+    return equal(a, b) and listed == expected and not left
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """Both works, never interrupted, and how long they take."""
+    folders, seconds = {}, {}
+    for work in (capture, training):
+        folders[work] = tmp_path_factory.mktemp("whole") / work.__name__
+        for _ in range(2):  # the second is not slowed down by imports
+            begun = time.monotonic()
+            folder = folders[work].with_name(f"{work.__name__}-{len(seconds)}") if work in seconds else folders[work]
+            assert ended(started(work, folder)) == 0
+            seconds[work] = time.monotonic() - begun
+    return folders, seconds
+
+
+@pytest.mark.parametrize("work", [capture, training])
+def test_killed_at_every_call_that_changes_the_disk(work, reference, tmp_path):
+    """Each run dies at one call further than the one before, until one does not die."""
+    kills = 0
+    for call in itertools.count(0, STRIDE):
+        folder = tmp_path / str(call)
+        code = ended(started(work, folder, call))
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        kills += 1
+        # what a kill during the resumed run leaves, too
+        if call % 2 and not finished(work, folder):
+            kills += ended(started(work, folder, call // 2)) == -signal.SIGKILL
+        if work is training or not finished(work, folder):
+            assert ended(started(work, folder)) == 0, f"killed at call {call}, it does not go on"
+        assert same(work, folder, reference[0][work]), f"killed at call {call}, it ends otherwise"
+    print(f"{work.__name__}: {kills} aimed kills, runs lost 0")
+    assert kills >= 2
+
+
+@pytest.mark.parametrize("work", [capture, training])
+def test_killed_at_random_moments(work, reference, tmp_path):
+    """Killed again and again, also while it goes on, until it was let through once."""
+    chance, kills, runs = random.Random(work.__name__), 0, 0
+    while kills < KILLS:
+        folder = tmp_path / str(runs)
+        runs += 1
+        for _ in range(4):
+            process = started(work, folder)
+            time.sleep(chance.uniform(0.0, 0.9) * reference[1][work])
+            process.kill()
+            kills += ended(process) == -signal.SIGKILL
+            if finished(work, folder):
+                break
+        if work is training or not finished(work, folder):
+            assert ended(started(work, folder)) == 0
+        assert same(work, folder, reference[0][work])
+    print(f"{work.__name__}: {kills} random kills over {runs} runs, runs lost 0")
+
+
+# -- asked to end --------------------------------------------------------------------------------------------------
+
+
+def slowly(folder: Path) -> None:
+    torch.set_num_threads(1)
+    train(low_rank(), SAVING, folder, resume=True, on_step=lambda step: time.sleep(0.05))
+
+
+def ask_to_end(work, folder: Path, when) -> int:
+    process = started(work, folder)
+    while not when():
+        assert process.is_alive()
+        time.sleep(0.01)
+    process.terminate()
+    return ended(process)
+
+
+def test_sigterm_is_a_checkpoint_and_a_status_that_schedulers_know(reference, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "test_kills", str(out)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), *sys.path))}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    while not list(out.glob("checkpoints/step-*/manifest.json")):
+        time.sleep(0.01)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert "with a checkpoint of it in" in said
+    assert "--resume to go on" in said
+    assert "Traceback" not in said
+    assert ended(started(training, out)) == 0
+    assert same(training, out, reference[0][training])
+
+
+def main(out: str) -> int:
+    """The command line's way with the error that a stopped training raises."""
+    from ezhoi_diffusion import cli
+
+    cli.build_parser = lambda argv: type("P", (), {"parse_args": lambda self, argv: type("A", (), {"run": work})})()
+
+    def work(args):
+        slowly(Path(out))
+        return 0
+
+    return cli.main([])
+
+
+def test_one_folder_has_one_writer(tmp_path):
+    process = started(slowly, tmp_path / "out")
+    while not list((tmp_path / "out").glob("checkpoints/step-*")):
+        time.sleep(0.01)
+    with pytest.raises(TrainingError, match="another process is writing into"):
+        train(low_rank(), SAVING, tmp_path / "out", resume=True)
+    assert ended(process) == 0
+
+    process = processes.Process(target=capture, args=(tmp_path / "features", 0.3))
+    process.start()
+    while not list((tmp_path / "features").glob("shard-*.json")):
+        time.sleep(0.01)
+    with pytest.raises(FeatureStoreError, match="another process is writing into"):
+        FeatureWriter(tmp_path / "features", META)
+    process.kill()
+    ended(process)
+    FeatureWriter(tmp_path / "features", META).close()  # the lock died with its process
+
+
+# -- the launcher --------------------------------------------------------------------------------------------------
+
+
+def test_a_capture_through_the_launcher_is_killed_and_asked_to_end(small_world, tmp_path):
+    flags = [*host_flags(small_world, evaluate=True), "--capture-split", "train", "--plugin", "capture", "--capture"]
+    whole = launch(*flags, str(tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr
+    seam = "import sys, ezhoi_diffusion.features.store as s; s.FeatureWriter.__init__.__kwdefaults__['seconds_per_shard'] = 0.0"
+    command = f"{seam}; from ezhoi_diffusion.cli import main; sys.exit(main(sys.argv[1:]))"
+    folder = tmp_path / "cut"
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        have = len(list(folder.glob("shard-*.json")))
+        process = subprocess.Popen(
+            [sys.executable, "-c", command, "run", "main_tip_finetune.py", *flags, str(folder)],
+            cwd=HOST, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        while len(list(folder.glob("shard-*.json"))) < have + 3:
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == (-9 if number == signal.SIGKILL else 75), said
+    assert "give the same command again to go on" in said
+    assert "Traceback" not in said
+    done = launch(*flags, str(folder))
+    assert done.returncode == 0, done.stderr
+    assert "is unfinished, going on at image" in done.stdout
+    assert torch.equal(FeatureStore(folder).adapter_feat(), FeatureStore(tmp_path / "whole").adapter_feat())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

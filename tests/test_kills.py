@@ -20,11 +20,12 @@ import crash
 import pytest
 import torch
 import torch._dynamo  # the first optimizer of a process imports it, and that takes seconds
-from conftest import HOST, host_flags, launch
+from conftest import HOST, free_port, host_flags, launch
 from test_features import META, D, image
 from test_training_trainer import QUICK, equal, low_rank, weights
 
 from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
+from ezhoi_diffusion.errors import Interrupted
 from ezhoi_diffusion.features.store import FeatureStore, FeatureStoreError, FeatureWriter, finish_store
 from ezhoi_diffusion.training.trainer import TrainingError, train
 
@@ -218,6 +219,40 @@ def test_one_folder_has_one_writer(tmp_path):
     FeatureWriter(tmp_path / "features", META).close()  # the lock died with its process
 
 
+def member(rank: int, out: Path, port: str, pause: float) -> None:
+    """One of two processes of a training."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    config = replace(QUICK, train_steps=60, checkpoint_every=50, val_every=25)
+    try:
+        train(low_rank(), config, out, resume=True, on_step=lambda step: time.sleep(pause))
+    except Interrupted as stopped:
+        sys.exit(stopped.status)
+
+
+def two(out: Path, pause: float = 0.0):
+    port = free_port()
+    both = [processes.Process(target=member, args=(rank, out, port, pause)) for rank in range(2)]
+    for process in both:
+        process.start()
+    return both
+
+
+def test_two_processes_stop_at_the_same_step_when_one_is_asked(tmp_path):
+    assert [ended(process) for process in two(tmp_path / "whole")] == [0, 0]
+    both = two(tmp_path / "out", 0.05)
+    while not list((tmp_path / "out").glob("best/config.json")):  # step 25
+        time.sleep(0.01)
+    both[1].terminate()
+    assert [ended(process) for process in both] == [75, 75]
+    (checkpoint,) = (tmp_path / "out" / "checkpoints").iterdir()
+    assert checkpoint.name != "step-000000050"
+    assert [ended(process) for process in two(tmp_path / "out")] == [0, 0]
+    for folder in ("", "best"):
+        assert equal(weights(tmp_path / "out" / folder), weights(tmp_path / "whole" / folder))
+
+
 # -- the launcher --------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +282,40 @@ def test_a_capture_through_the_launcher_is_killed_and_asked_to_end(small_world, 
     assert done.returncode == 0, done.stderr
     assert "is unfinished, going on at image" in done.stdout
     assert torch.equal(FeatureStore(folder).adapter_feat(), FeatureStore(tmp_path / "whole").adapter_feat())
+
+
+def test_two_processes_of_a_capture_are_asked_to_end_through_their_parent(small_world, tmp_path):
+    """And one of them is killed; with another number of processes the capture is refused."""
+    flags = [*host_flags(small_world, evaluate=False), "--plugin", "capture", "--capture"]
+    whole = launch(*flags, str(tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr
+    folder = tmp_path / "cut"
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ezhoi_diffusion", "run", "main_tip_finetune.py", *flags, str(folder), "--world-size", "2"],
+            cwd=HOST, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        while not (folder / "host.json").exists() or not list(folder.glob(".lock-001")):
+            assert process.poll() is None
+            time.sleep(0.005)
+        if number == signal.SIGTERM:
+            process.terminate()
+        else:
+            os.kill(
+                int(subprocess.check_output(["pgrep", "-P", str(process.pid), "-f", "spawn_main"]).split()[0]), number
+            )
+        _, said = process.communicate(timeout=90)
+        assert process.returncode == (75 if number == signal.SIGTERM else 1), said
+        for lock in folder.glob(".lock-*"):
+            lock.unlink()
+    refused = launch(*flags, str(folder))
+    assert refused.returncode == 2
+    assert "processes: there 2, now 1" in refused.stderr
+    done = launch(*flags, str(folder), "--world-size", "2")
+    assert done.returncode == 0, done.stderr
+    assert torch.allclose(
+        FeatureStore(folder).adapter_feat(), FeatureStore(tmp_path / "whole").adapter_feat(), atol=1e-5
+    )
 
 
 if __name__ == "__main__":

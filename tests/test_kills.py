@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from multiprocessing import forkserver
 from pathlib import Path
 
 import crash
@@ -30,7 +31,7 @@ from ezhoi_diffusion.features.store import FeatureStore, FeatureStoreError, Feat
 from ezhoi_diffusion.training.trainer import TrainingError, train
 
 KILLS = int(os.environ.get("EZHOI_DIFFUSION_KILLS", "6"))
-STRIDE = 1 if KILLS > 6 else 23  # between the calls that are aimed at
+STRIDE = 1 if KILLS > 6 else 11  # between the calls that are aimed at
 
 pytestmark = pytest.mark.slow
 PAIRS = [3, 0, 5, 2, 0, 4, 1, 6, 0, 2, 7, 3]
@@ -40,6 +41,14 @@ SAVING = replace(QUICK, train_steps=8, checkpoint_every=2, val_every=3)
 
 processes = multiprocessing.get_context("forkserver")  # each run a fresh process, the imports paid once
 processes.set_forkserver_preload(["test_kills"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _server():
+    """Start it where it finds this module: it does not look along sys.path."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join((str(Path(__file__).parent), *sys.path)))
+        forkserver.ensure_running()
 
 
 def capture(folder: Path, pause: float = 0.0) -> None:
@@ -284,6 +293,11 @@ def test_a_capture_through_the_launcher_is_killed_and_asked_to_end(small_world, 
     assert torch.equal(FeatureStore(folder).adapter_feat(), FeatureStore(tmp_path / "whole").adapter_feat())
 
 
+def spawned_by(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
 def test_two_processes_of_a_capture_are_asked_to_end_through_their_parent(small_world, tmp_path):
     """And one of them is killed; with another number of processes the capture is refused."""
     flags = [*host_flags(small_world, evaluate=False), "--plugin", "capture", "--capture"]
@@ -301,9 +315,7 @@ def test_two_processes_of_a_capture_are_asked_to_end_through_their_parent(small_
         if number == signal.SIGTERM:
             process.terminate()
         else:
-            os.kill(
-                int(subprocess.check_output(["pgrep", "-P", str(process.pid), "-f", "spawn_main"]).split()[0]), number
-            )
+            os.kill(spawned_by(process.pid)[0], number)
         _, said = process.communicate(timeout=90)
         assert process.returncode == (75 if number == signal.SIGTERM else 1), said
         for lock in folder.glob(".lock-*"):

@@ -83,8 +83,6 @@ class Attachment:
             share_context(host.model, host.device)
         self._attached = True
         plugins.notify("on_attach", host=host)
-        if captures:
-            self._wait_for_all()  # what rank 0 opens is there before another process writes into it
         variants = resolve_variants(args.compare, plugins, args.bridge, host.accept, host.device) if compares else {}
         if captures:
             self._capture()
@@ -115,6 +113,7 @@ class Attachment:
         try:
             first = min(host.done.get(name, 0) for name in host.plugins.implementing("on_train_batch"))
             with asked_to_stop() as asked:
+                self._wait_for_all(asked)  # what rank 0 opens is there before another process writes into it
                 capture_pass(host, split, args.max_images, emit, first, asked)
                 if host.rank == 0:
                     self._wait_for_all(asked)

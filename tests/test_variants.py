@@ -36,12 +36,10 @@ def logits_in(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 
 # -- other flags -------------------------------------------------------------------------------------------------
 
-VARIANTS = {  # flags added, flags left out, split, groups of classes
-    "rare_first": ([], (), "rare_first", {"unseen", "seen"}),
-    "nothing hidden": ([], (), None, set()),
-    "act_descriptor": (["--act_descriptor", "--txt_align"], (), "unseen_verb", {"unseen", "seen"}),
+VARIANTS = {  # flags added, flags left out, split, groups of classes; two kinds in one run where they do not meet
+    "rare_first, no img_align": ([], ("--img_align",), "rare_first", {"unseen", "seen"}),
+    "nothing hidden, act_descriptor": (["--act_descriptor", "--txt_align"], (), None, set()),
     "without_unseen_name": (["--without_unseen_name"], (), "unseen_verb", {"unseen", "seen"}),
-    "no img_align": ([], ("--img_align",), "unseen_verb", {"unseen", "seen"}),
 }
 
 
@@ -222,6 +220,13 @@ def test_what_vcoco_cannot_do_is_refused_with_the_way(vcoco, tmp_path, flags, me
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert "start from a randomly initialised model" not in done.stdout, "refused before the model is built"
+
+
+def test_a_pass_with_the_training_augmentation_is_refused(small_world, tmp_path):
+    flags = [*host_flags(small_world, evaluate=False), "--plugin", "capture", "--capture", str(tmp_path / "f")]
+    done = launch(*flags, "--partitions", "train2015", "train2015")
+    assert done.returncode == 2
+    assert "--partitions train2015 train2015: the host loads whatever starts with `train`" in done.stderr
 
 
 # -- odd numbers of images and processes ---------------------------------------------------------------------------

@@ -45,7 +45,7 @@ class FeatureBatch:
     logits: Tensor  # [P, num_classes] float32, what the host makes of them, before sigmoid and detector scores
     labels: Tensor  # [P, num_classes] bool, annotations matched at the host's IoU threshold
     gt_boxes: Tensor  # [2, G, 4] annotated human and object boxes, xyxy, same pixels as `pairs.boxes`
-    gt_hoi: Tensor  # [G] int64, annotated interaction classes
+    gt_hoi: Tensor  # [G] int64, annotated interaction classes; V-COCO has actions in their place
 
     @property
     def image(self) -> str | None:

@@ -31,8 +31,16 @@ def default_split(args: Any) -> str:
 
 
 def split_dataset(host: Host, split: str) -> Any:
-    """The host's dataset of a split, with the evaluation transform, and the annotations its own flags leave in it."""
+    """The host's dataset of a split, with the evaluation transform, and the annotations its own flags leave in it.
+
+    Raises CaptureError where the host would load both partitions with its training augmentation.
+    """
     args, trainset = host.args, host.engine._train_loader.dataset
+    if str(args.partitions[1]).startswith("train"):
+        raise CaptureError(
+            f"--partitions {' '.join(args.partitions)}: the host loads whatever starts with `train` with flips, crops and "
+            f"colour jitter, so the second must be a test split, e.g. test2015 for HICO-DET, test for V-COCO"
+        )
     factory = type(trainset)
     testset = factory(
         name=args.dataset, partition=args.partitions[1], data_root=args.data_root, clip_model_name=args.clip_model_name

@@ -137,7 +137,10 @@ def test_capture_without_augmentation_is_repeatable_and_resumable(small_world, c
     again = FeatureStore(tmp_path / "again")
     assert torch.equal(again.adapter_feat(), captured[0].adapter_feat())
     assert again.fingerprint == captured[0].fingerprint
-    refused = launch(*flags, "--capture", str(tmp_path / "again"))
+    done = launch(*flags, "--capture", str(tmp_path / "again"))
+    assert done.returncode == 0, done.stderr
+    assert "holds this very capture, finished" in done.stdout
+    refused = launch(*flags, "--capture", str(tmp_path / "again"), "--max-images", "3")
     assert refused.returncode == 2
     assert "holds a finished capture already" in refused.stderr
     assert "Traceback" not in refused.stderr

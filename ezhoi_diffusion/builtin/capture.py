@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ezhoi_diffusion.features.batch import FeatureBatch
-from ezhoi_diffusion.features.store import FeatureStoreError, FeatureWriter, finish_store
+from ezhoi_diffusion.features.store import FeatureStoreError, FeatureWriter, finish_store, is_captured
 from ezhoi_diffusion.hookspecs import hookimpl
 from ezhoi_diffusion.host.capture import clip_folder, default_split, image_names, split_dataset
 from ezhoi_diffusion.host.fingerprint import context_vectors
@@ -54,6 +54,13 @@ class CapturePlugin:
             "interactions": interaction_names(host),
             "fingerprint": fingerprint,
         }
+        if is_captured(Path(host.args.capture), meta):
+            if host.rank == 0:
+                print(
+                    f"capture: {host.args.capture} holds this very capture, finished; delete it to make it anew",
+                    flush=True,
+                )
+            raise SystemExit(0)  # as at the end of a pass: who was killed right there gives the command again
         self._host, self._text = host, None
         self._writer = FeatureWriter(Path(host.args.capture), meta, rank=host.rank)
         host.done["capture"] = self._writer.next_index

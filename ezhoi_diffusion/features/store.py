@@ -157,6 +157,11 @@ def write_host_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     write_json((folder / HOST).with_suffix(".json"), write_tensors(folder / HOST, tensors))
 
 
+def is_captured(folder: Path, meta: dict[str, Any]) -> bool:
+    """Whether a folder holds a finished capture of this. Raises FeatureStoreError where what it holds is damaged."""
+    return (folder / INDEX).exists() and FeatureStore(folder).meta == {"schema": SCHEMA, **meta}
+
+
 def finish_store(folder: Path) -> FeatureStore:
     """Merge the shards of all processes into the index, and open the store. Raises FeatureStoreError."""
     entries = sorted(folder.glob("shard-[0-9][0-9][0-9]-*.json"))

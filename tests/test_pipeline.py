@@ -129,7 +129,7 @@ def test_flags_that_the_pipeline_sets_itself_are_refused(tmp_path, capsys):
     assert main(["pipeline", "main_tip_finetune.py", "--eval"]) == 2
     assert "--work DIR is missing" in capsys.readouterr().err
     assert main(["pipeline", str(tmp_path / "none.py"), "--work", str(tmp_path / "w")]) == 2
-    assert "give this command in the EZ-HOI folder" in capsys.readouterr().err
+    assert "run this from the EZ-HOI folder" in capsys.readouterr().err
 
 
 @pytest.mark.slow

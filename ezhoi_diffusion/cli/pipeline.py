@@ -35,7 +35,7 @@ in DIR:
 example:
   ezhoi-diffusion pipeline main_tip_finetune.py … --eval --resume CKPT --work DIR
 """
-UNREAD = ("--output-dir", "--port", "--num-workers", "--print-interval")  # flags of the host that change no feature
+UNREAD = ("output_dir", "port", "num_workers", "print_interval")  # flags of the host that change no feature
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -84,28 +84,21 @@ def make_steps(args: argparse.Namespace, host_flags: list[str]) -> list[Step]:
     """The six steps for these flags."""
     from importlib.metadata import version
 
+    from ezhoi_diffusion.host.launch import read_flags
     from ezhoi_diffusion.pipeline import Step, content
 
     work: Path = args.work
     folders = {name: work / name for name in ("features", "statistics", "bridge", "features-test", "test", "report")}
     package = {"package": version("ezhoi-diffusion")}
-    words = _without(host_flags, UNREAD)
-    host = {**package, "flags": words, "sources": source_digest(args.script)}
-    host |= {f"contents of {word}": content(word) for word in words if not word.startswith("-") and Path(word).exists()}
+    given = vars(read_flags(args.script, host_flags))  # its defaults as well, and refused now if it refuses them
+    host = {**package, "sources of the host": source_digest(args.script)}
+    host |= {f"--{name}": content(value) for name, value in given.items() if name not in UNREAD}
     limit = [] if args.max_images is None else ["--max-images", str(args.max_images)]
 
     def capture(name: str, split: str) -> Step:
-        command = [
-            "run",
-            str(args.script),
-            *host_flags,
-            "--plugin",
-            "capture",
-            "--capture",
-            str(folders[name].resolve()),
-        ]
+        ours = ["--plugin", "capture", "--capture", str(folders[name].resolve()), "--capture-split", split, *limit]
         return Step(
-            name, f"capture the {split} images", folders[name], [*command, "--capture-split", split, *limit],
+            name, f"capture the {split} images", folders[name], ["run", str(args.script), *host_flags, *ours],
             {**host, "split": split, "max_images": args.max_images},
         )  # fmt: skip
 
@@ -140,21 +133,12 @@ def make_steps(args: argparse.Namespace, host_flags: list[str]) -> list[Step]:
     ]  # fmt: skip
 
 
-def _without(words: list[str], flags: tuple[str, ...]) -> list[str]:
-    """The command line less these flags and their values."""
-    return [
-        word for before, word in zip(["", *words], words, strict=False) if word not in flags and before not in flags
-    ]
-
-
 def source_digest(script: Path) -> str:
     """SHA-256 over the Python files beside the script, by name and content."""
     import hashlib
 
     from ezhoi_diffusion.files import sha256
 
-    if not script.is_file():
-        raise EzhoiDiffusionError(f"{script} is no file: give this command in the EZ-HOI folder")
     digest = hashlib.sha256()
     for path in sorted(script.resolve().parent.glob("*.py")):
         digest.update(f"{path.name} {sha256(path)}\n".encode())

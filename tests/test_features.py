@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import rewrite
 
+from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
-from ezhoi_diffusion.features.statistics import ModalityStatistics
+from ezhoi_diffusion.features.statistics import ModalityStatistics, shared_part
 from ezhoi_diffusion.features.store import (
     FeatureStore,
     FeatureStoreError,
@@ -15,6 +16,7 @@ from ezhoi_diffusion.features.store import (
     finish_store,
     write_host_tensors,
 )
+from ezhoi_diffusion.files import read_json
 
 D, CLASSES = 16, 5
 META = {"split": "train", "fingerprint": {"dim": D}}
@@ -179,3 +181,29 @@ def test_a_capture_without_any_pair_is_an_error(tmp_path):
 def test_no_store_is_no_store(tmp_path):
     with pytest.raises(FeatureStoreError, match="holds no captured features: make them with"):
         FeatureStore(tmp_path / "nowhere")
+
+
+def test_what_rows_share_is_what_a_mean_leaves():
+    a, b = 0.6, 0.8
+    rows = torch.tensor([[a, b], [a, -b]]) * torch.tensor([[2.0], [5.0]])
+    assert shared_part([rows[:1], rows[1:]], torch.tensor([a, 0.0])) == pytest.approx(0, abs=1e-7)
+    assert shared_part([rows], torch.zeros(2)) == pytest.approx(a)
+    off = torch.tensor([0.0, 0.5])  # leaves (.6, .3) and (.6, -1.3)
+    left = torch.stack([torch.tensor([0.6, 0.3]) / 0.45**0.5, torch.tensor([0.6, -1.3]) / 2.05**0.5])
+    assert shared_part([rows], off) == pytest.approx(float(left.mean(0).norm()))
+
+
+def test_statistics_tell_what_was_captured(tmp_path, capsys):
+    rows = torch.cat([batch.adapter_feat for batch in IMAGES])
+    store = write(tmp_path / "f")
+    assert main(["statistics", str(tmp_path / "f"), "--out", str(tmp_path / "s")]) == 0
+    found = read_json(tmp_path / "s" / "statistics.json", FeatureStoreError, "")
+    assert (found["rows"], found["images"], found["images_without_pairs"]) == (14, 6, 2)
+    assert found["pairs_per_image"] == {"median": 2.0, "max": 5}
+    assert found["visual_norm"]["max"] == pytest.approx(float(rows.norm(dim=1).max()))
+    units = torch.nn.functional.normalize(rows, dim=1)
+    assert found["visual_mean_norm"] == pytest.approx(float(units.mean(0).norm()), rel=1e-5)
+    texts = torch.nn.functional.normalize(store.text, dim=1)
+    assert found["gap"] == pytest.approx(float((units.mean(0) - texts.mean(0)).norm()), rel=1e-5)
+    assert (tmp_path / "s" / "statistics.png").read_bytes().startswith(b"\x89PNG")
+    assert "14 of 6 train images, 2 without" in capsys.readouterr().out

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ezhoi_diffusion.doctor.finding import CAPTURE, Finding, Level, ok
-from ezhoi_diffusion.features.statistics import ModalityStatistics, unit
+from ezhoi_diffusion.features.statistics import ModalityStatistics, shared_part, unit
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.host.fingerprint import Fingerprint
 
@@ -213,7 +213,7 @@ def means(statistics: ModalityStatistics, sample: Tensor) -> Iterator[Finding]:
     yield _mean_norm("visual", visual)
     yield ok("features.gap", f"distance of the two means {statistics.gap:.3f}")
     share = {
-        side: float(unit(unit(sample) - mean).mean(0).norm())
+        side: shared_part([sample], mean)
         for side, mean in (("own", statistics.visual_mean), ("text", statistics.text_mean))
     }
     found = (

@@ -18,6 +18,18 @@ def unit(x: Tensor) -> Tensor:
     return rows
 
 
+def shared_part(blocks: Iterable[Tensor], mean: Tensor) -> float:
+    """What all rows [n, D] have in common once `mean` [D] is taken off: the norm of the mean of unit(unit(x) − mean).
+
+    0 to 1: about 0 where rows spread evenly around the mean, large where a cone is left.
+    """
+    total, count = torch.zeros(len(mean), dtype=torch.float64), 0
+    for rows in blocks:
+        total += unit(unit(rows.double()) - mean.double()).sum(0)
+        count += len(rows)
+    return float((total / count).norm())
+
+
 @dataclass(frozen=True)
 class ModalityStatistics:
     """Means of the *unit* rows of both modalities, not renormalised (float32, [D]).

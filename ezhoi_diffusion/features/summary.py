@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ezhoi_diffusion.features.statistics import ModalityStatistics, unit
+from ezhoi_diffusion.features.statistics import shared_part, unit
 from ezhoi_diffusion.features.store import FeatureStore
 
 
 def summarize(store: FeatureStore) -> dict[str, Any]:
     """Counts, norms and means of a store, as JSON. Raises FeatureStoreError.
 
-    shared: the share of a unit visual row that all rows have in common once a mean is taken off, the norm of the mean of
-    unit(unit(x) − mean): about 0 after its own mean if rows spread evenly around it, large where a cone is left.
+    shared: what all visual rows have in common once a mean is taken off; see `shared_part`.
     """
     statistics = store.statistics()
     counts = torch.tensor([image["rows"] for image in store.images])
-    norms = torch.cat([shard["adapter_feat"].norm(dim=1) for shard in store.shards()])
+    norms = torch.cat([rows.norm(dim=1) for rows in _rows(store)])
     text_norms = store.text.norm(dim=1)
     return {
         "rows": len(store),
@@ -35,16 +35,11 @@ def summarize(store: FeatureStore) -> dict[str, Any]:
         "text_mean_norm": float(statistics.text_mean.norm()),
         "visual_mean_norm": float(statistics.visual_mean.norm()),
         "gap": statistics.gap,
-        "shared": {side: shared_part(store, mean) for side, mean in _means(statistics).items()},
+        "shared": {
+            "after_visual_mean": shared_part(_rows(store), statistics.visual_mean),
+            "after_text_mean": shared_part(_rows(store), statistics.text_mean),
+        },
     }
-
-
-def shared_part(store: FeatureStore, mean: Tensor) -> float:
-    """Norm of the mean of unit(unit(x) − mean) over all rows x, for mean [D]."""
-    total = torch.zeros(len(mean), dtype=torch.float64)
-    for shard in store.shards():
-        total += unit(unit(shard["adapter_feat"].double()) - mean.double()).sum(0)
-    return float((total / len(store)).norm())
 
 
 def drawn_cosines(store: FeatureStore, rows: int = 1000, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,8 +51,8 @@ def drawn_cosines(store: FeatureStore, rows: int = 1000, seed: int = 0) -> tuple
     return (v1 * v2).sum(1), (t1 * t2).sum(1), (v1 * t1).sum(1)
 
 
-def _means(statistics: ModalityStatistics) -> dict[str, Tensor]:
-    return {"after_text_mean": statistics.text_mean, "after_visual_mean": statistics.visual_mean}
+def _rows(store: FeatureStore) -> Iterator[Tensor]:
+    return (shard["adapter_feat"] for shard in store.shards())
 
 
 def _range(values: Tensor) -> dict[str, float]:

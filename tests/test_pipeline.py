@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
-from conftest import host_flags, run_host
+import torch
+from conftest import HOST, host_flags, run_host
 
-from ezhoi_diffusion import pipeline
+from ezhoi_diffusion import files, pipeline
 from ezhoi_diffusion.cli import main
+from ezhoi_diffusion.errors import Interrupted
 from ezhoi_diffusion.pipeline import PipelineError, Step, StepFailed, run_steps
 
 
@@ -103,6 +107,105 @@ def test_an_interrupted_step_goes_on_and_a_changed_one_begins_anew(tmp_path, com
     assert not (tmp_path / "b" / "half").exists()
 
 
+def test_a_typo_costs_nothing(tmp_path, commands, capsys):
+    """A finished result is kept aside while another is made, and taken back when the old inputs are."""
+    run_steps(three(tmp_path), tmp_path)
+    (tmp_path / "a" / "hours").write_text("of work")
+    commands.fail.add("a")
+    with pytest.raises(StepFailed):
+        run_steps(three(tmp_path, text="typo"), tmp_path)
+    with pytest.raises(StepFailed):
+        run_steps(three(tmp_path, text="another typo"), tmp_path)
+    commands.fail.clear()
+    names(commands)
+    assert run_steps(three(tmp_path), tmp_path) == 0
+    assert names(commands) == ""
+    assert (tmp_path / "a" / "hours").exists()
+    assert not list(tmp_path.glob(".old-*"))
+    run_steps(three(tmp_path, text="meant"), tmp_path)
+    assert not (tmp_path / "a" / "hours").exists()
+    assert not list(tmp_path.glob(".old-*"))
+
+
+def test_killed_between_two_renames_nothing_is_lost(tmp_path, commands, monkeypatch):
+    run_steps(three(tmp_path), tmp_path)
+    names(commands)
+
+    def killed(self, name, record):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline._State, "_write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_steps(three(tmp_path, text="other"), tmp_path)
+    assert not (tmp_path / "a").exists()
+    assert run_steps(three(tmp_path), tmp_path) == 0
+    assert names(commands) == ""
+
+
+def test_what_others_put_beside_a_result_does_not_count(tmp_path, commands):
+    run_steps(three(tmp_path), tmp_path)
+    (tmp_path / "a" / "notes.txt").write_text("mine")
+    assert run_steps(three(tmp_path), tmp_path) == 0
+
+
+def test_a_request_to_end_stops_between_steps(tmp_path, commands, monkeypatch):
+    calls = commands
+
+    def asked(command):
+        calls(command)
+        return command[0] == "a"
+
+    monkeypatch.setattr(pipeline, "_run", asked)
+    with pytest.raises(Interrupted, match="after step a"):
+        run_steps(three(tmp_path), tmp_path)
+    assert names(commands) == "a"
+    run_steps(three(tmp_path)[1:], tmp_path)
+    assert names(commands) == "bc"
+
+
+@pytest.mark.parametrize(("status", "kind"), [(75, Interrupted), (-15, Interrupted), (2, StepFailed), (-9, StepFailed)])
+def test_how_a_step_ends(monkeypatch, status, kind):
+    code = f"import os, sys; sys.exit({status})" if status >= 0 else f"import os; os.kill(os.getpid(), {-status})"
+    popen = pipeline.subprocess.Popen
+    monkeypatch.setattr(
+        pipeline.subprocess, "Popen", lambda command, **more: popen([sys.executable, "-c", code], **more)
+    )
+    with pytest.raises(kind, match="same pipeline command goes on") as raised:
+        pipeline._run(["x"])
+    assert raised.value.status == {75: 75, -15: 75, 2: 2, -9: 137}[status]
+
+
+def test_two_pipelines_do_not_share_a_folder(tmp_path, commands):
+    run_steps(three(tmp_path), tmp_path)
+    code = f"""
+import sys
+from pathlib import Path
+from ezhoi_diffusion.pipeline import PipelineError, run_steps
+try:
+    run_steps([], Path({str(tmp_path)!r}))
+except PipelineError as error:
+    sys.exit("another process is writing" in str(error) and 7)
+"""
+    with files.locked(tmp_path, PipelineError):
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 7
+
+
+def test_contents_of_files_and_folders(tmp_path):
+    data, work = tmp_path / "data", tmp_path / "data" / "work"
+    work.mkdir(parents=True)
+    (data / "a.txt").write_text("1")
+    assert pipeline.content(3, work) == 3
+    assert pipeline.content("no such file", work) == "no such file"
+    assert pipeline.content("x" * 5000, work) == "x" * 5000
+    file, folder = pipeline.content(str(data / "a.txt"), work), pipeline.content(str(data), work)
+    (work / "result").write_text("what the pipeline itself writes does not count")
+    assert pipeline.content(str(data), work) == folder
+    (data / "a.txt").write_text("2")
+    assert pipeline.content(str(data / "a.txt"), work) != file
+    assert pipeline.content(str(data), work) != folder
+
+
 def test_folders_of_others_and_broken_records_are_refused(tmp_path, commands):
     work = tmp_path / "work"
     work.mkdir()
@@ -117,26 +220,59 @@ def test_folders_of_others_and_broken_records_are_refused(tmp_path, commands):
     with pytest.raises(PipelineError, match="this pipeline did not make it"):
         run_steps(three(work), work)
     assert (work / "b" / "mine").read_text() == "precious"
-    (work / "pipeline.json").write_text("{}}")
+    (work / "pipeline.json").write_text("{}}")  # it cannot be read
     with pytest.raises(PipelineError, match=r"pipeline\.json"):
         run_steps(three(work), work)
     assert names(commands) == "a"
 
 
 def test_flags_that_the_pipeline_sets_itself_are_refused(tmp_path, capsys):
-    assert main(["pipeline", "main_tip_finetune.py", "--plugin", "capture", "--work", str(tmp_path)]) == 2
-    assert "the pipeline sets --plugin itself" in capsys.readouterr().err
+    for ours in (["--plugin", "capture"], ["--bridge=x"]):
+        assert main(["pipeline", "main_tip_finetune.py", *ours, "--work", str(tmp_path)]) == 2
+        assert f"the pipeline sets {ours[0].partition('=')[0]} itself" in capsys.readouterr().err
     assert main(["pipeline", "main_tip_finetune.py", "--eval"]) == 2
     assert "--work DIR is missing" in capsys.readouterr().err
     assert main(["pipeline", str(tmp_path / "none.py"), "--work", str(tmp_path / "w")]) == 2
     assert "run this from the EZ-HOI folder" in capsys.readouterr().err
 
 
+@pytest.fixture
+def checkpoint(make_host, tmp_path):
+    """A checkpoint of the miniature."""
+    torch.save({"model_state_dict": make_host().model.state_dict()}, tmp_path / "ckpt.pt")
+    return ["--resume", str(tmp_path / "ckpt.pt")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--resume", "/nowhere/ckpt.pt"], "--resume must name a trained checkpoint, not '/nowhere/ckpt.pt'"),
+        (["--resume="], "starts from random weights"),
+        (["--bogus-flag"], "unrecognized arguments: --bogus-flag"),
+        (["--max_images", "0"], "--max-images must be at least 1"),
+        (["--recipe", "bogus"], "there is no recipe 'bogus'"),
+        (["--scale_factor", "-1"], "scale must be positive"),
+        (["--denoiser", "bogus"], "unknown denoiser 'bogus'"),
+        (["--bridges", "none,bogus"], "unknown bridge 'bogus'"),
+        (["--bridges", "none,diffusion=/nowhere"], "there is no folder /nowhere"),
+        (["--dataset", "vcoco"], "no evaluation of vcoco"),
+    ],
+)
+def test_what_a_later_step_would_refuse_is_refused_at_once(
+    small_world, checkpoint, tmp_path, capsys, monkeypatch, flags, message
+):
+    monkeypatch.chdir(HOST)
+    line = [*host_flags(small_world, evaluate=True), *checkpoint, "--work", str(tmp_path / "w"), *flags]
+    assert main(["pipeline", "main_tip_finetune.py", *line]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "w").exists()
+
+
 @pytest.mark.slow
-def test_the_pipeline_on_the_miniature(small_world, tmp_path):
+def test_the_pipeline_on_the_miniature(small_world, checkpoint, tmp_path):
     """Twice, then with more steps, then with a step that cannot succeed."""
     work = tmp_path / "work"
-    flags = host_flags(small_world, evaluate=True)
+    flags = [*host_flags(small_world, evaluate=True), *checkpoint]
 
     def run(*ours):
         return run_host("-m", "ezhoi_diffusion", "pipeline", "main_tip_finetune.py", *flags, "--work", str(work), *ours)
@@ -155,10 +291,12 @@ def test_the_pipeline_on_the_miniature(small_world, tmp_path):
     assert second.returncode == 0, second.stderr
     assert "everything was up to date" in second.stdout
 
-    failed = run("--train-steps", "0", *quick)
+    failed = run("--train_steps", "0", *quick)
     assert failed.returncode == 2
-    assert "the same pipeline command goes on from here" in failed.stderr
+    assert "train_steps must be at least 1" in failed.stderr
     assert "Traceback" not in failed.stderr
+    flags[flags.index("--port") + 1] = "29999"  # changes no feature
+    assert "everything was up to date" in run("--train-steps", "10", *quick).stdout
 
     third = run("--train-steps", "12", *quick)
     assert third.returncode == 0, third.stderr

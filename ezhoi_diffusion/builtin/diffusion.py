@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -53,22 +52,11 @@ class DiffusionPlugin:
         register("diffusion", functools.partial(load, plugins))
 
     @hookimpl
-    def register_options(self, group: argparse._ArgumentGroup) -> None:
-        """Add --inference-steps."""
-        group.add_argument(
-            "--inference-steps", type=int, default=None, metavar="N",
-            help="apply the bridge from level N with N evaluations, whatever its recipe says: the level is how strongly a feature is "
-            "bridged, the evaluations are what that costs",
-        )  # fmt: skip
-
-    @hookimpl
     def on_attach(self, host: Host) -> None:
         """Load the bridge and hold it against the host."""
         if host.args.compare:
             return  # the comparison loads its own
         self._bridge = load(host.plugins, Path(host.args.bridge) if host.args.bridge else None)
-        if host.args.inference_steps is not None:
-            self._bridge.override(start_step=host.args.inference_steps, steps=host.args.inference_steps)
         host.accept(self._bridge, "diffusion")
         self._bridge.to(host.device)
 

@@ -49,8 +49,15 @@ the way, from an EZ-HOI folder:
         if name == chosen:
             module = import_module(f"ezhoi_diffusion.cli.{name}")
             module.configure(command)
+            accept_underscores(command)
             command.set_defaults(run=module.run)
     return parser
+
+
+def accept_underscores(parser: argparse.ArgumentParser) -> None:
+    """Let --train_steps stand for --train-steps: the training guide writes underscores. --help shows dashes alone."""
+    known = parser._option_string_actions
+    known.update({"--" + flag[2:].replace("-", "_"): action for flag, action in [*known.items()] if flag[:2] == "--"})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,9 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"ezhoi-diffusion: error: {error}\n")
         return error.status
     except OSError as error:
-        if error.errno not in DISK:
+        if error.errno in DISK:
+            sys.stderr.write(f"ezhoi-diffusion: error: the disk refused ({error}): free space and try again\n")
+        elif error.filename is not None and args.command != "run":  # a host's own error keeps its traceback
+            sys.stderr.write(f"ezhoi-diffusion: error: {error}\n")
+        else:
             raise
-        sys.stderr.write(f"ezhoi-diffusion: error: the disk refused ({error}): free space and give the command again\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("ezhoi-diffusion: interrupted\n")

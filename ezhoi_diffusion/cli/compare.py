@@ -49,12 +49,18 @@ def run(args: argparse.Namespace) -> int:
     forced: list[str] = []
     provenance: dict[str, Any] = {}
     accept = acceptance(store, args, forced, provenance)
-    variants = resolve_variants(args.bridges, PluginHost(args.no_plugin), args.bridge, accept, torch.device("cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    variants = resolve_variants(args.bridges, PluginHost(args.no_plugin), args.bridge, accept, device)
     if args.report:
         with report_folder(args.report):
             pass  # refused now, not after the work
-    comparison = replay(store, variants, forced=forced, provenance=provenance)
+    comparison = replay(store, variants, device=device, forced=forced, provenance=provenance)
     print(f"\n{comparison.table()}", flush=True)
+    if store.meta.get("max_images") is not None:
+        print(
+            f"The first {store.meta['max_images']} images of the split, and the classes annotated there: no result to report.",
+            flush=True,
+        )
     if store.split != "test":
         print(f"These are images of the {store.split} split: no result to report.", flush=True)
     if args.report:
@@ -78,12 +84,11 @@ def acceptance(
     store: FeatureStore, args: argparse.Namespace, forced: list[str], provenance: dict[str, Any]
 ) -> Callable[[object, str], None]:
     """Holds a bridge against the host that the features came from, as the host itself does: see Host.accept."""
-    from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
     from ezhoi_diffusion.host.fingerprint import foreign
+    from ezhoi_diffusion.host.variants import set_steps
 
     def accept(bridge: object, name: str) -> None:
-        if args.inference_steps is not None and isinstance(bridge, DiffusionBridge):
-            bridge.override(start_step=args.inference_steps, steps=args.inference_steps)
+        set_steps(bridge, args.inference_steps)
         if getattr(bridge, "provenance", None) is not None:
             provenance[name] = getattr(bridge, "provenance", None)
         difference = foreign(bridge, name, store.fingerprint)

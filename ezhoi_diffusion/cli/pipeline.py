@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ezhoi_diffusion.cli.compare import DEFAULT
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 
 if TYPE_CHECKING:
@@ -14,8 +16,8 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 From an EZ-HOI checkpoint to a compared bridge, in one command and without a question: capture the training images, look at
 the features, train, capture the test images, test, compare. Give it in the EZ-HOI folder, with the flags of your test script
-(`--eval --resume CKPT …`). What is done and still valid is skipped: by the contents of checkpoint, weights, data folders and
-the host's own sources, and by all flags, not by a file's existence. An interrupted step goes on where it was."""
+(`--eval --resume CKPT …`). What is done and still valid is skipped: by the contents of checkpoint, weights
+and the host's own sources, the names, sizes and times of the files in data folders, and all flags, not by a file's existence. An interrupted step goes on where it was."""
 EPILOG = """\
 what the numbers mean:
   --max-images       the first N images of each split: for a quick look, not for a result. Expect at least 15 pairs an image,
@@ -56,22 +58,25 @@ def _declare(parser: argparse.ArgumentParser) -> None:
     add("--scale-factor", type=float, metavar="S", help="norm of every network input (5)")
     add("--inference-steps", type=int, metavar="N", help="start level and number of evaluations, both N")
     add("--num-test-images", type=int, default=20, metavar="N", help="images of the test step (20)")
-    add("--bridges", default="none,identity,mean_shift,diffusion", metavar="none,NAME[=DIR],…", help="what to compare")
+    add("--bridges", default=DEFAULT, metavar="none,NAME[=DIR],…", help="what to compare")
 
 
 def run(args: argparse.Namespace) -> int:
     """Make the steps and run them."""
+    from ezhoi_diffusion.cli import accept_underscores
     from ezhoi_diffusion.pipeline import run_steps
 
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # ours stand among the host's, in any order
     _declare(flags)
+    accept_underscores(flags)
     args, host_flags = flags.parse_known_args(args.arguments, args)
     if args.work is None:
         raise EzhoiDiffusionError("--work DIR is missing: the folder for features, bridge and results")
-    for ours in ("--plugin", "--capture", "--compare", "--bridge"):
-        if ours in host_flags:
+    given = {word.partition("=")[0] for word in host_flags}
+    for ours in ("--plugin", "--capture", "--compare", "--bridge", "--report"):
+        if ours in given:
             raise EzhoiDiffusionError(f"the pipeline sets {ours} itself: leave it out, or use `ezhoi-diffusion run`")
-    steps = make_steps(args, host_flags if "--eval" in host_flags else [*host_flags, "--eval"])
+    steps = make_steps(args, host_flags if "--eval" in given else [*host_flags, "--eval"])
     done = run_steps(steps, args.work)
     what = f"{done} of {len(steps)} steps were done" if done else "everything was up to date"
     print(
@@ -81,18 +86,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def make_steps(args: argparse.Namespace, host_flags: list[str]) -> list[Step]:
-    """The six steps for these flags."""
+    """The six steps for these flags. Raises EzhoiDiffusionError for a flag that a later step would refuse."""
     from importlib.metadata import version
 
+    from ezhoi_diffusion.cli import build_parser
+    from ezhoi_diffusion.cli.train import train_config
     from ezhoi_diffusion.host.launch import read_flags
     from ezhoi_diffusion.pipeline import Step, content
 
     work: Path = args.work
     folders = {name: work / name for name in ("features", "statistics", "bridge", "features-test", "test", "report")}
     package = {"package": version("ezhoi-diffusion")}
-    given = vars(read_flags(args.script, host_flags))  # its defaults as well, and refused now if it refuses them
+    given = vars(read_flags(args.script, host_flags))  # its defaults as well
+    _require_usable(given, args)
     host = {**package, "sources of the host": source_digest(args.script)}
-    host |= {f"--{name}": content(value) for name, value in given.items() if name not in UNREAD}
+    host |= {f"--{name}": content(value, work) for name, value in given.items() if name not in UNREAD}
     limit = [] if args.max_images is None else ["--max-images", str(args.max_images)]
 
     def capture(name: str, split: str) -> Step:
@@ -107,6 +115,12 @@ def make_steps(args: argparse.Namespace, host_flags: list[str]) -> list[Step]:
         "--scale-factor": args.scale_factor, "--inference-steps": args.inference_steps,
     }  # fmt: skip
     training = [part for flag, value in chosen.items() if value is not None for part in (flag, str(value))]
+    line = ["train", "FEATURES", "--out", "BRIDGE", *training]
+    train_config(build_parser(line).parse_args(line))  # refused now, not after the capture
+    blocked = [part for name in given.get("no_plugin", []) for part in ("--no-plugin", name)]
+    named = {
+        f"contents of {folder}": content(folder, work) for folder in _require_bridges(args.bridges, given["no_plugin"])
+    }
     features, test_features, bridge = (str(folders[name]) for name in ("features", "features-test", "bridge"))
     looks = ["test", test_features, "--bridge", bridge, "--out", str(folders["test"])]
     return [
@@ -127,19 +141,58 @@ def make_steps(args: argparse.Namespace, host_flags: list[str]) -> list[Step]:
         ),
         Step(
             "report", "compare on all test images", folders["report"],
-            ["compare", test_features, "--bridge", bridge, "--bridges", args.bridges, "--report", str(folders["report"])],
-            {**package, "bridges": args.bridges}, ["bridge", "features-test"],
+            [
+                "compare", test_features, "--bridge", bridge, "--bridges", args.bridges, *blocked,
+                "--report", str(folders["report"]),
+            ],
+            {**package, "bridges": args.bridges, **named}, ["bridge", "features-test"],
         ),
     ]  # fmt: skip
 
 
+def _require_usable(given: dict[str, Any], args: argparse.Namespace) -> None:
+    """Raises EzhoiDiffusionError for what would fail, or be worth nothing, hours later."""
+    if given.get("dataset") != "hicodet":
+        raise EzhoiDiffusionError(
+            f"the host has no evaluation of {given.get('dataset')} to test and compare by: capture and train as single steps, and "
+            f"run --cache with and without --plugin diffusion"
+        )
+    if not given.get("resume") or not Path(given["resume"]).is_file():
+        raise EzhoiDiffusionError(
+            f"--resume must name a trained checkpoint, not {given.get('resume')!r}: without one the host starts from random weights"
+        )
+    for flag, value in (("--max-images", args.max_images), ("--num-test-images", args.num_test_images)):
+        if value is not None and value < 1:
+            raise EzhoiDiffusionError(f"{flag} must be at least 1, not {value}")
+
+
+def _require_bridges(names: str, blocked: list[str]) -> list[str]:
+    """Raises EzhoiDiffusionError for a name that the comparison would refuse; returns the folders that are named."""
+    from ezhoi_diffusion.host.variants import known_bridges
+    from ezhoi_diffusion.plugins import PluginHost
+
+    bridges = known_bridges(PluginHost(blocked))
+    parts = [part.strip().partition("=") for part in names.split(",") if part.strip()]
+    for name, _, folder in parts:
+        if name != "none":
+            _ = bridges[name]
+        if folder and not Path(folder).is_dir():
+            raise EzhoiDiffusionError(f"--bridges: there is no folder {folder}")
+    return [folder for _, _, folder in parts if folder]
+
+
 def source_digest(script: Path) -> str:
-    """SHA-256 over the Python files beside the script, by name and content."""
+    """SHA-256 over the Python files in the script's folder, by name and content; lines that `patch` wrote do not count."""
     import hashlib
 
-    from ezhoi_diffusion.files import sha256
+    from ezhoi_diffusion.host.patch import PatchError, reverted
 
-    digest = hashlib.sha256()
-    for path in sorted(script.resolve().parent.glob("*.py")):
-        digest.update(f"{path.name} {sha256(path)}\n".encode())
+    digest, folder = hashlib.sha256(), script.resolve().parent
+    for path in sorted(folder.rglob("*.py")):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        data = path.read_bytes()
+        with contextlib.suppress(PatchError):
+            data = reverted(data)
+        digest.update(f"{path.relative_to(folder)} {hashlib.sha256(data).hexdigest()}\n".encode())
     return digest.hexdigest()

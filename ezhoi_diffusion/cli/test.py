@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ezhoi_diffusion.cli.compare import acceptance
     from ezhoi_diffusion.evaluation.effect import verdict
-    from ezhoi_diffusion.evaluation.embedding import embed
+    from ezhoi_diffusion.evaluation.embedding import embed, require_library
     from ezhoi_diffusion.evaluation.plots import plot_effect, plot_embedding
     from ezhoi_diffusion.evaluation.report import report_folder
     from ezhoi_diffusion.features.store import FeatureStore
@@ -63,14 +63,15 @@ def run(args: argparse.Namespace) -> int:
         raise EzhoiDiffusionError(f"--num-test-images must be at least 1, not {args.num_test_images}")
     store = FeatureStore(args.features)
     forced: list[str] = []
-    variants = resolve_variants(
-        args.name, PluginHost(), args.bridge, acceptance(store, args, forced, {}), torch.device("cpu")
-    )
+    if args.embedding:
+        require_library(args.embedding)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    variants = resolve_variants(args.name, PluginHost(), args.bridge, acceptance(store, args, forced, {}), device)
     (name, bridge), *_ = variants.items()
     chosen = choose_images(store.images, args.num_test_images, args.seed)
     with report_folder(args.out):
-        effect = effect_of(store, bridge, chosen, TOP)
-        comparison = replay(store, variants, chosen=chosen, forced=forced)
+        effect = effect_of(store, bridge, chosen, TOP, device)
+        comparison = replay(store, variants, chosen=chosen, device=device, forced=forced)
         words = verdict(effect, comparison, name)
         facts = {
             "bridge": name,

@@ -13,6 +13,7 @@ from ezhoi_diffusion.errors import EzhoiDiffusionError
 if TYPE_CHECKING:
     from ezhoi_diffusion.diffusion.recipes import Recipe
     from ezhoi_diffusion.features.store import FeatureStore
+    from ezhoi_diffusion.training.config import TrainConfig
     from ezhoi_diffusion.training.data import TrainingData
 
 RECIPE_FLAGS = ("start_step", "steps", "strength", "output", "scale")
@@ -117,26 +118,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
         )
     for flag, ours in ELSEWHERE.items():
         parser.add_argument(flag, nargs="*", action=_Elsewhere, const=ours, help=argparse.SUPPRESS)
-    # the guide writes underscores; as aliases in add_argument they would stand in --help too
-    known = parser._option_string_actions
-    known.update({"--" + flag[2:].replace("-", "_"): action for flag, action in [*known.items()] if flag[:2] == "--"})
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, and draw the curve."""
-    from dataclasses import fields
-
     from ezhoi_diffusion.builtin.diffusion import components
     from ezhoi_diffusion.evaluation.plots import plot_training
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.plugins import PluginHost
-    from ezhoi_diffusion.training.trainer import TrainConfig, train
+    from ezhoi_diffusion.training.trainer import train
 
-    recipe = chosen_recipe(args)
-    config = TrainConfig(
-        **{"recipe": recipe, **_given(args, [f.name for f in fields(TrainConfig) if f.name != "recipe"])}
-    )
-
+    config = train_config(args)
     store = FeatureStore(args.features)
     out = train(
         training_data(store, config.recipe.trained_on),
@@ -153,6 +145,20 @@ def run(args: argparse.Namespace) -> int:
             print(f"note: {note}", flush=True)
         print(f"bridge: {out} (lowest validation loss: {out / 'best'}); curve: {out / 'training.png'}", flush=True)
     return 0
+
+
+def train_config(args: argparse.Namespace) -> TrainConfig:
+    """What the flags say. Raises EzhoiDiffusionError for values that cannot be meant, names that nobody knows."""
+    from dataclasses import fields
+
+    from ezhoi_diffusion.builtin.diffusion import components
+    from ezhoi_diffusion.plugins import PluginHost
+    from ezhoi_diffusion.training.config import TrainConfig
+
+    given = _given(args, [f.name for f in fields(TrainConfig) if f.name != "recipe"])
+    config = TrainConfig(**{"recipe": chosen_recipe(args), **given})
+    _ = components(PluginHost()).denoisers[config.denoiser]
+    return config
 
 
 def notes(facts: dict[str, Any]) -> list[str]:

@@ -18,6 +18,14 @@ class EmbeddingError(EzhoiDiffusionError):
     """A map cannot be made here."""
 
 
+def require_library(method: str) -> None:
+    """Raises EmbeddingError where the library of "tsne" or "umap" is not installed."""
+    try:
+        import_module({"tsne": "sklearn.manifold", "umap": "umap"}[method])
+    except ImportError as error:
+        raise EmbeddingError(f"{error}: pip install umap-learn, or use --embedding tsne") from error
+
+
 def embed(effect: Effect, method: str) -> Tensor:
     """[2P + N_sel, 2] for the rows before and after and the texts, by "tsne" or "umap" with cosine distances.
 
@@ -26,11 +34,9 @@ def embed(effect: Effect, method: str) -> Tensor:
     rows = torch.cat([effect.before, effect.after, effect.text]).float().numpy()
     if len(rows) < 5:
         raise EmbeddingError(f"a map of {len(rows)} rows shows nothing: take more images")
+    require_library(method)
     if method == "umap":
-        try:
-            reducer: Any = import_module("umap").UMAP(metric="cosine", random_state=SEED)
-        except ImportError as error:
-            raise EmbeddingError(f"{error}: pip install umap-learn, or use --embedding tsne") from error
+        reducer: Any = import_module("umap").UMAP(metric="cosine", random_state=SEED)
     else:
         from sklearn.manifold import TSNE
 

@@ -69,6 +69,11 @@ def _add_own_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--report", default="", metavar="DIR", help="with --compare: write comparison.json and pictures there")
     add("--bridge", default="", metavar="DIR", help="the trained bridge, a folder made by `ezhoi-diffusion train`")
+    add(
+        "--inference-steps", type=int, default=None, metavar="N",
+        help="apply diffusion bridges from level N with N evaluations, whatever their recipe says: the level is how strongly a "
+        "feature is bridged, the evaluations are what that costs",
+    )  # fmt: skip
     add("--force-bridge", action="store_true", help="use a bridge made for another host; every report then says so")
     add("--restore-context", action="store_true", help="put the context vectors stored with the bridge into the host")
     add(
@@ -119,8 +124,12 @@ def check_options(plugins: PluginHost, args: argparse.Namespace) -> None:
         raise EzhoiDiffusionError(f"--max-images must be at least 1, not {args.max_images}")
     if captures and args.compare:
         raise EzhoiDiffusionError("a capture pass ends the run, so it cannot be combined with --compare: make two runs")
-    for flag, given in (("--force-bridge", args.force_bridge), ("--restore-context", args.restore_context)):
-        if given and not (args.compare or args.bridge):
+    for flag, is_given in (
+        ("--force-bridge", args.force_bridge),
+        ("--restore-context", args.restore_context),
+        ("--inference-steps", args.inference_steps is not None),
+    ):
+        if is_given and not (args.compare or args.bridge):
             raise EzhoiDiffusionError(f"{flag} is about a bridge, and this run uses none: add --bridge DIR")
     uses_bridge = bool(args.compare or plugins.implementing("post_adapter_feat"))
     if args.bridge and not uses_bridge:

@@ -117,15 +117,20 @@ def replay(
     bridges: Mapping[str, Inject],
     *,
     chosen: set[int] | None = None,
+    device: torch.device | str = "cpu",
     forced: list[str] | None = None,
     provenance: dict[str, Any] | None = None,
 ) -> Comparison:
     """The comparison that `--compare` makes on the host, from what a capture of the split stored.
 
     `none` has the host's own logits; a bridge has the published score of what it returns for each image's [P, D].
-    chosen: positions of the images to take, all by default. Raises ScoreError, FeatureStoreError, and what a
-    bridge raises.
+    chosen: positions of the images to take, all by default. device: where bridges get their rows. Raises ScoreError,
+    FeatureStoreError, and what a bridge raises.
     """
+    if store.fingerprint.get("dataset") != "hicodet":
+        raise ScoreError(
+            f"{store.folder} is a capture of {store.fingerprint.get('dataset')}, for which the host has no evaluation to compare by"
+        )
     score = Score.of(store)
     require_replayable(store, score)
     num_gt = [0] * (int(store.host["object_n_verb_to_interaction"].max()) + 1)
@@ -146,9 +151,10 @@ def replay(
                 logits = image.logits
                 if name != REFERENCE:
                     begin = time.perf_counter()
-                    bridged = bridges[name](image.adapter_feat, image.pairs)
+                    bridged = bridges[name](image.adapter_feat.to(device), image.pairs)
+                    if bridged is not None:
+                        logits = score.logits(bridged.cpu())
                     seconds[name] += time.perf_counter() - begin
-                    logits = image.logits if bridged is None else score.logits(bridged)
                 scores = detections.scores(logits)
                 parts.append((scores, detections.classes, detections.labels(scores)))
     if not pairs:
@@ -156,7 +162,8 @@ def replay(
             f"{store.folder}: none of the {images} images has a human-object pair, so nothing can be scored"
         )
     groups = {name: store.host[f"classes/{name}"] for name in GROUPS if f"classes/{name}" in store.host}
-    if chosen is not None:  # of a few images most classes have no annotation, and would only thin the mean
+    partial = chosen is not None or store.meta.get("max_images") is not None
+    if partial:  # of a few images most classes have no annotation, and would only thin the mean
         annotated = torch.tensor(num_gt) > 0
         groups = {name: index[annotated[index]] for name, index in groups.items() if annotated[index].any()}
     return Comparison(
@@ -172,10 +179,12 @@ def replay(
     )
 
 
-def effect_of(store: FeatureStore, bridge: Inject, chosen: set[int], top: int) -> Effect:
+def effect_of(
+    store: FeatureStore, bridge: Inject, chosen: set[int], top: int, device: torch.device | str = "cpu"
+) -> Effect:
     """What `bridge` does to the pairs of the images at `chosen` positions; each image's `top` best interactions.
 
-    Raises ScoreError where the stored features cannot be scored or none of the images has a pair.
+    device: where the bridge gets its rows. Raises ScoreError where the stored features cannot be scored or none of the images has a pair.
     """
     score = Score.of(store)
     names = names_of_interactions(store)
@@ -185,8 +194,8 @@ def effect_of(store: FeatureStore, bridge: Inject, chosen: set[int], top: int) -
         for image in stored_images(store, chosen):
             if len(image.pairs) == 0:
                 continue
-            bridged = bridge(image.adapter_feat, image.pairs)
-            after = image.adapter_feat if bridged is None else bridged
+            bridged = bridge(image.adapter_feat.to(device), image.pairs)
+            after = image.adapter_feat if bridged is None else bridged.cpu()
             row = {
                 "before": image.adapter_feat,
                 "after": after,

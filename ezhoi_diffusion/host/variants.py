@@ -19,6 +19,19 @@ from ezhoi_diffusion.registry import Registry
 Bridge = Callable[[Tensor], Tensor]
 
 
+def known_bridges(plugins: PluginHost) -> Registry[Callable[[Path | None], Bridge]]:
+    """The bridges that installed plugins contribute, by name."""
+    empty: dict[str, Callable[[Path | None], Bridge]] = {}
+    return plugins.collect("register_bridges", Registry("bridge", empty))
+
+
+def set_steps(bridge: object, steps: int | None) -> None:
+    """Apply a bridge that can be applied so from level `steps` with as many evaluations; None leaves it as it is."""
+    override = getattr(bridge, "override", None)
+    if steps is not None and override is not None:
+        override(start_step=steps, steps=steps)
+
+
 def resolve_variants(
     names: str, plugins: PluginHost, folder: str, accept: Callable[[object, str], None], device: torch.device
 ) -> dict[str, Inject]:
@@ -27,8 +40,7 @@ def resolve_variants(
     NAME is a registered bridge, loaded from DIR or from `folder`; or an enabled plugin with post_adapter_feat.
     accept(bridge, name) raises where a bridge is not for this host.
     """
-    empty: dict[str, Callable[[Path | None], Bridge]] = {}
-    bridges = plugins.collect("register_bridges", Registry("bridge", empty))
+    bridges = known_bridges(plugins)
     variants: dict[str, Inject] = {}
     for item in filter(None, (part.strip() for part in names.split(","))):
         name, _, own_folder = item.partition("=")

@@ -137,7 +137,7 @@ class PluginHost:
             info = self.found.get(name)
             if info is None:
                 close = difflib.get_close_matches(name, self.found, n=1)
-                hint = f"; did you mean '{close[0]}'?" if close else ""
+                hint = f"; did you mean '{close[0]}'?" if close else "."
                 known = ", ".join(sorted(self.found))
                 raise PluginError(
                     f"there is no plugin '{name}'{hint} Installed: {known}. Is its package installed in this "

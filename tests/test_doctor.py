@@ -46,7 +46,7 @@ FINGERPRINT = asdict(
         False,
         weights="w" * 64,
         context="c" * 64,
-        options={},
+        options={"vlmtxt": "b"},
     )
 )
 META = {"split": "train", "max_images": None, "clip_img_file": "clip_img_hicodet_train", "fingerprint": FINGERPRINT}
@@ -420,6 +420,12 @@ BAD_BRIDGES = [
     ({"training": {"val_loss": float("nan")}}, "bridge.training", "problem", "--learning-rate"),
     ({"training": {"val_loss": "low"}}, "bridge.training", "problem", "cannot be examined"),
     ({"fingerprint": {**FINGERPRINT, "zs_type": "rare_first"}}, "bridge.fingerprint", "problem", "rare_first there"),
+    (
+        {"fingerprint": {**FINGERPRINT, "options": {"vlmtxt": "a"}}},
+        "bridge.fingerprint",
+        "problem",
+        "vlmtxt b here, a there",
+    ),
     ({"fingerprint": {**FINGERPRINT, "context": "other"}}, "bridge.fingerprint", "warning", "--restore-context"),
     ({}, "bridge.data", "warning", "other features"),
     ({"dim": 40}, "bridge.effect", "problem", "D = 40"),
@@ -528,6 +534,7 @@ def test_flags_that_cannot_work(look, line, tmp_path, small_world):
         (["no_such_script.py"], "host.flags", "problem", "EZ-HOI folder"),
         ([__file__], "host.flags", "problem", "no EZ-HOI script"),
         ([*line, "--no-such-flag"], "host.flags", "problem", "--no-such-flag"),
+        ([*line, "--diffusion_bridge", "x"], "host.flags", "problem", "--plugin diffusion --bridge DIR"),
         ([*line, "--help"], "host.flags", "problem", "--help"),
         (without(line, "--txtcls_pt", 0), "host.options", "problem", "--txtcls_pt"),
         ([*line, "--num-workers", "2"], "host.workers", "note", "--num-workers 0"),

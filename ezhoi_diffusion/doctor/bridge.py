@@ -20,6 +20,7 @@ from ezhoi_diffusion.doctor.features import Scan
 from ezhoi_diffusion.doctor.finding import TRAIN, Finding, ok
 from ezhoi_diffusion.features.statistics import ModalityStatistics, unit
 from ezhoi_diffusion.features.store import FeatureStore
+from ezhoi_diffusion.host.fingerprint import differences
 from ezhoi_diffusion.plugins import PluginHost
 
 EFFECT_ROWS = 512
@@ -159,7 +160,7 @@ def against_features(bridge: DiffusionBridge, store: FeatureStore, found: Scan) 
     """Whether the bridge was made from these features, and for the host that they came from."""
     theirs, own = bridge.provenance.get("fingerprint"), store.fingerprint
     theirs = theirs if isinstance(theirs, dict) else {}
-    differing = {key: (own[key], theirs.get(key)) for key in own if own[key] != theirs.get(key)}
+    differing = differences(own, theirs)
     if differing:
         listed = "; ".join(f"{key} {here!s:.40} here, {there!s:.40} there" for key, (here, there) in differing.items())
         yield Finding(

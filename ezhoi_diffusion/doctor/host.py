@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ezhoi_diffusion.doctor.finding import Finding, Level, ok
+from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.host.capture import CaptureError, default_split, find_clip_folder
 from ezhoi_diffusion.host.launch import LaunchError, read_flags
 from ezhoi_diffusion.host.supported import cannot_run
@@ -39,16 +40,17 @@ def flags(script: Path, argv: Sequence[str]) -> tuple[argparse.Namespace | None,
     """The script's flags as it reads them itself, or None and why not."""
     try:
         args = read_flags(script, argv)
-    except LaunchError as error:
-        return None, Finding("host.flags", "problem", str(error), _flags_fix(error.__cause__, script))
+    except EzhoiDiffusionError as error:
+        return None, Finding("host.flags", "problem", str(error), _flags_fix(error, script))
     return args, ok("host.flags", f"{script} reads its flags")
 
 
-def _flags_fix(cause: BaseException | None, script: Path) -> str:
+def _flags_fix(error: EzhoiDiffusionError, script: Path) -> str:
+    cause = error.__cause__
     if isinstance(cause, ModuleNotFoundError) and cause.name:
         missing = cause.name.partition(".")[0]
         return f"{INSTALL.get(missing, f'pip install {missing}')}, in the environment in which the script runs"
-    if isinstance(cause, SystemExit):
+    if isinstance(cause, SystemExit) or not isinstance(error, LaunchError):
         return f"`ezhoi-diffusion run {script} --help` lists its flags"
     if isinstance(cause, RuntimeError) and "torchvision" in str(cause):
         return "mend environment.torchvision first"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,11 +80,17 @@ def _bridge(
 
 
 def _host(script: Path, argv: Sequence[str], demanded: dict[str, dict[str, Any]]) -> Iterator[Finding]:
-    args, line = host.flags(script, argv)
-    yield line
-    if args is None:
+    read: list[Namespace] = []
+
+    def reading() -> Iterator[Finding]:
+        args, line = host.flags(script, argv)
+        read.extend([args] if args else [])
+        yield line
+
+    yield from guarded("host.flags", reading, "give them as you give them to the script")
+    if not read:
         return
-    flags = args
+    flags = read[0]
     again = "see EZ-HOI's scripts/ for flags that belong together"
     strictest = demanded.get(BRIDGE) or demanded.get(FEATURES) or {}
     yield from guarded("host.options", lambda: host.options(flags), again)

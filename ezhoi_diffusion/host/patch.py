@@ -16,6 +16,7 @@ import tokenize
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from glob import escape
 from importlib import resources
 from io import BytesIO
 from pathlib import Path
@@ -69,17 +70,24 @@ def description() -> tuple[str, list[Insertion]]:
 
 
 def read_script(folder: Path) -> tuple[Path, bytes]:
-    """The script in an EZ-HOI folder, links resolved, and its content. Raises PatchError."""
+    """The script in an EZ-HOI folder, links resolved, and its content. Raises PatchError.
+
+    What a writing that was killed has left beside it is removed.
+    """
     path = folder / description()[0]
     try:
-        return path.resolve(), path.read_bytes()
+        script, data = path.resolve(), path.read_bytes()
+        aside = _aside(script)
+        for left in (aside, *aside.parent.glob(f".{escape(aside.name)}.*.tmp")):
+            left.unlink(missing_ok=True)
+        return script, data
     except OSError as error:
         raise PatchError(f"{path} cannot be read ({error}): give the EZ-HOI folder, which has {path.name}") from error
 
 
 def write_script(path: Path, data: bytes) -> None:
     """Replace the script in one step, its mode kept. Raises PatchError, and then it is as it was."""
-    aside = path.with_name(f".{path.name}.patch")
+    aside = _aside(path)
     try:
         write_atomic(aside, data)
         shutil.copymode(path, aside)
@@ -87,6 +95,10 @@ def write_script(path: Path, data: bytes) -> None:
     except OSError as error:
         aside.unlink(missing_ok=True)
         raise PatchError(f"{path} cannot be written ({error}); it is as it was") from error
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.patch")
 
 
 def diff(path: Path, before: bytes, after: bytes) -> str:

@@ -305,9 +305,9 @@ def test_a_fork_with_three_lines_runs_by_itself(small_world, bridge, tmp_path):
     rows = rows_of(compared.stdout)
     assert same_figures(rows["diffusion"], printed_by_host(injected.stdout))
     assert same_figures(rows["none"], printed_by_host(compared.stdout))
-    clash = run_host("-m", "ezhoi_diffusion", "run", str(script), *flags)
-    assert clash.returncode == 2
-    assert "is run with python, not with `ezhoi-diffusion run`" in clash.stderr
+    launched = run_host("-m", "ezhoi_diffusion", "run", str(script), *flags, "--plugin", "diffusion")
+    assert launched.returncode == 0, launched.stderr
+    assert printed_by_host(launched.stdout) == printed_by_host(injected.stdout)
 
 
 # -- errors ------------------------------------------------------------------------------------------------------
@@ -330,6 +330,8 @@ def test_a_fork_with_three_lines_runs_by_itself(small_world, bridge, tmp_path):
         (["--compare", "identity", "--report", "/proc/nowhere"], "cannot hold results"),
         (["--world-size", "2", "--plugin", "diffusion"], "needs --bridge DIR"),
         (["--report", "x"], "so it needs --compare"),
+        (["--plugin", "capture", "--capture", "x", "--resume", "gone.pt"], "--resume gone.pt: there is no such file"),
+        (["--compare", "identity", "--resume", "gone.pt"], "start from random weights without a word"),
         (["--plugin", "diffusion", "--bridge", "nowhere"], "nowhere"),
     ],
 )
@@ -338,6 +340,40 @@ def test_flags_that_cannot_work_are_one_line(small_world, flags, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "joins"),
+    [
+        ("from ezhoi_diffusion import add_arguments, attach as join", True),
+        ("import ezhoi_diffusion as ours\nours.attach", True),
+        ("from ezhoi_diffusion.host.attach import attach", True),
+        ("from ezhoi_diffusion import DiffusionBridgeHOI\nclip.attach", False),
+        ("from elsewhere import attach", False),
+        ("import ezhoi_diffusion", False),
+    ],
+)
+def test_a_script_that_joins_by_itself_is_told_from_one_that_imports_us(tmp_path, line, joins):
+    script = tmp_path / "fork.py"
+    script.write_text(f"from factory import build_detector\n{line}\n")
+    assert ("attach" in _imported_modules(script)) == joins
+
+
+def test_a_script_s_own_flag_of_our_name_is_an_error_that_says_so(tmp_path):
+    (tmp_path / "factory.py").write_text("def build_detector(): pass\n")
+    script = tmp_path / "fork.py"
+    script.write_text(
+        "import argparse\nfrom factory import build_detector\n"
+        "parser = argparse.ArgumentParser()\nparser.add_argument('--plugin')\nparser.parse_args()\n"
+    )
+    done = run_host("-m", "ezhoi_diffusion", "run", str(script))
+    assert done.returncode == 2
+    assert "conflicting option string: --plugin): rename that flag in the script" in done.stderr
+
+
+def test_a_bare_run_may_name_a_checkpoint_that_is_not_there(small_world):
+    done = launch(*host_flags(small_world, evaluate=True), "--resume", "gone.pt")
+    assert done.returncode == 0, done.stderr
 
 
 def test_injection_in_a_training_run_is_refused(small_world, bridge):

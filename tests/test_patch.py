@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import os
 import re
 import shutil
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 import ezhoi_diffusion
 from ezhoi_diffusion.cli import main
-from ezhoi_diffusion.host.patch import MARK, PatchError, patched, reverted
+from ezhoi_diffusion.features.store import FeatureStore
+from ezhoi_diffusion.host.patch import MARK, PatchError, patched, reverted, write_script
 
 NAME = "main_tip_finetune.py"
 MINIATURE = (HOST / NAME).read_bytes()
@@ -273,6 +274,19 @@ def test_a_write_that_fails_leaves_the_script_as_it_was(fork, mocker, capsys):
     assert sorted(path.name for path in fork.iterdir()) == before
 
 
+@pytest.mark.parametrize("how", [[], ["--check"], ["--revert"]], ids=["patch", "check", "revert"])
+def test_what_a_kill_leaves_beside_the_script_goes_with_the_next_call(fork, mocker, how):
+    before = sorted(path.name for path in fork.iterdir())
+    mocker.patch.object(shutil, "copymode", side_effect=KeyboardInterrupt)  # ends it where a kill would
+    with contextlib.suppress(KeyboardInterrupt):
+        write_script(fork / NAME, b"")
+    mocker.stopall()
+    (fork / f"..{NAME}.patch.17.tmp").write_bytes(b"half")  # a kill one step earlier
+    assert len(list(fork.iterdir())) == len(before) + 2
+    main(["patch", str(fork), *how])
+    assert sorted(path.name for path in fork.iterdir()) == before
+
+
 def test_the_package_takes_its_description_and_every_folder_along():
     tomllib = pytest.importorskip("tomllib")
     root = Path(ezhoi_diffusion.__file__).parent.parent
@@ -350,10 +364,66 @@ def test_two_processes_that_the_patched_script_spawns(patched_fork, small_world,
     assert printed(one.stdout).splitlines()[0] in two.stdout.splitlines()
 
 
-def test_the_launcher_names_a_patched_script(patched_fork, small_world):
-    done = subprocess.run(
-        [sys.executable, "-m", "ezhoi_diffusion", "run", str(patched_fork), *host_flags(small_world, evaluate=True)],
-        cwd=HOST, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+def launched(script: Path, *flags: str):
+    return run_host("-m", "ezhoi_diffusion", "run", str(script), *flags)
+
+
+def test_the_launcher_runs_a_patched_script_as_the_one_it_was(patched_fork, small_world, bridge, tmp_path):
+    train, flags = (host_flags(small_world, evaluate=evaluate) for evaluate in (False, True))
+    for script, name in ((HOST / NAME, "stock"), (patched_fork, "patched")):
+        done = launched(script, *train, "--plugin", "capture", "--capture", str(tmp_path / name))
+        assert done.returncode == 0, done.stderr
+    stock, same = (FeatureStore(tmp_path / name) for name in ("stock", "patched"))
+    assert stock.fingerprint == same.fingerprint
+    assert torch.equal(stock.text, same.text)
+    assert torch.equal(stock.adapter_feat(), same.adapter_feat())
+    inject = ["--plugin", "diffusion", "--bridge", str(bridge)]
+    found = [launched(script, *flags, *inject) for script in (HOST / NAME, patched_fork)]
+    assert found[0].returncode == found[1].returncode == 0, found[1].stderr
+    assert printed(found[0].stdout) == printed(found[1].stdout)
+
+
+def test_the_launcher_helps_a_patched_script_to_train(patched_fork, small_world):
+    flags = [*host_flags(small_world, evaluate=False), "--epochs", "1"]
+    done = launched(patched_fork, *flags)
+    assert done.returncode == 0, done.stderr
+
+
+def test_errors_in_processes_of_a_patched_script_are_a_line_under_the_launcher(patched_fork, small_world):
+    done = launched(patched_fork, *host_flags(small_world, evaluate=True), "--world-size", "2", "--plugin", "diffusion")
     assert done.returncode == 2
-    assert "is run with python, not with `ezhoi-diffusion run`" in done.stderr
+    assert "needs --bridge DIR" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--plugin", "difusion"], "there is no plugin 'difusion'; did you mean 'diffusion'? Installed: "),
+        (["--plugin", "zzz"], "there is no plugin 'zzz'. Installed: "),
+        (["--diffusion_bridge", "x"], "--diffusion_bridge: flags of the guide's edited EZ-HOI"),
+    ],
+)
+def test_plain_python_says_a_user_s_error_in_a_line(patched_fork, small_world, flags, message):
+    done = run_host(str(patched_fork), *host_flags(small_world, evaluate=True), *flags)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    # inside a process group, torch puts [rank0] before each line
+    assert re.search(rf"^(\[rank0\]: ?)?ezhoi-diffusion: error: {re.escape(message)}", done.stderr, re.MULTILINE)
+
+
+def test_plain_python_shows_other_errors_in_full(patched_fork, small_world):
+    done = run_host(str(patched_fork), *host_flags(small_world, evaluate=True), "--data-root", "nowhere")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "ezhoi-diffusion: error" not in done.stderr
+
+
+def test_doctor_reads_the_flags_of_a_patched_script(patched_fork, small_world, capsys):
+    line = [str(patched_fork), *host_flags(small_world, evaluate=True)]
+    main(["doctor", "--json", "--", *line, "--plugin", "diffusion"])
+    found = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
+    assert found["host.flags"]["level"] == "ok"
+    assert main(["doctor", "--json", "--", *line, "--diffusion_bridge", "x"]) == 1
+    found = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
+    assert "flags of the guide's edited EZ-HOI" in found["host.flags"]["found"]

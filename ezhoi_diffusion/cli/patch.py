@@ -12,7 +12,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 Write three lines into main_tip_finetune.py, so that `python main_tip_finetune.py` knows our flags by itself:
 the import, the flags, and the joining. Without our flags it then runs as before. No other file is touched.
 You need this only if you want to keep calling python: `ezhoi-diffusion run` needs no patch, and runs a script
-without these lines only."""
+with these lines as one without."""
     parser.epilog = """\
 examples:
   ezhoi-diffusion patch ~/EZ-HOI              show the change and make it

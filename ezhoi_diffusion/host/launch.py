@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError, Interrupted
-from ezhoi_diffusion.host.options import add_arguments
+from ezhoi_diffusion.host.options import add_missing_arguments
 from ezhoi_diffusion.host.single_image import check_flags, single_images
 from ezhoi_diffusion.host.supported import refuse_unsupported
 from ezhoi_diffusion.signals import passed_to_children
@@ -26,6 +26,7 @@ from ezhoi_diffusion.signals import passed_to_children
 FACTORY = "build_detector"
 ENGINE = "CustomisedDLE"
 DATASET = "DataFactory"
+OURS, JOINING = "ezhoi_diffusion", "attach"
 SPOKEN = (EzhoiDiffusionError.status, Interrupted.status)  # of a process that ended with a message for the user
 
 
@@ -36,6 +37,7 @@ class LaunchError(EzhoiDiffusionError):
 def run_script(script: Path, argv: Sequence[str]) -> None:
     """Run `script` as `python script argv…` would, our flags added to its parser and its detector observed.
 
+    A script that joins by itself, patched or by hand, has our flags already, and its detector is left to it.
     Standard input is closed: the host opens a debugger on some errors, and would wait there for ever. Raises whatever
     the script raises, SystemExit included, and LaunchError.
     """
@@ -84,7 +86,7 @@ def read_flags(script: Path, argv: Sequence[str]) -> argparse.Namespace:
 
     def parse_args(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
         argparse.ArgumentParser.parse_args = original  # type: ignore[method-assign]
-        add_arguments(self, args)
+        add_missing_arguments(self, args)
         raise _FlagsRead(original(self, args, namespace))
 
     said = io.StringIO()
@@ -123,7 +125,8 @@ def read_flags(script: Path, argv: Sequence[str]) -> argparse.Namespace:
 def _imported_modules(script: Path) -> dict[str, str]:
     """Which modules a script imports factory, engine and data set from: name -> module, read without running it.
 
-    The engine only where the script uses it: inference.py imports it, and leaves it at that.
+    The engine only where the script uses it: inference.py imports it, and leaves it at that. Our `attach` is among them
+    where the script joins by itself.
     """
     try:
         tree = ast.parse(script.read_text(encoding="utf-8"), str(script))
@@ -145,7 +148,20 @@ def _imported_modules(script: Path) -> dict[str, str]:
         raise LaunchError(
             f"{script} does not import {FACTORY}: it is no EZ-HOI script (main_tip_finetune.py, inference.py)"
         )
+    if _joins_itself(tree):
+        found[JOINING] = OURS
     return found
+
+
+def _joins_itself(tree: ast.Module) -> bool:
+    """Whether a script imports our `attach`, or this package and calls an `attach` of something."""
+    of_ours: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == OURS:
+            of_ours |= {alias.name for alias in node.names}
+        if isinstance(node, ast.Import) and any(alias.name.split(".")[0] == OURS for alias in node.names):
+            of_ours |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    return JOINING in of_ours
 
 
 def _close_stdin() -> None:
@@ -157,12 +173,12 @@ def _close_stdin() -> None:
 
 @contextmanager
 def _our_flags(has_engine: bool) -> Iterator[None]:
-    """Let the first parser that reads the command line know our flags: the script's own."""
+    """Let the first parser that reads the command line, the script's own, know our flags, if it does not yet."""
     original = argparse.ArgumentParser.parse_args
 
     def parse_args(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
         argparse.ArgumentParser.parse_args = original  # type: ignore[method-assign]
-        add_arguments(self, args)
+        add_missing_arguments(self, args)
         parsed = original(self, args, namespace)
         check_flags(parsed, has_engine)
         refuse_unsupported(parsed)  # now, because the host may take an hour to where it crashes
@@ -212,6 +228,7 @@ def _child(rank: int, script: str, fn: Callable[..., Any], args: tuple[Any, ...]
 def _observed(script: Path, modules: dict[str, str], namespace: dict[str, Any] | None) -> Iterator[None]:
     """Attach to the detector the host builds: when its engine is made, or without one at its first image.
 
+    A script that joins by itself is helped over what upstream stumbles on, as any other, and attaches to it alone.
     namespace: globals of a script that has imported the names already.
     """
     from ezhoi_diffusion.host.attach import Attachment, attach
@@ -234,6 +251,8 @@ def _observed(script: Path, modules: dict[str, str], namespace: dict[str, Any] |
     def build_detector(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
         model = original_factory(args, *rest, **kwargs)
         help_model(model)
+        if JOINING in modules:
+            return model
         # a script without an engine loads its checkpoint later, so the first image is when the model is complete
         waits[id(model)] = args, model.register_forward_pre_hook(lambda module, images: join(module))
         return model

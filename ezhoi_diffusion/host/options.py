@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.plugins import PluginError, PluginHost
@@ -22,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = 
     """Add our flags, and those of every installed plugin, to a host's parser.
 
     argv: the command line, sys.argv without the program by default. Raises PluginError where a flag exists already.
+    From here on an EzhoiDiffusionError that nobody catches is one line on stderr, without a traceback.
     """
+    _say_errors_in_a_line()
     argv = sys.argv[1:] if argv is None else argv
     _refuse_flags_of_the_guide(parser, argv)
     plugins = PluginHost(blocked_in(argv))
@@ -32,9 +37,29 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = 
             _add_plugin_options(plugins, name, parser)
     except argparse.ArgumentError as error:
         raise PluginError(
-            f"the script's own command line and ours clash ({error}): a script that calls add_arguments itself is run with "
-            f"python, not with `ezhoi-diffusion run`; another flag of that name has to be renamed there"
+            f"the script's own command line and ours clash ({error}): rename that flag in the script, or, if it is "
+            f"ours, let the script call add_arguments once only"
         ) from error
+
+
+def add_missing_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> None:
+    """As `add_arguments`, but nothing where the script has called that itself. Raises what it does."""
+    if "--no-plugin" not in parser._option_string_actions:
+        add_arguments(parser, argv)
+
+
+@functools.cache  # once a process
+def _say_errors_in_a_line() -> None:
+    """For scripts that plain python runs. torch.distributed puts a hook before this one later, which calls it."""
+    before = sys.excepthook
+
+    def one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, EzhoiDiffusionError):
+            sys.stderr.write(f"ezhoi-diffusion: error: {error}\n")
+        else:
+            before(kind, error, trace)
+
+    sys.excepthook = one_line
 
 
 def _refuse_flags_of_the_guide(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -134,3 +159,8 @@ def check_options(plugins: PluginHost, args: argparse.Namespace) -> None:
     uses_bridge = bool(args.compare or plugins.implementing("post_adapter_feat"))
     if args.bridge and not uses_bridge:
         raise PluginError("--bridge is given but nothing uses it: add --plugin diffusion, or --compare none,diffusion")
+    resume = getattr(args, "resume", None)
+    if resume and not Path(resume).is_file() and (plugins.enabled or args.compare):
+        raise EzhoiDiffusionError(
+            f"--resume {resume}: there is no such file; the host would start from random weights without a word"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import rewrite
 from legacy_files import (
     N_SEL,
     D,
@@ -254,10 +256,11 @@ def test_an_out_in_use_is_left_alone(files, tmp_path, capsys):
 
 
 def test_a_disk_that_refuses_leaves_nothing(files, tmp_path, capsys, mocker):
-    mocker.patch("ezhoi_diffusion.files.write_atomic", side_effect=OSError(28, "No space left on device"))
+    mocker.patch.object(os, "fsync", side_effect=OSError(28, "No space left on device"))
     for made in (files.model, files.visual):
         assert run(made, files.mean, "--out", tmp_path / "out") == 2
-        assert "could not be written" in capsys.readouterr().err
+        assert f"{tmp_path / 'out'} could not be written ([Errno 28]" in capsys.readouterr().err
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["guide"]
         assert not (tmp_path / "out").exists()
 
 
@@ -271,9 +274,8 @@ def test_the_visual_mean_is_not_made_up(files, tmp_path):
     statistics = ModalityStatistics.text_only(MEAN)
     assert statistics.gap != statistics.gap
     assert not ModalityStatistics.from_tensors(statistics.tensors()).visual_known
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    config["recipe"] |= {"input_mean": "visual", "name": "mine"}
-    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    path = tmp_path / "out" / "config.json"
+    rewrite(path, recipe=json.loads(path.read_text())["recipe"] | {"input_mean": "visual", "name": "mine"})
     with pytest.raises(BridgeError, match="'mine' uses the visual mean, which is not known"):
         DiffusionBridge.from_pretrained(tmp_path / "out")
     run(files.model, files.mean, files.visual, "--out", tmp_path / "both")
@@ -283,7 +285,7 @@ def test_the_visual_mean_is_not_made_up(files, tmp_path):
 def test_the_host_refuses_it_as_unknown_unless_forced(files, tmp_path, capsys):
     run(files.model, files.mean, "--out", tmp_path / "out")
     bridge = DiffusionBridge.from_pretrained(tmp_path / "out")
-    own = Fingerprint("ViT-B-16", D, "hicodet", None, 117, 212, "HO", True, True, "aa", "bb")
+    own = Fingerprint("ViT-B-16", D, "hicodet", None, 117, 212, "HO", True, True, "aa", "bb", {})
     args = SimpleNamespace(restore_context=False, force_bridge=False)
     host = Host(None, args, None, None, None)
     host.__dict__["fingerprint"] = own

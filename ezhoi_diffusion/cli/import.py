@@ -44,12 +44,25 @@ examples:
 
 def run(args: argparse.Namespace) -> int:
     """Report, and convert."""
+    from ezhoi_diffusion.legacy.convert import ImportFilesError
+
+    try:
+        return _import(args)
+    except OSError as error:
+        raise ImportFilesError(
+            f"{error.filename or args.out} cannot be read or written ({error.strerror}): see what it is, and give the command "
+            f"again"
+        ) from error
+
+
+def _import(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ezhoi_diffusion.legacy.convert import Bundle, make_bridge, make_store, require_unused, save_bridge
     from ezhoi_diffusion.legacy.formats import read_legacy
 
     if args.out is not None:
+        args.out = args.out.resolve()
         require_unused(args.out)
     files: list[LegacyFile] = []
     size = sum(path.stat().st_size for path in args.files if path.is_file())

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge, build_denoiser
+from ezhoi_diffusion.diffusion.bridge import BridgeConfig, BridgeError, DiffusionBridge, build_denoiser
 from ezhoi_diffusion.diffusion.normalization import uncenter
 from ezhoi_diffusion.diffusion.recipes import RECIPES
 from ezhoi_diffusion.diffusion.samplers import samplers
@@ -28,7 +28,7 @@ from ezhoi_diffusion.legacy.formats import (
     VisualRows,
     Weights,
 )
-from ezhoi_diffusion.legacy.reading import LegacyFileError
+from ezhoi_diffusion.legacy.reading import LegacyFileError, printable
 
 GUIDE_STEPS, GUIDE_SCALE, GUIDE_TIMESTEPS = 600, 5.0, 1000
 File = TypeVar("File", bound=LegacyFile)
@@ -142,7 +142,7 @@ def make_bridge(
     try:
         denoiser.net.load_state_dict(state)  # type: ignore[union-attr]
     except RuntimeError as error:
-        raise LegacyFileError(f"{model.path} does not fit the guide's Unet1D ({error!s:.300})") from error
+        raise LegacyFileError(f"{model.path} does not fit the guide's Unet1D ({printable(str(error), 300)})") from error
     statistics = ModalityStatistics.text_only(mean, len(bundle.text.rows) if bundle.text else 0)
     if bundle.visual is not None:
         statistics = ModalityStatistics.around([_undone(bundle, mean, force)], mean, statistics.text_rows)
@@ -160,9 +160,9 @@ def save_bridge(bridge: DiffusionBridge, folder: Path) -> None:
     try:
         with new_folder(folder) as staged:
             bridge.save_pretrained(staged)
-    except OSError as error:
+    except (OSError, BridgeError) as error:  # the latter names the folder that was staged
         raise ImportFilesError(
-            f"{folder} could not be written ({error}): choose another folder, or free space"
+            f"{folder} could not be written ({error.__cause__ or error}): choose another folder, or free space"
         ) from error
 
 
@@ -285,7 +285,7 @@ def _chosen(model: ModelFile, weights: Weights) -> tuple[dict[str, Tensor], Weig
     if broken:
         other = "; the other weights may be whole: --weights " + ("online" if used == "ema" else "ema")
         raise LegacyFileError(
-            f"{model.path}: the {used} weights hold NaN or infinity ({broken[0]} and {len(broken) - 1} others), so the training "
+            f"{model.path}: the {used} weights hold NaN or infinity ({printable(broken[0])} and {len(broken) - 1} others), so the training "
             f"had diverged: take an earlier checkpoint{other if len(model.weights) > 1 else ''}"
         )
     return state, used

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -83,8 +82,7 @@ def _from_folder(folder: Path, steps: int | None, scale: float | None) -> Diffus
         )
     if steps is None:
         return bridge
-    config = replace(bridge.config, recipe=replace(recipe, steps=steps, start_step=steps))
-    return DiffusionBridge(config, bridge.denoiser, bridge.statistics, sampler=bridge.sampler, context=bridge.context)
+    return bridge.override(start_step=steps, steps=steps)
 
 
 def _story(bridge: DiffusionBridge) -> list[str]:

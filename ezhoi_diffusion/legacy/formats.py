@@ -13,10 +13,11 @@ from torch import Tensor
 from ezhoi_diffusion.diffusion.artifact import MAX_TIMESTEPS
 from ezhoi_diffusion.diffusion.schedule import Objective, Schedule
 from ezhoi_diffusion.features.statistics import unit
-from ezhoi_diffusion.legacy.reading import LegacyFileError, read_untrusted, to_tensor
+from ezhoi_diffusion.legacy.reading import LegacyFileError, damaged, printable, read_untrusted, to_tensor
 
 HOI_CLASSES = 600
 MADE_BY = "files of the guide are: text embeddings, text mean, visual embeddings, embeddings_for_viz, model-k.pt, EZ-HOI checkpoint"
+MAX_INT = 1 << 63  # what a tensor or a JSON reader of other languages takes
 FACTS = ("num_classes", "zs_type", "txt_align", "act_descriptor", "clip_model", "checkpoint", "text_mean_path")
 
 Weights = Literal["ema", "online"]
@@ -157,6 +158,15 @@ class HostCheckpoint(LegacyFile):
 def read_legacy(path: Path) -> LegacyFile:
     """What `path` is. Raises LegacyFileError, UnsafeFileError for what it cannot be used as."""
     value = read_untrusted(path)
+    try:
+        return _recognised(value, path)
+    except LegacyFileError:
+        raise
+    except Exception as error:  # whatever values and shapes that no script writes can bring about
+        raise damaged(path, error) from error
+
+
+def _recognised(value: Any, path: Path) -> LegacyFile:
     if (mean := _bare_mean(value)) is not None:
         return _text_mean(mean, {}, path)
     if not isinstance(value, Mapping):
@@ -174,7 +184,7 @@ def read_legacy(path: Path) -> LegacyFile:
             return _text_mean(mean, value, path)
     if networks := _networks(value):
         return _model(value, networks, path)
-    keys = ", ".join(map(repr, list(value)[:8]))
+    keys = ", ".join(f"{key!r:.50}" for key in list(value)[:8])
     raise LegacyFileError(f"{path} holds {keys or 'nothing'}, which no script of the guide writes; {MADE_BY}")
 
 
@@ -182,8 +192,14 @@ def _what(value: Any) -> str:
     return f"{type(value).__name__} of shape {list(value.shape)}" if hasattr(value, "shape") else type(value).__name__
 
 
-def _facts(value: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value[key] for key in FACTS if isinstance(value.get(key), (str, int, bool))}
+def _facts(value: Mapping[str, Any], keys: tuple[str, ...] = FACTS) -> dict[str, Any]:
+    """What a file says that one line and JSON can say."""
+    facts = {key: value.get(key) for key in keys}
+    return {
+        key: printable(fact) if isinstance(fact, str) else fact
+        for key, fact in facts.items()
+        if isinstance(fact, str) or (isinstance(fact, int) and abs(fact) < MAX_INT)
+    }
 
 
 def _rows(value: Mapping[str, Any], key: str, path: Path) -> Tensor:
@@ -321,9 +337,11 @@ def _visual(value: Mapping[str, Any], path: Path) -> VisualRows:
     if not isinstance(metadata, list) or len(metadata) != len(rows):
         count = len(metadata) if isinstance(metadata, list) else f"no list, but a {_what(metadata)}"
         raise LegacyFileError(f"{path} has {len(rows)} rows and metadata of {count}: make the file again")
-    nameless = [n for n, entry in enumerate(metadata) if not isinstance(entry, Mapping) or "image_id" not in entry]
-    if nameless:
-        raise LegacyFileError(f"{path}: the metadata of row {nameless[0]} have no image_id: make the file again")
+    nameless = (
+        n for n, entry in enumerate(metadata) if not isinstance(entry, Mapping) or not _facts(entry, ("image_id",))
+    )
+    if (row := next(nameless, None)) is not None:
+        raise LegacyFileError(f"{path}: the metadata of row {row} have no image_id: make the file again")
     config = config if isinstance(config, Mapping) else {}
     warnings = []
     zero = rows.norm(dim=1) == 0
@@ -346,7 +364,7 @@ def _visual(value: Mapping[str, Any], path: Path) -> VisualRows:
         facts=_facts(config),
         warnings=(*warnings, *_scale_warning(config.get("scale_factor"), scale)),
         rows=rows,
-        images=tuple(str(entry["image_id"]) for entry in metadata),
+        images=tuple(printable(str(entry["image_id"])) for entry in metadata),
         objects=torch.tensor(objects, dtype=torch.int32)
         if all(type(o) is int and 0 <= o < 2**31 for o in objects)
         else None,
@@ -439,6 +457,9 @@ def _model(value: Mapping[str, Any], states: dict[Weights, dict[str, Tensor]], p
     step = (
         value.get("step") if isinstance(value.get("model"), Mapping) or isinstance(value.get("ema"), Mapping) else None
     )
+    step = int(step) if isinstance(step, int) or (isinstance(step, Tensor) and step.numel() == 1) else None
+    if step is not None and abs(step) >= MAX_INT:
+        raise LegacyFileError(f"{path}: its step is a number of {step.bit_length()} bits: it is damaged")
     schedule = next((state for state in states.values() if "betas" in state or "alphas_cumprod" in state), None)
     objective, timesteps = (None, None) if schedule is None else _schedule(schedule, path)
     if schedule is None:
@@ -446,9 +467,9 @@ def _model(value: Mapping[str, Any], states: dict[Weights, dict[str, Tensor]], p
     return ModelFile(
         path=path,
         dim=dim,
-        facts={"version": value["version"]} if isinstance(value.get("version"), str) else {},
+        facts=_facts(value, ("version",)),
         warnings=tuple(warnings),
-        step=int(step) if isinstance(step, int) or (isinstance(step, Tensor) and step.numel() == 1) else None,
+        step=step,
         init_dim=init_dim,
         dim_mults=tuple(int(m) for m in multiples),
         objective=objective,
@@ -497,5 +518,4 @@ def _host_checkpoint(value: Mapping[str, Any], path: Path) -> HostCheckpoint:
     if not dim and "vis_fuse.0.weight" in shapes:
         rows, columns = shapes["vis_fuse.0.weight"]
         dim = rows if columns == 2 * rows else rows // 2
-    facts = {key: value[key] for key in ("iteration", "epoch") if isinstance(value.get(key), int)}
-    return HostCheckpoint(path=path, dim=dim, facts=facts, shapes=shapes)
+    return HostCheckpoint(path=path, dim=dim, facts=_facts(value, ("iteration", "epoch")), shapes=shapes)

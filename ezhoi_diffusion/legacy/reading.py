@@ -16,7 +16,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import numpy as np
 import psutil
@@ -26,9 +26,11 @@ from torch import Tensor, nn
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle in a file of torch.save before 1.6, and in pickled tensors
-COPIES, SMALL = 4, 1 << 20  # a file may make four times its size, as bytes on the way to arrays do, or 1 MiB
-CONTAINER_BYTES = 100  # what an element of a copied container is taken to cost
-PLAIN_KEYS = (str, int, float, bool, bytes, type(None))
+COPIES, SMALL = 4, 1 << 24  # a file may make four times its size, as bytes on the way to arrays do, and 16 MiB
+ENTRY_BYTES, CONTAINER_BYTES, CALL_BYTES = 100, 200, 400  # what these are taken to cost: a set has 216 bytes
+MAX_DIMS, MAX_SIZE = 16, 1 << 62
+MAX_LIST = 1 << 20
+READ_FACTOR = 5  # memory at the peak of reading visual rows [N, 512] and their metadata, in sizes of the file; measured
 STORAGE_BYTES = {
     **dict.fromkeys(("Bool", "Byte", "Char", "Untyped"), 1),
     **dict.fromkeys(("Half", "BFloat16", "Short"), 2),
@@ -67,7 +69,7 @@ def read_untrusted(path: Path) -> Any:
     except LegacyFileError:
         raise
     except Exception as error:  # whatever a malformed program can bring about
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
     if left := len(data) - file.tell():
         raise LegacyFileError(f"{path} goes on for {left} bytes after its end: it is damaged; copy or make it again")
     return value
@@ -82,20 +84,25 @@ def _content(path: Path) -> bytes:
             raise LegacyFileError(
                 f"{path} is empty (0 bytes): the program that wrote it crashed; run that program again"
             )
-        # the file and what is made of it are in memory together
-        if 2 * size > (available := psutil.virtual_memory().available):
+        if READ_FACTOR * size > (available := psutil.virtual_memory().available):
             raise LegacyFileError(
-                f"{path} has {size / 1e9:.1f} GB and takes twice that to read, where {available / 1e9:.1f} GB are free: use a "
-                f"machine with more memory"
+                f"{path} has {size / 1e9:.1f} GB and takes {READ_FACTOR} times that to read, where {available / 1e9:.1f} GB are "
+                f"free: use a machine with more memory"
             )
         return path.read_bytes()
     except OSError as error:
         raise LegacyFileError(f"{path} cannot be read ({error})") from error
 
 
-def _damaged(path: Path, error: Exception) -> LegacyFileError:
+def damaged(path: Path, error: Exception) -> LegacyFileError:
+    """The error for a file whose content brought about `error`."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return LegacyFileError(f"{path} is damaged or cut short ({reason:.200}): copy or make it again")
+    return LegacyFileError(f"{path} is damaged or cut short ({printable(reason)}): copy or make it again")
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """The beginning of a string from elsewhere, with escapes for what would steer a terminal or is no character."""
+    return repr(text[:limit])[1:-1]
 
 
 # Plain pickles
@@ -105,8 +112,10 @@ class _Dtype:
     """Stands for numpy.dtype: only plain numbers, truth values and strings."""
 
     def __init__(self, name: str, align: bool = False, copy: bool = False) -> None:
-        if not isinstance(name, str) or not re.fullmatch(r"[|<>=]?[biufSU]\d{1,9}", name):
-            raise LegacyFileError(f"numpy data of the type {name!r:.50}, which is not numeric")
+        if not isinstance(name, str):
+            raise LegacyFileError(f"numpy data of a type that is a {type(name).__name__}")
+        if not re.fullmatch(r"[|<>=]?[biufSU][1-9]\d{0,8}", name):
+            raise LegacyFileError(f"numpy data of the type {printable(name, 50)}, which is not numeric")
         self.value = np.dtype(name)
 
     def set_state(self, state: Any) -> None:
@@ -125,6 +134,60 @@ class _Claim:
 
     def __init__(self, numel: int) -> None:
         self.numel = numel
+
+
+def _are_sizes(numbers: Any) -> TypeGuard[tuple[int, ...]]:
+    """Few and not large: multiplying numbers of any length can take for ever."""
+    return (
+        isinstance(numbers, tuple)
+        and len(numbers) <= MAX_DIMS
+        and all(type(number) is int and 0 <= number < MAX_SIZE for number in numbers)
+    )
+
+
+def _shown(shape: Any) -> str:
+    return str(list(shape)) if _are_sizes(shape) else "that no array has"
+
+
+def _priced(code: int, cost: int) -> Callable[[Any], None]:
+    """An instruction that takes memory: it is paid first."""
+
+    def load(machine: _Unpickler) -> None:
+        machine.spend(cost)
+        INSTRUCTIONS[code](machine)
+
+    return load
+
+
+def _keyed(code: bytes, step: int) -> Callable[[Any], None]:
+    """An instruction whose keys lie on the stack down to the last mark: every one of it, or every other."""
+
+    def load(machine: _Unpickler) -> None:
+        keys = machine.stack[::step]
+        machine.spend(ENTRY_BYTES * len(keys))
+        for key in keys:
+            machine._key(key)
+        INSTRUCTIONS[code[0]](machine)
+
+    return load
+
+
+PRICES = {
+    pickle.PUT + pickle.BINPUT + pickle.LONG_BINPUT + pickle.MEMOIZE: ENTRY_BYTES,
+    pickle.MARK + pickle.EMPTY_LIST + pickle.EMPTY_DICT + pickle.EMPTY_SET: CONTAINER_BYTES,
+    pickle.TUPLE1 + pickle.TUPLE2 + pickle.TUPLE3: ENTRY_BYTES,
+    pickle.REDUCE: CALL_BYTES,
+}
+REFUSED = (
+    pickle.EXT1
+    + pickle.EXT2
+    + pickle.EXT4
+    + pickle.FROZENSET
+    + pickle.NEWOBJ
+    + pickle.NEWOBJ_EX
+    + pickle.OBJ
+    + pickle.INST
+)
 
 
 class _Unpickler(pickle._Unpickler):
@@ -178,7 +241,7 @@ class _Unpickler(pickle._Unpickler):
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         raise UnsafeFileError(
-            f"{self.path} asks for {wanted}, which is no tensor, array or plain container: opening it could run code. It was "
+            f"{self.path} asks for {printable(wanted)}, which is no tensor, array or plain container: opening it could run code. It was "
             f"refused and nothing of it was run. Do not open it with pickle.load"
         )
 
@@ -203,8 +266,10 @@ class _Unpickler(pickle._Unpickler):
         return OrderedDict((self._key(key), value) for key, value in items)
 
     def _counter(self, counts: dict[Any, int]) -> Counter[Any]:
+        if type(counts) is not dict:  # its keys are checked
+            raise TypeError(f"a Counter of a {type(counts).__name__}")
         self.spend(CONTAINER_BYTES * len(counts))
-        return Counter(dict(counts))
+        return Counter(counts)
 
     def _tuple(self, items: Any = ()) -> tuple[Any, ...]:
         self.spend(CONTAINER_BYTES * len(items))
@@ -229,9 +294,9 @@ class _Unpickler(pickle._Unpickler):
 
     def _require_fit(self, data: Any, dtype: _Dtype, shape: tuple[int, ...]) -> None:
         self.arrays = True
-        if min(shape, default=0) < 0 or math.prod(shape) * dtype.value.itemsize != len(data):
+        if not _are_sizes(shape) or math.prod(shape) * dtype.value.itemsize != len(data):
             raise LegacyFileError(
-                f"{self.path} is damaged: an array of shape {list(shape)} does not fit its {len(data)} bytes"
+                f"{self.path} is damaged: an array of shape {_shown(shape)} does not fit its {len(data)} bytes"
             )
         self.spend(len(data))
 
@@ -255,10 +320,12 @@ class _Unpickler(pickle._Unpickler):
         return torch.empty(0, dtype=stored.dtype).set_(untyped, 0, (untyped.nbytes() // stored.dtype.itemsize,), (1,))
 
     def _tensor(self, storage: Any, offset: int, shape: Any, stride: Any, _grad: bool = False, *_: Any) -> Any:
+        if not (_are_sizes(shape) and _are_sizes(stride) and _are_sizes((offset,))):
+            raise LegacyFileError(f"{self.path} is damaged: a tensor of shape {_shown(shape)}")
         count = math.prod(shape)
         last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if count else -1
         held = storage.numel if isinstance(storage, _Claim) else len(storage)
-        if min((offset, *shape, *stride)) < 0 or last >= held or count > held:
+        if last >= held or count > held:
             raise LegacyFileError(
                 f"{self.path} is damaged: a tensor of shape {list(shape)} claims more than the {held} numbers stored for it"
             )
@@ -268,10 +335,10 @@ class _Unpickler(pickle._Unpickler):
         return data
 
     def _key(self, key: Any) -> Any:
-        """A key that costs nothing to hash: nested tuples can take for ever, or overflow the stack."""
-        if not isinstance(key, PLAIN_KEYS):
+        """A key that costs nothing to hash: nested tuples can take for ever, and large numbers share their hashes."""
+        if not isinstance(key, str) and not (isinstance(key, int) and abs(key) < 1 << 31):
             raise LegacyFileError(
-                f"{self.path} has a {type(key).__name__} as a key, which files of the guide do not have"
+                f"{self.path} has a {type(key).__name__} as a key, of a kind or size which files of the guide do not have"
             )
         return key
 
@@ -289,18 +356,9 @@ class _Unpickler(pickle._Unpickler):
             raise LegacyFileError(f"{self.path} is damaged: it sets the attributes of {type(target).__name__}")
 
     def _load_setitem(self) -> None:
+        self.spend(ENTRY_BYTES)
         self._key(self.stack[-2])
         INSTRUCTIONS[pickle.SETITEM[0]](self)
-
-    def _load_setitems(self) -> None:
-        for key in self.stack[::2]:
-            self._key(key)
-        INSTRUCTIONS[pickle.SETITEMS[0]](self)
-
-    def _load_additems(self) -> None:
-        for key in self.stack:
-            self._key(key)
-        INSTRUCTIONS[pickle.ADDITEMS[0]](self)
 
     def _load_bytearray8(self) -> None:
         (size,) = struct.unpack("<Q", self.read(8))
@@ -313,10 +371,12 @@ class _Unpickler(pickle._Unpickler):
         **INSTRUCTIONS,
         pickle.BUILD[0]: _load_build,
         pickle.SETITEM[0]: _load_setitem,
-        pickle.SETITEMS[0]: _load_setitems,
-        pickle.ADDITEMS[0]: _load_additems,
         pickle.BYTEARRAY8[0]: _load_bytearray8,
-        **dict.fromkeys((*(pickle.EXT1 + pickle.EXT2 + pickle.EXT4 + pickle.FROZENSET + pickle.NEWOBJ_EX),), _refuse),
+        **{code: _priced(code, cost) for codes, cost in PRICES.items() for code in codes},
+        **{
+            code[0]: _keyed(code, step) for code, step in ((pickle.DICT, 2), (pickle.SETITEMS, 2), (pickle.ADDITEMS, 1))
+        },
+        **dict.fromkeys(REFUSED, _refuse),
     }
 
 
@@ -331,33 +391,39 @@ class _StorageType:
 def _claimed(pid: Any) -> tuple[str, int, int]:
     """Key, number of elements and bytes of ("storage", type, key, location, numel, …)."""
     kind, storage, key, _, numel, *_ = pid
-    if kind != "storage" or not isinstance(storage, _StorageType) or type(numel) is not int or numel < 0:
-        raise ValueError(f"a reference to a {kind!r:.50} where one to a tensor's data should be")
-    return str(key), numel, numel * storage.itemsize
+    if kind != "storage" or not isinstance(storage, _StorageType) or not _are_sizes((numel,)) or type(key) is not str:
+        raise ValueError("a reference to something else where one to a tensor's data should be")
+    return key, numel, numel * storage.itemsize
 
 
 def _load_torch_archive(data: bytes, path: Path) -> Any:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        members = {entry.filename: entry for entry in archive.infolist()}
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in members.values()) or (
-            sum(entry.file_size for entry in members.values()) > len(data)
+        entries = archive.infolist()
+        members = {entry.filename: entry for entry in entries}
+        # torch finds names in either case, and takes another of two alike than Python does
+        if len({name.lower() for name in members}) < len(entries):
+            raise LegacyFileError(f"{path} has two members of one name, which torch.save does not write")
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or (
+            sum(entry.file_size for entry in entries) > len(data)
         ):
             raise LegacyFileError(
                 f"{path} is compressed, which torch.save does not do: it could be made to fill memory"
             )
         if broken := archive.testzip():
-            raise LegacyFileError(f"{path} is damaged: {broken} is not what was written; copy or make it again")
+            raise LegacyFileError(
+                f"{path} is damaged: {printable(broken)} is not what was written; copy or make it again"
+            )
         programs = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
-        if len(programs) != 1 or any(name.endswith("/constants.pkl") for name in members):
+        folder = programs[0].removesuffix("data.pkl") if len(programs) == 1 else ""
+        if not folder or not all(name.startswith(folder) and not name.endswith("/constants.pkl") for name in members):
             raise LegacyFileError(f"{path} is a zip file, but none that torch.save wrote")
-        folder = programs[0].removesuffix("data.pkl")
 
         def storage(pid: Any) -> _Claim:
             key, numel, size = _claimed(pid)
             entry = members.get(f"{folder}data/{key}")
             if entry is None or size > entry.file_size:
                 raise LegacyFileError(
-                    f"{path} is damaged: its data {key!r:.50} claim {size} bytes and have {entry.file_size if entry else 0}"
+                    f"{path} is damaged: its data {printable(key, 50)} claim {size} bytes and have {entry.file_size if entry else 0}"
                 )
             return _Claim(numel)
 
@@ -374,12 +440,15 @@ def _is_old_torch(data: bytes) -> bool:
 def _load_old_torch(data: bytes, path: Path) -> Any:
     if not _is_old_torch(data):
         raise LegacyFileError(f"{path} is damaged: bytes in the place of a tensor's data are no torch file")
-    claims: dict[str, int] = {}
+    claims: Counter[str] = Counter()
+    total = 0
 
     def storage(pid: Any) -> _Claim:
+        nonlocal total
         key, numel, size = _claimed(pid)
-        claims[key] = max(size, claims.get(key, 0))
-        if sum(claims.values()) > len(data):
+        total += max(0, size - claims[key])
+        claims[key] = max(size, claims[key])
+        if total > len(data):
             raise LegacyFileError(f"{path} is damaged: its tensors claim more than its {len(data)} bytes")
         return _Claim(numel)
 
@@ -406,14 +475,14 @@ def _numpy_globals() -> list[Any]:
 
 
 def to_tensor(value: Any) -> Tensor | None:
-    """A tensor, array, parameter or list of numbers as a detached CPU tensor of its own dtype; None for anything else."""
+    """A tensor, array, parameter or flat list of numbers as a detached CPU tensor of its own dtype; None for anything else."""
     if isinstance(value, (Tensor, nn.Parameter)):
         return value.detach().cpu()
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        return torch.from_numpy(np.array(value.astype(value.dtype.newbyteorder("="))))
-    if isinstance(value, list) and value:
+        return torch.from_numpy(np.require(value, value.dtype.newbyteorder("="), ["C", "W", "E"]))
+    if isinstance(value, list) and 0 < len(value) <= MAX_LIST and all(type(number) in (int, float) for number in value):
         try:
             return torch.tensor(value, dtype=torch.float32)
-        except (TypeError, ValueError, RuntimeError, OverflowError):
+        except (RuntimeError, OverflowError):
             return None
     return None

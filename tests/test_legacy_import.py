@@ -41,7 +41,7 @@ from ezhoi_diffusion.features.store import FeatureStore, FeatureStoreError
 from ezhoi_diffusion.host.fingerprint import Fingerprint
 from ezhoi_diffusion.host.host import FingerprintError, Host
 from ezhoi_diffusion.legacy.convert import ImportFilesError
-from ezhoi_diffusion.legacy.reading import LegacyFileError, UnsafeFileError
+from ezhoi_diffusion.legacy.reading import LegacyFileError, UnsafeFileError, read_untrusted
 
 TEXT, VISUAL = text(), visual()
 MEAN = mean_of(TEXT)
@@ -262,6 +262,63 @@ def test_a_disk_that_refuses_leaves_nothing(files, tmp_path, capsys, mocker):
         assert f"{tmp_path / 'out'} could not be written ([Errno 28]" in capsys.readouterr().err
         assert sorted(path.name for path in tmp_path.iterdir()) == ["guide"]
         assert not (tmp_path / "out").exists()
+
+
+WRONG = (
+    None, "x", "\ud800\x1b[31m", -1, 10**400, float("nan"), float("inf"), [], [float("nan")] * 12, {}, torch.zeros(()),
+    torch.zeros(0), torch.zeros(3), torch.tensor(float("nan")), torch.zeros(2, 2, 2), torch.zeros(2, dtype=torch.complex64),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["raw", "normalised", "clip", "visual", "analysis", "mean", "host", pytest.param("model", marks=pytest.mark.slow)],
+)
+def test_wrong_values_in_every_field_are_an_import_or_a_typed_error(files, tmp_path, kind, capsys):
+    whole = read_untrusted(getattr(files, kind))
+    if kind == "model":
+        places = [(whole, key) for key in whole]
+        places += [(whole["ema"], f"ema_model.{key}") for key in ("betas", "loss_weight", "model.init_conv.weight")]
+        places += [(whole["ema"], f"ema_model.model.{key}.weight") for key in ("time_mlp.1", "downs.0.3", "downs.1.3")]
+    else:
+        places = [(whole, key) for key in whole]
+        places += [(part, key) for part in whole.values() if isinstance(part, dict) for key in part]
+        places += [(part[0], key) for part in whole.values() if isinstance(part, list) and isinstance(part[0], dict) for key in part[0]]  # fmt: skip
+    for part, key in places:
+        right = part[key]
+        for value in WRONG:
+            part[key] = value
+            assert run(dump(whole, tmp_path / "f")) in (0, 2), (key, value)
+            said = capsys.readouterr()
+            assert "\x1b" not in said.out + said.err
+            assert "\ud800" not in said.out + said.err
+        part[key] = right
+
+
+@pytest.mark.parametrize("kind", ["raw", "visual", "mean", "host"])
+def test_cut_and_flipped_files_are_an_import_or_a_typed_error(files, tmp_path, kind):
+    data = getattr(files, kind).read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    for place in torch.randint(len(data), (40,), generator=generator).tolist():
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << place % 8
+        for content, fine in ((data[:place], (2,)), (flipped, (0, 2))):
+            (tmp_path / "f").write_bytes(content)
+            assert run(tmp_path / "f") in fine, place
+
+
+def test_names_that_the_system_refuses_are_named(files, tmp_path, capsys):
+    assert run("x" * 300) == 2
+    assert "x" * 300 in capsys.readouterr().err
+    assert run(files.model, files.mean, "--out", tmp_path / ("y" * 300)) == 2
+    assert "y" * 300 in capsys.readouterr().err
+
+
+def test_drop_in_refuses_steps_that_a_folder_does_not_have(files, tmp_path):
+    run(files.model, files.mean, "--out", tmp_path / "out")
+    for steps in (0, 2000):
+        with pytest.raises(EzhoiDiffusionError, match=r"steps|levels"):
+            DiffusionBridgeHOI(tmp_path / "out", inference_steps=steps)
 
 
 # What an imported bridge does not know

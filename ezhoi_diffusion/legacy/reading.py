@@ -113,15 +113,15 @@ class _Dtype:
 
     def __init__(self, name: str, align: bool = False, copy: bool = False) -> None:
         if not isinstance(name, str):
-            raise LegacyFileError(f"numpy data of a type that is a {type(name).__name__}")
+            raise TypeError(f"numpy data of a type that is a {type(name).__name__}")
         if not re.fullmatch(r"[|<>=]?[biufSU][1-9]\d{0,8}", name):
-            raise LegacyFileError(f"numpy data of the type {printable(name, 50)}, which is not numeric")
+            raise TypeError(f"numpy data of the type {printable(name, 50)}, which is not numeric")
         self.value = np.dtype(name)
 
     def set_state(self, state: Any) -> None:
         order = state[1]
         if order not in ("<", ">", "|", "=") or any(part is not None for part in state[2:5]):
-            raise LegacyFileError("structured numpy data")
+            raise TypeError("structured numpy data")
         self.value = self.value.newbyteorder(order)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 
-STAGED = ".staged"
+STAGED, REPLACED = ".staged", ".replaced"
 COMMITTED = ".committed"
 LOCK = ".lock"
 SEAL = "seal"
@@ -182,15 +182,35 @@ def leftovers(folder: Path) -> list[Path]:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yields a folder to write into, which becomes `folder` by one rename if the block ends well.
+    """Yields a folder to write into, which becomes `folder` by a rename if the block ends well.
 
-    What an older `folder` held is lost. Parents are made.
+    What an older `folder` held is lost, but not before: it is moved aside for that rename, and removed after it. Parents
+    are made.
     """
+    put_back(folder)
     with _staged(folder.with_name(folder.name + STAGED)) as staged:
         yield staged
-        shutil.rmtree(folder, ignore_errors=True)
-        staged.rename(folder)
+        if folder.is_dir():
+            folder.rename(folder.with_name(folder.name + REPLACED))
+        try:
+            staged.rename(folder)
+        except BaseException:
+            put_back(folder)
+            raise
     sync_folder(folder.parent)
+    put_back(folder)
+
+
+def put_back(folder: Path) -> None:
+    """Give `folder` back where `new_folder` was killed between its two renames; remove what it replaced otherwise."""
+    replaced = folder.with_name(folder.name + REPLACED)
+    if not replaced.is_dir():
+        return
+    if folder.exists():
+        shutil.rmtree(replaced)
+    else:
+        replaced.rename(folder)
+        sync_folder(folder.parent)
 
 
 @contextmanager

@@ -347,3 +347,58 @@ def test_importing_the_bridge_stays_light():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_only_what_no_weight_depends_on_is_overridden_and_all_of_it_is_noted():
+    bridge, x = make("paper"), features(3)
+    before = bridge(x)
+    assert bridge.override(steps=3) is bridge
+    assert bridge.override(start_step=50).config.recipe.steps == 3
+    assert bridge.provenance["overridden"] == {"steps": 3, "start_step": 50}
+    assert not torch.equal(bridge(x), before)
+    assert torch.equal(bridge(x), make("paper", steps=3, start_step=50)(x))
+    for wrong in ({"input_mean": "text"}, {"scale": 2.0}, {"sampler": "ddim"}, {"typo": 1}):
+        with pytest.raises(BridgeError, match="cannot be overridden, only start_step"):
+            bridge.override(**wrong)
+    with pytest.raises(BridgeError, match="need 1 <= steps <= start_step"):
+        bridge.override(steps=51)
+    assert bridge.config.recipe.steps == 3
+
+
+def test_an_override_needs_the_means_that_it_uses():
+    config = BridgeConfig(DIM, replace(RECIPES["guide"], restored_mean="visual"), "identity")
+    bridge = DiffusionBridge(config, Identity(), ModalityStatistics.text_only(statistics().text_mean))
+    with pytest.raises(BridgeError, match="uses the visual mean, which is not known"):
+        bridge.override(output="calibrated")
+    assert bridge.config.recipe.output == "unit"
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        ["bytes", "sha256"],
+        {"bytes": None, "sha256": "0" * 64},
+        {"bytes": 1, "sha256": "short"},
+        {"bytes": -1, "sha256": "0" * 64},
+    ],
+)
+def test_sealed_facts_that_are_none_are_refused(tmp_path, facts):
+    make().save_pretrained(tmp_path)
+    rewrite(tmp_path / "config.json", files={"model.safetensors": facts, "statistics.safetensors": facts})
+    with pytest.raises(BridgeError, match="size and SHA-256"):
+        DiffusionBridge.from_pretrained(tmp_path)
+
+
+def test_a_bridge_that_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    make(steps=2).save_pretrained(tmp_path)
+    calls = []
+    original = artifact.read_tensors
+
+    def read_tensors(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            make("paper").save_pretrained(tmp_path)
+        return original(*args)
+
+    monkeypatch.setattr(artifact, "read_tensors", read_tensors)
+    assert DiffusionBridge.from_pretrained(tmp_path).config.recipe.name == "paper"

@@ -185,3 +185,13 @@ def test_recipe_refuses(change):
     with pytest.raises(RecipeError, match=next(iter(change))):
         replace(RECIPES["paper"], **change)
     assert isinstance(replace(RECIPES["paper"], steps=10), Recipe)
+
+
+def test_the_published_sampler_visits_the_published_levels():
+    """reverse(trunc(linspace(−1, t0−1, S+1))) in float32, where that is not what whole numbers give."""
+    visited = {published: [], ddim: []}
+    for sampler, levels in visited.items():
+        sampler(lambda x, t: levels.append(t) or x, normal(1, 8), schedule=SCHEDULE, steps=50, start_step=60, scale=5.0)  # noqa: B023
+    expected = [int(v) for v in torch.linspace(-1, 59, 51).tolist()][::-1]
+    assert visited[published] == expected[:-1]
+    assert visited[ddim] == grid(50, 60)[:-1] != expected[:-1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import rewrite
@@ -207,3 +209,20 @@ def test_statistics_tell_what_was_captured(tmp_path, capsys):
     assert found["gap"] == pytest.approx(float((units.mean(0) - texts.mean(0)).norm()), rel=1e-5)
     assert (tmp_path / "s" / "statistics.png").read_bytes().startswith(b"\x89PNG")
     assert "14 of 6 train images, 2 without" in capsys.readouterr().out
+
+
+def test_what_could_not_be_read_back_is_refused_when_it_is_added(tmp_path):
+    writer = FeatureWriter(tmp_path, META)
+    broken = replace(IMAGES[0], logits=IMAGES[0].logits.clone().fill_(float("inf")))
+    with pytest.raises(FeatureStoreError, match=r"0\.jpg has logits that are not finite"):
+        writer.add(broken)
+
+
+def test_what_was_added_is_a_copy(tmp_path):
+    writer = FeatureWriter(tmp_path, META)
+    feature = torch.ones(3, D)
+    writer.add(replace(IMAGES[0], adapter_feat=feature))
+    feature.zero_()
+    writer.flush()
+    write_host_tensors(tmp_path, {"text": torch.randn(7, D)})
+    assert torch.equal(finish_store(tmp_path).adapter_feat(), torch.ones(3, D))

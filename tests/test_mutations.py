@@ -482,23 +482,24 @@ def test_a_whole_checkpoint_of_something_else_is_refused(made, tmp_path, capsys,
 
 @pytest.mark.parametrize("room", [0, 3_000, 9_000, 30_000])
 def test_a_full_disk_harms_nothing_and_the_same_command_goes_on(made, tmp_path, capsys, monkeypatch, room):
-    """The disk takes so many bytes in all, and no more."""
+    """The disk takes so many bytes in all, and no more; that is found out when a file is flushed, half-written."""
     import errno
+    import stat
 
-    from ezhoi_diffusion import files
+    left, real = [room], os.fsync
 
-    left, real = [room], files.write_atomic
-
-    def write(path, data):
-        left[0] -= len(data)
-        if left[0] < 0:
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        return real(path, data)
+    def fsync(handle):
+        found = os.fstat(handle)
+        if stat.S_ISREG(found.st_mode):
+            left[0] -= found.st_size
+            if left[0] < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
 
     out = tmp_path / "out"
     argv = ["train", str(made.store), "--out", str(out), "--train-steps", "8", "--resume", *QUICK]
     with monkeypatch.context() as patch:
-        patch.setattr(files, "write_atomic", write)
+        patch.setattr(os, "fsync", fsync)
         refused_by_main(argv, capsys, "No space left on device")
     assert not [p for p in out.rglob("*") if p.name.endswith((".tmp", ".staged"))]
     assert main(argv) == 0
@@ -506,9 +507,10 @@ def test_a_full_disk_harms_nothing_and_the_same_command_goes_on(made, tmp_path, 
 
     left[0] = room
     with monkeypatch.context() as patch:
-        patch.setattr(files, "write_atomic", write)
+        patch.setattr(os, "fsync", fsync)
         with pytest.raises(FeatureStoreError, match="No space left on device"):
             write_all(tmp_path / "features")
+    assert not list((tmp_path / "features").glob(".*.tmp"))
     assert torch.equal(write_all(tmp_path / "features"), FeatureStore(made.store).adapter_feat())
 
 

@@ -9,7 +9,7 @@ import torch
 from ezhoi_diffusion.diffusion.recipes import RECIPES
 from ezhoi_diffusion.training.checkpoint import flat, nested, read_newest, write_checkpoint
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
-from ezhoi_diffusion.training.order import batch_indices, levels_and_noise, split
+from ezhoi_diffusion.training.order import batch_indices, generator, levels_and_noise, split
 
 
 def test_every_epoch_visits_every_row_once():
@@ -73,6 +73,8 @@ def test_configuration_is_its_json():
         {"objective": "pred_y"},
         {"mixed_precision": "fp8"},
         {"seed": 1.5},
+        {"denoiser_options": [1]},
+        {"ema_update_every": 5001},
     ],
 )
 def test_configuration_refuses(change):
@@ -121,3 +123,17 @@ def test_an_unfinished_checkpoint_is_not_seen(tmp_path):
     (tmp_path / "step-000000008").mkdir()
     with pytest.warns(UserWarning, match="manifest"), pytest.raises(TrainingError, match="no whole checkpoint"):
         read_newest(tmp_path)
+
+
+def test_options_given_as_tuples_are_the_same_run():
+    config = replace(TrainConfig(), denoiser_options={"dim_mults": (1, 2)})
+    assert config.departures(json.loads(json.dumps(config.to_dict()))) == []
+
+
+def test_an_epochs_order_is_drawn_once_and_stays_what_it_was():
+    rows, seed = 11, 3
+    drawn = [torch.randperm(rows, generator=generator(seed, "order", epoch)) for epoch in range(3)]
+    batches = [batch_indices(rows, 4, seed, batch) for batch in range(8)]
+    assert torch.equal(torch.cat(batches), torch.cat(drawn)[:32])
+    batches[0].zero_()  # what a caller does to its batch changes no other
+    assert torch.equal(batch_indices(rows, 4, seed, 0), drawn[0][:4])

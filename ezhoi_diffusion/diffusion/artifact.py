@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ezhoi_diffusion.files import current, read_json, read_tensors, replaced_fil
 SCHEMA_VERSION = 1
 CONFIG = "config.json"
 MODEL, STATISTICS, CONTEXT = "model.safetensors", "statistics.safetensors", "context.safetensors"
+ATTEMPTS = 3  # to read an artefact that does not fit together
 REMEDY = "restore the artefact from where it came, or train anew"
 MAX_DIM, MAX_TIMESTEPS = 65536, 100_000
 
@@ -80,6 +82,15 @@ def write_artifact(folder: Path, config: BridgeConfig, files: dict[str, dict[str
 
 def read_artifact(folder: Path) -> tuple[BridgeConfig, dict[str, dict[str, Tensor]]]:
     """The configuration, and the tensors of every file on the CPU. Raises BridgeError if one is not whole."""
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return _read_artifact(folder)
+        except BridgeError:
+            time.sleep(0.02)  # a training may be replacing its best bridge just now
+    return _read_artifact(folder)
+
+
+def _read_artifact(folder: Path) -> tuple[BridgeConfig, dict[str, dict[str, Tensor]]]:
     path = current(folder, CONFIG)
     content = read_json(path, BridgeError, "give the folder of a finished training")
     try:
@@ -100,10 +111,20 @@ def _parse(content: dict[str, Any]) -> tuple[BridgeConfig, dict[str, dict[str, A
             f"it is a {kind!r} of schema version {version!r}, and this ezhoi-diffusion reads 'diffusion' "
             f"of version {SCHEMA_VERSION}: upgrade the package, or train anew"
         )
-    if not isinstance(files, dict) or not all({"bytes", "sha256"} <= set(facts) for facts in files.values()):
+    if not isinstance(files, dict) or not all(_is_size_and_hash(facts) for facts in files.values()):
         raise ValueError(f"'files' must give each file's size and SHA-256, not {files!r:.100}")
     unknown = set(files) - {MODEL, STATISTICS, CONTEXT}
     missing = {MODEL, STATISTICS} - set(files)
     if unknown or missing:
         raise ValueError(f"unexpected or missing entries in 'files': {', '.join(sorted(unknown | missing))}")
     return BridgeConfig(**{**content, "recipe": Recipe(**content["recipe"])}), files
+
+
+def _is_size_and_hash(facts: Any) -> bool:
+    return (
+        isinstance(facts, dict)
+        and type(facts.get("bytes")) is int
+        and facts["bytes"] >= 0
+        and isinstance(facts.get("sha256"), str)
+        and len(facts["sha256"]) == 64
+    )

@@ -27,6 +27,7 @@ from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.features.statistics import ModalityStatistics, unit
 from ezhoi_diffusion.registry import Registry
 
+APPLICATION = ("start_step", "steps", "strength", "output")  # fields of a recipe that no weight depends on
 __all__ = ["BridgeConfig", "BridgeError", "Components", "DiffusionBridge", "build_denoiser"]
 
 
@@ -52,6 +53,14 @@ def build_denoiser(config: BridgeConfig, registry: Components | None = None) -> 
 
 def _means_in_use(recipe: Recipe) -> set[Side]:
     return {recipe.input_mean} | ({recipe.restored_mean} if recipe.output == "calibrated" else set())
+
+
+def _require_means(recipe: Recipe, statistics: ModalityStatistics) -> None:
+    if not statistics.visual_known and "visual" in _means_in_use(recipe):
+        raise BridgeError(
+            f"recipe {recipe.name!r} uses the visual mean, which is not known here: the files that this comes "
+            f"from held the text mean alone. Use recipe 'guide', or capture features and train on them"
+        )
 
 
 class DiffusionBridge(nn.Module):
@@ -80,11 +89,7 @@ class DiffusionBridge(nn.Module):
         statistics do not fit the configuration.
         """
         super().__init__()
-        if not statistics.visual_known and "visual" in _means_in_use(config.recipe):
-            raise BridgeError(
-                f"recipe {config.recipe.name!r} uses the visual mean, which is not known here: the files that this comes "
-                f"from held the text mean alone. Use recipe 'guide', or capture features and train on them"
-            )
+        _require_means(config.recipe, statistics)
         for side, mean in (("visual", statistics.visual_mean), ("text", statistics.text_mean)):
             if mean.shape != (config.dim,) or not mean.square().sum() < 1:
                 raise BridgeError(
@@ -110,14 +115,20 @@ class DiffusionBridge(nn.Module):
     def override(self, **changes: Any) -> DiffusionBridge:
         """Apply the same weights in another way, e.g. override(start_step=100, steps=100); returns itself.
 
-        The change is noted in the provenance, so reports say it. Raises RecipeError, BridgeError for values out of range.
+        The change is noted in the provenance, so reports say it. Raises BridgeError for values out of range, and for what
+        is part of the training.
         """
+        fixed = sorted(set(changes) - set(APPLICATION))
+        if fixed:
+            raise BridgeError(f"{', '.join(fixed)} cannot be overridden, only {', '.join(APPLICATION)}")
         try:
             recipe = replace(self.config.recipe, **changes)
-            provenance = {**self.config.provenance, "overridden": changes}
-            self.config = replace(self.config, recipe=recipe, provenance=provenance)
+            noted = {**self.config.provenance.get("overridden", {}), **changes}
+            config = replace(self.config, recipe=recipe, provenance={**self.config.provenance, "overridden": noted})
         except (TypeError, ValueError) as error:
             raise BridgeError(f"this bridge cannot be applied with {changes}: {error}") from error
+        _require_means(recipe, self.statistics)
+        self.config = config
         return self
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ezhoi_diffusion.diffusion.normalization import rescale
@@ -62,7 +63,7 @@ def ddim(predict: PredictX0, z: Tensor, *, schedule: Schedule, steps: int, start
 def published(
     predict: PredictX0, z: Tensor, *, schedule: Schedule, steps: int, start_step: int, scale: float
 ) -> Tensor:
-    """`ddim` as the published code computes it, to reproduce it to the last digits: ε explicit, the table in float32.
+    """`ddim` as the published code computes it, to reproduce it to the last digits: ε explicit, table and grid in float32.
 
     1 − ᾱ loses three digits there at the low levels, which an untrained network was seen to turn into differences of 2e-5
     in unit rows. Raises ValueError as `ddim` does.
@@ -71,8 +72,11 @@ def published(
         raise ValueError(f"start_step={start_step} lies beyond the schedule's {schedule.timesteps} levels")
     exact = schedule.alphas_cumprod
     alpha_bar, recip, recipm1 = exact.to(z), (1 / exact).sqrt().to(z), (1 / exact - 1).sqrt().to(z)
+    grid(steps, start_step)  # refuses what would repeat levels
+    # the published grid: in float32 the truncation drops some levels by one, e.g. for (50, 60)
+    levels = torch.linspace(-1, start_step - 1, steps + 1).int().flip(0).tolist()
     x = z
-    for t, t_next in pairwise(grid(steps, start_step)):
+    for t, t_next in pairwise(levels):
         x = rescale(x, scale)
         x0 = predict(x, t)
         if t_next < 0:

@@ -108,9 +108,16 @@ class FeatureWriter:
             raise FeatureStoreError(
                 f"image {batch.image} gave features that are not finite: does the bare host score it?"
             )
-        for name, value in (("boxes", batch.pairs.boxes), ("scores", batch.pairs.scores), ("gt_boxes", batch.gt_boxes)):
+        for name, value in (
+            ("logits", batch.logits),
+            ("boxes", batch.pairs.boxes),
+            ("scores", batch.pairs.scores),
+            ("gt_boxes", batch.gt_boxes),
+        ):
             if not torch.isfinite(value).all():
-                raise FeatureStoreError(f"image {batch.image} has {name} that are not finite: look at its annotation")
+                raise FeatureStoreError(
+                    f"image {batch.image} has {name} that are not finite: does the bare host score it? Look at its annotation"
+                )
         self._pending.append(_to_cpu(batch))
         self.next_index = batch.index + 1
         self._rows += len(batch.pairs)
@@ -458,8 +465,10 @@ def _rows_problem(tensors: dict[str, Tensor], shard: dict[str, Any], dim: int, *
 
 def _to_cpu(batch: FeatureBatch) -> FeatureBatch:
     pairs = batch.pairs
-    moved = {k: getattr(pairs, k).cpu() for k in ("size", "boxes", "scores", "classes", "pairing")}
-    own = {k: getattr(batch, k).cpu() for k in ("adapter_feat", "logits", "labels", "gt_boxes", "gt_hoi")}
+    moved = {k: getattr(pairs, k).to("cpu", copy=True) for k in ("size", "boxes", "scores", "classes", "pairing")}
+    own = {
+        k: getattr(batch, k).to("cpu", copy=True) for k in ("adapter_feat", "logits", "labels", "gt_boxes", "gt_hoi")
+    }
     return FeatureBatch(index=batch.index, pairs=Pairs(pairs.image, pairs.batch_index, **moved), text=None, **own)
 
 

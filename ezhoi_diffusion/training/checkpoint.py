@@ -9,7 +9,16 @@ from typing import Any
 
 from torch import Tensor
 
-from ezhoi_diffusion.files import STAGED, new_folder, read_json, read_tensors, write_json, write_tensors
+from ezhoi_diffusion.files import (
+    REPLACED,
+    STAGED,
+    new_folder,
+    put_back,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
 
 KEEP = 2
@@ -24,6 +33,7 @@ def write_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tenso
         write_json(staged / MANIFEST, {"files": files, "state": state})
     for path in folder.glob(f"step-*{STAGED}"):  # of a writer that was killed
         shutil.rmtree(path)
+    _put_back(folder)
     whole = 0
     for path in _newest_first(folder):
         if whole == KEEP:
@@ -35,8 +45,9 @@ def write_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tenso
 def read_newest(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
     """Tensors and state of the newest whole checkpoint, or None; warns of every newer one that is not whole.
 
-    Raises TrainingError where there are checkpoints, and none is whole.
+    Only for whoever may write there: what a killed writer moved aside is put back. Raises TrainingError where there are checkpoints, and none is whole.
     """
+    _put_back(folder)
     found = _newest_first(folder)
     for path in found:
         content = _read(path)
@@ -71,6 +82,11 @@ def nested(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
         index, key = name.split(".")
         moments.setdefault(int(index), {})[key] = value
     return moments
+
+
+def _put_back(folder: Path) -> None:
+    for path in folder.glob(f"step-*{REPLACED}"):
+        put_back(path.with_name(path.name.removesuffix(REPLACED)))
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
@@ -91,6 +92,11 @@ class TrainConfig:
         self._require("ema_decay", 0 <= self.ema_decay < 1, "from 0 to below 1")
         self._require("val_fraction", 0 < self.val_fraction < 1, "between 0 and 1")
         self._require("seed", type(self.seed) is int, "a whole number")
+        self._require("denoiser_options", isinstance(self.denoiser_options, dict), "a JSON object")
+        # else the averaged weights, which are the result, would be those of the start
+        self._require(
+            "ema_update_every", self.ema_update_every <= self.train_steps, f"at most train_steps, {self.train_steps}"
+        )
         self._require(
             "timesteps",
             type(self.timesteps) is int and self.recipe.start_step <= self.timesteps <= MAX_TIMESTEPS,
@@ -135,8 +141,9 @@ class TrainConfig:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
-        return asdict(self)
+        """As JSON gives it back: tuples are lists."""
+        content: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return content
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> TrainConfig:

@@ -82,6 +82,7 @@ class Run:
         self.scheduler = LambdaLR(self.optimizer, config.learning_rate_share)
 
         self.step = 0
+        self.saved: int | None = None  # the step of the newest checkpoint
         self.best = float("inf")
         self.bars = self.validation.bar()
         self.bar = fmean(self.bars)
@@ -137,7 +138,7 @@ class Run:
         return bool(votes > 0)
 
     def stop(self) -> None:
-        """Write a checkpoint of this very step, in all processes."""
+        """See that there is a checkpoint of this very step, in all processes."""
         self._checkpoint()
         self.accelerator.wait_for_everyone()
 
@@ -193,6 +194,10 @@ class Run:
         self.bar_display.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
         return record
 
+    def _logged(self) -> bool:
+        """Whether the history has this step."""
+        return bool(self.history) and self.history[-1]["step"] == self.step
+
     def _validate(self, record: dict[str, Any]) -> None:
         """The main process's figures count for all: another kind of processor may round otherwise."""
         ranges = agreed(self.accelerator, lambda: self.validation.losses(self.ema.module, self.device))
@@ -243,6 +248,8 @@ class Run:
         }
 
     def _checkpoint(self) -> None:
+        if self.saved == self.step:
+            return
         pending = self.accelerator.reduce(torch.stack(self.pending), "mean").tolist() if self.pending else []
         tensors = {
             "model": self.network.state_dict(),
@@ -261,6 +268,7 @@ class Run:
             "scaler": scaler.state_dict() if scaler else None,
         }
         agreed(self.accelerator, lambda: write_checkpoint(self.out / CHECKPOINTS, self.step, tensors, state))
+        self.saved = self.step
 
     def restore(self) -> bool:
         """Take up the newest whole checkpoint; False where there is none. Raises TrainingError if it differs."""
@@ -277,20 +285,29 @@ class Run:
             if self.accelerator.scaler:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.step, self.best, self.history = state["step"], state["best_val_loss"], state["history"]
+            self.saved = self.step
             self.pending = [torch.tensor(loss, device=self.device) for loss in state["pending"]]
+            if not self.pending and not self._logged():
+                raise ValueError(f"it has no loss of step {self.step}")
             self.seconds = state["seconds"]
             self.scheduler = LambdaLR(self.optimizer, self.config.learning_rate_share, last_epoch=self.step - 1)
             self.stopped = self._why_stop()
+            before = state["config"].get("train_steps", TrainConfig.train_steps)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise TrainingError(
                 f"the newest checkpoint in {self.out / CHECKPOINTS} is not one of this network ({error}): remove it"
             ) from error
+        if before != self.config.train_steps and self.accelerator.is_main_process:
+            print(f"note: train_steps was {before}, is now {self.config.train_steps}", file=sys.stderr, flush=True)
         return True
 
     def finish(self) -> None:
         """Write the results. The artefact comes last: once it is there, everything is."""
+        # a resumed run that had no step left to do may have been stopped before this step was logged, or validated
+        if not self._logged():
+            self._log()
         last = self.history[-1]
-        if "val_loss" not in last:  # a resumed run that had no step left to do
+        if "val_loss" not in last:
             self._validate(last)
         facts = {
             "config": self.config.to_dict(),

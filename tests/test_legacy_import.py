@@ -343,7 +343,7 @@ def test_the_host_refuses_it_as_unknown_unless_forced(files, tmp_path, capsys):
     run(files.model, files.mean, "--out", tmp_path / "out")
     bridge = DiffusionBridge.from_pretrained(tmp_path / "out")
     own = Fingerprint("ViT-B-16", D, "hicodet", None, 117, 212, "HO", True, True, "aa", "bb", {})
-    args = SimpleNamespace(restore_context=False, force_bridge=False)
+    args = SimpleNamespace(restore_context=False, force_bridge=False, inference_steps=None)
     host = Host(None, args, None, None, None)
     host.__dict__["fingerprint"] = own
     with pytest.raises(FingerprintError) as refused:

@@ -28,6 +28,19 @@ def test_a_batch_may_hold_more_than_all_rows():
     assert batch_indices(5, 64, seed=0, batch=0).bincount().tolist() == pytest.approx([13] * 5, abs=1)
 
 
+@pytest.mark.parametrize(("rows", "size"), [(10, 4), (10, 10), (3, 8), (100, 7)])
+def test_an_epoch_is_drawn_once_and_batches_are_as_if_it_were_drawn_for_each(monkeypatch, rows, size):
+    epochs = [torch.randperm(rows, generator=generator(99, "order", k)) for k in range(1 + 20 * size // rows)]
+    drawn, real = [], torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda *args, **kwargs: drawn.append(args) or real(*args, **kwargs))
+    batches = [batch_indices(rows, size, seed=99, batch=k) for k in range(20)]
+    assert torch.equal(torch.cat(batches), torch.cat(epochs)[: 20 * size])
+    assert len(drawn) <= len(epochs)
+    last = batches[-1].clone()
+    batches[-1].zero_()
+    assert torch.equal(batch_indices(rows, size, seed=99, batch=19), last)
+
+
 def test_noise_is_a_function_of_seed_and_batch_and_draws_nothing_global():
     state = torch.get_rng_state()
     first, again = levels_and_noise((8, 4), 1000, 0, 5), levels_and_noise((8, 4), 1000, 0, 5)
@@ -56,6 +69,8 @@ def test_configuration_is_its_json():
     config = TrainConfig(recipe=RECIPES["guide"], denoiser_options={"width": 8}, train_steps=7)
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert all(field.metadata["help"] for field in fields(TrainConfig))
+    tuples = TrainConfig(denoiser_options={"dim_mults": (1, 2)})
+    assert tuples.departures(json.loads(json.dumps(tuples.to_dict()))) == []
     with pytest.raises(TrainingError, match="wdth"):
         TrainConfig.from_dict({"wdth": 1})
 
@@ -74,6 +89,7 @@ def test_configuration_is_its_json():
         {"mixed_precision": "fp8"},
         {"seed": 1.5},
         {"denoiser_options": [1]},
+        {"denoiser_options": {"width": {1}}},
         {"ema_update_every": 5001},
     ],
 )
@@ -117,23 +133,18 @@ def test_the_newest_whole_checkpoint_counts(tmp_path, name, damage):
     assert (tmp_path / "step-000000001").exists()
 
 
+def test_a_checkpoint_that_was_about_to_be_replaced_is_put_back(tmp_path):
+    checkpoint(tmp_path, 1)
+    (tmp_path / "step-000000001").rename(tmp_path / "step-000000001.replaced")
+    (tmp_path / "step-000000001.staged").mkdir()
+    assert read_newest(tmp_path)[1] == {"step": 1}
+    checkpoint(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000000001", "step-000000002"]
+
+
 def test_an_unfinished_checkpoint_is_not_seen(tmp_path):
     (tmp_path / "step-000000009.staged").mkdir(parents=True)
     assert read_newest(tmp_path) is None
     (tmp_path / "step-000000008").mkdir()
     with pytest.warns(UserWarning, match="manifest"), pytest.raises(TrainingError, match="no whole checkpoint"):
         read_newest(tmp_path)
-
-
-def test_options_given_as_tuples_are_the_same_run():
-    config = replace(TrainConfig(), denoiser_options={"dim_mults": (1, 2)})
-    assert config.departures(json.loads(json.dumps(config.to_dict()))) == []
-
-
-def test_an_epochs_order_is_drawn_once_and_stays_what_it_was():
-    rows, seed = 11, 3
-    drawn = [torch.randperm(rows, generator=generator(seed, "order", epoch)) for epoch in range(3)]
-    batches = [batch_indices(rows, 4, seed, batch) for batch in range(8)]
-    assert torch.equal(torch.cat(batches), torch.cat(drawn)[:32])
-    batches[0].zero_()  # what a caller does to its batch changes no other
-    assert torch.equal(batch_indices(rows, 4, seed, 0), drawn[0][:4])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from torch import nn
 
 from ezhoi_diffusion.diffusion.bridge import Components, DiffusionBridge
 from ezhoi_diffusion.diffusion.recipes import RECIPES
-from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.errors import EzhoiDiffusionError, Interrupted
 from ezhoi_diffusion.features.statistics import ModalityStatistics
 from ezhoi_diffusion.training.data import training_rows
 from ezhoi_diffusion.training.trainer import TrainConfig, TrainingData, TrainingError, train
@@ -121,6 +122,43 @@ def stop_at(step):
             raise Stop
 
     return on_step
+
+
+def asked_to_end_at(step):
+    def on_step(done):
+        if done == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return on_step
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_run_may_end_at_the_step_it_was_asked_to_end_at(tmp_path, capsys, step):
+    """With no record in the history yet, and with one of an earlier step only: the end is that of a run this long."""
+    whole = train(low_rank(), replace(QUICK, train_steps=step), tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(low_rank(), QUICK, tmp_path / "out", on_step=asked_to_end_at(step))
+    capsys.readouterr()
+    out = train(low_rank(), replace(QUICK, train_steps=step), tmp_path / "out", resume=True)
+    assert f"train_steps was 12, is now {step}\n" in capsys.readouterr().err
+    assert equal(weights(out), weights(whole))
+    histories = [json.loads((folder / "training.json").read_text())["history"] for folder in (out, whole)]
+    assert histories[0] == histories[1]
+    assert [record["step"] for record in histories[0] if "val_loss" in record] == [*range(4, step, 4), step]
+
+
+def test_a_checkpoint_that_is_there_is_not_written_again(tmp_path):
+    manifest = tmp_path / "out" / "checkpoints" / "step-000000004" / "manifest.json"
+    inodes = []
+
+    def on_step(done):
+        if done == 4:
+            inodes.append(manifest.stat().st_ino)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        train(low_rank(), QUICK, tmp_path / "out", on_step=on_step)
+    assert manifest.stat().st_ino == inodes[0]
 
 
 @pytest.mark.parametrize("step", [2, 6, 11])

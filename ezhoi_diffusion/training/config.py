@@ -78,6 +78,10 @@ class TrainConfig:
         )
         for name in counts:
             self._require(name, type(getattr(self, name)) is int and getattr(self, name) >= 1, "at least 1")
+        self._require(
+            "ema_update_every", self.ema_update_every <= self.train_steps, f"at most train_steps, {self.train_steps}"
+        )
+        self._require("denoiser_options", _is_json_object(self.denoiser_options), "a JSON object")
         self._require("patience", type(self.patience) is int and self.patience >= 0, "at least 1, or 0 for never")
         self._require(
             "warmup_steps",
@@ -92,11 +96,6 @@ class TrainConfig:
         self._require("ema_decay", 0 <= self.ema_decay < 1, "from 0 to below 1")
         self._require("val_fraction", 0 < self.val_fraction < 1, "between 0 and 1")
         self._require("seed", type(self.seed) is int, "a whole number")
-        self._require("denoiser_options", isinstance(self.denoiser_options, dict), "a JSON object")
-        # else the averaged weights, which are the result, would be those of the start
-        self._require(
-            "ema_update_every", self.ema_update_every <= self.train_steps, f"at most train_steps, {self.train_steps}"
-        )
         self._require(
             "timesteps",
             type(self.timesteps) is int and self.recipe.start_step <= self.timesteps <= MAX_TIMESTEPS,
@@ -141,7 +140,7 @@ class TrainConfig:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON gives it back: tuples are lists."""
+        """In JSON's own types: what a tuple was is a list, here as in a file."""
         content: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return content
 
@@ -155,3 +154,11 @@ class TrainConfig:
             return cls(**values)
         except TypeError as error:
             raise TrainingError(f"not a training configuration: {error}") from error
+
+
+def _is_json_object(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except (RecursionError, TypeError, ValueError):
+        return False
+    return isinstance(value, dict)

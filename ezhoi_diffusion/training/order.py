@@ -19,11 +19,6 @@ def generator(seed: int, purpose: str, number: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-@lru_cache(maxsize=2)  # of a million rows one takes 27 ms, and an epoch has thousands of batches
-def _permutation(rows: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(rows, generator=generator(seed, "order", epoch))
-
-
 def batch_indices(rows: int, batch_size: int, seed: int, batch: int) -> Tensor:
     """Rows [batch_size] of one batch: a stretch of all epochs' permutations laid end to end.
 
@@ -31,8 +26,13 @@ def batch_indices(rows: int, batch_size: int, seed: int, batch: int) -> Tensor:
     """
     first, last = batch * batch_size, (batch + 1) * batch_size
     epochs = range(first // rows, (last - 1) // rows + 1)
-    stretch = torch.cat([_permutation(rows, seed, epoch) for epoch in epochs])
-    return stretch[first - epochs.start * rows :][:batch_size]
+    return torch.cat([_order(rows, seed, k)[max(0, first - k * rows) : last - k * rows] for k in epochs])
+
+
+@lru_cache(maxsize=2)  # a batch lies in one epoch or two; of a million rows, a permutation takes longer than a step
+def _order(rows: int, seed: int, epoch: int) -> Tensor:
+    """All rows [rows] in the order of an epoch. Not to be written into."""
+    return torch.randperm(rows, generator=generator(seed, "order", epoch))
 
 
 def levels_and_noise(shape: tuple[int, int], timesteps: int, seed: int, batch: int) -> tuple[Tensor, Tensor]:

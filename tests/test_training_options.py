@@ -423,12 +423,14 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.training.processes import part
 from ezhoi_diffusion.training.trainer import train
 from test_training_options import OVERFIT, few
 torch.set_num_threads(1)
 out, resume, change = json.loads(sys.argv[1])
 try:
     train(few(), replace(OVERFIT, **change), Path(out), resume=resume)
+    part()
 except EzhoiDiffusionError as error:
     sys.exit(f"refused: {error}")
 """

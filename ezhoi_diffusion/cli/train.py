@@ -126,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
     from ezhoi_diffusion.evaluation.plots import plot_training
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.plugins import PluginHost
+    from ezhoi_diffusion.training.processes import part
     from ezhoi_diffusion.training.trainer import train
 
     config = train_config(args)
@@ -144,6 +145,7 @@ def run(args: argparse.Namespace) -> int:
         for note in notes(facts):
             print(f"note: {note}", flush=True)
         print(f"bridge: {out} (lowest validation loss: {out / 'best'}); curve: {out / 'training.png'}", flush=True)
+    part()
     return 0
 
 

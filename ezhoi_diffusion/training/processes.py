@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import accelerate
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
 
@@ -76,6 +77,16 @@ def require_same_everywhere(what: dict[str, Any]) -> None:
                     f"the processes differ in {name}: {what[name]!r} here, {value!r} in process {rank}; give the same flags "
                     f"and the same features on every machine"
                 )
+
+
+def part() -> None:
+    """End what joins the processes, where several train; all must call it, as the last thing.
+
+    Left to the interpreter's own end, one that is gone first was once seen to take another with it (SIGABRT).
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def _expected() -> int:

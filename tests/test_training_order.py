@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from ezhoi_diffusion.diffusion.recipes import RECIPES
+from ezhoi_diffusion.draws import generator
 from ezhoi_diffusion.training.checkpoint import flat, nested, read_newest, write_checkpoint
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
-from ezhoi_diffusion.training.order import batch_indices, generator, levels_and_noise, split
+from ezhoi_diffusion.training.order import batch_indices, levels_and_noise, split
 
 
 def test_every_epoch_visits_every_row_once():

@@ -7,17 +7,31 @@ from typing import Any
 
 from torch import Tensor
 
+from ezhoi_diffusion.evaluation.detection_ap import Algorithm
+from ezhoi_diffusion.evaluation.significance import Significance
+
 REFERENCE = "none"
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """The same R pairs, drawn at random, as every variant has them, for pictures: rows[variant] and text [N_sel, D]."""
+
+    rows: dict[str, Tensor]
+    text: Tensor
 
 
 @dataclass
 class Comparison:
-    """Results of a comparison run.
+    """Results of a comparison run, of K interaction classes.
 
-    ap: variant -> [num_interactions] float64 AP per interaction class, in 0..1; the first variant is `none`.
+    ap: variant -> [K] float64 AP per interaction class, in 0..1; the first variant is `none`.
     groups: group -> interaction classes whose mean AP is reported.
     host_ms: mean time of the host's own forward pass on an image, None where the host did not run.
     bridge_ms: variant -> mean time it adds to an image.
+    names: what each interaction class is called, where the host says so. annotations: [K] annotated pairs of each class.
+    significance: intervals and p-values of a paired bootstrap over images. alignment: variant -> measure -> value.
+    families: name of a bridge that was trained with several seeds -> its variants.
     """
 
     ap: dict[str, Tensor]
@@ -30,6 +44,14 @@ class Comparison:
     provenance: dict[str, Any] = field(default_factory=dict)
     forced: list[str] = field(default_factory=list)
     degraded: dict[str, str] = field(default_factory=dict)
+    names: list[str] | None = None
+    annotations: Tensor | None = None
+    algorithm: Algorithm = "11P"
+    setting: str = "default"  # or known-object
+    significance: Significance | None = None
+    alignment: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    families: dict[str, list[str]] = field(default_factory=dict)
+    sample: Sample | None = None
 
     def mean_ap(self, variant: str, group: str) -> float:
         """Mean AP of a group of classes, in percent."""

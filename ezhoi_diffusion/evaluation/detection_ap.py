@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Algorithm = Literal["11P", "AUC"]
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """All M scored detections of one variant over I images and K interaction classes.
+
+    scores [M] float64, classes [M] int64, labels [M] float64 (1: true positive), image [M] int64.
+    """
+
+    scores: Tensor
+    classes: Tensor
+    labels: Tensor
+    image: Tensor
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ezhoi_diffusion.diffusion.normalization import rescale
 from ezhoi_diffusion.diffusion.schedule import Objective, Schedule, isotropic_estimate
+from ezhoi_diffusion.draws import generator
 from ezhoi_diffusion.training.config import TrainConfig
 from ezhoi_diffusion.training.data import Rows
-from ezhoi_diffusion.training.order import generator
 
 RANGES = 5
 ROWS_PER_RANGE = 100

@@ -6,17 +6,12 @@ sees.
 
 from __future__ import annotations
 
-import hashlib
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-
-def generator(seed: int, purpose: str, number: int = 0) -> torch.Generator:
-    """A CPU generator of its own for every (seed, purpose, number)."""
-    digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+from ezhoi_diffusion.draws import generator
 
 
 def batch_indices(rows: int, batch_size: int, seed: int, batch: int) -> Tensor:

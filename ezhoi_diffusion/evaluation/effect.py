@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ezhoi_diffusion.evaluation.alignment import NO_BETTER, NOTICEABLE, top_target
 from ezhoi_diffusion.evaluation.comparison import REFERENCE, Comparison
 from ezhoi_diffusion.features.statistics import unit
 
-NOTICEABLE = 0.01  # of a cosine
 CHANCE = 0.5  # points of mAP: another --seed of the demo's host alone moved it by about 3
 
 
@@ -44,8 +44,7 @@ class Effect:
 
     def top(self) -> tuple[Tensor, Tensor]:
         """[P] the target with the highest logit among the possible ones, before and after."""
-        impossible = ~self.possible
-        return tuple(x.masked_fill(impossible, -torch.inf).argmax(1) for x in (self.logits_before, self.logits_after))  # type: ignore[return-value]
+        return top_target(self.logits_before, self.possible), top_target(self.logits_after, self.possible)
 
     def outcome(self) -> dict[str, int]:
         """Pairs by what became of their top target: unchanged, or changed to or from an annotated one."""
@@ -118,8 +117,8 @@ def verdict(effect: Effect, comparison: Comparison, bridge: str) -> str:
     )
     if after > before + NOTICEABLE and change <= 0:
         lines.append(
-            "WARNING: similarity rose and mAP did not. A smaller gap is no better detector: judge by mAP, on the whole "
-            "split, beside the controls identity and mean_shift."
+            f"WARNING: similarity rose and mAP did not. {NO_BETTER}, on the whole split, beside the controls identity and "
+            f"mean_shift."
         )
     elif abs(change) < CHANCE:
         lines.append("That change is too small to be told from chance.")

@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
+import sys
+
 import pytest
 import torch
 
-from ezhoi_diffusion.evaluation.detection_ap import DetectionAP, associate_pairs, box_iou
+from ezhoi_diffusion.evaluation.detection_ap import (
+    DetectionAP,
+    Scored,
+    associate_pairs,
+    average_precision,
+    box_iou,
+    known_object,
+)
+
+
+def random_scored(seed: int, images: int, classes: int) -> tuple[Scored, torch.Tensor]:
+    """Detections of distinct scores, and annotations [I, K]; with luck a class has no annotation, or no detection."""
+    generator = torch.Generator().manual_seed(seed)
+    often = torch.tensor([0.0, 0.1, 0.5, 1.5])[torch.randint(4, (2, classes), generator=generator)]
+    annotations, false = (torch.poisson(rate.expand(images, classes), generator=generator).long() for rate in often)
+    true = (annotations * torch.rand(images, classes, generator=generator)).round().long()
+    cells = torch.arange(images * classes)
+    cell = torch.cat([cells.repeat_interleave(true.flatten()), cells.repeat_interleave(false.flatten())])
+    labels = torch.cat([torch.ones(int(true.sum())), torch.zeros(int(false.sum()))]).double()
+    order = torch.randperm(len(cell), generator=generator)
+    scores = torch.randperm(len(cell), generator=generator).double() + labels * len(cell) / 3 + 0.1 * labels
+    return Scored(scores[order], cell[order] % classes, labels[order], cell[order] // classes), annotations
 
 
 def ap_by_definition(scores, labels, num_gt):
@@ -37,6 +63,86 @@ def test_ap_is_eleven_point_interpolation(seed):
         meter.append(scores, of, labels)
     expected = [ap_by_definition(*kept[c], num_gt[c]) for c in range(classes)]
     assert meter.compute().tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def area_by_definition(scores, labels, num_gt):
+    """Trapezoids between neighbouring points of the curve, but for the one that reaches the highest recall."""
+    ranked = [label for _, label in sorted(zip(scores, labels, strict=True), key=lambda pair: -pair[0])]
+    curve = [(sum(ranked[: k + 1]) / num_gt, sum(ranked[: k + 1]) / (k + 1)) for k in range(len(ranked))]
+    area, (left, height) = 0.0, (0.0, curve[0][1] if curve else 0.0)
+    for recall, precision in curve:
+        if recall < sum(ranked) / num_gt:
+            area += (recall - left) * (precision + height) / 2
+        left, height = recall, precision
+    return area
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_both_algorithms_are_their_definitions(seed):
+    scored, annotations = random_scored(seed, 1 + seed % 20, 4)
+    num_gt = annotations.sum(0)
+    for algorithm, definition in (("11P", ap_by_definition), ("AUC", area_by_definition)):
+        expected = [
+            definition(scored.scores[of].tolist(), scored.labels[of].tolist(), count) if count else 0
+            for of, count in ((scored.classes == c, int(num_gt[c])) for c in range(4))
+        ]
+        found = average_precision(scored, num_gt, algorithm)
+        assert found.tolist() == pytest.approx(expected, abs=1e-12)
+        assert torch.equal(average_precision(scored, num_gt.tolist(), algorithm), found)
+
+
+def test_area_by_hand():
+    def area(labels, num_gt):
+        zero = torch.zeros(len(labels), dtype=torch.long)
+        scored = Scored(-torch.arange(len(labels)).double(), zero, torch.tensor(labels).double(), zero)
+        return average_precision(scored, [num_gt], "AUC").item()
+
+    assert area([1, 1, 1, 1], 4) == pytest.approx(3 / 4)  # the fourth ends the curve
+    assert area([1, 0, 1, 1], 4) == pytest.approx((1 + (1 / 2 + 2 / 3) / 2) / 4)
+    assert area([0, 1, 1], 2) == pytest.approx((0 + 1 / 2) / 2 / 2)
+    assert area([1], 1) == area([0, 0], 1) == area([], 1) == area([0], 0) == 0
+
+
+@pytest.fixture(scope="module")
+def pocket_meter():
+    """The meter of EZ-HOI's evaluation, where it is installed or POCKET_ROOT has a checkout."""
+    with pytest.MonkeyPatch.context() as patch:
+        if root := os.environ.get("POCKET_ROOT"):
+            patch.syspath_prepend(root)
+        yield pytest.importorskip("pocket").utils.DetectionAPMeter
+    for name in [name for name in sys.modules if name.split(".")[0] == "pocket"]:
+        del sys.modules[name]  # a comparison takes it for the host's
+
+
+@pytest.mark.parametrize("algorithm", ["11P", "AUC"])
+def test_both_algorithms_are_those_of_pocket(pocket_meter, algorithm):
+    detections = 0
+    for seed in range(300):
+        scored, annotations = random_scored(seed, 1 + seed % 50, 1 + seed % 6)
+        num_gt = annotations.sum(0).tolist()
+        meter = pocket_meter(len(num_gt), num_gt=num_gt, nproc=1, algorithm=algorithm)
+        meter.append(scored.scores, scored.classes, scored.labels)
+        with contextlib.redirect_stdout(io.StringIO()):  # a warning for each class without detections
+            expected = meter.eval()
+        torch.testing.assert_close(average_precision(scored, num_gt, algorithm), expected, rtol=0, atol=1e-12)
+        detections += len(scored.scores)
+    assert detections > 10_000
+
+
+def test_known_object_drops_what_lies_in_images_without_the_object():
+    # classes 0 and 1 have object 0, class 2 has object 1; image 0 holds object 0, image 1 object 1, image 2 neither
+    annotated = torch.tensor([[True, False], [False, True], [False, False]])
+    image, classes = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2]), torch.tensor([0, 1, 2] * 3)
+    labels = torch.tensor([1, 0, 0, 0, 0, 1, 0, 0, 0], dtype=torch.float64)
+    scores = torch.tensor([0.1, 0.2, 0.3, 0.9, 0.8, 0.4, 0.7, 0.6, 0.5], dtype=torch.float64)
+    scored = Scored(scores, classes, labels, image)
+    known = known_object(scored, annotated, torch.tensor([0, 0, 1]))
+    assert known.scores.tolist() == [0.1, 0.2, 0.4]
+    assert known.classes.tolist() == [0, 1, 2]
+    assert known.labels.tolist() == [1, 0, 1]
+    assert known.image.tolist() == [0, 0, 1]
+    assert average_precision(scored, [1, 0, 1]).tolist() == pytest.approx([1 / 3, 0, 1 / 2])
+    assert average_precision(known, [1, 0, 1]).tolist() == pytest.approx([1, 0, 1])
 
 
 def test_ap_by_hand():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 Algorithm = Literal["11P", "AUC"]
+RECALLS = torch.linspace(0, 1, 11, dtype=torch.float64)  # where "11P" reads the curve
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +64,59 @@ def associate_pairs(
     return labels
 
 
+def ranked(scored: Scored) -> Iterator[tuple[int, Tensor]]:
+    """Every detected class, and which detections it has [m], best scored first."""
+    order = torch.argsort(scored.classes, stable=True)
+    present, counts = scored.classes[order].unique_consecutive(return_counts=True)
+    for index, rows in zip(present.tolist(), order.split(counts.tolist()), strict=True):
+        yield index, rows[scored.scores[rows].argsort(descending=True)]
+
+
+def average_precision(scored: Scored, num_gt: Sequence[int] | Tensor, algorithm: Algorithm = "11P") -> Tensor:
+    """AP of each class, float64 [K] in 0..1; zero for a class without detections or annotations.
+
+    num_gt: annotated pairs of each of the K classes. "11P": precision interpolated at eleven recalls (Everingham et al.,
+    VOC 2007), as EZ-HOI reports it. "AUC": the area under the curve as pocket's DetectionAPMeter has it. That joins
+    neighbouring points of the curve by straight lines, without interpolation, and ends before the last true positive:
+    of T true positives T - 1 add to the area, so a class with one has an AP of zero.
+    """
+    counts = torch.as_tensor(num_gt).tolist()
+    area = {"11P": _eleven_point, "AUC": _under_curve}[algorithm]
+    ap = torch.zeros(len(counts), dtype=torch.float64)
+    for index, rows in ranked(scored):
+        if counts[index]:
+            ap[index] = area(scored.labels[rows], counts[index])
+    return ap
+
+
+def _eleven_point(labels: Tensor, num_gt: int) -> Tensor:
+    true = labels.cumsum(0)
+    precision = true / torch.arange(1, len(true) + 1, dtype=torch.float64)
+    recall = true / num_gt
+    best = precision.flip(0).cummax(0).values.flip(0)  # the highest precision from here on
+    at = torch.searchsorted(recall, RECALLS)
+    return best[at[at < len(best)]].sum() / 11
+
+
+def _under_curve(labels: Tensor, num_gt: int) -> Tensor:
+    precision = labels.cumsum(0) / torch.arange(1, len(labels) + 1, dtype=torch.float64)
+    before = torch.cat([precision[:1], precision[:-1]])
+    counted = labels.nonzero().squeeze(1)[:-1]
+    return (precision[counted] + before[counted]).sum() / 2 / num_gt
+
+
+def known_object(scored: Scored, annotated_objects: Tensor, object_of_class: Tensor) -> Scored:
+    """The detections that count in HICO-DET's Known-Object setting (Chao et al., WACV 2018).
+
+    Those of a class in images with an annotation of its object. annotated_objects [I, O] bool: which of O objects the
+    annotations of each image hold. object_of_class [K] int64.
+    """
+    counts = annotated_objects[scored.image, object_of_class[scored.classes]]
+    return Scored(scored.scores[counts], scored.classes[counts], scored.labels[counts], scored.image[counts])
+
+
 class DetectionAP:
-    """Collects scored detections by class; 11-point interpolated AP (Everingham et al., VOC 2007), in float64.
+    """Collects scored detections by class, for the 11-point AP of `average_precision`.
 
     num_gt: annotated pairs of each class.
     """
@@ -81,24 +133,7 @@ class DetectionAP:
 
     def compute(self) -> Tensor:
         """AP of each class, float64 [num_classes]; zero for a class without detections or annotations."""
-        ap = torch.zeros(len(self.num_gt), dtype=torch.float64)
         if not self._parts:
-            return ap
+            return torch.zeros(len(self.num_gt), dtype=torch.float64)
         scores, classes, labels = (torch.cat(column) for column in zip(*self._parts, strict=True))
-        order = torch.argsort(classes, stable=True)
-        present, counts = classes[order].unique_consecutive(return_counts=True)
-        rows = order.split(counts.tolist())
-        for index, row in zip(present.tolist(), rows, strict=True):
-            ap[index] = _eleven_point(scores[row], labels[row], self.num_gt[index])
-        return ap
-
-
-def _eleven_point(scores: Tensor, labels: Tensor, num_gt: int) -> Tensor:
-    if num_gt == 0:
-        return torch.zeros((), dtype=torch.float64)
-    true = labels[scores.argsort(descending=True)].cumsum(0)
-    precision = true / torch.arange(1, len(true) + 1, dtype=torch.float64)
-    recall = true / num_gt
-    best = precision.flip(0).cummax(0).values.flip(0)  # the highest precision from here on
-    at = torch.searchsorted(recall, torch.linspace(0, 1, 11, dtype=torch.float64))
-    return best[at[at < len(best)]].sum() / 11
+        return average_precision(Scored(scores, classes, labels, torch.zeros_like(classes)), self.num_gt)

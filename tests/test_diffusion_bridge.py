@@ -10,7 +10,7 @@ import torch
 from conftest import rewrite
 from torch import nn
 
-from ezhoi_diffusion.diffusion import artifact
+from ezhoi_diffusion import artifact
 from ezhoi_diffusion.diffusion.bridge import (
     BridgeConfig,
     BridgeError,
@@ -352,17 +352,30 @@ def test_importing_the_bridge_stays_light():
 def test_only_what_no_weight_depends_on_is_overridden_and_all_of_it_is_noted():
     bridge, x = make("paper"), features(3)
     before = bridge(x)
-    assert bridge.override(steps=3) is bridge
-    assert bridge.override(start_step=50).config.recipe.steps == 3
-    assert bridge.provenance["overridden"] == {"steps": 3, "start_step": 50}
-    assert not torch.equal(bridge(x), before)
-    assert torch.equal(bridge(x), make("paper", steps=3, start_step=50)(x))
+    other = bridge.override(steps=3).override(start_step=50)
+    assert other.provenance["overridden"] == {"steps": 3, "start_step": 50}
+    assert torch.equal(bridge(x), before), "the bridge itself stays what it is"
+    assert not torch.equal(other(x), before)
+    assert torch.equal(other(x), make("paper", steps=3, start_step=50)(x))
     for wrong in ({"input_mean": "text"}, {"scale": 2.0}, {"sampler": "ddim"}, {"typo": 1}):
         with pytest.raises(BridgeError, match="cannot be overridden, only start_step"):
             bridge.override(**wrong)
     with pytest.raises(BridgeError, match="need 1 <= steps <= start_step"):
-        bridge.override(steps=51)
-    assert bridge.config.recipe.steps == 3
+        other.override(steps=51)
+
+
+def test_a_sweep_samples_once_for_all_points_that_share_it_and_each_point_is_the_override():
+    bridge, x, y = make("paper"), features(3), features(4)
+    points = [{"start_step": s, "strength": w} for s in (20, 300) for w in (0.1, 0.5, 1.0)]
+    expected = [bridge.override(**point)(x) for point in points]
+    calls = []
+    bridge.denoiser.register_forward_hook(lambda *_: calls.append(1))
+    swept = bridge.sweep(points)
+    assert [torch.equal(other(x), wanted) for other, wanted in zip(swept, expected, strict=True)] == [True] * 6
+    assert len(calls) == 2 * bridge.config.recipe.steps
+    assert torch.equal(swept[0](y), bridge.override(**points[0])(y)), "other rows are sampled anew"
+    with pytest.raises(BridgeError, match="steps <= start_step"):
+        bridge.sweep([{"steps": 7, "start_step": 5}])
 
 
 def test_an_override_needs_the_means_that_it_uses():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -10,15 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ezhoi_diffusion.diffusion.artifact import (
-    CONTEXT,
-    MODEL,
-    STATISTICS,
-    BridgeConfig,
-    BridgeError,
-    read_artifact,
-    write_artifact,
-)
+from ezhoi_diffusion.artifact import CONTEXT, BridgeError
+from ezhoi_diffusion.diffusion.artifact import MODEL, STATISTICS, BridgeConfig, read_artifact, write_artifact
 from ezhoi_diffusion.diffusion.denoisers import DenoiserBuilder, denoisers
 from ezhoi_diffusion.diffusion.normalization import normalize, uncenter
 from ezhoi_diffusion.diffusion.recipes import Recipe, Side
@@ -29,6 +25,9 @@ from ezhoi_diffusion.registry import Registry
 
 APPLICATION = ("start_step", "steps", "strength", "output")  # fields of a recipe that no weight depends on
 __all__ = ["BridgeConfig", "BridgeError", "Components", "DiffusionBridge", "build_denoiser"]
+
+_Sampled = dict[tuple[int, int], tuple[weakref.ref[Tensor], Tensor]]
+"""(start_step, steps) -> the rows that were sampled last, and what became of them."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,8 @@ class DiffusionBridge(nn.Module):
     rounding.
     """
 
+    row_by_row = True  # many images may be bridged in one call
+    depends_on_seed = True  # a training with another seed is another bridge
     input_mean: Tensor
     restored_mean: Tensor
 
@@ -102,6 +103,7 @@ class DiffusionBridge(nn.Module):
         self.sampler = sampler
         self.context = context or {}
         self.chunk_rows = chunk_rows
+        self._sampled: _Sampled | None = None
         self._schedule = config.schedule()
         means = {"visual": statistics.visual_mean, "text": statistics.text_mean}
         self.register_buffer("input_mean", means[config.recipe.input_mean].float(), persistent=False)
@@ -113,7 +115,7 @@ class DiffusionBridge(nn.Module):
         return self.config.provenance
 
     def override(self, **changes: Any) -> DiffusionBridge:
-        """Apply the same weights in another way, e.g. override(start_step=100, steps=100); returns itself.
+        """The same weights, applied in another way, e.g. override(start_step=100, steps=100).
 
         The change is noted in the provenance, so reports say it. Raises BridgeError for values out of range, and for what
         is part of the training.
@@ -128,8 +130,19 @@ class DiffusionBridge(nn.Module):
         except (TypeError, ValueError) as error:
             raise BridgeError(f"this bridge cannot be applied with {changes}: {error}") from error
         _require_means(recipe, self.statistics)
-        self.config = config
-        return self
+        other = copy.copy(self)
+        other.config, other._sampled = config, None
+        return other
+
+    def sweep(self, points: Sequence[Mapping[str, Any]]) -> list[DiffusionBridge]:
+        """One override for each point. Given the same tensor one after the other, those that differ in strength and output
+        alone sample once for all; the tensor must not be written into meanwhile. Raises BridgeError as `override` does.
+        """
+        shared: _Sampled = {}
+        bridges = [self.override(**point) for point in points]
+        for bridge in bridges:
+            bridge._sampled = shared
+        return bridges
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -147,19 +160,33 @@ class DiffusionBridge(nn.Module):
         if len(x) == 0:
             return x.clone()
         with torch.autocast(x.device.type, enabled=False):
-            return torch.cat([self._bridge(rows.float()) for rows in torch.split(x, self.chunk_rows)]).to(x.dtype)
+            return self._compose(x.float(), self._bridged(x)).to(x.dtype)
 
-    def _bridge(self, x: Tensor) -> Tensor:
+    def _bridged(self, x: Tensor) -> Tensor:
+        """What the sampler makes of rows [N, D], or made of them for another point of the same sweep."""
+        key = (self.config.recipe.start_step, self.config.recipe.steps)
+        held = self._sampled.get(key) if self._sampled is not None else None
+        if held is not None and held[0]() is x:
+            return held[1]
+        bridged = torch.cat([self._sample(rows.float()) for rows in torch.split(x, self.chunk_rows)])
+        if self._sampled is not None:
+            self._sampled[key] = weakref.ref(x), bridged
+        return bridged
+
+    def _sample(self, x: Tensor) -> Tensor:
         recipe = self.config.recipe
-        z, norm = normalize(x, self.input_mean, recipe.scale)
-        bridged = self.sampler(
+        return self.sampler(
             self._predict_x0,
-            z,
+            normalize(x, self.input_mean, recipe.scale)[0],
             schedule=self._schedule,
             steps=recipe.steps,
             start_step=recipe.start_step,
             scale=recipe.scale,
         )
+
+    def _compose(self, x: Tensor, bridged: Tensor) -> Tensor:
+        recipe = self.config.recipe
+        z, norm = normalize(x, self.input_mean, recipe.scale)
         # Unit rows on both sides: a denoiser's estimate is shorter the less it knows, and would count for
         # less.
         direction = unit((1 - recipe.strength) * unit(z) + recipe.strength * unit(bridged))

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ezhoi_diffusion.diffusion.artifact import CONFIG
+from ezhoi_diffusion.artifact import CONFIG
 from ezhoi_diffusion.diffusion.bridge import Components
 from ezhoi_diffusion.errors import Interrupted
 from ezhoi_diffusion.files import current, leftovers, locked

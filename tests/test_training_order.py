@@ -8,9 +8,10 @@ import torch
 
 from ezhoi_diffusion.diffusion.recipes import RECIPES
 from ezhoi_diffusion.draws import generator
+from ezhoi_diffusion.features.split import held_out
 from ezhoi_diffusion.training.checkpoint import flat, nested, read_newest, write_checkpoint
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
-from ezhoi_diffusion.training.order import batch_indices, levels_and_noise, split
+from ezhoi_diffusion.training.order import batch_indices, levels_and_noise
 
 
 def test_every_epoch_visits_every_row_once():
@@ -51,19 +52,19 @@ def test_noise_is_a_function_of_seed_and_batch_and_draws_nothing_global():
     assert not torch.equal(first[1], other[1])
 
 
-def test_split_keeps_images_together():
-    image = torch.arange(40).repeat_interleave(7)[torch.randperm(280)]
-    training, validation = split(image, 0.1, seed=0)
-    assert sorted(torch.cat((training, validation)).tolist()) == list(range(280))
-    assert not set(image[training].tolist()) & set(image[validation].tolist())
-    assert len(image[validation].unique()) == 4
+def test_what_is_held_out_is_a_function_of_the_count_and_a_larger_share_contains_a_smaller():
+    tenth, third = held_out(40, 0.1), held_out(40, 0.33)
+    assert (int(tenth.sum()), int(third.sum())) == (4, 13)
+    assert torch.equal(tenth, held_out(40, 0.1))
+    assert not (tenth & ~third).any()
+    assert not torch.equal(tenth, held_out(40, 0.1, seed=1))
 
 
-def test_split_needs_two_groups():
-    training, validation = split(torch.tensor([5, 9]), 0.01, seed=0)
-    assert (len(training), len(validation)) == (1, 1)
+def test_something_is_held_out_and_something_is_left():
+    assert held_out(2, 0.01).sum() == 1
+    assert held_out(2, 0.99).sum() == 1
     with pytest.raises(ValueError, match="at least 2"):
-        split(torch.zeros(9, dtype=torch.int64), 0.5, seed=0)
+        held_out(1, 0.5)
 
 
 def test_configuration_is_its_json():

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ezhoi_diffusion.diffusion.bridge import Components, DiffusionBridge
+from ezhoi_diffusion.diffusion.normalization import normalize
 from ezhoi_diffusion.diffusion.recipes import RECIPES
 from ezhoi_diffusion.errors import EzhoiDiffusionError, Interrupted
 from ezhoi_diffusion.features.statistics import ModalityStatistics
@@ -98,6 +99,78 @@ def test_rows_lose_the_mean_their_recipe_says_and_split_by_image(recipe):
         assert rows.source is data.text
         assert len(rows.validation) == 6
     assert torch.equal(rows.mean, data.statistics.text_mean)
+
+
+def test_images_are_held_out_alike_whatever_the_seed():
+    data, config = low_rank(), replace(QUICK, recipe=RECIPES["guide"])
+    first, other = (training_rows(data, replace(config, seed=seed)) for seed in (0, 1))
+    assert torch.equal(first.validation, other.validation)
+    text = [training_rows(data, replace(QUICK, seed=seed)).validation for seed in (0, 1)]
+    assert not torch.equal(*text), "text rows have no images, and are split by seed"
+    more = replace(data, images=200)
+    assert set(training_rows(more, config).validation.tolist()) != set(first.validation.tolist())
+    with pytest.raises(TrainingError, match="are left to train on"):
+        training_rows(replace(data, image=torch.full_like(data.image, 3), images=90), config)
+
+
+# pairs
+
+
+def rotated(classes: int = 12, each: int = 40, dim: int = DIM) -> TrainingData:
+    """Visual rows that are their class's text turned by a hidden rotation, shifted, scaled and blurred."""
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randn(classes, dim, generator=generator) + 2
+    turn = torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0]
+    own = text.repeat_interleave(each, 0)
+    visual = 3 * (own @ turn + 4) + 0.5 * torch.randn(own.shape, generator=generator)
+    image = torch.arange(len(own)) % 60
+    return TrainingData(visual, image, text, ModalityStatistics.of([visual], text), own_text=own, images=60)
+
+
+def test_pairs_are_mixed_from_the_text_to_the_blurred_visual_row():
+    data, recipe = rotated(), replace(RECIPES["paired"], noise_augmentation=0.5)
+    rows = training_rows(data, replace(QUICK, recipe=recipe))
+    some = torch.arange(7)
+    z_text, _ = normalize(data.own_text[some], data.statistics.text_mean, 5.0)
+    z_visual, _ = normalize(data.visual[some], data.statistics.visual_mean, 5.0)
+    assert torch.equal(rows[some], z_text)
+    torch.testing.assert_close(rows.noise(some, torch.zeros(7, DIM)), z_visual)
+    gaussian = torch.randn(7, DIM, generator=torch.Generator().manual_seed(0))
+    blurred = rows.noise(some, gaussian)
+    torch.testing.assert_close(blurred.norm(dim=1), torch.full((7,), 5.0))
+    expected = z_visual + 0.5 * 5 / DIM**0.5 * gaussian
+    torch.testing.assert_close(blurred, 5 * expected / expected.norm(dim=1, keepdim=True))
+    assert not set(data.image[rows.training].tolist()) & set(data.image[rows.validation].tolist())
+
+
+def test_a_bridge_trained_on_pairs_leads_rows_of_held_out_images_to_their_own_text(tmp_path):
+    data = rotated()
+    recipe = replace(RECIPES["paired"], strength=1.0)
+    config = replace(
+        QUICK, recipe=recipe, train_steps=600, learning_rate=2e-3, val_every=50, checkpoint_every=600, patience=3,
+        denoiser_options={"width": 64, "depth": 2},
+    )  # fmt: skip
+    out = train(data, config, tmp_path / "out")
+    bridge = DiffusionBridge.from_pretrained(out)
+    held = training_rows(data, config).validation
+    statistics = data.statistics
+    z_text = normalize(data.own_text[held], statistics.text_mean, 1.0)[0]
+    before = normalize(data.visual[held], statistics.visual_mean, 1.0)[0]
+    after = normalize(bridge(data.visual[held]), statistics.visual_mean, 1.0)[0]
+    cosine = [float((z * z_text).sum(1).mean()) for z in (before, after)]
+    assert cosine[0] < 0.3
+    assert cosine[1] > 0.8
+    facts = json.loads((out / "training.json").read_text())
+    assert bridge.provenance["training"]["val_loss"] == facts["best_val_loss"], "the best, not the last"
+    assert bridge.provenance["training"]["stopped"] == facts["stopped"]
+    assert equal(weights(out), weights(out / "best"))
+
+
+def test_pairs_need_texts_and_the_objective_that_fits():
+    with pytest.raises(TrainingError, match="no text of a row's own class"):
+        training_rows(low_rank(), replace(QUICK, recipe=RECIPES["paired"]))
+    with pytest.raises(TrainingError, match="pred_x0 for a recipe of pairs"):
+        replace(QUICK, recipe=RECIPES["paired"], objective="pred_v")
 
 
 def test_a_visual_trained_recipe_runs(tmp_path):

@@ -16,11 +16,14 @@ if TYPE_CHECKING:
     from ezhoi_diffusion.training.config import TrainConfig
     from ezhoi_diffusion.training.data import TrainingData
 
-RECIPE_FLAGS = ("start_step", "steps", "strength", "output", "scale")
+RECIPE_FLAGS = ("start_step", "steps", "strength", "output", "scale", "noise_augmentation")
+PATIENCE_ON_PAIRS = 5
 EPILOG = """\
 recipes:
   blend   (default) learns the text features; at eval a visual row is bridged from a low level and blended with itself
   paper   learns the text features; starts at level 600, 5 evaluations (Diffusion Bridge, CVPR 2025)
+  paired  learns from pairs (an annotated visual row, the text of its class) of seen classes, with noise augmentation, and
+          stops early (--patience 5); the bridge is that of the lowest validation loss
   guide   learns visual features less the text mean; 600 evaluations, unit output. It hurt wherever it was measured.
 
 what the numbers mean:
@@ -86,7 +89,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("features", type=Path, metavar="FEATURES", help="the folder of a capture of the train split")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for bridge and checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in --out")
-    parser.add_argument("--recipe", metavar="NAME", help="blend (default), paper or guide; see below")
+    parser.add_argument(
+        "--seeds", type=int, default=1, metavar="N",
+        help="train N bridges, with --seed and the N-1 after it, into DIR/seed-…; compare and tune take DIR as one bridge with "
+        "a mean and a spread (1)",
+    )  # fmt: skip
+    parser.add_argument("--recipe", metavar="NAME", help="blend (default), paper, paired or guide; see below")
     parser.add_argument("--start-step", type=int, help="t0, the level at which a feature enters: strength (recipe's)")
     parser.add_argument("--steps", type=int, help="S, network evaluations a feature costs at eval (recipe's)")
     parser.add_argument(
@@ -97,6 +105,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--strength", type=float, help="share of the bridged direction in the result, 0..1 (recipe's)")
     parser.add_argument("--output-mode", dest="output", help="calibrated (keeps each row's norm) or unit (recipe's)")
+    parser.add_argument(
+        "--noise-augmentation",
+        type=float,
+        help="noise added to visual rows of pairs, as a share of their norm (recipe's)",
+    )
     parser.add_argument("--scale-factor", dest="scale", type=float, help="norm of every network input (recipe's, 5)")
     parser.add_argument(
         "--log-with",
@@ -122,29 +135,30 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, and draw the curve."""
+    from dataclasses import replace
+
     from ezhoi_diffusion.builtin.diffusion import components
     from ezhoi_diffusion.evaluation.plots import plot_training
     from ezhoi_diffusion.features.store import FeatureStore
+    from ezhoi_diffusion.host.variants import SEED
     from ezhoi_diffusion.plugins import PluginHost
     from ezhoi_diffusion.training.processes import part
     from ezhoi_diffusion.training.trainer import train
 
     config = train_config(args)
-    store = FeatureStore(args.features)
-    out = train(
-        training_data(store, config.recipe.trained_on),
-        config,
-        args.out,
-        registry=components(PluginHost()),
-        resume=args.resume,
-        log_with=args.log_with,
-    )
-    if int(os.environ.get("RANK", "0")) == 0:
-        facts = json.loads((out / "training.json").read_text())
-        plot_training(facts, out / "training.png")
-        for note in notes(facts):
-            print(f"note: {note}", flush=True)
-        print(f"bridge: {out} (lowest validation loss: {out / 'best'}); curve: {out / 'training.png'}", flush=True)
+    if args.seeds < 1:
+        raise EzhoiDiffusionError(f"--seeds must be at least 1, not {args.seeds}")
+    data = training_data(FeatureStore(args.features), config.recipe.trained_on)
+    for number in range(args.seeds):
+        seeded = replace(config, seed=config.seed + number)
+        folder = args.out if args.seeds == 1 else args.out / f"{SEED}{seeded.seed}"
+        out = train(data, seeded, folder, registry=components(PluginHost()), resume=args.resume, log_with=args.log_with)
+        if int(os.environ.get("RANK", "0")) == 0:
+            facts = json.loads((out / "training.json").read_text())
+            plot_training(facts, out / "training.png")
+            for note in notes(facts):
+                print(f"note: {note}", flush=True)
+            print(f"bridge: {out} (lowest validation loss: {out / 'best'}); curve: {out / 'training.png'}", flush=True)
     part()
     return 0
 
@@ -158,7 +172,9 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     from ezhoi_diffusion.training.config import TrainConfig
 
     given = _given(args, [f.name for f in fields(TrainConfig) if f.name != "recipe"])
-    config = TrainConfig(**{"recipe": chosen_recipe(args), **given})
+    recipe = chosen_recipe(args)
+    early = {"patience": PATIENCE_ON_PAIRS} if recipe.trained_on == "pairs" else {}
+    config = TrainConfig(**{"recipe": recipe, **early, **given})
     _ = components(PluginHost()).denoisers[config.denoiser]
     return config
 
@@ -199,12 +215,13 @@ def chosen_recipe(args: argparse.Namespace) -> Recipe:
 
 
 def training_data(store: FeatureStore, side: str) -> TrainingData:
-    """What may be learned from; visual rows are read only where `side` is "visual".
+    """What may be learned from; visual rows are read only where `side` is "visual" or "pairs".
 
     Raises EzhoiDiffusionError for a capture of test images.
     """
     import torch
 
+    from ezhoi_diffusion.host.supervision import seen_pairs
     from ezhoi_diffusion.training.data import TrainingData
 
     if store.split != "train":
@@ -213,13 +230,14 @@ def training_data(store: FeatureStore, side: str) -> TrainingData:
             f"--capture-split train"
         )
     provenance = {"fingerprint": store.fingerprint, "features": {"rows": len(store), "images": len(store.images)}}
+    visual, image, own_text = store.text[:0], torch.zeros(0, dtype=torch.long), None
+    if side == "visual":
+        visual, image = store.adapter_feat(), store.image_index()
+    elif side == "pairs":
+        pairs = seen_pairs(store, held_out=None)
+        visual, image, own_text = pairs.visual, pairs.image, pairs.text
     return TrainingData(
-        visual=store.adapter_feat() if side == "visual" else store.text[:0],
-        image=store.image_index() if side == "visual" else torch.zeros(0, dtype=torch.long),
-        text=store.text,
-        statistics=store.statistics(),
-        provenance=provenance,
-        context=store.context,
+        visual, image, store.text, store.statistics(), provenance, store.context, own_text, len(store.images)
     )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
@@ -43,6 +45,11 @@ class Score:
             )
         return cls(**{name: store.host[name] for name in NEEDED})
 
+    @cached_property
+    def class_text(self) -> Tensor:
+        """[C, D], for each target class what its logit is a product with: the mean of its texts, labelᵀ·T / sample_lens."""
+        return self.label.T @ self.text / self.sample_lens.unsqueeze(1)
+
     def logits(self, x: Tensor) -> Tensor:
         """[P, C] of features x [P, D]: ½·logit_scale·((x·Tᵀ)·label / sample_lens), nothing normalised."""
         return x @ self.text.T @ self.label / self.sample_lens / 2 * self.logit_scale
@@ -78,6 +85,16 @@ def interaction_classes(store: FeatureStore, objects: Tensor, targets: Tensor) -
     if store.host["label"].shape[1] != table.shape[1]:
         return targets
     return table[objects.long(), targets]
+
+
+def targets_of(store: FeatureStore) -> Tensor:
+    """[K] int64 target class of each interaction class: its verb, or itself where the host predicts interactions."""
+    table = store.host["object_n_verb_to_interaction"]
+    objects, verbs = (table >= 0).nonzero().unbind(1)
+    targets = torch.arange(int(table.max()) + 1)
+    if store.host["label"].shape[1] == table.shape[1]:
+        targets[table[objects, verbs]] = verbs
+    return targets
 
 
 def names_of_interactions(store: FeatureStore) -> list[str] | None:

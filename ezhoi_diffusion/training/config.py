@@ -102,6 +102,11 @@ class TrainConfig:
             f"from the recipe's start_step, {self.recipe.start_step}, to {MAX_TIMESTEPS}",
         )
         self._require("objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
+        self._require(
+            "objective",
+            self.recipe.trained_on != "pairs" or self.objective == "pred_x0",
+            "pred_x0 for a recipe of pairs",
+        )
         precisions = get_args(MixedPrecision)
         self._require("mixed_precision", self.mixed_precision in precisions, f"one of {', '.join(precisions)}")
 

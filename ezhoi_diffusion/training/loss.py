@@ -21,17 +21,26 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 
 
 def denoising_loss(
-    predict: Predict, z: Tensor, t: Tensor, noise: Tensor, schedule: Schedule, objective: Objective, scale: float
+    predict: Predict,
+    z: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    schedule: Schedule,
+    objective: Objective,
+    scale: float,
+    *,
+    paired: bool = False,
 ) -> Tensor:
     """Mean over rows of weight_t · mean over D of (prediction − target)², as Diffusion Bridge trains it.
 
     z, noise [N, D] lie on the network's device, t [N] on the CPU. The network sees x_t at norm `scale`; the
-    target belongs to x_t as it was.
+    target belongs to x_t as it was. paired: every level weighs the same, because a feature enters at the last one,
+    whose signal-to-noise ratio is 0.
     """
     x = rescale(schedule.q_sample(z, t, noise), scale)
     prediction = predict(x, t.to(z.device)).float()
     error = (prediction - schedule.target(objective, z, t, noise)).square().mean(dim=1)
-    return (schedule.loss_weight(objective, t).to(error) * error).mean()
+    return error.mean() if paired else (schedule.loss_weight(objective, t).to(error) * error).mean()
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +54,7 @@ class Validation:
     schedule: Schedule
     objective: Objective
     scale: float
+    paired: bool
 
     @classmethod
     def of(cls, rows: Rows, schedule: Schedule, config: TrainConfig) -> Validation:
@@ -52,11 +62,11 @@ class Validation:
         source = generator(config.seed, "validation")
         shuffled = rows.validation[torch.randperm(len(rows.validation), generator=source)]
         pairs = RANGES * ROWS_PER_RANGE
-        z = rows[shuffled.repeat(-(-pairs // len(shuffled)))[:pairs]]
+        numbers = shuffled.repeat(-(-pairs // len(shuffled)))[:pairs]
         levels = (torch.arange(pairs) * schedule.timesteps) // pairs
         t = torch.cat([part[torch.randperm(len(part), generator=source)] for part in levels.split(ROWS_PER_RANGE)])
-        noise = torch.randn(z.shape, generator=source)
-        return cls(z, t, noise, schedule, config.objective, rows.scale)
+        noise = rows.noise(numbers, torch.randn(len(numbers), rows.source.shape[1], generator=source))
+        return cls(rows[numbers], t, noise, schedule, config.objective, rows.scale, rows.paired)
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
@@ -68,7 +78,18 @@ class Validation:
         """The loss of `predict` in every range. Their mean is the loss on all of it."""
         parts = zip(*(x.split(ROWS_PER_RANGE) for x in (self.z, self.t, self.noise)), strict=True)
         return [
-            float(denoising_loss(predict, z.to(device), t, noise.to(device), self.schedule, self.objective, self.scale))
+            float(
+                denoising_loss(
+                    predict,
+                    z.to(device),
+                    t,
+                    noise.to(device),
+                    self.schedule,
+                    self.objective,
+                    self.scale,
+                    paired=self.paired,
+                )
+            )
             for z, t, noise in parts
         ]
 

@@ -34,18 +34,3 @@ def levels_and_noise(shape: tuple[int, int], timesteps: int, seed: int, batch: i
     """Levels [N] int64, uniform, and standard normal noise [N, D] for one batch."""
     source = generator(seed, "noise", batch)
     return torch.randint(timesteps, shape[:1], generator=source), torch.randn(shape, generator=source)
-
-
-def split(groups: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Row numbers for (training, validation): about `fraction` of the *groups* [N], and at least one, are held out.
-
-    Rows of one group stay together. Raises ValueError where there are fewer than two groups.
-    """
-    names, group = groups.unique(return_inverse=True)
-    if len(names) < 2:
-        raise ValueError(f"a validation split needs at least 2, found {len(names)}")
-    held_out = min(max(1, round(fraction * len(names))), len(names) - 1)
-    chosen = torch.zeros(len(names), dtype=torch.bool)
-    chosen[torch.randperm(len(names), generator=generator(seed, "split"))[:held_out]] = True
-    validation = chosen[group]
-    return (~validation).nonzero().squeeze(1), validation.nonzero().squeeze(1)

@@ -19,6 +19,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from ezhoi_diffusion.artifact import Artifact
+from ezhoi_diffusion.diffusion.artifact import BRIDGE
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, Components, DiffusionBridge, build_denoiser
 from ezhoi_diffusion.files import write_json
 from ezhoi_diffusion.training.checkpoint import flat, nested, read_newest, require_same_run, write_checkpoint
@@ -166,16 +168,17 @@ class Run:
         t, noise = levels_and_noise(shape, config.timesteps, config.seed, batch)
         share = config.batch_size // accelerator.num_processes
         mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-        z = self.rows[self.rows.training[numbers[mine]]]
+        chosen = self.rows.training[numbers[mine]]
         with accelerator.autocast():
             return denoising_loss(
                 self.model,
-                z.to(self.device),
+                self.rows[chosen].to(self.device),
                 t[mine],
-                noise[mine].to(self.device),
+                self.rows.noise(chosen, noise[mine]).to(self.device),
                 self.schedule,
                 config.objective,
                 config.recipe.scale,
+                paired=self.rows.paired,
             )
 
     def _log(self) -> dict[str, float]:
@@ -327,9 +330,17 @@ class Run:
             },
         }
         agreed(self.accelerator, lambda: write_json(self.out / FACTS, facts))
-        self._save(self.out, last, stopped=self.stopped)
+        if self.rows.paired:  # what overfits is seen in validation, so the bridge is the one that did best there
+            agreed(self.accelerator, self._take_best)
+        else:
+            self._save(self.out, last, stopped=self.stopped)
         if self.accelerator.is_main_process:
             self.bar_display.write(f"stopped at step {self.step}: {self.stopped}")
+
+    def _take_best(self) -> None:
+        best = Artifact.load(self.out / BEST, BRIDGE)
+        best.provenance["training"]["stopped"] = self.stopped
+        best.save(self.out)
 
     def progress(self) -> Any:
         """The progress bar, a context manager; silent in all processes but the first and without a terminal."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from ezhoi_diffusion.artifact import Artifact
     from ezhoi_diffusion.evaluation.comparison import Comparison
     from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
     from ezhoi_diffusion.host.host import Host
@@ -56,9 +57,25 @@ def register_bridges(
 
     Since: 0.1. Mode: notify. When: before the first bridge is looked up.
     register: call it as `register(name, load)`. `load(folder)` gets the artefact folder of `--bridge`, or
-        None where the user gave none, and returns a callable [P, D] -> [P, D]. Where that has `provenance`
-        (a dict with the host's `fingerprint`) and `context`, they are held against the host.
+        None where the user gave none, and returns a callable [P, D] -> [P, D]. It may have attributes:
+        `provenance` (a dict with the host's `fingerprint`) and `context`, which are held against the host;
+        `row_by_row = True`, no row depends on the others, so that rows of many images may come in one call;
+        `depends_on_seed = True`, a training with another seed is another bridge;
+        `sweep(points)`, for each dict of settings a callable that applies it so, for `compare --sweep`.
     plugins: for a bridge that needs what other plugins contribute.
+    Return: nothing.
+    Errors: an exception, or a name that is taken, ends the run and names the plugin.
+    """
+
+
+@hookspec
+def register_fits(register: Register[Callable[..., Artifact]]) -> None:
+    """Contribute how a bridge is fitted, for `ezhoi-diffusion fit NAME FEATURES --out DIR --option KEY=VALUE`.
+
+    Since: 0.1. Mode: notify. When: before a fit is looked up.
+    register: call it as `register(name, fit)`. `fit(features, **options)` gets a FeatureStore of training images, and
+        returns an Artifact that the bridge of the same name loads; see `seen_pairs` for labels. Its keyword arguments
+        are the options; its docstring is shown by `ezhoi-diffusion fit NAME --help`.
     Return: nothing.
     Errors: an exception, or a name that is taken, ends the run and names the plugin.
     """

@@ -29,10 +29,11 @@ T = TypeVar("T")
 
 ENTRY_POINT_GROUP = "ezhoi_diffusion"
 BUILTIN = {
+    "auto": "ezhoi_diffusion.builtin.auto:plugin",
     "capture": "ezhoi_diffusion.builtin.capture:plugin",
     "diffusion": "ezhoi_diffusion.builtin.diffusion:plugin",
-    "identity": "ezhoi_diffusion.builtin.identity",
-    "mean_shift": "ezhoi_diffusion.builtin.mean_shift",
+    "identity": "ezhoi_diffusion.builtin.identity:plugin",
+    "mean_shift": "ezhoi_diffusion.builtin.mean_shift:plugin",
 }
 ENV_STRICT = "EZHOI_DIFFUSION_STRICT"
 ENV_DISABLE = "EZHOI_DIFFUSION_DISABLE"

@@ -12,7 +12,8 @@ from torch import nn
 from ezhoi_diffusion import EzhoiDiffusionError, attach, hookimpl
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge
 from ezhoi_diffusion.diffusion.recipes import RECIPES
-from ezhoi_diffusion.host.comparison import _make_scorer
+from ezhoi_diffusion.evaluation.detection_ap import Scored
+from ezhoi_diffusion.host.comparison import _association, _average_precision
 from ezhoi_diffusion.host.fingerprint import context_vectors, differences, fingerprint, restore_context
 from ezhoi_diffusion.host.host import FingerprintError, Host
 from ezhoi_diffusion.host.taps import Tap, TapError, locate
@@ -97,6 +98,12 @@ def test_nothing_enabled_attaches_nothing(host):
 def test_a_fork_that_forgot_the_flags_is_told(host):
     with pytest.raises(EzhoiDiffusionError, match="call add_arguments"):
         attach(host.model, Namespace(eval=True))
+
+
+def test_a_plugin_that_only_contributes_is_not_enabled(host, use):
+    use(gives=SimpleNamespace(register_bridges=hookimpl(lambda register: register("gives", lambda folder: None))))
+    with pytest.raises(EzhoiDiffusionError, match="plugin 'gives' takes no part in a run"):
+        attach(host.model, Namespace(**{**vars(host.args), "plugin": ["gives"]}))
 
 
 def test_plugins_are_told_of_attach_and_detach_once(host, use):
@@ -210,7 +217,7 @@ def test_a_bridge_that_fails_is_named(host, use):
     run = Host(host.model, host.args, None, plugins, locate(host.model))
     with pytest.raises(EzhoiDiffusionError, match="bridge 'breaks' could not be loaded: ZeroDivisionError"):
         resolve_variants("breaks", plugins, "", run.accept, device)
-    inject = resolve_variants("late", plugins, "", run.accept, device)["late"]
+    inject = resolve_variants("late", plugins, "", run.accept, device)["late"].inject
     with pytest.raises(EzhoiDiffusionError, match="bridge 'late' raised TypeError"):
         inject(torch.ones(2, 2), None)
 
@@ -250,12 +257,11 @@ def test_the_host_s_own_meter_is_used_where_it_brings_one(mocker):
         utils=SimpleNamespace(DetectionAPMeter=Meter, BoxPairAssociation=lambda min_iou: association)
     )
     mocker.patch.dict("sys.modules", {"pocket": pocket})
-    scorer = _make_scorer([3], ("none", "other"))
-    assert made == [(1, [3], 1, "11P")] * 2
-    scorer.add("other", torch.ones(1), torch.zeros(1), torch.ones(1))
-    assert scorer.associate("gt", "detected", "scores").tolist() == [1]
+    scored = Scored(torch.ones(1), torch.zeros(1, dtype=torch.long), torch.ones(1), torch.zeros(1, dtype=torch.long))
+    assert _average_precision(scored, [3]).tolist() == [1]
+    assert made == [(1, [3], 1, "11P")]
+    assert _association()("gt", "detected", "scores").tolist() == [1]
     assert association.call_args.args == ("gt", "detected", "scores")
-    assert {name: ap.tolist() for name, ap in scorer.compute().items()} == {"none": [0], "other": [1]}
 
 
 # -- fingerprint -----------------------------------------------------------------------------------------------

@@ -324,7 +324,7 @@ def test_a_fork_with_three_lines_runs_by_itself(small_world, bridge, tmp_path):
         (["--compare", "none"], "a comparison needs a bridge beside `none`"),
         (["--compare", "none,unheard"], "there is no bridge 'unheard'"),
         (["--max-images", "3"], "no enabled plugin makes one"),
-        (["--plugin", "mean_shift"], "plugin 'mean_shift' takes no part in a run"),
+        (["--plugin", "mean_shift"], "mean_shift takes its means from a trained bridge: give --bridge DIR"),
         (["--force-bridge"], "this run uses none: add --bridge DIR"),
         (["--compare", "identity", "--plugin", "diffusion"], "scores only what it names: add 'diffusion' there"),
         (["--compare", "identity", "--report", "/proc/nowhere"], "cannot hold results"),

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ezhoi_diffusion.hookspecs import hookimpl
+from ezhoi_diffusion.bridge_plugin import BridgePlugin
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def identity(adapter_feat: Tensor) -> Tensor:
+class Identity:
     """[P, D] -> the same."""
-    return adapter_feat
+
+    row_by_row = True
+
+    def __call__(self, adapter_feat: Tensor) -> Tensor:
+        """Rows as they are."""
+        return adapter_feat
 
 
-@hookimpl
-def register_bridges(register: Callable[[str, Callable[[Path | None], Any]], None]) -> None:
-    """Contribute `identity`."""
-    register("identity", lambda folder: identity)
+def load(folder: Path | None) -> Identity:
+    """Whatever the folder."""
+    return Identity()
+
+
+plugin = BridgePlugin("identity", load)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ezhoi_diffusion.bridge_plugin import BridgePlugin
 from ezhoi_diffusion.errors import EzhoiDiffusionError
-from ezhoi_diffusion.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +22,7 @@ class MeanShift:
     statistics: ModalityStatistics
     provenance: dict[str, Any]
     context: dict[str, Tensor]
+    row_by_row = True
 
     def __call__(self, adapter_feat: Tensor) -> Tensor:
         """Shift rows, in their dtype and on their device."""
@@ -36,7 +36,8 @@ class MeanShift:
 
 def load(folder: Path | None) -> MeanShift:
     """The shift between the statistics of the bridge in `folder`. Raises BridgeError, EzhoiDiffusionError."""
-    from ezhoi_diffusion.diffusion.artifact import CONTEXT, STATISTICS, BridgeError, read_artifact
+    from ezhoi_diffusion.artifact import CONTEXT, BridgeError
+    from ezhoi_diffusion.diffusion.artifact import STATISTICS, read_artifact
     from ezhoi_diffusion.features.statistics import ModalityStatistics
 
     if folder is None:
@@ -54,7 +55,4 @@ def load(folder: Path | None) -> MeanShift:
     return MeanShift(statistics, config.provenance, files.get(CONTEXT, {}))
 
 
-@hookimpl
-def register_bridges(register: Callable[[str, Callable[[Path | None], Any]], None]) -> None:
-    """Contribute `mean_shift`."""
-    register("mean_shift", load)
+plugin = BridgePlugin("mean_shift", load)

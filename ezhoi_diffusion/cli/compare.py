@@ -15,22 +15,48 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Compare bridges on captured features of the test split: the table that `run … --eval --compare` prints, without the host,
-its weights or its images. `none` is scored with the host's own logits; the published score is first checked against them."""
+its weights or its images, with intervals and p-values of a paired bootstrap over images. `none` is scored with the host's
+own logits; the published score is first checked against them."""
 EPILOG = """\
-example:
+reading it:
+  an interval that holds 0 is no difference. The adjusted p-value is for all variants of the table together: of sixty points of
+  a sweep some look good by chance. Both are about images; train with --seeds 3 to see what another seed does.
+  what a sweep shows on the test split is for looking at: choose with `ezhoi-diffusion tune`, which uses training images.
+  identity and mean_shift are the controls: a bridge counts against the best of them, not against none alone.
+
+examples:
   ezhoi-diffusion run main_tip_finetune.py … --eval --resume CKPT --plugin capture --capture TEST_FEATURES
   ezhoi-diffusion compare TEST_FEATURES --bridge BRIDGE --bridges none,identity,mean_shift,diffusion --report REPORT
+  ezhoi-diffusion compare TEST_FEATURES --bridge BRIDGE --bridges none,diffusion --sweep start_step=50,100,200 --sweep strength=0.25,0.5,1
 """
 DEFAULT = "none,identity,mean_shift,diffusion"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
+    from ezhoi_diffusion.evaluation.significance import REPLICATES
+
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     parser.add_argument("features", type=Path, metavar="FEATURES", help="the folder of a capture of the test split")
     parser.add_argument("--bridges", default=DEFAULT, metavar="none,NAME[=DIR],…", help=f"what to compare ({DEFAULT})")
     parser.add_argument("--bridge", default="", metavar="DIR", help="the folder of those that name none")
-    parser.add_argument("--report", type=Path, metavar="DIR", help="write comparison.json and comparison.png there")
+    parser.add_argument(
+        "--sweep", action="append", default=[], metavar="KEY=V,V,…",
+        help="also take every bridge that has settings at each point of a grid: start_step, steps, strength, output",
+    )  # fmt: skip
+    parser.add_argument(
+        "--setting", choices=("default", "known-object"), default="default",
+        help="known-object: a class is scored on the images that hold its object alone, as HICO-DET's second setting has it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ap", choices=("11P", "AUC"), default="11P",
+        help="average precision: by 11 points, as EZ-HOI prints it (default), or the area under the curve",
+    )  # fmt: skip
+    parser.add_argument(
+        "--replicates", type=int, default=REPLICATES, metavar="N",
+        help=f"of the bootstrap over images; 0 for no intervals ({REPLICATES})",
+    )  # fmt: skip
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write report.html, report.json and pictures there")
     declare_application(parser)
     parser.add_argument("--no-plugin", action="append", default=[], metavar="NAME", help="do not even import a plugin")
 
@@ -42,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     from ezhoi_diffusion.evaluation.report import report_folder, write_report
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.host.replay import replay
-    from ezhoi_diffusion.host.variants import resolve_variants
+    from ezhoi_diffusion.host.variants import parse_sweep, resolve_variants
     from ezhoi_diffusion.plugins import PluginHost
 
     store = FeatureStore(args.features)
@@ -50,11 +76,19 @@ def run(args: argparse.Namespace) -> int:
     provenance: dict[str, Any] = {}
     accept = acceptance(store, args, forced, provenance)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    variants = resolve_variants(args.bridges, PluginHost(args.no_plugin), args.bridge, accept, device)
+    plugins = PluginHost(args.no_plugin)
+    variants = resolve_variants(
+        args.bridges, plugins, args.bridge, accept, device, steps=args.inference_steps, sweep=parse_sweep(args.sweep)
+    )
     if args.report:
         with report_folder(args.report):
             pass  # refused now, not after the work
-    comparison = replay(store, variants, device=device, forced=forced, provenance=provenance)
+    if args.replicates < 0:
+        raise EzhoiDiffusionError(f"--replicates must be 0 or more, not {args.replicates}")
+    comparison = replay(
+        store, variants, algorithm=args.ap, setting=args.setting, replicates=args.replicates, aligned=True,
+        device=device, forced=forced, provenance=provenance,
+    )  # fmt: skip
     print(f"\n{comparison.table()}", flush=True)
     if store.meta.get("max_images") is not None:
         print(
@@ -85,10 +119,8 @@ def acceptance(
 ) -> Callable[[object, str], None]:
     """Holds a bridge against the host that the features came from, as the host itself does: see Host.accept."""
     from ezhoi_diffusion.host.fingerprint import foreign
-    from ezhoi_diffusion.host.variants import set_steps
 
     def accept(bridge: object, name: str) -> None:
-        set_steps(bridge, args.inference_steps)
         if getattr(bridge, "provenance", None) is not None:
             provenance[name] = getattr(bridge, "provenance", None)
         difference = foreign(bridge, name, store.fingerprint)

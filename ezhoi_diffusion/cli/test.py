@@ -66,11 +66,13 @@ def run(args: argparse.Namespace) -> int:
     if args.embedding:
         require_library(args.embedding)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    variants = resolve_variants(args.name, PluginHost(), args.bridge, acceptance(store, args, forced, {}), device)
+    variants = resolve_variants(
+        args.name, PluginHost(), args.bridge, acceptance(store, args, forced, {}), device, steps=args.inference_steps
+    )
     (name, bridge), *_ = variants.items()
     chosen = choose_images(store.images, args.num_test_images, args.seed)
     with report_folder(args.out):
-        effect = effect_of(store, bridge, chosen, TOP, device)
+        effect = effect_of(store, bridge.inject, chosen, TOP, device)
         comparison = replay(store, variants, chosen=chosen, device=device, forced=forced)
         words = verdict(effect, comparison, name)
         facts = {

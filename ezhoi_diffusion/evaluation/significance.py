@@ -17,6 +17,8 @@ from tqdm import tqdm
 from ezhoi_diffusion.draws import generator
 from ezhoi_diffusion.evaluation.detection_ap import RECALLS, Algorithm, Scored, ranked
 
+REPLICATES = 1000
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -71,7 +73,7 @@ def paired_bootstrap(
     *,
     reference: str = "none",
     algorithm: Algorithm = "11P",
-    replicates: int = 1000,
+    replicates: int = REPLICATES,
     level: float = 0.95,
     seed: int = 0,
 ) -> Significance:

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from ezhoi_diffusion.errors import EzhoiDiffusionError, Interrupted
 from ezhoi_diffusion.evaluation.comparison import REFERENCE
 from ezhoi_diffusion.evaluation.report import report_folder, write_report
+from ezhoi_diffusion.evaluation.significance import REPLICATES
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
 from ezhoi_diffusion.host.capture import capture_pass, default_split, share_context
 from ezhoi_diffusion.host.comparison import comparison_pass
 from ezhoi_diffusion.host.host import Host
 from ezhoi_diffusion.host.options import check_options
 from ezhoi_diffusion.host.supported import refuse_unsupported
-from ezhoi_diffusion.host.taps import Inject, Tap, TapPoint, check_replacement, locate, unwrap
-from ezhoi_diffusion.host.variants import resolve_variants
+from ezhoi_diffusion.host.taps import Tap, TapPoint, check_replacement, locate, unwrap
+from ezhoi_diffusion.host.variants import Variant, resolve_variants
 from ezhoi_diffusion.plugins import PluginHost
 from ezhoi_diffusion.signals import asked_to_stop
 
@@ -83,7 +84,11 @@ class Attachment:
             share_context(host.model, host.device)
         self._attached = True
         plugins.notify("on_attach", host=host)
-        variants = resolve_variants(args.compare, plugins, args.bridge, host.accept, host.device) if compares else {}
+        variants = (
+            resolve_variants(args.compare, plugins, args.bridge, host.accept, host.device, steps=args.inference_steps)
+            if compares
+            else {}
+        )
         if captures:
             self._capture()
         if compares:
@@ -158,12 +163,12 @@ class Attachment:
             return original(*args, **kwargs)
 
     def _compare(
-        self, variants: dict[str, Inject], original: Callable[..., Any], loader: Any, *args: Any, **kw: Any
+        self, variants: dict[str, Variant], original: Callable[..., Any], loader: Any, *args: Any, **kw: Any
     ) -> Any:
         host = self.host
         with self:
             self._compared = True
-            comparison = comparison_pass(host, loader, variants)
+            comparison = comparison_pass(host, loader, variants, REPLICATES if host.rank == 0 else 0)
             if host.rank == 0:
                 print(f"\n{comparison.table()}\n", flush=True)
                 if host.args.report:

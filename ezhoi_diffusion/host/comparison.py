@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,25 +16,30 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ezhoi_diffusion.evaluation.comparison import REFERENCE, Comparison
-from ezhoi_diffusion.evaluation.detection_ap import DetectionAP, associate_pairs
+from ezhoi_diffusion.evaluation.detection_ap import Scored, associate_pairs, average_precision
+from ezhoi_diffusion.evaluation.significance import paired_bootstrap
 from ezhoi_diffusion.features.batch import Pairs
 from ezhoi_diffusion.host.capture import to_device
 from ezhoi_diffusion.host.host import Host
-from ezhoi_diffusion.host.tables import class_groups
+from ezhoi_diffusion.host.tables import class_groups, interaction_names
 from ezhoi_diffusion.host.taps import Inject, Tap
+from ezhoi_diffusion.host.variants import Variant, families
 
 Detections = list[dict[str, Tensor]]
 
 
-def comparison_pass(host: Host, loader: Any, variants: Mapping[str, Inject]) -> Comparison:
+def comparison_pass(host: Host, loader: Any, variants: Mapping[str, Variant], replicates: int = 0) -> Comparison:
     """Evaluate the bare host, and every variant, on the images of `loader` as the host's own `test_hico` does.
 
-    Every variant is scored by the host's own methods, run again on the encodings of the bare pass.
-    Raises TapError where adapter_feat never came by.
+    Every variant is scored by the host's own methods, run again on the encodings of the bare pass. replicates: of the
+    bootstrap over images, 0 for none. Raises TapError where adapter_feat never came by.
     """
     dataset = loader.dataset.dataset
     interactions = torch.from_numpy(np.asarray(dataset.object_n_verb_to_interaction, dtype=float))  # None becomes NaN
-    score = _make_scorer(list(dataset.anno_interaction), (REFERENCE, *variants))
+    num_gt = list(dataset.anno_interaction)
+    associate = _association()
+    found: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in (REFERENCE, *variants)}
+    annotations: list[Tensor] = []
     clock = _Clock(host.device)
     images_seen = pairs_seen = 0
     inject: Inject | None = None
@@ -46,8 +51,9 @@ def comparison_pass(host: Host, loader: Any, variants: Mapping[str, Inject]) -> 
             return inject(feature, pairs)
 
     def add(name: str, detections: Detections) -> None:
-        for detected, target in zip(detections, targets, strict=True):
-            score.add(name, *_labelled(host.model, score, detected, target, interactions))
+        for image, (detected, target) in enumerate(zip(detections, targets, strict=True), images_seen):
+            scores, classes, labels = _labelled(host.model, associate, detected, target, interactions)
+            found[name].append((scores, classes, labels, torch.full_like(classes, image)))
 
     was_training = host.model.training
     host.model.eval()
@@ -57,21 +63,24 @@ def comparison_pass(host: Host, loader: Any, variants: Mapping[str, Inject]) -> 
             for images, targets in tqdm(loader, desc="compare", unit="img", disable=host.rank != 0, file=sys.stderr):
                 with clock.measure(REFERENCE):
                     bare = host.model(to_device(images, host.device), to_device(targets, host.device))
+                annotations += [torch.bincount(target["hoi"].cpu(), minlength=len(num_gt)) for target in targets]
+                if bare:
+                    pairs_seen += calls.pairs
+                    add(REFERENCE, bare)
+                    for variant, chosen in variants.items():
+                        inject = chosen.inject
+                        add(variant, calls.again())
+                    inject = None
                 images_seen += len(targets)
-                if not bare:
-                    continue
-                pairs_seen += calls.pairs
-                add(REFERENCE, bare)
-                for variant, inject in variants.items():  # noqa: B007  `bridge` reads both
-                    add(variant, calls.again())
-                inject = None
     finally:
         host.model.train(was_training)
     tap.require_hits()
+    scored = {name: Scored(*map(torch.cat, zip(*parts, strict=True))) for name, parts in found.items()}
+    groups = class_groups(host)
     per_image = 1000 / images_seen
     return Comparison(
-        ap=score.compute(),
-        groups=class_groups(host),
+        ap={name: _average_precision(one, num_gt) for name, one in scored.items()},
+        groups=groups,
         images=images_seen,
         pairs=pairs_seen,
         host_ms=clock.seconds[REFERENCE] * per_image,
@@ -80,11 +89,40 @@ def comparison_pass(host: Host, loader: Any, variants: Mapping[str, Inject]) -> 
         provenance=dict(host.provenance),
         forced=list(host.forced),
         degraded=host.plugins.degraded,
+        names=interaction_names(host),
+        annotations=torch.tensor(num_gt),
+        significance=paired_bootstrap(scored, torch.stack(annotations), groups, replicates=replicates)
+        if replicates
+        else None,
+        families=families(variants),
     )
 
 
+def _association() -> Callable[..., Tensor]:
+    """The host's own where it brings pocket, else ours: (gt boxes, detected boxes, scores) -> labels."""
+    pocket = sys.modules.get("pocket")
+    found: Callable[..., Tensor] = pocket.utils.BoxPairAssociation(min_iou=0.5) if pocket else associate_pairs
+    return found
+
+
+def _average_precision(scored: Scored, num_gt: list[int]) -> Tensor:
+    """By the host's own meter where it brings pocket, so that `none` is what the host prints; else by ours."""
+    pocket = sys.modules.get("pocket")
+    if pocket is None:
+        return average_precision(scored, num_gt)
+    meter = pocket.utils.DetectionAPMeter(len(num_gt), nproc=1, num_gt=num_gt, algorithm="11P")
+    meter.append(scored.scores, scored.classes, scored.labels)
+    with contextlib.redirect_stdout(io.StringIO()):  # a warning for each class without detections
+        ap: Tensor = meter.eval()
+    return ap
+
+
 def _labelled(
-    model: Any, score: _Scorer, detected: dict[str, Tensor], target: dict[str, Tensor], interactions: Tensor
+    model: Any,
+    associate: Callable[..., Tensor],
+    detected: dict[str, Tensor],
+    target: dict[str, Tensor],
+    interactions: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores, interaction classes and true-positive labels [M] of one image's detections."""
     detected = to_device(detected, torch.device("cpu"))
@@ -97,49 +135,10 @@ def _labelled(
     for hoi in target["hoi"].unique():
         rows, annotated = classes == hoi, target["hoi"] == hoi
         if rows.any():
-            labels[rows] = score.associate(
+            labels[rows] = associate(
                 (gt_humans[annotated], gt_others[annotated]), (humans[rows], others[rows]), scores[rows]
             )
     return scores, classes, labels
-
-
-class _Scorer(Protocol):
-    def associate(self, gt: tuple[Tensor, Tensor], detected: tuple[Tensor, Tensor], scores: Tensor) -> Tensor: ...
-    def add(self, name: str, scores: Tensor, classes: Tensor, labels: Tensor) -> None: ...
-    def compute(self) -> dict[str, Tensor]: ...
-
-
-def _make_scorer(num_gt: list[int], names: tuple[str, ...]) -> _Scorer:
-    """The host's own meter where it brings pocket, so that `none` is what the host prints; else ours."""
-    pocket = sys.modules.get("pocket")
-    return _PocketScorer(pocket, num_gt, names) if pocket else _OwnScorer(num_gt, names)
-
-
-class _OwnScorer:
-    associate = staticmethod(associate_pairs)
-
-    def __init__(self, num_gt: list[int], names: tuple[str, ...]) -> None:
-        self.meters = {name: DetectionAP(len(num_gt), num_gt) for name in names}
-
-    def add(self, name: str, scores: Tensor, classes: Tensor, labels: Tensor) -> None:
-        self.meters[name].append(scores, classes, labels)
-
-    def compute(self) -> dict[str, Tensor]:
-        return {name: meter.compute() for name, meter in self.meters.items()}
-
-
-class _PocketScorer:
-    def __init__(self, pocket: Any, num_gt: list[int], names: tuple[str, ...]) -> None:
-        make = pocket.utils.DetectionAPMeter
-        self.meters = {name: make(len(num_gt), nproc=1, num_gt=num_gt, algorithm="11P") for name in names}
-        self.associate: Callable[..., Tensor] = pocket.utils.BoxPairAssociation(min_iou=0.5)
-
-    def add(self, name: str, scores: Tensor, classes: Tensor, labels: Tensor) -> None:
-        self.meters[name].append(scores, classes, labels)
-
-    def compute(self) -> dict[str, Tensor]:
-        with contextlib.redirect_stdout(io.StringIO()):  # a warning for each class without detections
-            return {name: meter.eval() for name, meter in self.meters.items()}
 
 
 class _Clock:

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.host import fingerprint as fp
 from ezhoi_diffusion.host.taps import TapPoint
-from ezhoi_diffusion.host.variants import set_steps
 from ezhoi_diffusion.plugins import PluginHost
 
 
@@ -67,7 +66,6 @@ class Host:
         was captured with; `--restore-context` puts those into the model. Raises FingerprintError with both values where
         something differs, unless `--force-bridge`, which every report of the run then says.
         """
-        set_steps(bridge, self.args.inference_steps)
         provenance = getattr(bridge, "provenance", None)
         if provenance is None:
             return

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ezhoi_diffusion.evaluation.comparison import REFERENCE, Comparison
-from ezhoi_diffusion.evaluation.detection_ap import DetectionAP, matches
+from ezhoi_diffusion.draws import generator
+from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.evaluation.alignment import Alignment
+from ezhoi_diffusion.evaluation.comparison import REFERENCE, Comparison, Sample
+from ezhoi_diffusion.evaluation.detection_ap import Algorithm, Scored, average_precision, known_object, matches
 from ezhoi_diffusion.evaluation.effect import Effect
+from ezhoi_diffusion.evaluation.significance import paired_bootstrap
 from ezhoi_diffusion.features.batch import Pairs
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.host.score import (
@@ -25,8 +29,14 @@ from ezhoi_diffusion.host.score import (
     require_replayable,
 )
 from ezhoi_diffusion.host.taps import Inject
+from ezhoi_diffusion.host.variants import Variant, families
 
 GROUPS = ("full", "unseen", "seen", "rare", "non-rare")  # a file of tensors keeps no order
+ROWS = 2048  # bridged in one call, where a bridge takes many images: enough for a processor, and little memory
+TIMED = 8  # images on which a bridge's cost is measured, one at a time, as at eval …
+TIMED_SECONDS = 1.0  # … or as many as take so long
+Setting = Literal["default", "known-object"]
+SHOWN = 500  # pairs that pictures are drawn of
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,58 +75,89 @@ def stored_images(store: FeatureStore, chosen: set[int] | None = None) -> Iterat
 
 @dataclass(frozen=True, eq=False)
 class Detections:
-    """The M scored (pair, verb) combinations of one image, the same for every bridge, and their candidates for truth."""
+    """The M scored (pair, verb) combinations of some images, the same for every bridge, and their candidates for truth.
+
+    Rows are those of all the images, one after the other.
+    """
 
     row: Tensor  # [M] pair
     target: Tensor  # [M] verb
     classes: Tensor  # [M] interaction class
     prior: Tensor  # [M]
+    image: Tensor  # [M] position among the images
     candidate: Tensor  # [K] detections that overlap an annotation of their class enough …
     annotation: Tensor  # [K] … and the annotation that each belongs to
 
     @classmethod
-    def of(cls, store: FeatureStore, score: Score, image: StoredImage) -> Detections:
+    def of(cls, store: FeatureStore, score: Score, images: Sequence[StoredImage]) -> Detections:
         """As the host's postprocessing and its evaluation form them."""
-        pairs = image.pairs
-        human, other = pairs.scores[pairs.pairing]
-        prior = score.prior(human, other, pairs.objects)
-        row, target = prior.nonzero().unbind(1)
-        classes = interaction_classes(store, pairs.objects[row], target)
-        humans, others = pairs.boxes[pairs.pairing]
-        candidate, annotation = [row.new_zeros(0)], [row.new_zeros(0)]
-        for hoi in image.gt_hoi.unique():
-            found, annotated = (classes == hoi).nonzero().squeeze(1), (image.gt_hoi == hoi).nonzero().squeeze(1)
-            gt = image.gt_boxes[annotated]
-            belongs, enough = matches((gt[:, 0], gt[:, 1]), (humans[row[found]], others[row[found]]))
-            candidate.append(found[enough])
-            annotation.append(annotated[belongs[enough]])
-        return cls(row, target, classes, prior[row, target], torch.cat(candidate), torch.cat(annotation))
+        columns: list[tuple[Tensor, ...]] = []
+        rows = found = annotations = 0
+        for position, image in enumerate(images):
+            row, target, classes, prior, candidate, annotation = _detections(store, score, image)
+            columns.append(
+                (
+                    row + rows, target, classes, prior, torch.full_like(row, position), candidate + found,
+                    annotation + annotations,
+                )
+            )  # fmt: skip
+            rows, found, annotations = rows + len(image.pairs), found + len(row), annotations + len(image.gt_hoi)
+        return cls(*(torch.cat(column) for column in zip(*columns, strict=True)))
 
     def scores(self, logits: Tensor) -> Tensor:
-        """[M] of logits [P, C]."""
+        """[M] of logits [P, C] of all rows."""
         return logits[self.row, self.target].sigmoid() * self.prior
 
     def labels(self, scores: Tensor) -> Tensor:
         """[M] of 0 and 1: of the candidates of one annotation the best scored is the true positive."""
         labels = torch.zeros_like(scores)
-        for annotation in self.annotation.unique():
-            candidates = self.candidate[self.annotation == annotation]
-            labels[candidates[scores[candidates].argmax()]] = 1
+        if len(self.candidate):
+            order = scores[self.candidate].argsort(descending=True, stable=True)
+            order = order[self.annotation[order].argsort(stable=True)]
+            belongs = self.annotation[order]
+            first = torch.cat([belongs.new_ones(1, dtype=torch.bool), belongs[1:] != belongs[:-1]])
+            labels[self.candidate[order[first]]] = 1
         return labels
 
 
-def _average_precision(parts: list[tuple[Tensor, Tensor, Tensor]], num_gt: list[int]) -> Tensor:
-    meter = DetectionAP(len(num_gt), num_gt)
-    for part in parts:
-        meter.append(*part)
-    return meter.compute()
+def _detections(store: FeatureStore, score: Score, image: StoredImage) -> tuple[Tensor, ...]:
+    pairs = image.pairs
+    human, other = pairs.scores[pairs.pairing]
+    prior = score.prior(human, other, pairs.objects)
+    row, target = prior.nonzero().unbind(1)
+    classes = interaction_classes(store, pairs.objects[row], target)
+    humans, others = pairs.boxes[pairs.pairing]
+    candidate, annotation = [row.new_zeros(0)], [row.new_zeros(0)]
+    for hoi in image.gt_hoi.unique():
+        found, annotated = (classes == hoi).nonzero().squeeze(1), (image.gt_hoi == hoi).nonzero().squeeze(1)
+        gt = image.gt_boxes[annotated]
+        belongs, enough = matches((gt[:, 0], gt[:, 1]), (humans[row[found]], others[row[found]]))
+        candidate.append(found[enough])
+        annotation.append(annotated[belongs[enough]])
+    return row, target, classes, prior[row, target], torch.cat(candidate), torch.cat(annotation)
+
+
+@dataclass(eq=False)
+class _Scorecard:
+    """What one variant has collected so far."""
+
+    alignment: Alignment | None
+    scores: list[Tensor] = field(default_factory=list)
+    labels: list[Tensor] = field(default_factory=list)
+    shown: list[Tensor] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
 
 
 def replay(
     store: FeatureStore,
-    bridges: Mapping[str, Inject],
+    variants: Mapping[str, Variant],
     *,
     chosen: set[int] | None = None,
+    classes: Tensor | None = None,
+    algorithm: Algorithm = "11P",
+    setting: Setting = "default",
+    replicates: int = 0,
+    aligned: bool = False,
     device: torch.device | str = "cpu",
     forced: list[str] | None = None,
     provenance: dict[str, Any] | None = None,
@@ -124,8 +165,10 @@ def replay(
     """The comparison that `--compare` makes on the host, from what a capture of the split stored.
 
     `none` has the host's own logits; a bridge has the published score of what it returns for each image's [P, D].
-    chosen: positions of the images to take, all by default. device: where bridges get their rows. Raises ScoreError,
-    FeatureStoreError, and what a bridge raises.
+    chosen: positions of the images to take, all by default. classes: interaction classes whose annotations may be looked
+    at, all by default. setting: known-object scores a class on images with its object alone (Chao et al., WACV 2018).
+    replicates: of the bootstrap over images, 0 for none. aligned: measure alignment, and keep a sample of rows. device:
+    where bridges get their rows. Raises ScoreError, FeatureStoreError, and what a bridge raises.
     """
     if store.fingerprint.get("dataset") != "hicodet":
         raise ScoreError(
@@ -133,50 +176,174 @@ def replay(
         )
     score = Score.of(store)
     require_replayable(store, score)
-    num_gt = [0] * (int(store.host["object_n_verb_to_interaction"].max()) + 1)
-    found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in (REFERENCE, *bridges)}
-    seconds = dict.fromkeys(bridges, 0.0)
-    images = pairs = 0
-    total = len(store.images) if chosen is None else len(chosen)
-    with torch.no_grad():
-        for image in tqdm(stored_images(store, chosen), total=total, desc="compare", unit="img", file=sys.stderr):
-            images += 1
-            for hoi in image.gt_hoi.tolist():
-                num_gt[hoi] += 1
-            if len(image.pairs) == 0:
-                continue
-            pairs += len(image.pairs)
-            detections = Detections.of(store, score, image)
-            for name, parts in found.items():
-                logits = image.logits
-                if name != REFERENCE:
-                    begin = time.perf_counter()
-                    bridged = bridges[name](image.adapter_feat.to(device), image.pairs)
-                    if bridged is not None:
-                        logits = score.logits(bridged.cpu())
-                    seconds[name] += time.perf_counter() - begin
-                scores = detections.scores(logits)
-                parts.append((scores, detections.classes, detections.labels(scores)))
-    if not pairs:
+    images = [position for position in range(len(store.images)) if chosen is None or position in chosen]
+    rows = sum(store.images[position]["rows"] for position in images)
+    if not rows:
         raise ScoreError(
-            f"{store.folder}: none of the {images} images has a human-object pair, so nothing can be scored"
+            f"{store.folder}: none of the {len(images)} images has a human-object pair, so nothing can be scored"
         )
+    text_mean = store.statistics().text_mean if aligned else None
+    cards = {
+        name: _Scorecard(
+            Alignment(score.text, score.class_text, text_mean, pairs=rows) if text_mean is not None else None
+        )
+        for name in (REFERENCE, *variants)
+    }
+    with torch.no_grad(), tqdm(total=len(images), desc="compare", unit="img", file=sys.stderr) as progress:
+        stored = _only(stored_images(store, chosen), classes)
+        scored, annotations = _collect(store, score, stored, variants, cards, rows, device, progress)
+    num_gt = annotations.sum(0)
+    if setting == "known-object":
+        present, object_of = _objects(store, annotations)
+        scored = {name: known_object(one, present, object_of) for name, one in scored.items()}
     groups = {name: store.host[f"classes/{name}"] for name in GROUPS if f"classes/{name}" in store.host}
-    partial = chosen is not None or store.meta.get("max_images") is not None
-    if partial:  # of a few images most classes have no annotation, and would only thin the mean
-        annotated = torch.tensor(num_gt) > 0
-        groups = {name: index[annotated[index]] for name, index in groups.items() if annotated[index].any()}
+    if chosen is not None or classes is not None or store.meta.get("max_images") is not None:
+        # of a few images most classes have no annotation, and would only thin the mean
+        groups = {name: index[num_gt[index] > 0] for name, index in groups.items() if (num_gt[index] > 0).any()}
     return Comparison(
-        ap={name: _average_precision(parts, num_gt) for name, parts in found.items()},
+        ap={name: average_precision(one, num_gt, algorithm) for name, one in scored.items()},
         groups=groups,
-        images=images,
-        pairs=pairs,
+        images=len(images),
+        pairs=rows,
         host_ms=None,
-        bridge_ms={name: 1000 * spent / images for name, spent in seconds.items()},
+        bridge_ms={name: _milliseconds(cards[name].seconds, store, images) for name in variants},
         fingerprint=store.fingerprint,
         provenance=provenance or {},
         forced=forced or [],
+        names=names_of_interactions(store),
+        annotations=num_gt,
+        algorithm=algorithm,
+        setting=setting,
+        significance=paired_bootstrap(scored, annotations, groups, algorithm=algorithm, replicates=replicates)
+        if replicates
+        else None,
+        alignment={name: card.alignment.measures() for name, card in cards.items() if card.alignment is not None},
+        families=families(variants),
+        sample=Sample({name: torch.cat(card.shown) for name, card in cards.items()}, score.text) if aligned else None,
     )
+
+
+def _collect(
+    store: FeatureStore,
+    score: Score,
+    images: Iterable[StoredImage],
+    variants: Mapping[str, Variant],
+    cards: dict[str, _Scorecard],
+    rows: int,
+    device: torch.device | str,
+    progress: Any,
+) -> tuple[dict[str, Scored], Tensor]:
+    """Every variant's detections, and the annotations of each image and class [I, K] int64; fills the cards."""
+    num_classes = int(store.host["object_n_verb_to_interaction"].max()) + 1
+    shown = torch.randperm(rows, generator=generator(0, "shown"))[:SHOWN].sort().values
+    annotations: list[Tensor] = []
+    classes: list[Tensor] = []
+    where: list[Tensor] = []
+    seen = 0
+    for batch in _batches(images):
+        detections = Detections.of(store, score, batch)
+        classes.append(detections.classes)
+        where.append(detections.image + len(annotations))
+        annotations += [torch.bincount(image.gt_hoi, minlength=num_classes) for image in batch]
+        features = torch.cat([image.adapter_feat for image in batch])
+        host_logits = torch.cat([image.logits for image in batch])
+        labels = torch.cat([image.labels for image in batch])
+        possible = score.object_to_target[torch.cat([image.pairs.objects for image in batch])]
+        here = shown[(shown >= seen) & (shown < seen + len(features))] - seen
+        seen += len(features)
+        given = features.to(device)
+        for name, card in cards.items():
+            bridged = None if name == REFERENCE else _bridged(name, variants[name], given, batch, card.seconds)
+            after, logits = (features, host_logits) if bridged is None else (bridged, score.logits(bridged))
+            scores = detections.scores(logits)
+            card.scores.append(scores)
+            card.labels.append(detections.labels(scores).bool())
+            if card.alignment is not None:
+                card.alignment.add(after, logits, labels, possible)
+                card.shown.append(after[here])
+        progress.update(len(batch))
+    found, image = torch.cat(classes), torch.cat(where)
+    scored = {
+        name: Scored(torch.cat(card.scores).double(), found, torch.cat(card.labels).double(), image)
+        for name, card in cards.items()
+    }
+    return scored, torch.stack(annotations)
+
+
+def _objects(store: FeatureStore, annotations: Tensor) -> tuple[Tensor, Tensor]:
+    """Which object classes each image has annotations of, [I, O] bool, and the object of every class, [K] int64."""
+    table = store.host["object_n_verb_to_interaction"]
+    objects, verbs = (table >= 0).nonzero().unbind(1)
+    object_of = torch.zeros(annotations.shape[1], dtype=torch.long)
+    object_of[table[objects, verbs]] = objects
+    present = torch.zeros(len(annotations), len(table), dtype=torch.bool)
+    image, annotated = annotations.nonzero().unbind(1)
+    present[image, object_of[annotated]] = True
+    return present, object_of
+
+
+def _only(images: Iterable[StoredImage], classes: Tensor | None) -> Iterator[StoredImage]:
+    """The images with annotations of these classes alone, as if there were no other."""
+    for image in images:
+        if classes is None:
+            yield image
+        else:
+            kept = torch.isin(image.gt_hoi, classes)
+            yield replace(image, gt_boxes=image.gt_boxes[kept], gt_hoi=image.gt_hoi[kept])
+
+
+def _batches(images: Iterable[StoredImage]) -> Iterator[list[StoredImage]]:
+    batch: list[StoredImage] = []
+    rows = 0
+    for image in images:
+        if batch and rows + len(image.pairs) > ROWS:
+            yield batch
+            batch, rows = [], 0
+        batch.append(image)
+        rows += len(image.pairs)
+    if batch:
+        yield batch
+
+
+def _bridged(
+    name: str, variant: Variant, features: Tensor, batch: list[StoredImage], seconds: list[float]
+) -> Tensor | None:
+    """What a variant makes of the rows of some images, on the CPU, None where it changes nothing; notes what it costs.
+
+    A bridge that takes rows by themselves gets all of them at once, and some images singly, to be timed. Raises
+    EzhoiDiffusionError where it then returns something else.
+    """
+    if len(features) == 0:
+        return None
+    parts: list[Tensor] = list(features.split([len(image.pairs) for image in batch]))
+    together = variant.rows(features).cpu() if variant.rows is not None else None
+    single: list[Tensor | None] = []
+    for image, part in zip(batch, parts, strict=True):
+        if together is not None and (len(seconds) >= TIMED or sum(seconds) >= TIMED_SECONDS):
+            break
+        rows = part.clone()  # a tensor of its own, so that no bridge knows it already
+        begin = time.perf_counter()
+        one = variant.inject(rows, image.pairs) if len(image.pairs) else None
+        single.append(None if one is None else one.cpu())  # which waits for the device
+        if len(image.pairs):
+            seconds.append(time.perf_counter() - begin)
+    if together is None:
+        if all(one is None for one in single):
+            return None
+        return torch.cat([part.cpu() if one is None else one for part, one in zip(parts, single, strict=True)])
+    for image, one, expected in zip(batch, single, together.split([len(p) for p in parts]), strict=False):
+        if one is not None and not torch.allclose(one, expected, rtol=1e-3, atol=1e-4 * float(one.abs().max())):
+            raise EzhoiDiffusionError(
+                f"bridge '{name}' says row_by_row, and gave other rows for image {image.name} when it was given others "
+                f"beside it: it must not look at other rows, or not say so"
+            )
+    return together
+
+
+def _milliseconds(seconds: list[float], store: FeatureStore, images: list[int]) -> float:
+    """Mean time a bridge adds to an image; one without pairs costs nothing."""
+    with_pairs: float = sum(store.images[position]["rows"] > 0 for position in images) / len(images)
+    return 1000.0 * with_pairs * sum(seconds) / len(seconds)
 
 
 def effect_of(
@@ -206,7 +373,7 @@ def effect_of(
             }
             for key, value in row.items():
                 columns.setdefault(key, []).append(value)
-            detections = Detections.of(store, score, image)
+            detections = Detections.of(store, score, [image])
             predictions.append(
                 {
                     "image": image.name,

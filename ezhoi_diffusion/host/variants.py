@@ -1,22 +1,44 @@
-"""What a comparison names, as callables on one image's features."""
+"""What a comparison names, as callables on features."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ezhoi_diffusion.artifact import CONFIG
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.comparison import REFERENCE
 from ezhoi_diffusion.features.batch import Pairs
+from ezhoi_diffusion.files import current
 from ezhoi_diffusion.host.taps import Inject, check_replacement
 from ezhoi_diffusion.plugins import PluginHost
 from ezhoi_diffusion.registry import Registry
 
 Bridge = Callable[[Tensor], Tensor]
+SEED = "seed-"  # folders of a bridge that was trained with several seeds
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of replacing adapter_feat.
+
+    inject: one image's features [P, D] and its pairs -> their replacement, None for no change. rows: the same for rows
+    [N, D] of many images, where the bridge takes each row by itself. family: what it is one seed of. source: the bridge's
+    registered name, the folder it was loaded from, and the settings of a sweep that it is applied with.
+    """
+
+    inject: Inject
+    rows: Bridge | None = None
+    family: str | None = None
+    source: tuple[str, Path | None, dict[str, Any]] | None = None
 
 
 def known_bridges(plugins: PluginHost) -> Registry[Callable[[Path | None], Bridge]]:
@@ -25,23 +47,52 @@ def known_bridges(plugins: PluginHost) -> Registry[Callable[[Path | None], Bridg
     return plugins.collect("register_bridges", Registry("bridge", empty))
 
 
-def set_steps(bridge: object, steps: int | None) -> None:
-    """Apply a bridge that can be applied so from level `steps` with as many evaluations; None leaves it as it is."""
+def with_steps(bridge: Any, steps: int | None) -> Any:
+    """A bridge that can be applied so, from level `steps` with as many evaluations; None leaves it as it is."""
     override = getattr(bridge, "override", None)
-    if steps is not None and override is not None:
-        override(start_step=steps, steps=steps)
+    return bridge if steps is None or override is None else override(start_step=steps, steps=steps)
+
+
+def parse_sweep(words: Sequence[str]) -> dict[str, list[Any]]:
+    """`start_step=50,100 strength=0.5,1` as lists of values. Raises EzhoiDiffusionError."""
+    grid: dict[str, list[Any]] = {}
+    for word in words:
+        name, equals, values = word.partition("=")
+        if not name or not equals or not values or name in grid:
+            raise EzhoiDiffusionError(
+                f"--sweep {word}: give each setting once, as NAME=VALUE,VALUE,…, for example --sweep start_step=50,100,200"
+            )
+        grid[name.replace("-", "_")] = [parse_value(text) for text in values.split(",")]
+    return grid
+
+
+def parse_value(text: str) -> Any:
+    """A value on the command line: JSON where it is some, else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def resolve_variants(
-    names: str, plugins: PluginHost, folder: str, accept: Callable[[object, str], None], device: torch.device
-) -> dict[str, Inject]:
-    """`none,NAME,NAME=DIR,…` as callables on one image's features. Raises EzhoiDiffusionError for an unknown name.
+    names: str,
+    plugins: PluginHost,
+    folder: str,
+    accept: Callable[[object, str], None],
+    device: torch.device,
+    *,
+    steps: int | None = None,
+    sweep: Mapping[str, Sequence[Any]] | None = None,
+) -> dict[str, Variant]:
+    """`none,NAME,NAME=DIR,…` as variants by name. Raises EzhoiDiffusionError for an unknown name.
 
-    NAME is a registered bridge, loaded from DIR or from `folder`; or an enabled plugin with post_adapter_feat.
-    accept(bridge, name) raises where a bridge is not for this host.
+    NAME is a registered bridge, loaded from DIR or from `folder`; or an enabled plugin with post_adapter_feat. A DIR that
+    holds the seeds of one training gives a variant for each. accept(bridge, name) raises where a bridge is not for this
+    host. steps: see `with_steps`. sweep: every bridge that can be swept is also taken at each point of this grid.
     """
     bridges = known_bridges(plugins)
-    variants: dict[str, Inject] = {}
+    variants: dict[str, Variant] = {}
+    points = [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())] if sweep else []
     for item in filter(None, (part.strip() for part in names.split(","))):
         name, _, own_folder = item.partition("=")
         if name == REFERENCE:
@@ -49,14 +100,21 @@ def resolve_variants(
         if item in variants:
             raise EzhoiDiffusionError(f"the comparison names '{item}' twice")
         if name in bridges.names():
-            path = own_folder or folder
-            bridge = _loaded(bridges[name], Path(path) if path else None, name)
-            accept(bridge, item)
-            if isinstance(bridge, nn.Module):
-                bridge.to(device)
-            variants[item] = _checked(bridge, item)
+            for label, path in _seeds(item, own_folder or folder):
+                bridge = with_steps(_loaded(bridges[name], path, name), steps)
+                seeded = getattr(bridge, "depends_on_seed", False)
+                label = label if seeded else item
+                accept(bridge, label)
+                if isinstance(bridge, nn.Module):
+                    bridge.to(device)
+                for settings, applied in _swept(bridge, points):
+                    point = f"[{','.join(f'{key}={value}' for key, value in settings.items())}]" if settings else ""
+                    family = item + point if label != item else None
+                    variants[label + point] = _variant(applied, label + point, family, (name, path, settings))
+                if not seeded:
+                    break
         elif not own_folder and name in plugins.implementing("post_adapter_feat"):
-            variants[item] = functools.partial(_folded, plugins, name)
+            variants[item] = Variant(functools.partial(_folded, plugins, name))
         else:
             known = ", ".join([REFERENCE, *bridges.names()])
             raise EzhoiDiffusionError(
@@ -65,7 +123,39 @@ def resolve_variants(
             )
     if not variants:
         raise EzhoiDiffusionError("a comparison needs a bridge beside `none`, e.g. none,diffusion and --bridge DIR")
+    if points and not any("[" in name for name in variants):
+        raise EzhoiDiffusionError(
+            f"none of {', '.join(variants)} can be swept: --sweep is for bridges that can be applied in more than one way, "
+            f"as those of `ezhoi-diffusion train`"
+        )
     return variants
+
+
+def families(variants: Mapping[str, Variant]) -> dict[str, list[str]]:
+    """Name of a bridge that was trained with several seeds -> its variants."""
+    found: dict[str, list[str]] = {}
+    for name, variant in variants.items():
+        if variant.family is not None:
+            found.setdefault(variant.family, []).append(name)
+    return found
+
+
+def _seeds(item: str, folder: str) -> list[tuple[str, Path | None]]:
+    """(name, folder) of every seed of a training in `folder`; of the bridge in it where it is one."""
+    if not folder:
+        return [(item, None)]
+    path = Path(folder)
+    seeds = sorted(path.glob(f"{SEED}*/"), key=lambda seed: (len(seed.name), seed.name))
+    if not seeds or current(path, CONFIG).exists():
+        return [(item, path)]
+    return [(f"{item}/{seed.name}", seed) for seed in seeds]
+
+
+def _swept(bridge: Any, points: list[dict[str, Any]]) -> list[tuple[dict[str, Any], Bridge]]:
+    """The bridge as it is, and at every point."""
+    if not points or not hasattr(bridge, "sweep"):
+        return [({}, bridge)]
+    return [({}, bridge), *zip(points, bridge.sweep(points), strict=True)]
 
 
 def _loaded(load: Callable[[Path | None], Bridge], folder: Path | None, name: str) -> Bridge:
@@ -77,8 +167,8 @@ def _loaded(load: Callable[[Path | None], Bridge], folder: Path | None, name: st
         raise EzhoiDiffusionError(f"bridge '{name}' could not be loaded: {type(error).__name__}: {error}") from error
 
 
-def _checked(bridge: Bridge, name: str) -> Inject:
-    def inject(feature: Tensor, pairs: Pairs) -> Tensor:
+def _variant(bridge: Bridge, name: str, family: str | None, source: tuple[str, Path | None, dict[str, Any]]) -> Variant:
+    def rows(feature: Tensor) -> Tensor:
         try:
             replaced = bridge(feature)
         except EzhoiDiffusionError:
@@ -90,7 +180,10 @@ def _checked(bridge: Bridge, name: str) -> Inject:
             raise EzhoiDiffusionError(f"bridge '{name}' {problem}")
         return replaced
 
-    return inject
+    def inject(feature: Tensor, pairs: Pairs) -> Tensor:
+        return rows(feature)
+
+    return Variant(inject, rows if getattr(bridge, "row_by_row", False) else None, family, source)
 
 
 def _folded(plugins: PluginHost, name: str, feature: Tensor, pairs: Pairs) -> Tensor:

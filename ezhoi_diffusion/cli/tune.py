@@ -1,0 +1,101 @@
+"""`ezhoi-diffusion tune FEATURES --bridges …`: chooses bridge and settings by mAP on held-out training images."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ezhoi_diffusion.errors import EzhoiDiffusionError
+
+DESCRIPTION = """\
+Choose a bridge, its start step, steps, strength and output mode by mAP on a validation split of the *training* images: the
+tenth of them that no training and no fit learns from, seen classes only. Labels of unseen classes are not read, and the test
+split is not touched. `none` is among the candidates, so the choice is never worse than no bridge on these images. The choice
+and what speaks for it are written as a bridge of its own, `auto`."""
+EPILOG = """\
+reading it:
+  the best of many candidates looks better than it is. The interval and the adjusted p-value say how much of its lead is
+  chance; evaluate it once on the test split, beside the controls, and report that.
+  of a bridge that was trained with several seeds (train --seeds 3) the mean over the seeds counts, and the first is taken.
+
+example:
+  ezhoi-diffusion tune FEATURES --bridges mean_shift,diffusion,diffusion=PAIRED --bridge BRIDGE --out CHOICE
+  ezhoi-diffusion compare TEST_FEATURES --bridges none,identity,mean_shift,diffusion,auto=CHOICE --bridge BRIDGE --report R
+  ezhoi-diffusion run main_tip_finetune.py … --eval --resume CKPT --plugin auto --bridge CHOICE
+"""
+SHOWN = 10
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    from ezhoi_diffusion.cli.compare import declare_application
+    from ezhoi_diffusion.host.tune import GRID
+
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    grid = " ".join(f"{key}={','.join(str(value) for value in values)}" for key, values in GRID.items())
+    parser.add_argument("features", type=Path, metavar="FEATURES", help="the folder of a capture of the train split")
+    parser.add_argument(
+        "--bridges", default="mean_shift,diffusion", metavar="NAME[=DIR],…",
+        help="candidates beside none (mean_shift,diffusion)",
+    )  # fmt: skip
+    parser.add_argument("--bridge", default="", metavar="DIR", help="the folder of those that name none")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the choice")
+    parser.add_argument(
+        "--sweep", action="append", default=[], metavar="KEY=V,V,…",
+        help=f"settings to try of every bridge that has them; given once or more, it replaces the default grid ({grid})",
+    )  # fmt: skip
+    parser.add_argument("--report", type=Path, metavar="DIR", help="also write the whole comparison there, as a report")
+    declare_application(parser)
+    parser.add_argument("--no-plugin", action="append", default=[], metavar="NAME", help="do not even import a plugin")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score the candidates, choose, and write."""
+    import torch
+
+    from ezhoi_diffusion.cli.compare import acceptance
+    from ezhoi_diffusion.evaluation.report import report_folder, write_report
+    from ezhoi_diffusion.features.store import FeatureStore
+    from ezhoi_diffusion.host.tune import GRID, require_unseen, tune, write_choice
+    from ezhoi_diffusion.host.variants import parse_sweep, resolve_variants
+    from ezhoi_diffusion.plugins import PluginHost
+
+    store = FeatureStore(args.features)
+    if args.out.exists() and any(args.out.iterdir()):
+        raise EzhoiDiffusionError(f"{args.out} is not empty: give another --out")
+    if args.report:
+        with report_folder(args.report):
+            pass  # refused now, not after the work
+    accepted = acceptance(store, args, [], {})
+
+    def accept(bridge: object, name: str) -> None:
+        accepted(bridge, name)
+        require_unseen(bridge, name)
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    variants = resolve_variants(
+        args.bridges, PluginHost(args.no_plugin), args.bridge, accept, device,
+        steps=args.inference_steps, sweep=parse_sweep(args.sweep) if args.sweep else GRID,
+    )  # fmt: skip
+    comparison, name = tune(store, variants, device)
+    write_choice(args.out, comparison, name, variants, store)
+    ranked = sorted(comparison.ap, key=lambda one: -comparison.mean_ap(one, "full"))
+    print(
+        f"\n{len(ranked)} candidates by mAP of seen classes on {comparison.images} held-out training images; the best "
+        f"{min(SHOWN, len(ranked))}:"
+    )
+    for one in ranked[:SHOWN]:
+        print(f"  {comparison.mean_ap(one, 'full'):6.2f}  {one}{'   <- chosen' if one == name else ''}")
+    print(f"  {comparison.mean_ap('none', 'full'):6.2f}  none, the host itself")
+    if name != "none" and comparison.significance is not None:
+        lead = comparison.significance.difference[name]["full"]
+        print(
+            f"{name}: {comparison.difference(name, 'full'):+.2f} points over none, 95 % interval {lead.low:+.2f} to "
+            f"{lead.high:+.2f}, p {lead.p:.3f}, adjusted for {len(ranked) - 1} candidates {lead.p_adjusted:.3f}"
+        )
+    if args.report:
+        write_report(comparison, args.report)
+    print(
+        f"choice: {args.out}; now score it once on the test split: compare TEST_FEATURES --bridges none,identity,auto={args.out}"
+    )
+    return 0

@@ -1,0 +1,144 @@
+"""Chooses how to bridge by mAP on training images that nothing was learned from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ezhoi_diffusion.artifact import Artifact, BridgeError
+from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.evaluation.comparison import REFERENCE, Comparison
+from ezhoi_diffusion.evaluation.significance import REPLICATES
+from ezhoi_diffusion.features.split import FRACTION, held_out
+from ezhoi_diffusion.features.store import FeatureStore
+from ezhoi_diffusion.host.replay import replay
+from ezhoi_diffusion.host.variants import Variant
+
+AUTO = "auto"
+INSIDE = "bridge"  # the chosen bridge's own artefact, in the folder of the choice
+GRID: dict[str, list[Any]] = {
+    "start_step": [50, 100, 200, 400, 1000],
+    "steps": [1, 5],
+    "strength": [0.1, 0.3, 0.6, 1.0],
+    "output": ["calibrated", "unit"],
+}
+
+
+class TuneError(EzhoiDiffusionError):
+    """A choice cannot be made, or would not be a fair one."""
+
+
+def tune(
+    store: FeatureStore, variants: Mapping[str, Variant], device: torch.device | str = "cpu"
+) -> tuple[Comparison, str]:
+    """The comparison of `none` and all variants on held-out training images, and the name of the best.
+
+    Scored are seen classes alone; annotations of unseen ones are dropped before anything looks at them. Of a bridge with
+    several seeds the mean counts, and the first seed is taken. `none` wins ties, so the choice is never worse than no
+    bridge on these images. Raises TuneError for test images, and where a variant learned from the held-out ones.
+    """
+    if store.split != "train":
+        raise TuneError(
+            f"{store.folder} holds the {store.split} split: what is chosen by test images cannot be tested on them. Give "
+            f"the capture of the train split"
+        )
+    try:
+        apart = held_out(len(store.images))
+    except ValueError as error:
+        raise TuneError(f"{store.folder} has too few images: {error}") from error
+    comparison = replay(
+        store,
+        variants,
+        chosen=set(apart.nonzero().squeeze(1).tolist()),
+        classes=seen_classes(store),
+        replicates=REPLICATES,
+        device=device,
+    )
+    scores: dict[str, list[float]] = {REFERENCE: [comparison.mean_ap(REFERENCE, "full")]}
+    first: dict[str, str] = {REFERENCE: REFERENCE}
+    for name, variant in variants.items():
+        scores.setdefault(variant.family or name, []).append(comparison.mean_ap(name, "full"))
+        first.setdefault(variant.family or name, name)
+    return comparison, first[max(scores, key=lambda name: fmean(scores[name]))]
+
+
+def seen_classes(store: FeatureStore) -> Tensor:
+    """[k] int64 the interaction classes whose labels may be looked at. Raises TuneError where the store does not say."""
+    if "classes/full" not in store.host:
+        raise TuneError(f"{store.folder} does not say which classes there are: capture it with this version")
+    full = store.host["classes/full"]
+    return full[~torch.isin(full, store.host.get("classes/unseen", full[:0]))]
+
+
+def require_unseen(bridge: object, name: str) -> None:
+    """Raise TuneError where a bridge was trained with labels of images that `tune` chooses by."""
+    provenance = getattr(bridge, "provenance", None) or {}
+    config = provenance.get("training", {}).get("config", {}) if isinstance(provenance, dict) else {}
+    if config.get("recipe", {}).get("trained_on") == "pairs" and config.get("val_fraction", FRACTION) < FRACTION:
+        raise TuneError(
+            f"bridge '{name}' was trained on pairs with --val-fraction {config['val_fraction']}, so on images that the choice "
+            f"is made by: train it with {FRACTION} or more"
+        )
+
+
+def write_choice(
+    folder: Path, comparison: Comparison, name: str, variants: Mapping[str, Variant], store: FeatureStore
+) -> None:
+    """Write the chosen variant, with what speaks for it, as an artefact that the bridge `auto` loads.
+
+    Raises TuneError where the bridge's own folder is no artefact, BridgeError where the disk refuses.
+    """
+    chosen, settings = REFERENCE, dict[str, Any]()
+    if name != REFERENCE:
+        source = variants[name].source
+        if source is None:
+            raise TuneError(f"'{name}' is a plugin, not a bridge that can be stored: enable it with --plugin instead")
+        chosen, origin, settings = source
+        if origin is not None:
+            try:
+                Artifact.load(origin).save(folder / INSIDE)
+            except BridgeError as error:
+                raise TuneError(f"the choice is '{name}', which cannot be stored: {error}") from error
+    Artifact(
+        AUTO,
+        {"chosen": {"bridge": chosen, "settings": settings, "variant": name}, "evidence": evidence(comparison)},
+        provenance={
+            "fingerprint": store.fingerprint,
+            "features": {"rows": len(store), "images": len(store.images)},
+        },
+    ).save(folder)
+
+
+class Chosen(nn.Module):
+    """Another bridge as it is: what was chosen is not to be swept, nor given other steps."""
+
+    def __init__(self, bridge: Any) -> None:
+        super().__init__()
+        self._bridge = bridge
+        self.row_by_row = bool(getattr(bridge, "row_by_row", False))
+        self.provenance: dict[str, Any] | None = getattr(bridge, "provenance", None)
+        self.context: dict[str, Tensor] = getattr(bridge, "context", {})
+
+    def forward(self, adapter_feat: Tensor) -> Tensor:
+        """[P, D] -> [P, D]."""
+        bridged: Tensor = self._bridge(adapter_feat)
+        return bridged
+
+
+def evidence(comparison: Comparison) -> dict[str, Any]:
+    """What the choice rests on, as JSON: mean AP of every candidate, and its difference to `none` with interval and p."""
+    found = comparison.significance
+    return {
+        "images": comparison.images,
+        "pairs": comparison.pairs,
+        "mean_ap": {name: comparison.mean_ap(name, "full") for name in comparison.ap},
+        "difference": {
+            name: asdict(groups["full"]) for name, groups in (found.difference.items() if found is not None else ())
+        },
+    }

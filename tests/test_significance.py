@@ -255,3 +255,24 @@ def test_a_reference_alone_has_an_interval_and_no_difference():
 def test_what_makes_no_interval_is_refused(options):
     with pytest.raises(ValueError, match="need replicates >= 1 and 0 < level < 1, not replicates="):
         of_one_annotation({"none": torch.ones(3, dtype=torch.bool)}, **options)
+
+
+def test_a_variant_is_held_against_a_control_as_against_the_reference():
+    """Differences to a control are those of a bootstrap in which it is the reference: the draws are the same."""
+    generator = torch.Generator().manual_seed(5)
+    images = 60
+    annotations = torch.ones(images, 1, dtype=torch.long)
+    scored = {
+        name: Scored(
+            torch.rand(images, generator=generator).double(),
+            torch.zeros(images, dtype=torch.long),
+            (torch.rand(images, generator=generator) < share).double(),
+            torch.arange(images),
+        )
+        for name, share in (("none", 0.4), ("control", 0.5), ("bridge", 0.8))
+    }
+    groups = {"full": torch.tensor([0])}
+    found = paired_bootstrap(scored, annotations, groups, controls=["control"], replicates=100)
+    other = paired_bootstrap(scored, annotations, groups, reference="control", replicates=100)
+    assert found.over == {"control": {name: other.difference[name] for name in ("none", "bridge")}}
+    assert found.to_dict()["over"]["control"]["bridge"]["full"]["low"] == other.difference["bridge"]["full"].low

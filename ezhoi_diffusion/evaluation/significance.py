@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ REPLICATES = 1000
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference in mean AP to the reference, in points: its interval, and p-values (two-sided).
+    """A difference in mean AP to another variant, in points: its interval, and p-values (two-sided).
 
     p_adjusted holds for all variants of the comparison together, p for this one alone.
     """
@@ -39,7 +39,7 @@ class Significance:
 
     mean_ap: variant -> group -> interval of mean AP, percent. difference: variant (all but the reference) -> group.
     per_class: variant (all but the reference) -> [K, 2] interval of the class's difference, points; NaN for a class
-    without annotation.
+    without annotation. over: control -> variant (all but it) -> group, the difference to that control.
     """
 
     replicates: int
@@ -48,22 +48,26 @@ class Significance:
     mean_ap: dict[str, dict[str, tuple[float, float]]]
     difference: dict[str, dict[str, Difference]]
     per_class: dict[str, Tensor]
+    over: dict[str, dict[str, dict[str, Difference]]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; NaN is null."""
-        from dataclasses import asdict
-
         return {
             "replicates": self.replicates,
             "level": self.level,
             "seed": self.seed,
             "mean_ap": {v: {g: list(i) for g, i in groups.items()} for v, groups in self.mean_ap.items()},
-            "difference": {v: {g: asdict(d) for g, d in groups.items()} for v, groups in self.difference.items()},
+            "difference": _as_json(self.difference),
+            "over": {control: _as_json(difference) for control, difference in self.over.items()},
             "per_class": {
                 v: [None if low != low else [low, high] for low, high in bounds.tolist()]
                 for v, bounds in self.per_class.items()
             },
         }
+
+
+def _as_json(difference: Mapping[str, Mapping[str, Difference]]) -> dict[str, Any]:
+    return {v: {g: asdict(d) for g, d in groups.items()} for v, groups in difference.items()}
 
 
 def paired_bootstrap(
@@ -72,6 +76,7 @@ def paired_bootstrap(
     groups: Mapping[str, Tensor],
     *,
     reference: str = "none",
+    controls: Sequence[str] = (),
     algorithm: Algorithm = "11P",
     replicates: int = REPLICATES,
     level: float = 0.95,
@@ -80,7 +85,7 @@ def paired_bootstrap(
     """How sure mean AP is, and its difference to that of `reference`, had the I images been others of their kind.
 
     scored: variant -> its detections. annotations [I, K] int64: annotated pairs of each image and class. groups: group
-    -> classes [k] int64. Images are drawn with replacement, the same for all variants, and an image drawn twice has all
+    -> classes [k] int64. controls: variants that the others are also held against. Images are drawn with replacement, the same for all variants, and an image drawn twice has all
     its detections and annotations twice. A class without any annotation has an AP of zero, as on the host; one whose
     images were not drawn is left out of that replicate's mean, and a bound is NaN where no replicate is left.
 
@@ -113,15 +118,21 @@ def paired_bootstrap(
             interval[annotated[:, 0] == 0] = np.nan
             per_class[name] = torch.from_numpy(interval)
     mean_ap: dict[str, dict[str, tuple[float, float]]] = {name: {} for name in variants}
-    difference: dict[str, dict[str, Difference]] = {name: {} for name in variants[1:]}
     for group, mean in zip(groups, means, strict=True):
         off = _mean(mean[:, 1:].T) - mean[:, 0]
         bounds = (_interval(mean, level) - off[:, None]).clip(0, 100)
         for name, (low, high) in zip(variants, bounds.tolist(), strict=True):
             mean_ap[name][group] = low, high
-        for name, result in zip(variants[1:], _differences(mean[1:] - mean[0], level), strict=True):
-            difference[name][group] = result
-    return Significance(replicates, level, seed, mean_ap, difference, per_class)
+
+    def over(base: str) -> dict[str, dict[str, Difference]]:
+        at = variants.index(base)
+        others = [name for name in variants if name != base]
+        columns = [_differences(np.delete(mean, at, axis=0) - mean[at], level) for mean in means]
+        return {name: dict(zip(groups, found, strict=True)) for name, *found in zip(others, *columns, strict=True)}
+
+    return Significance(
+        replicates, level, seed, mean_ap, over(reference), per_class, {control: over(control) for control in controls}
+    )
 
 
 def _weights(images: int, replicates: int, seed: int) -> NDArray[np.int32]:

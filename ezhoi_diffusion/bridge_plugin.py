@@ -55,10 +55,11 @@ class BridgePlugin:
         from torch import nn
 
         from ezhoi_diffusion.host.variants import with_steps
+        from ezhoi_diffusion.sharing import local
 
         if host.args.compare:
             return  # the comparison loads its own
-        bridge: Any = self.loader(host.plugins)(Path(host.args.bridge) if host.args.bridge else None)
+        bridge: Any = self.loader(host.plugins)(local(host.args.bridge) if host.args.bridge else None)
         bridge = with_steps(bridge, host.args.inference_steps)
         host.accept(bridge, self.name)
         if isinstance(bridge, nn.Module):

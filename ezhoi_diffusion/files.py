@@ -60,7 +60,13 @@ def sync_folder(folder: Path) -> None:
 
 def write_json(path: Path, value: dict[str, Any]) -> dict[str, Any]:
     """Write `value` and its seal as readable JSON, atomically; returns what `write_atomic` does."""
-    return write_atomic(path, _sealed(value))
+    return write_atomic(path, sealed(value))
+
+
+def sealed(value: dict[str, Any]) -> bytes:
+    """The one way in which a JSON object stands on disk."""
+    seal = hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    return (json.dumps({**value, SEAL: seal}, indent=2) + "\n").encode()
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -80,11 +86,19 @@ def read_json(path: Path, error: type[EzhoiDiffusionError], remedy: str) -> dict
             raise error(f"{path} holds {type(value).__name__}, not a JSON object; {remedy}")
         if value.pop(SEAL, None) is None:
             raise error(f"{path} has no seal: an older version wrote it, or it was edited; {remedy}")
-        if data != _sealed(value):
+        if data != sealed(value):
             raise error(f"{path} was changed after it was written; {remedy}")
     except (ValueError, RecursionError) as problem:
         raise error(f"{path} cannot be read ({problem}); {remedy}") from problem
     return value
+
+
+def read_bytes(path: Path, facts: dict[str, Any], error: type[EzhoiDiffusionError], remedy: str) -> bytes:
+    """A file's content, as it was written. facts: what `write_tensors` returned. Raises `error` for any other content."""
+    data = _read(path, MAX_TENSORS_BYTES, facts["bytes"], error, remedy)
+    if hashlib.sha256(data).hexdigest() != facts["sha256"]:
+        raise error(f"{path} was changed after it was written; {remedy}")
+    return data
 
 
 def read_tensors(path: Path, facts: dict[str, Any], error: type[EzhoiDiffusionError], remedy: str) -> dict[str, Tensor]:
@@ -93,9 +107,7 @@ def read_tensors(path: Path, facts: dict[str, Any], error: type[EzhoiDiffusionEr
     facts: what `write_tensors` returned. Raises `error` where the file is missing, not as it was written, malformed,
     or holds NaN or infinity.
     """
-    data = _read(path, MAX_TENSORS_BYTES, facts["bytes"], error, remedy)
-    if hashlib.sha256(data).hexdigest() != facts["sha256"]:
-        raise error(f"{path} was changed after it was written; {remedy}")
+    data = read_bytes(path, facts, error, remedy)
     try:
         tensors = load(data)
         broken = [name for name, x in tensors.items() if x.is_floating_point() and not torch.isfinite(x).all()]
@@ -113,12 +125,6 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sealed(value: dict[str, Any]) -> bytes:
-    """The one way in which a JSON object stands on disk."""
-    seal = hashlib.sha256(json.dumps(value).encode()).hexdigest()
-    return (json.dumps({**value, SEAL: seal}, indent=2) + "\n").encode()
 
 
 def _read(path: Path, limit: int, size: int | None, error: type[EzhoiDiffusionError], remedy: str) -> bytes:

@@ -137,14 +137,14 @@ def python(code: str) -> str:
 
 def test_importing_the_package_stays_light():
     loaded = python("import sys, ezhoi_diffusion; print(*sys.modules)").split()
-    assert not {"torch", "torchvision", "accelerate", "matplotlib", "sklearn"} & set(loaded)
+    assert not {"torch", "torchvision", "accelerate", "matplotlib", "sklearn", "huggingface_hub"} & set(loaded)
 
 
 def test_the_public_names_exist_and_are_light():
     loaded = python(
         "import sys, ezhoi_diffusion as e\nfor n in e.__all__: getattr(e, n)\nassert set(e.__all__) <= set(dir(e))\nprint(*sys.modules)"
     ).split()
-    assert not {"torchvision", "accelerate", "matplotlib", "sklearn"} & set(loaded)
+    assert not {"torchvision", "accelerate", "matplotlib", "sklearn", "huggingface_hub"} & set(loaded)
 
 
 def test_help_needs_no_heavy_import():

@@ -39,7 +39,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     parser.add_argument("features", type=Path, metavar="FEATURES", help="the folder of a capture of the test split")
     parser.add_argument("--bridges", default=DEFAULT, metavar="none,NAME[=DIR],…", help=f"what to compare ({DEFAULT})")
-    parser.add_argument("--bridge", default="", metavar="DIR", help="the folder of those that name none")
+    parser.add_argument(
+        "--bridge",
+        default="",
+        metavar="DIR",
+        help="the folder of those that name none; any DIR may be hf:USER/NAME[@REVISION] of the Hugging Face Hub",
+    )
     parser.add_argument(
         "--sweep", action="append", default=[], metavar="KEY=V,V,…",
         help="also take every bridge that has settings at each point of a grid: start_step, steps, strength, output",

@@ -170,15 +170,16 @@ def _require_bridges(names: str, blocked: list[str]) -> list[str]:
     """Raises EzhoiDiffusionError for a name that the comparison would refuse; returns the folders that are named."""
     from ezhoi_diffusion.host.variants import known_bridges
     from ezhoi_diffusion.plugins import PluginHost
+    from ezhoi_diffusion.sharing import local
 
     bridges = known_bridges(PluginHost(blocked))
     parts = [part.strip().partition("=") for part in names.split(",") if part.strip()]
     for name, _, folder in parts:
         if name != "none":
             _ = bridges[name]
-        if folder and not Path(folder).is_dir():
+        if folder and not local(folder).is_dir():
             raise EzhoiDiffusionError(f"--bridges: there is no folder {folder}")
-    return [folder for _, _, folder in parts if folder]
+    return [str(local(folder)) for _, _, folder in parts if folder]
 
 
 def source_digest(script: Path) -> str:

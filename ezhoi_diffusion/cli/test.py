@@ -29,7 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     parser.add_argument("features", type=Path, metavar="FEATURES", help="the folder of a capture of the test split")
-    parser.add_argument("--bridge", default="", metavar="DIR", help="the trained bridge")
+    parser.add_argument("--bridge", default="", metavar="DIR", help="the trained bridge, or hf:USER/NAME[@REVISION]")
     parser.add_argument(
         "--name", default="diffusion", metavar="NAME", help="bridge to test, if not diffusion (mean_shift, a plugin's)"
     )

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ezhoi_diffusion.diffusion.samplers import Sampler, ddim, samplers
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.features.statistics import ModalityStatistics, unit
 from ezhoi_diffusion.registry import Registry
+from ezhoi_diffusion.sharing import local, push
 
 APPLICATION = ("start_step", "steps", "strength", "output")  # fields of a recipe that no weight depends on
 __all__ = ["BridgeConfig", "BridgeError", "Components", "DiffusionBridge", "build_denoiser"]
@@ -210,21 +212,35 @@ class DiffusionBridge(nn.Module):
             files[CONTEXT] = self.context
         write_artifact(Path(folder), self.config, files)
 
+    def push_to_hub(
+        self, repo_id: str, *, comparison: Path | None = None, private: bool = False, license: str | None = None
+    ) -> str:
+        """Upload the artefact and a model card to USER/NAME on the Hugging Face Hub; returns the commit's URL.
+
+        The arguments are those of `ezhoi_diffusion.sharing.push`. Raises BridgeError, SharingError.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push(Path(folder), repo_id, comparison=comparison, private=private, license=license)
+
     @classmethod
     def from_pretrained(
         cls,
         folder: str | PathLike[str],
         *,
+        revision: str | None = None,
         registry: Components | None = None,
         device: torch.device | str | None = None,
         chunk_rows: int = 1024,
     ) -> DiffusionBridge:
         """The bridge stored in `folder`. Executes nothing from it, draws no global random number.
 
-        Raises BridgeError, which names the file and what to do, for anything but a complete artefact.
+        A string USER/NAME that is no folder here is a repository of the Hugging Face Hub, at `revision` (branch, tag or
+        commit). Raises BridgeError, which names the file and what to do, for anything but a complete artefact, and
+        SharingError where the Hub does not give it.
         """
         registry = registry or Components()
-        config, files = read_artifact(Path(folder))
+        config, files = read_artifact(local(folder, revision, bare=True))
         try:
             with torch.random.fork_rng(devices=[]):
                 denoiser = build_denoiser(config, registry)

@@ -93,7 +93,12 @@ def _add_own_options(parser: argparse.ArgumentParser) -> None:
         help="with --eval: score the bare host and each named bridge on the same pairs, in one pass, and print a table",
     )  # fmt: skip
     add("--report", default="", metavar="DIR", help="with --compare: write comparison.json and pictures there")
-    add("--bridge", default="", metavar="DIR", help="the trained bridge, a folder made by `ezhoi-diffusion train`")
+    add(
+        "--bridge",
+        default="",
+        metavar="DIR",
+        help="the trained bridge, a folder made by `ezhoi-diffusion train`, or hf:USER/NAME[@REVISION] of the Hugging Face Hub",
+    )
     add(
         "--inference-steps", type=int, default=None, metavar="N",
         help="apply diffusion bridges from level N with N evaluations, whatever their recipe says: the level is how strongly a "

@@ -21,6 +21,7 @@ from ezhoi_diffusion.files import current
 from ezhoi_diffusion.host.taps import Inject, check_replacement
 from ezhoi_diffusion.plugins import PluginHost
 from ezhoi_diffusion.registry import Registry
+from ezhoi_diffusion.sharing import local
 
 Bridge = Callable[[Tensor], Tensor]
 SEED = "seed-"  # folders of a bridge that was trained with several seeds
@@ -86,8 +87,8 @@ def resolve_variants(
 ) -> dict[str, Variant]:
     """`none,NAME,NAME=DIR,…` as variants by name. Raises EzhoiDiffusionError for an unknown name.
 
-    NAME is a registered bridge, loaded from DIR or from `folder`; or an enabled plugin with post_adapter_feat. A DIR that
-    holds the seeds of one training gives a variant for each. accept(bridge, name) raises where a bridge is not for this
+    NAME is a registered bridge, loaded from DIR or from `folder`, either of which may be the Hub's hf:USER/NAME[@REVISION];
+    or an enabled plugin with post_adapter_feat. A DIR that holds the seeds of one training gives a variant for each. accept(bridge, name) raises where a bridge is not for this
     host. steps: see `with_steps`. sweep: every bridge that can be swept is also taken at each point of this grid.
     """
     bridges = known_bridges(plugins)
@@ -144,7 +145,7 @@ def _seeds(item: str, folder: str) -> list[tuple[str, Path | None]]:
     """(name, folder) of every seed of a training in `folder`; of the bridge in it where it is one."""
     if not folder:
         return [(item, None)]
-    path = Path(folder)
+    path = local(folder)
     seeds = sorted(path.glob(f"{SEED}*/"), key=lambda seed: (len(seed.name), seed.name))
     if not seeds or current(path, CONFIG).exists():
         return [(item, path)]

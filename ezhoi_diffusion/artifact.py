@@ -16,8 +16,8 @@ from ezhoi_diffusion.files import current, read_json, read_tensors, replaced_fil
 SCHEMA_VERSION = 1
 CONFIG = "config.json"
 CONTEXT = "context.safetensors"
-FILE = re.compile(r"[a-z][a-z0-9_]{0,40}\.safetensors")
-OURS = ("schema_version", "bridge", "provenance", "files")  # entries of config.json beside the bridge's own
+NAME, FILE = re.compile(r"[\w.-]{1,60}", re.ASCII), re.compile(r"[a-z][a-z0-9_]{0,40}\.safetensors")
+OURS = ("schema_version", "bridge", "files", "provenance")  # entries of config.json beside the bridge's own
 ATTEMPTS = 3  # to read an artefact that does not fit together
 REMEDY = "restore the artefact from where it came, or make it anew"
 
@@ -41,6 +41,8 @@ class Artifact:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.bridge):
+            raise BridgeError(f"{self.bridge!r} is no name of a bridge: use letters, digits, '.', '_' and '-'")
         taken = sorted(set(self.config) & set(OURS))
         wrong = sorted(name for name in self.files if not FILE.fullmatch(name))
         if taken or wrong:
@@ -83,29 +85,43 @@ class Artifact:
 
     @classmethod
     def _load(cls, folder: Path, bridge: str | None) -> Artifact:
-        path = current(folder, CONFIG)
-        content = read_json(path, BridgeError, "give the folder of a finished training or fit")
-        try:
-            version, kind, files = content.pop("schema_version"), content.pop("bridge"), content.pop("files")
-            provenance = content.pop("provenance")
-            if version != SCHEMA_VERSION or not isinstance(kind, str) or bridge not in (None, kind):
-                raise ValueError(
-                    f"it is a {kind!r} of schema version {version!r}, and what reads it here is {bridge!r} of version "
-                    f"{SCHEMA_VERSION}: name the bridge that it is, upgrade the package, or make it anew"
-                )
-            if not isinstance(files, dict) or not all(_is_size_and_hash(facts) for facts in files.values()):
-                raise ValueError(f"'files' must give each file's size and SHA-256, not {files!r:.100}")
-            if not all(FILE.fullmatch(name) for name in files):
-                raise ValueError(f"'files' names {', '.join(sorted(files))!r:.200}, which cannot be")
-            if not isinstance(provenance, dict):
-                raise ValueError(f"provenance must be an object, not {provenance!r:.100}")
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            raise BridgeError(f"{path} does not describe a {bridge or 'known'} bridge: {reason}") from error
+        content = describe(folder, bridge)
+        content.pop("schema_version")
+        kind, files, provenance = content.pop("bridge"), content.pop("files"), content.pop("provenance")
         tensors = {
             name: read_tensors(current(folder, name), facts, BridgeError, REMEDY) for name, facts in files.items()
         }
         return cls(kind, content, tensors, provenance)
+
+
+def describe(folder: Path, bridge: str | None = None) -> dict[str, Any]:
+    """What config.json in `folder` says: the entries of `OURS`, checked, and the bridge's own. Its files are not looked at.
+
+    Raises BridgeError unless it describes an artefact, of kind `bridge` where one is given.
+    """
+    path = current(folder, CONFIG)
+    content = read_json(path, BridgeError, "give the folder of a finished training or fit")
+    try:
+        version, kind, files, provenance = (content[name] for name in OURS)
+        if not isinstance(kind, str) or not NAME.fullmatch(kind):
+            raise ValueError(f"{kind!r:.100} is no name of a bridge")
+        if version != SCHEMA_VERSION or bridge not in (None, kind):
+            raise ValueError(
+                f"it is a {kind!r} of schema version {version!r}, and what reads it here is {bridge!r} of version "
+                f"{SCHEMA_VERSION}: name the bridge that it is, upgrade the package, or make it anew"
+            )
+        if not isinstance(files, dict) or not all(_is_size_and_hash(facts) for facts in files.values()):
+            raise ValueError(f"'files' must give each file's size and SHA-256, not {files!r:.100}")
+        if not all(FILE.fullmatch(name) for name in files):
+            raise ValueError(f"'files' names {', '.join(sorted(files))!r:.200}, which cannot be")
+        if not isinstance(provenance, dict):
+            raise ValueError(f"provenance must be an object, not {provenance!r:.100}")
+    except (KeyError, ValueError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise BridgeError(
+            f"{path} does not describe a {f'{bridge} bridge' if bridge else 'bridge'}: {reason}"
+        ) from error
+    return content
 
 
 def _is_size_and_hash(facts: Any) -> bool:

@@ -16,13 +16,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ezhoi_diffusion.artifact import CONFIG, CONTEXT, OURS, describe
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.files import current, read_bytes, read_json, read_tensors, sealed
 
-CONFIG, CONTEXT, CARD, REPORT = "config.json", "context.safetensors", "README.md", "comparison.json"
+CARD, REPORT = "README.md", "report.json"
 PREFIX = "hf:"
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-FILE = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 NAME = re.compile(r"[\w.-]+", re.ASCII)
 NOT_WHOLE = "give the folder of a finished bridge"
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -71,7 +71,7 @@ def package(
     """What `push` uploads, by file name; all of it was read and is whole. Raises SharingError."""
     if not REPOSITORY.fullmatch(repo_id):
         raise SharingError(f"{repo_id!r} names no repository of the Hub: give USER/NAME")
-    config = _described(folder)
+    config = describe(folder)
     files = {CONFIG: sealed(config)}
     for name, facts in config["files"].items():
         path = current(folder, name)
@@ -93,7 +93,7 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
         raise SharingError(f"{repo_id!r} names no repository of the Hub: give USER/NAME")
     with _hub(f"{repo_id}{f' at {revision}' if revision else ''} cannot be fetched"):
         folder = Path(hf_hub_download(repo_id, CONFIG, revision=revision)).parent
-        for name in _described(folder)["files"]:
+        for name in describe(folder)["files"]:
             hf_hub_download(repo_id, name, revision=folder.name)
     return folder
 
@@ -143,26 +143,6 @@ def _hub(what: str) -> Iterator[None]:
         raise SharingError(f"{what}: {why}") from error
 
 
-def _described(folder: Path) -> dict[str, Any]:
-    """What config.json says of an artefact of any bridge. Raises SharingError unless it names its bridge and files."""
-    path = current(folder, CONFIG)
-    config = read_json(path, SharingError, NOT_WHOLE)
-    bridge, files, provenance = config.get("bridge"), config.get("files"), config.get("provenance", {})
-    if not (
-        isinstance(bridge, str)
-        and NAME.fullmatch(bridge)
-        and isinstance(files, dict)
-        and all(FILE.fullmatch(name) and _is_size_and_hash(facts) for name, facts in files.items())
-        and isinstance(provenance, dict)
-    ):
-        raise SharingError(f"{path} does not describe a bridge and its safetensors files; {NOT_WHOLE}")
-    return config
-
-
-def _is_size_and_hash(facts: Any) -> bool:
-    return isinstance(facts, dict) and type(facts.get("bytes")) is int and isinstance(facts.get("sha256"), str)
-
-
 def read_report(path: Path) -> dict[str, Any]:
     """The comparison in a report's folder, or in its JSON file. Raises SharingError."""
     return read_json(path / REPORT if path.is_dir() else path, SharingError, "give the folder of a --report")
@@ -179,12 +159,11 @@ def model_card(
     comparison: the JSON of a Comparison, or None where nothing was measured. What comes from files is shown as code, so that
     it can be no markup. Raises SharingError where the comparison does not hold this bridge.
     """
-    config = _described(folder)
+    config = describe(folder)
     provenance = dict(config.get("provenance", {}))
     host = provenance.pop("fingerprint", None)
     host = host if isinstance(host, dict) else {}
-    known = ("schema_version", "bridge", "files", "provenance")
-    recipe = {key: value for key, value in config.items() if key not in known}
+    recipe = {key: value for key, value in config.items() if key not in OURS}
     dataset = [name for name in [host.get("dataset")] if isinstance(name, str) and NAME.fullmatch(name)]
     try:
         measured = _measured(config, comparison) if comparison is not None else _UNMEASURED

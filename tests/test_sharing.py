@@ -21,6 +21,7 @@ from conftest import free_port, rewrite
 from test_diffusion_bridge import features, make
 from test_features import write
 
+from ezhoi_diffusion.artifact import Artifact, BridgeError
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
 from ezhoi_diffusion.evaluation.comparison import Comparison
@@ -204,7 +205,7 @@ def significance() -> dict:
 
 def report(folder: Path, content: dict) -> Path:
     folder.mkdir()
-    write_json(folder / "comparison.json", content)
+    write_json(folder / "report.json", content)
     return folder
 
 
@@ -258,7 +259,7 @@ def test_a_name_on_the_hub_stands_wherever_a_bridges_folder_does(online, bridge,
 from pathlib import Path
 from types import SimpleNamespace
 import torch
-from ezhoi_diffusion.builtin.diffusion import DiffusionPlugin
+from ezhoi_diffusion.builtin.diffusion import plugin
 from ezhoi_diffusion.cli.pipeline import _require_bridges
 from ezhoi_diffusion.host.variants import resolve_variants
 from ezhoi_diffusion.plugins import PluginHost
@@ -266,8 +267,8 @@ from ezhoi_diffusion.plugins import PluginHost
 seen, plugins = [], PluginHost()
 accept = lambda bridge, name: seen.append(bridge.provenance["training"]["step"])
 resolve_variants("none,mean_shift,diffusion=hf:{name}@main", plugins, "hf:{name}", accept, torch.device("cpu"))
-args = SimpleNamespace(compare="", bridge="hf:{name}")
-DiffusionPlugin().on_attach(SimpleNamespace(args=args, plugins=plugins, accept=accept, device="cpu"))
+args = SimpleNamespace(compare="", bridge="hf:{name}", inference_steps=None)
+plugin.on_attach(SimpleNamespace(args=args, plugins=plugins, accept=accept, device=torch.device("cpu")))
 (folder,) = _require_bridges("none,diffusion=hf:{name}", [])
 print(*seen, (Path(folder) / "config.json").is_file())
 """)
@@ -313,7 +314,7 @@ def test_a_config_that_names_other_files_is_refused_before_they_are_asked_for(
     hub, online, bridge, name, features_folder, file
 ):
     rewrite(bridge / "config.json", files={file: {"bytes": 1, "sha256": "0" * 64}})
-    with pytest.raises(SharingError, match="does not describe a bridge and its safetensors files"):
+    with pytest.raises(BridgeError, match="does not describe a bridge: 'files' names"):
         package(bridge, name)
     repository = hub.repositories[name] = fakehub.Repository()
     repository.commits[-1]["config.json"] = (bridge / "config.json").read_bytes()
@@ -336,7 +337,7 @@ def test_a_config_that_names_other_files_is_refused_before_they_are_asked_for(
 def test_what_is_not_a_whole_artefact_is_not_pushed(bridge, capsys, harm, says):
     harm(bridge)
     assert main(["push", str(bridge), "user/name"]) == 2
-    assert re.search(rf"error: .*{says}.*give the folder of a finished bridge\n$", capsys.readouterr().err)
+    assert re.search(rf"^ezhoi-diffusion: error: .*{says}.*\n$", capsys.readouterr().err)
 
 
 def test_a_bridge_whose_move_into_place_was_interrupted_is_pushed_whole(bridge):
@@ -549,11 +550,7 @@ def test_a_bridge_without_an_origin_says_so(bridge):
 
 
 def test_a_third_partys_bridge_is_shared_alike(tmp_path):
-    facts = write_tensors(tmp_path / "map.safetensors", {"weight": torch.eye(3)})
-    write_json(
-        tmp_path / "config.json",
-        {"schema_version": 2, "bridge": "linear-map", "rank": 3, "files": {"map.safetensors": facts}},
-    )
+    Artifact("linear-map", {"rank": 3}, {"map.safetensors": {"weight": torch.eye(3)}}).save(tmp_path)
     files = package(tmp_path, "user/name")
     assert files.keys() == {"config.json", "map.safetensors", "README.md"}
     card = files["README.md"].decode()

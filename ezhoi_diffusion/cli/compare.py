@@ -94,14 +94,13 @@ def run(args: argparse.Namespace) -> int:
         store, variants, algorithm=args.ap, setting=args.setting, replicates=args.replicates, aligned=True,
         device=device, forced=forced, provenance=provenance,
     )  # fmt: skip
-    print(f"\n{comparison.table()}", flush=True)
     if store.meta.get("max_images") is not None:
-        print(
-            f"The first {store.meta['max_images']} images of the split, and the classes annotated there: no result to report.",
-            flush=True,
+        comparison.caveats.append(
+            f"The first {store.meta['max_images']} images of the split, and the classes annotated there: no result to report."
         )
     if store.split != "test":
-        print(f"These are images of the {store.split} split: no result to report.", flush=True)
+        comparison.caveats.append(f"These are images of the {store.split} split: no result to report.")
+    print(f"\n{comparison.table()}", flush=True)
     if args.report:
         write_report(comparison, args.report)
     return 0

@@ -89,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
         write_json(args.out / "effect.json", facts)
         plot_effect(effect, args.out / "diffusion_effect.png")
         if args.embedding:
-            plot_embedding(effect, embed(effect, args.embedding), args.embedding, args.out / f"{args.embedding}.png")
+            points = embed([effect.before, effect.after, effect.text], args.embedding)
+            plot_embedding(points, args.embedding, args.out / f"{args.embedding}.png")
     print(words)
     for message in forced:
         print(f"FORCED: {message}")

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import platform
+import re
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ezhoi_diffusion.evaluation.detection_ap import Algorithm
 from ezhoi_diffusion.evaluation.significance import Significance
 
 REFERENCE = "none"
+FULL = "full"  # the group of all classes, which every comparison has
+# Bridges that learn nothing, or nothing but means: another counts only against the best of them
+CONTROLS = ("identity", "mean_shift", "centring", "class_softmax")
+
+
+def is_control(variant: str) -> bool:
+    """Whether `NAME` of a variant `NAME`, `NAME=DIR`, … is that of a control."""
+    return re.split(r"[^\w-]", variant, maxsplit=1)[0] in CONTROLS
+
+
+def p_text(p: float) -> str:
+    """A p-value with as many digits as a thousand replicates are good for."""
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +48,8 @@ class Comparison:
     bridge_ms: variant -> mean time it adds to an image.
     names: what each interaction class is called, where the host says so. annotations: [K] annotated pairs of each class.
     significance: intervals and p-values of a paired bootstrap over images. alignment: variant -> measure -> value.
-    families: name of a bridge that was trained with several seeds -> its variants.
+    families: name of a bridge that was trained with several seeds -> its variants. caveats: why these figures are no
+    result to report, such as a part of a split.
     """
 
     ap: dict[str, Tensor]
@@ -52,6 +70,7 @@ class Comparison:
     alignment: dict[str, dict[str, float | None]] = field(default_factory=dict)
     families: dict[str, list[str]] = field(default_factory=dict)
     sample: Sample | None = None
+    caveats: list[str] = field(default_factory=list)
 
     def mean_ap(self, variant: str, group: str) -> float:
         """Mean AP of a group of classes, in percent."""
@@ -61,13 +80,44 @@ class Comparison:
         """Percentage points of mean AP over the bare host."""
         return self.mean_ap(variant, group) - self.mean_ap(REFERENCE, group)
 
+    def told(self, variant: str, group: str) -> bool:
+        """Whether the difference can be told from chance: its interval excludes 0, and so many variants do not explain it."""
+        if self.significance is None:
+            return False
+        found = self.significance.difference[variant][group]
+        return found.p_adjusted < 1 - self.significance.level and not found.low <= 0 <= found.high
+
+    def spread(self, family: str, group: str) -> tuple[float, float | None]:
+        """Mean of a family's mean AP in percent, and its standard deviation over seeds (n - 1); None for one seed."""
+        values = torch.tensor([self.mean_ap(v, group) for v in self.families[family]], dtype=torch.float64)
+        return float(values.mean()), float(values.std()) if len(values) > 1 else None
+
+    def ranked(self) -> list[str]:
+        """All variants but the reference, the highest full mean AP first."""
+        return sorted((v for v in self.ap if v != REFERENCE), key=lambda v: self.mean_ap(v, FULL), reverse=True)
+
+    def warnings(self) -> list[str]:
+        """What a reader must know before any figure."""
+        return [
+            *self.caveats,
+            *(f"FORCED: {message}" for message in self.forced),
+            *(f"DEGRADED: {message}" for message in self.degraded.values()),
+        ]
+
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form; AP in percent."""
+        """The JSON form; AP in percent. It has no date, so that the same results give the same."""
         return {
             "mean_ap": {v: {g: self.mean_ap(v, g) for g in self.groups} for v in self.ap},
             "difference": {v: {g: self.difference(v, g) for g in self.groups} for v in self.ap if v != REFERENCE},
             "per_class_ap": {v: (ap * 100).tolist() for v, ap in self.ap.items()},
             "classes": {group: index.tolist() for group, index in self.groups.items()},
+            "names": self.names,
+            "annotations": None if self.annotations is None else self.annotations.tolist(),
+            "algorithm": self.algorithm,
+            "setting": self.setting,
+            "significance": None if self.significance is None else self.significance.to_dict(),
+            "alignment": self.alignment,
+            "families": {name: self._family(name) for name in self.families},
             "images": self.images,
             "pairs": self.pairs,
             "host_ms_per_image": self.host_ms,
@@ -76,10 +126,19 @@ class Comparison:
             "provenance": self.provenance,
             "forced": self.forced,
             "degraded": self.degraded,
+            "caveats": self.caveats,
+            "versions": versions(),
+        }
+
+    def _family(self, name: str) -> dict[str, Any]:
+        spreads = {group: self.spread(name, group) for group in self.groups}
+        return {
+            "variants": self.families[name],
+            "mean_ap": {group: {"mean": mean, "standard_deviation": sd} for group, (mean, sd) in spreads.items()},
         }
 
     def table(self) -> str:
-        """The results as text, one variant a row, differences below."""
+        """The results as text, one variant a row, differences below, then what is known of chance."""
         head = ["mAP", *self.groups, "ms/image"]
         rows = [[v, *(f"{self.mean_ap(v, g):.2f}" for g in self.groups), self._ms(v)] for v in self.ap]
         rows += [
@@ -93,10 +152,27 @@ class Comparison:
         text.insert(2 + len(self.ap), line)
         counts = "  ".join(f"{group} {len(index)}" for group, index in self.groups.items())
         text.append(f"{self.images} images, {self.pairs} pairs; classes: {counts}")
-        text.append("One run, one seed: small differences may be chance.")
-        text += [f"FORCED: {message}" for message in self.forced]
-        text += [f"DEGRADED: {message}" for message in self.degraded.values()]
-        return "\n".join(text)
+        text += self._chance()
+        return "\n".join([*text, *self.warnings()])
+
+    def _chance(self) -> list[str]:
+        """What is known of chance: an interval and a p-value for each difference, and what they leave out."""
+        known = self.significance
+        if known is None:
+            return ["One run without intervals: small differences may be chance."]
+        rows = [["", *self.groups]]
+        for variant, groups in known.difference.items():
+            cells = [
+                f"{self.difference(variant, g):+.2f} [{d.low:+.2f} {d.high:+.2f}] {p_text(d.p_adjusted)}"
+                for g, d in groups.items()
+            ]
+            rows.append([variant, *cells])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return [
+            f"difference to {REFERENCE} [{100 * known.level:g} % interval] p, adjusted for all variants:",
+            *(_row(row, widths) for row in rows),
+            f"Intervals are over images ({known.replicates} resamplings); they do not cover the seed of a bridge's training.",
+        ]
 
     def _ms(self, variant: str) -> str:
         return "-" if self.host_ms is None else f"{self.host_ms + self.bridge_ms.get(variant, 0.0):.2f}"
@@ -104,3 +180,12 @@ class Comparison:
 
 def _row(cells: list[str], widths: list[int]) -> str:
     return "  ".join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))])
+
+
+def versions() -> dict[str, str]:
+    """What computed the results."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "ezhoi-diffusion": version("ezhoi-diffusion"),
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
-from ezhoi_diffusion.evaluation.effect import Effect
 
 SEED = 0
 
@@ -26,12 +26,12 @@ def require_library(method: str) -> None:
         raise EmbeddingError(f"{error}: pip install umap-learn, or use --embedding tsne") from error
 
 
-def embed(effect: Effect, method: str) -> Tensor:
-    """[2P + N_sel, 2] for the rows before and after and the texts, by "tsne" or "umap" with cosine distances.
+def embed(parts: Sequence[Tensor], method: str) -> list[Tensor]:
+    """One map of all parts, rows [N, D] each, as points [N, 2] each: by "tsne" or "umap", with cosine distances.
 
     Raises EmbeddingError where the library is not installed, or there are too few rows.
     """
-    rows = torch.cat([effect.before, effect.after, effect.text]).float().numpy()
+    rows = torch.cat([*parts]).float().numpy()
     if len(rows) < 5:
         raise EmbeddingError(f"a map of {len(rows)} rows shows nothing: take more images")
     require_library(method)
@@ -41,4 +41,4 @@ def embed(effect: Effect, method: str) -> Tensor:
         from sklearn.manifold import TSNE
 
         reducer = TSNE(metric="cosine", init="random", random_state=SEED, perplexity=min(30.0, (len(rows) - 1) / 3))
-    return torch.from_numpy(reducer.fit_transform(rows)).float()
+    return list(torch.from_numpy(reducer.fit_transform(rows)).float().split([len(part) for part in parts]))

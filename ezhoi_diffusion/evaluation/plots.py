@@ -1,7 +1,8 @@
-"""Pictures beside the numbers. Drawn without a display, and without touching pyplot's global state."""
+"""Pictures of features, of a training, and of what a bridge does to single pairs. Drawn without a display, and without touching pyplot's global state."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ezhoi_diffusion.evaluation.comparison import REFERENCE, Comparison
 from ezhoi_diffusion.evaluation.effect import Effect
 from ezhoi_diffusion.files import write_atomic
 
@@ -29,26 +29,6 @@ def _save(figure: Any, path: Path) -> None:
     picture = BytesIO()
     figure.savefig(picture, format="png", dpi=130, metadata={"Software": None})
     write_atomic(path, picture.getvalue())
-
-
-def plot_comparison(comparison: Comparison, path: Path) -> None:
-    """Mean AP of every variant by group, and the difference to the bare host."""
-    figure, (absolute, change) = _figure(2, 6.5)
-    groups, variants = list(comparison.groups), list(comparison.ap)
-    width = 0.8 / len(variants)
-    for number, variant in enumerate(variants):
-        at = torch.arange(len(groups)) + (number - (len(variants) - 1) / 2) * width
-        color = f"C{number}"
-        absolute.bar(at, [comparison.mean_ap(variant, g) for g in groups], width, label=variant, color=color)
-        if variant != REFERENCE:
-            change.bar(at, [comparison.difference(variant, g) for g in groups], width, label=variant, color=color)
-    for axes, title in ((absolute, "mAP, %"), (change, f"difference to {REFERENCE}, points")):
-        axes.set_xticks(range(len(groups)), [f"{g}\n{len(comparison.groups[g])} classes" for g in groups])
-        axes.set_title(title, loc="left")
-        axes.spines[["top", "right"]].set_visible(False)
-    change.axhline(0, color="black", linewidth=0.8)
-    figure.legend(*absolute.get_legend_handles_labels(), loc="outside upper center", ncols=len(variants), frameon=False)
-    _save(figure, path)
 
 
 def plot_effect(effect: Effect, path: Path) -> None:
@@ -81,12 +61,12 @@ def plot_effect(effect: Effect, path: Path) -> None:
     _save(figure, path)
 
 
-def plot_embedding(effect: Effect, points: Tensor, method: str, path: Path) -> None:
-    """A map of both modalities: points [2P + N_sel, 2] of the rows before, after, and of the texts."""
+def plot_embedding(points: Sequence[Tensor], method: str, path: Path) -> None:
+    """A map of both modalities: points [P, 2] of the rows before, of those after, and [N_sel, 2] of the texts."""
     figure, (axes,) = _figure(1, 7.0)
-    pairs = len(effect.before)
-    parts = points.split([pairs, pairs, len(effect.text)])
-    for part, label, size, marker in zip(parts, ("before", "after", "texts"), (6, 6, 22), ("o", "o", "x"), strict=True):
+    for part, label, size, marker in zip(
+        points, ("before", "after", "texts"), (6, 6, 22), ("o", "o", "x"), strict=True
+    ):
         axes.scatter(part[:, 0].tolist(), part[:, 1].tolist(), s=size, marker=marker, alpha=0.6, label=label)
     axes.set_title(f"{method}, cosine distances; only neighbourhoods mean something", loc="left")
     axes.set_xticks([])

@@ -1,15 +1,23 @@
-"""Results as files: JSON, and pictures beside it."""
+"""Results as files: a page for the eye, JSON for programs, and the page's pictures by themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.comparison import Comparison
-from ezhoi_diffusion.evaluation.plots import plot_comparison
-from ezhoi_diffusion.files import write_json
+from ezhoi_diffusion.files import write_atomic, write_json
+
+PICTURES = {  # file -> pictures in it
+    "comparison": ("comparison",),
+    "forest": ("forest",),
+    "per_class": ("per_class",),
+    "cost": ("cost",),
+    "alignment": ("histograms", "measures"),
+    "embedding": ("embedding",),
+}
 
 
 @contextmanager
@@ -24,9 +32,20 @@ def report_folder(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def write_report(comparison: Comparison, folder: Path) -> None:
-    """Write comparison.json and comparison.png into `folder`. Raises EzhoiDiffusionError where the disk refuses."""
+def write_report(comparison: Comparison, folder: Path, notes: Sequence[str] = ()) -> None:
+    """Write report.html, report.json and, for all that the comparison has figures for, pictures into `folder`.
+
+    notes: sentences on where alignment and mean AP disagree. Raises EzhoiDiffusionError where the disk refuses.
+    """
+    from ezhoi_diffusion.evaluation.page import page
+    from ezhoi_diffusion.evaluation.panels import joined, pictures, png, render
+
+    made = {name: [(panel, render(panel)) for panel in panels] for name, panels in pictures(comparison).items()}
     with report_folder(folder):
-        write_json(folder / "comparison.json", comparison.to_dict())
-        plot_comparison(comparison, folder / "comparison.png")
-    print(f"report: {folder / 'comparison.json'}, {folder / 'comparison.png'}", flush=True)
+        write_json(folder / "report.json", {**comparison.to_dict(), "notes": [*notes]})
+        for name, parts in PICTURES.items():
+            if drawings := [drawn for part in parts for _, drawn in made.get(part, [])]:
+                write_atomic(folder / f"{name}.png", png(joined(drawings)))
+        inline = {name: [(panel.alt, png(drawn)) for panel, drawn in panels] for name, panels in made.items()}
+        write_atomic(folder / "report.html", page(comparison, inline, notes).encode(errors="xmlcharrefreplace"))
+    print(f"report: {folder / 'report.html'}; its figures are in report.json, its pictures beside it", flush=True)

@@ -1,0 +1,59 @@
+"""What a variant does to single interaction classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ezhoi_diffusion.evaluation.comparison import FULL, REFERENCE, Comparison
+
+EQUAL = 1e-9  # points; the same detections in the same order give the same AP to rounding
+
+
+@dataclass(frozen=True, eq=False)
+class Changes:
+    """Differences in AP to the bare host of k annotated classes, the largest gain first.
+
+    classes: [k] int64. points: [k] float64. bounds: [k, 2] interval of each, in points, None where none was computed.
+    """
+
+    classes: Tensor
+    points: Tensor
+    bounds: Tensor | None
+
+    @property
+    def sign(self) -> Tensor:
+        """[k]: 1 a gain, -1 a loss, 0 unchanged."""
+        return torch.where(self.points.abs() <= EQUAL, 0, self.points.sign().long())
+
+    @property
+    def certain(self) -> Tensor:
+        """[k] bool: the interval excludes 0."""
+        if self.bounds is None:
+            return torch.zeros(len(self.points), dtype=torch.bool)
+        return (self.bounds[:, 0] > 0) | (self.bounds[:, 1] < 0)
+
+    def counts(self) -> dict[str, int]:
+        """Classes by what became of them; "certain gains" and "certain losses" are those whose interval excludes 0."""
+        gains, losses = self.sign > 0, self.sign < 0
+        return {
+            "gains": int(gains.sum()),
+            "losses": int(losses.sum()),
+            "unchanged": int((~gains & ~losses).sum()),
+            "certain gains": int((gains & self.certain).sum()),
+            "certain losses": int((losses & self.certain).sum()),
+        }
+
+
+def changes(comparison: Comparison, variant: str) -> Changes:
+    """The changes that `variant` makes to the classes of the full group that are annotated."""
+    classes = comparison.groups[FULL]
+    if comparison.annotations is not None:
+        classes = classes[comparison.annotations[classes] > 0]
+    points = (comparison.ap[variant] - comparison.ap[REFERENCE])[classes].double() * 100
+    order = points.argsort(descending=True, stable=True)
+    known = comparison.significance
+    bounds = None if known is None else known.per_class[variant][classes[order]]
+    return Changes(classes[order], points[order], bounds)

@@ -22,7 +22,7 @@ def test_the_demo_walks_all_the_way(tmp_path):
     assert done.returncode == 0, done.stderr
     out = tmp_path / "ezhoi-diffusion-demo"
     results = out / "results"
-    report = json.loads((results / "report" / "comparison.json").read_text())
+    report = json.loads((results / "report" / "report.json").read_text())
     assert list(report["mean_ap"]) == ["none", "identity", "mean_shift", "diffusion"]
     assert report["difference"]["identity"]["full"] == 0
     bare = report["mean_ap"]["none"]
@@ -31,6 +31,7 @@ def test_the_demo_walks_all_the_way(tmp_path):
     store = FeatureStore(results / "features")
     assert store.statistics().gap > 0.3, "the modality gap must be there"
     for name in (
+        "report/report.html",
         "report/comparison.png",
         "test/diffusion_effect.png",
         "statistics/statistics.png",

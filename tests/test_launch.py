@@ -203,9 +203,10 @@ def test_compare_scores_all_variants_on_the_same_pairs(small_world, evaluated, b
     assert same_figures(rows["none"], printed_by_host(printed))
     assert rows["identity"] == rows["none"]
     assert printed_by_host(done.stdout) == printed_by_host(printed), "the host prints what it would print alone"
-    report = json.loads((tmp_path / "comparison.json").read_text())
+    report = json.loads((tmp_path / "report.json").read_text())
     assert report["difference"]["identity"]["full"] == 0
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert "<!doctype html>" in (tmp_path / "report.html").read_text()
     # every fourth scoring is the bare one, and the identity's follows it
     images = sum(key.endswith(".scores") for key in bare)
     for i in range(images):

@@ -281,7 +281,7 @@ def test_the_pipeline_on_the_miniature(small_world, checkpoint, tmp_path):
     first = run("--train-steps", "10", *quick)
     assert first.returncode == 0, first.stderr
     assert "6 of 6 steps were done" in first.stdout
-    report = json.loads((work / "report" / "comparison.json").read_text())
+    report = json.loads((work / "report" / "report.json").read_text())
     assert report["images"] == 12
     recipe = json.loads((work / "bridge" / "config.json").read_text())["recipe"]
     assert (recipe["start_step"], recipe["steps"], recipe["scale"]) == (50, 50, 4)

@@ -32,7 +32,7 @@ what the numbers mean:
 in DIR:
   features/       adapter_feat of the training images      statistics/   figures of them (gap, means, norms)
   bridge/         the bridge, its checkpoints and curve    test/         diffusion_effect.png, effect.json
-  features-test/  adapter_feat of the test images          report/       comparison.png, comparison.json
+  features-test/  adapter_feat of the test images          report/       report.html, report.json, pictures
 
 example:
   ezhoi-diffusion pipeline main_tip_finetune.py … --eval --resume CKPT --work DIR
@@ -79,9 +79,7 @@ def run(args: argparse.Namespace) -> int:
     steps = make_steps(args, host_flags if "--eval" in given else [*host_flags, "--eval"])
     done = run_steps(steps, args.work)
     what = f"{done} of {len(steps)} steps were done" if done else "everything was up to date"
-    print(
-        f"{what}; look at {args.work / 'test' / 'diffusion_effect.png'} and {args.work / 'report' / 'comparison.png'}"
-    )
+    print(f"{what}; look at {args.work / 'test' / 'diffusion_effect.png'} and {args.work / 'report' / 'report.html'}")
     return 0
 
 

@@ -48,9 +48,9 @@ def walk(out: Path) -> None:
     testing = [*host_args(world, evaluate=True), "--output-dir", str(checkpoints), "--resume", str(checkpoint)]
     _command(["pipeline", SCRIPT, *testing, "--work", str(results), "--train-steps", str(TRAIN_STEPS)])
 
-    print(f"\n{verdict(results / 'report' / 'comparison.json')}")
+    print(f"\n{verdict(results / 'report' / 'report.json')}")
     print(
-        f"{time.monotonic() - begun:.0f} s. Look into {results}: report/comparison.png, test/diffusion_effect.png, bridge/."
+        f"{time.monotonic() - begun:.0f} s. Look into {results}: report/report.html, test/diffusion_effect.png, bridge/."
     )
 
 

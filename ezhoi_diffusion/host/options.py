@@ -92,7 +92,7 @@ def _add_own_options(parser: argparse.ArgumentParser) -> None:
         "--compare", default="", metavar="none,NAME[=DIR],…",
         help="with --eval: score the bare host and each named bridge on the same pairs, in one pass, and print a table",
     )  # fmt: skip
-    add("--report", default="", metavar="DIR", help="with --compare: write comparison.json and pictures there")
+    add("--report", default="", metavar="DIR", help="with --compare: write report.html, report.json and pictures there")
     add(
         "--bridge",
         default="",

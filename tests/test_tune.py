@@ -176,7 +176,7 @@ def test_a_folder_of_seeds_is_one_bridge_with_a_variant_for_each(stores, bridges
     full = [report["mean_ap"][name]["full"] for name in swept]
     family = report["families"]["diffusion[strength=1]"]
     assert family["mean_ap"]["full"]["mean"] == pytest.approx(sum(full) / 3)
-    assert family["mean_ap"]["full"]["spread"] == pytest.approx(torch.tensor(full).double().std().item())
+    assert family["mean_ap"]["full"]["standard_deviation"] == pytest.approx(torch.tensor(full).double().std().item())
     weights = [DiffusionBridge.from_pretrained(bridges / f"seed-{k}").state_dict() for k in range(3)]
     assert not torch.equal(*(next(iter(w.values())) for w in weights[:2]))
 

@@ -1,4 +1,4 @@
-"""For authors of bridges: captured features whose truth is known, and the rules that every bridge keeps.
+"""For authors of bridges: made-up captures whose truth is known, and the rules that every bridge and every fit keeps.
 
     from ezhoi_diffusion.testing import check_bridge, check_fit, synthetic_store
 
@@ -7,6 +7,9 @@ Needs no host, no data and no test runner.
 
 from __future__ import annotations
 
+from ezhoi_diffusion.testing.bridges import BRIDGE_RULES, check_bridge
+from ezhoi_diffusion.testing.fits import FIT_RULES, check_fit
+from ezhoi_diffusion.testing.rules import ConformanceError
 from ezhoi_diffusion.testing.synthetic import Truth, synthetic_store
 
-__all__ = ["Truth", "synthetic_store"]
+__all__ = ["BRIDGE_RULES", "FIT_RULES", "ConformanceError", "Truth", "check_bridge", "check_fit", "synthetic_store"]

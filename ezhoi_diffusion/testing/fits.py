@@ -1,0 +1,153 @@
+"""The rules that every fit keeps, held against made-up captures that differ in what a fit must not see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ezhoi_diffusion.artifact import Artifact
+from ezhoi_diffusion.bridge_plugin import Fit
+from ezhoi_diffusion.features.batch import FeatureBatch
+from ezhoi_diffusion.features.split import held_out
+from ezhoi_diffusion.features.store import FeatureStore
+from ezhoi_diffusion.host.score import targets_of
+from ezhoi_diffusion.testing.bridges import seeded
+from ezhoi_diffusion.testing.rules import Rule, hold
+from ezhoi_diffusion.testing.synthetic import synthetic_store
+
+IMAGES = 40
+
+
+@dataclass(frozen=True)
+class FitTrial:
+    """A fit under test, and the folder in which stores for it are made."""
+
+    name: str
+    fit: Fit
+    folder: Path
+    dim: int
+
+    def store(
+        self, name: str, *, unseen: bool = True, alter: Callable[[FeatureBatch], FeatureBatch] | None = None
+    ) -> FeatureStore:
+        """A new store of training images."""
+        return synthetic_store(self.folder / name, images=IMAGES, dim=self.dim, unseen=unseen, alter=alter)
+
+    @cached_property
+    def features(self) -> FeatureStore:
+        """The store that all the others differ from."""
+        return self.store("features")
+
+    @cached_property
+    def artifact(self) -> Artifact:
+        """What the fit makes of it."""
+        return self.fit(self.features)
+
+
+def check_fit(name: str, fit: Fit, folder: Path, *, dim: int = 32) -> Path:
+    """Hold `fit` of the bridge `name` against every rule for fits, on synthetic stores of width `dim`, made in `folder`.
+
+    For options give functools.partial(fit, KEY=VALUE). Returns the folder of the fitted bridge, for `check_bridge`: it is
+    what `ezhoi-diffusion fit` writes. Raises ConformanceError, which lists all rules that are broken, and FeatureStoreError
+    where `folder` is in use.
+    """
+    from ezhoi_diffusion.cli.fit import from_host
+
+    trial = FitTrial(name, fit, folder, dim)
+    assert len(trial.features)  # made before the first rule, so that a folder in use is no broken rule
+    hold(f"fit '{name}'", trial, FIT_RULES, basic=("artefact",))
+    from_host(trial.artifact, trial.features, name, {}).save(folder / "bridge")
+    return folder / "bridge"
+
+
+def _artefact(trial: FitTrial) -> str | None:
+    """An Artifact is returned whose bridge is the name that the fit is registered under."""
+    found: Any = trial.artifact
+    if not isinstance(found, Artifact):
+        return f"a {type(found).__name__} was returned"
+    return None if found.bridge == trial.name else f"it is one of {found.bridge!r} instead of {trial.name!r}"
+
+
+def _stored(trial: FitTrial) -> str | None:
+    """The artefact can be stored, and is the same when it is loaded again."""
+    trial.artifact.save(trial.folder / "stored")
+    return _difference(trial.artifact, Artifact.load(trial.folder / "stored", trial.name))
+
+
+def _deterministic(trial: FitTrial) -> str | None:
+    """The same features give the same artefact, bit for bit, whatever the state of the random generators."""
+    fitted = []
+    for seed in (1, 2):
+        with seeded(seed):
+            fitted.append(trial.fit(trial.features))
+    return _difference(*fitted)
+
+
+def _unseen(trial: FitTrial) -> str | None:
+    """Annotations of interactions that the split hides change nothing."""
+    table, targets = trial.features.host["object_n_verb_to_interaction"], targets_of(trial.features)
+    unseen = trial.features.host["classes/unseen"]
+
+    def alter(batch: FeatureBatch) -> FeatureBatch:
+        own, secret = table[batch.pairs.objects], torch.isin(batch.gt_hoi, unseen)
+        labels = batch.labels ^ torch.isin(own, unseen)
+        boxes, hoi = batch.gt_boxes.clone(), batch.gt_hoi.clone()
+        boxes[:, secret] /= 2
+        # classes with another object: in this image seen_pairs drops the verb, whatever its object
+        for annotation in secret.nonzero().flatten():
+            alike = unseen[targets[unseen] == targets[hoi[annotation]]]
+            hoi[annotation] = alike.roll(1)[alike == hoi[annotation]]
+        return replace(batch, labels=labels, gt_boxes=boxes, gt_hoi=hoi)
+
+    other = _difference(trial.artifact, trial.fit(trial.store("unseen", alter=alter)))
+    return other and f"{other} where they say something else; take labels from seen_pairs(features)"
+
+
+def _held_out(trial: FitTrial) -> str | None:
+    """Annotations in the images that are held out, by which settings are chosen, change nothing."""
+    apart = held_out(IMAGES)
+    table = trial.features.host["object_n_verb_to_interaction"]
+
+    def alter(batch: FeatureBatch) -> FeatureBatch:
+        if not apart[batch.index]:
+            return batch
+        labels = (table[batch.pairs.objects] >= 0) & ~batch.labels
+        return replace(batch, labels=labels, gt_boxes=batch.gt_boxes / 2, gt_hoi=(batch.gt_hoi + 1) % (table.max() + 1))
+
+    other = _difference(trial.artifact, trial.fit(trial.store("held-out", alter=alter)))
+    return other and f"{other} where they say something else; take labels from seen_pairs(features)"
+
+
+def _without_split(trial: FitTrial) -> str | None:
+    """Features of a host without --zs, where nothing is hidden, can be fitted to."""
+    trial.fit(trial.store("no-split", unseen=False))
+    return None
+
+
+def _difference(expected: Artifact, found: Artifact) -> str | None:
+    """The first thing in which two artefacts differ, provenance apart."""
+    if found.config != expected.config:
+        return f"config is {found.config!r:.200} instead of {expected.config!r:.200}"
+    if found.files.keys() != expected.files.keys():
+        return f"the files are {sorted(found.files)} instead of {sorted(expected.files)}"
+    for file, tensors in expected.files.items():
+        for name in sorted({*tensors, *found.files[file]}):
+            a, b = tensors.get(name), found.files[file].get(name)
+            if a is None or b is None or a.dtype != b.dtype or not torch.equal(a, b):
+                return f"{name} in {file} differs"
+    return None
+
+
+FIT_RULES: dict[str, Rule[FitTrial]] = {
+    "artefact": _artefact,
+    "stored": _stored,
+    "deterministic": _deterministic,
+    "unseen": _unseen,
+    "held out": _held_out,
+    "without split": _without_split,
+}

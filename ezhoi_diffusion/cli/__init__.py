@@ -26,7 +26,7 @@ COMMANDS = {
     "demo": "see all of it on a miniature EZ-HOI, without data",
     "doctor": "find out what is wrong with environment, features, bridge or host flags, and the fix",
     "patch": "write the three lines a fork needs into its main_tip_finetune.py, or take them out",
-    "plugins": "list plugins: name, version, status, source, hooks",
+    "plugins": "list plugins: name, version, status, source, hooks; or begin one: plugins new NAME",
 }
 
 

@@ -1,10 +1,16 @@
-"""`ezhoi-diffusion plugins`: what is installed, and whether it works."""
+"""`ezhoi-diffusion plugins`: what is installed, and whether it works; `plugins new NAME`: the package of a new one."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from dataclasses import asdict
+from pathlib import Path
+
+NEW = """\
+Write an installable package with a bridge that works, as a plugin: one module, its tests, README.md and pyproject.toml. It
+passes its tests, ruff and mypy --strict as it is. INTEGRATION.md, "Writing a plugin", says the rest."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -18,10 +24,16 @@ environment variables:
 """
     parser.add_argument("--json", action="store_true", help="machine-readable")
     parser.add_argument("--no-plugin", action="append", default=[], metavar="NAME", help="do not even import this one")
+    actions = parser.add_subparsers(dest="action", metavar="new", title="to begin one of your own")
+    new = actions.add_parser("new", help="plugins new NAME: write the package of a new plugin", description=NEW)
+    new.add_argument("name", metavar="NAME", help="of the package; with underscores that of its bridge")
+    new.add_argument("--out", type=Path, metavar="DIR", help="the package's folder, a new one (default: NAME)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the list."""
+    """Print the list, or write a new one."""
+    if args.action == "new":
+        return _new(args.name, args.out)
     from ezhoi_diffusion.plugins import PluginHost
 
     found = list(PluginHost(args.no_plugin).found.values())
@@ -33,4 +45,15 @@ def run(args: argparse.Namespace) -> int:
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for row in rows:
         print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]))
+    return 0
+
+
+def _new(name: str, out: Path | None) -> int:
+    from ezhoi_diffusion.scaffold import new_plugin
+
+    bridge, folder = new_plugin(name, out)
+    print(f"plugin '{bridge}': {folder}. Next:", flush=True)
+    print(f"  pip install -e {shlex.quote(f'{folder}[test]')}")
+    print(f"  pytest {shlex.quote(str(folder))}")
+    print(f"  ezhoi-diffusion fit {bridge} FEATURES --out BRIDGE", flush=True)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 import subprocess
 import sys
@@ -12,13 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 
+import ezhoi_diffusion
+from ezhoi_diffusion import testing
+from ezhoi_diffusion.artifact import Artifact
 from ezhoi_diffusion.builtin.diffusion import components
 from ezhoi_diffusion.cli import COMMANDS
 from ezhoi_diffusion.evaluation.comparison import Comparison
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
+from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.hookspecs import HOOKS
 from ezhoi_diffusion.plugins import PluginHost
 from ezhoi_diffusion.registry import Registry
+from ezhoi_diffusion.testing import BRIDGE_RULES, FIT_RULES, check_fit
+from ezhoi_diffusion.testing.bridges import ATTRIBUTES
 
 ROOT = Path(__file__).parent.parent
 GUIDE = (ROOT / "INTEGRATION.md").read_text()
@@ -64,6 +71,14 @@ def test_register_options(plugin):
 def test_register_bridges(plugin):
     bridge = plugin.collect("register_bridges", Registry("bridge", {}))["center_image"](None)
     assert torch.allclose(bridge(torch.randn(5, 3)).mean(0), torch.zeros(3), atol=1e-6)
+
+
+@pytest.mark.parametrize("plugin", ["register_fits"], indirect=True)
+def test_register_fits(plugin, tmp_path):
+    fit = plugin.collect("register_fits", Registry("fit", {}))["shift"]
+    folder = check_fit("shift", fit, tmp_path, dim=8)
+    means, artifact = FeatureStore(tmp_path / "features").statistics(), Artifact.load(folder, "shift")
+    assert torch.equal(artifact.files["shift.safetensors"]["shift"], means.text_mean - means.visual_mean)
 
 
 @pytest.mark.parametrize("plugin", ["register_denoisers"], indirect=True)
@@ -129,6 +144,56 @@ def test_on_comparison(plugin, capsys):
     result = Comparison(ap, {"full": torch.tensor([0, 1])}, 1, 2, 1.0, {"diffusion": 0.1}, {})
     plugin.notify("on_comparison", comparison=result)
     assert capsys.readouterr().out == "none 37.5\ndiffusion 50.0\n"
+
+
+# -- "Writing a plugin" ----------------------------------------------------------------------------------------
+
+SECTION = GUIDE.split("## Writing a plugin\n")[1].split("\n## Hooks\n")[0]
+
+
+def first_column(head: str) -> list[str]:
+    """What stands in code in the first column of the table with this head."""
+    rows = SECTION.split(f"| {head} |")[1].split("\n\n")[0].splitlines()[2:]
+    return [name for row in rows for name in re.findall(r"`(.+?)`", row.split(" | ")[0])]
+
+
+def test_the_bridge_of_the_guide_is_a_plugin_that_keeps_all_rules(tmp_path, monkeypatch):
+    source, *tests = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
+    (tmp_path / "my_bridge.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    host = PluginHost(discover=False)
+    host.register(importlib.import_module("my_bridge").plugin, "my_bridge")
+    assert host.collect("register_fits", Registry("fit", {})).names() == ["my_bridge"]
+    assert host.collect("register_bridges", Registry("bridge", {})).names() == ["my_bridge"]
+    for number, test in enumerate(tests):
+        found = {}
+        exec(test, found)
+        (run,) = (value for name, value in found.items() if name.startswith("test_"))
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        run(folder)
+    assert len(tests) == 2
+    monkeypatch.delitem(sys.modules, "my_bridge")
+
+
+def test_the_guide_lists_every_rule():
+    assert first_column("a bridge | keeps this") == list(BRIDGE_RULES)
+    assert first_column("a fit | keeps this") == list(FIT_RULES)
+
+
+def test_the_guide_lists_every_name_for_plugins():
+    listed = {name.split("(")[0].split(".")[0] for name in first_column("`from ezhoi_diffusion import …` |")}
+    for_hosts = {"DiffusionBridge", "DiffusionBridgeHOI", "Tap", "add_arguments", "attach"}
+    returned = {"ModalityStatistics", "SeenPairs"}  # named where they are returned
+    assert listed == set(ezhoi_diffusion.__all__) - for_hosts - returned
+    assert all(f"`{name}`" in SECTION for name in returned)
+    tested = {name.split("(")[0].split(".")[0] for name in first_column("`from ezhoi_diffusion.testing import …` |")}
+    assert tested == set(testing.__all__)
+
+
+def test_the_guide_lists_what_a_bridge_may_say_of_itself():
+    named = [re.match(r"\w+", name)[0] for name in first_column("attribute | says")]
+    assert set(named) == set(ATTRIBUTES)
 
 
 def python(code: str) -> str:

@@ -249,6 +249,7 @@ BROKEN = [
     ("default dtype", doing(lambda: torch.set_default_dtype(torch.float32)), "it is torch.float32 after the call"),
     ("attributes", applies(lambda x: x, provenance="here"), "provenance is 'here'"),
     ("attributes", applies(lambda x: x, context={"ctx.0": [1.0]}), "context is"),
+    ("attributes", applies(lambda x: x, context=None), "context is None"),
     ("attributes", applies(lambda x: x, row_by_row=1), "row_by_row is 1"),
     ("attributes", applies(lambda x: x, depends_on_seed=None), "depends_on_seed is None"),
     ("attributes", applies(lambda x: x, sweep=3), "sweep is 3"),

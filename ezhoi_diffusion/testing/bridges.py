@@ -177,7 +177,7 @@ def _gradient(trial: Trial) -> str | None:
 
 
 def _attributes(trial: Trial) -> str | None:
-    """Attributes, where there are any, are what a host expects: provenance a dict or None, context a dict of tensors or None, row_by_row and depends_on_seed bool, sweep and override callable."""  # fmt: skip
+    """Attributes, where there are any, are what a host expects: provenance a dict or None, context a dict of tensors, row_by_row and depends_on_seed bool, sweep and override callable."""  # fmt: skip
     absent = object()
     found = {name: getattr(trial.bridge, name, absent) for name in ATTRIBUTES}
     wrong = {name: value for name, value in found.items() if value is not absent and not ATTRIBUTES[name](value)}
@@ -277,13 +277,9 @@ def seeded(seed: int) -> Iterator[None]:
             np.random.set_state(numpy)
 
 
-def _is_dict_of_tensors(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(tensor, Tensor) for tensor in value.values())
-
-
 ATTRIBUTES: dict[str, Callable[[Any], bool]] = {
     "provenance": lambda value: value is None or isinstance(value, dict),
-    "context": lambda value: value is None or _is_dict_of_tensors(value),
+    "context": lambda value: isinstance(value, dict) and all(isinstance(tensor, Tensor) for tensor in value.values()),
     "row_by_row": lambda value: isinstance(value, bool),
     "depends_on_seed": lambda value: isinstance(value, bool),
     "sweep": callable,

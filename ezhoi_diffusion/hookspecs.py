@@ -61,7 +61,9 @@ def register_bridges(
         `provenance` (a dict with the host's `fingerprint`) and `context`, which are held against the host;
         `row_by_row = True`, no row depends on the others, so that rows of many images may come in one call;
         `depends_on_seed = True`, a training with another seed is another bridge;
-        `sweep(points)`, for each dict of settings a callable that applies it so, for `compare --sweep`.
+        `settings`, names of what `sweep(points)` takes: for each dict of them a callable that applies the bridge so, for
+        `compare --sweep` and `tune`;
+        `override(start_step=N, steps=N)`, the same for `--inference-steps N`.
     plugins: for a bridge that needs what other plugins contribute.
     Return: nothing.
     Errors: an exception, or a name that is taken, ends the run and names the plugin.

@@ -128,14 +128,14 @@ def test_the_choice_is_a_bridge_of_its_own(stores, bridges, tmp_path, capsys):
 
     # it does what it was chosen for, wherever its folder lies
     moved = out.rename(tmp_path / "elsewhere")
-    names = f"none,diffusion={seed},auto={moved}"
+    names = f"none,mean_shift={seed},diffusion={seed},auto={moved}"
     report = tmp_path / "report"
     compare = ["compare", str(stores / "test"), "--bridges", names, "--replicates", "0"]
     sweep = [f"--sweep={key}={json.dumps(value)}" for key, value in chosen["settings"].items()]
     assert main([*compare, *sweep, "--report", str(report)]) == 0
     found = json.loads((report / "report.json").read_text())["mean_ap"]
     twin = chosen["variant"].replace("mean_shift", f"mean_shift={seed}")
-    assert found[f"auto={moved}"] == found.get(twin, found["none"])
+    assert found[f"auto={moved}"] == found[twin]
     assert not any(name.startswith("auto") and "[" in name for name in found), "what was chosen is not swept"
 
 
@@ -197,9 +197,13 @@ def test_a_sweep_is_named_by_its_settings_and_needs_something_to_sweep(bridges):
         "diffusion[start_step=50,output=unit]",
         "diffusion[start_step=50,output=calibrated]",
     ]
-    with pytest.raises(EzhoiDiffusionError, match="none of identity can be swept"):
+    with pytest.raises(
+        EzhoiDiffusionError, match="none of identity has a setting output, start_step to sweep; they have none"
+    ):
         resolve_variants("identity", plugins, "", accept, device, sweep=grid)
-    with pytest.raises(EzhoiDiffusionError, match="cannot be overridden, only start_step"):
+    with pytest.raises(
+        EzhoiDiffusionError, match="none of diffusion has a setting scale to sweep; they have output, start_step"
+    ):
         resolve_variants("diffusion", plugins, str(bridges / "seed-0"), accept, device, sweep={"scale": [1]})
     for wrong in ("start_step", "start_step=", "=5"):
         with pytest.raises(EzhoiDiffusionError, match="give each setting once"):

@@ -73,6 +73,7 @@ class DiffusionBridge(nn.Module):
 
     row_by_row = True  # many images may be bridged in one call
     depends_on_seed = True  # a training with another seed is another bridge
+    settings = APPLICATION  # of `sweep`
     input_mean: Tensor
     restored_mean: Tensor
 

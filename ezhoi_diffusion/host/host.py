@@ -75,7 +75,7 @@ class Host:
         stored = found if isinstance(found, dict) else {}
         if self.args.restore_context and first and stored.get("context") != self.fingerprint.context:
             try:
-                fp.restore_context(self.model, getattr(bridge, "context", {}))
+                fp.restore_context(self.model, getattr(bridge, "context", None) or {})
             except ValueError as error:
                 raise FingerprintError(f"--restore-context cannot be done for bridge '{name}': {error}") from error
             del self.fingerprint

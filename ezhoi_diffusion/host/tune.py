@@ -123,7 +123,7 @@ class Chosen(nn.Module):
         self._bridge = bridge
         self.row_by_row = bool(getattr(bridge, "row_by_row", False))
         self.provenance: dict[str, Any] | None = getattr(bridge, "provenance", None)
-        self.context: dict[str, Tensor] = getattr(bridge, "context", {})
+        self.context: dict[str, Tensor] = getattr(bridge, "context", None) or {}
 
     def forward(self, adapter_feat: Tensor) -> Tensor:
         """[P, D] -> [P, D]."""

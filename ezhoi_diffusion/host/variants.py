@@ -89,11 +89,11 @@ def resolve_variants(
 
     NAME is a registered bridge, loaded from DIR or from `folder`, either of which may be the Hub's hf:USER/NAME[@REVISION];
     or an enabled plugin with post_adapter_feat. A DIR that holds the seeds of one training gives a variant for each. accept(bridge, name) raises where a bridge is not for this
-    host. steps: see `with_steps`. sweep: every bridge that can be swept is also taken at each point of this grid.
+    host. steps: see `with_steps`. sweep: every bridge is also taken at each point of what this grid has of its `settings`.
     """
     bridges = known_bridges(plugins)
     variants: dict[str, Variant] = {}
-    points = [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())] if sweep else []
+    swept: set[str] = set()
     for item in filter(None, (part.strip() for part in names.split(","))):
         name, _, own_folder = item.partition("=")
         if name == REFERENCE:
@@ -108,7 +108,8 @@ def resolve_variants(
                 accept(bridge, label)
                 if isinstance(bridge, nn.Module):
                     bridge.to(device)
-                for settings, applied in _swept(bridge, points):
+                swept |= set(_settings(bridge))
+                for settings, applied in _swept(bridge, sweep or {}):
                     point = f"[{','.join(f'{key}={value}' for key, value in settings.items())}]" if settings else ""
                     family = item + point if label != item else None
                     variants[label + point] = _variant(applied, label + point, family, (name, path, settings))
@@ -124,10 +125,11 @@ def resolve_variants(
             )
     if not variants:
         raise EzhoiDiffusionError("a comparison needs a bridge beside `none`, e.g. none,diffusion and --bridge DIR")
-    if points and not any("[" in name for name in variants):
+    unknown = sorted(set(sweep or {}) - swept)
+    if unknown:
         raise EzhoiDiffusionError(
-            f"none of {', '.join(variants)} can be swept: --sweep is for bridges that can be applied in more than one way, "
-            f"as those of `ezhoi-diffusion train`"
+            f"none of {', '.join(variants)} has a setting {', '.join(unknown)} to sweep; they have "
+            f"{', '.join(sorted(swept)) or 'none'}"
         )
     return variants
 
@@ -152,10 +154,16 @@ def _seeds(item: str, folder: str) -> list[tuple[str, Path | None]]:
     return [(f"{item}/{seed.name}", seed) for seed in seeds]
 
 
-def _swept(bridge: Any, points: list[dict[str, Any]]) -> list[tuple[dict[str, Any], Bridge]]:
-    """The bridge as it is, and at every point."""
-    if not points or not hasattr(bridge, "sweep"):
+def _settings(bridge: object) -> tuple[str, ...]:
+    return tuple(getattr(bridge, "settings", ())) if hasattr(bridge, "sweep") else ()
+
+
+def _swept(bridge: Any, grid: Mapping[str, Sequence[Any]]) -> list[tuple[dict[str, Any], Bridge]]:
+    """The bridge as it is, and at every point of what the grid has of its settings."""
+    own = {name: values for name, values in grid.items() if name in _settings(bridge)}
+    if not own:
         return [({}, bridge)]
+    points = [dict(zip(own, values, strict=True)) for values in itertools.product(*own.values())]
     return [({}, bridge), *zip(points, bridge.sweep(points), strict=True)]
 
 

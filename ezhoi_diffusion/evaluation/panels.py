@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from PIL import Image
 
-WIDTH, DPI, COLORS = 4.0, 135, 32  # inches, of which a phone shows all: letters of 9 points stay readable
+WIDTH, DPI, COLORS = 4.0, 128, 64  # inches, of which a phone shows all: letters of 9 points stay readable
 COLUMNS = 3
 LETTERS, TITLE = 24, 48  # of a variant's name in a line, beside its row and above a panel
 SHOWN, NAMED = 3, 10  # variants that get pictures of their own; that many have colours in those with all
@@ -300,7 +300,7 @@ def _embedding(comparison: Comparison) -> list[Panel]:
     rows = {v: x[:MAPPED] for v, x in comparison.sample.rows.items()}
     if len(rows[REFERENCE]) + len(comparison.sample.text) < 5:  # a map of fewer shows nothing
         return []
-    moved = [v for v in shown(comparison) if v in rows and not torch.equal(rows[v], rows[REFERENCE])]
+    moved = [v for v in shown(comparison) if v in rows and not torch.equal(rows[v], rows[REFERENCE])][: COLUMNS - 1]
     *parts, text = embed([*(rows[v] for v in (REFERENCE, *moved)), comparison.sample.text], "tsne")
     points = dict(zip((REFERENCE, *moved), parts, strict=True))
     return [_map(comparison, variant, points, text) for variant in points]

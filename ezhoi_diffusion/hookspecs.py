@@ -60,6 +60,7 @@ def register_bridges(
         None where the user gave none, and returns a callable [P, D] -> [P, D]. It may have attributes:
         `provenance` (a dict with the host's `fingerprint`) and `context`, which are held against the host;
         `row_by_row = True`, no row depends on the others, so that rows of many images may come in one call;
+        `control = True`, it is no bridge but what one has to beat: reports hold the others against the best control;
         `depends_on_seed = True`, a training with another seed is another bridge;
         `settings`, names of what `sweep(points)` takes: for each dict of them a callable that applies the bridge so, for
         `compare --sweep` and `tune`;

@@ -1,4 +1,4 @@
-"""README's first command, and the verdict's honesty."""
+"""README's first command."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import sys
 
 import pytest
 
-from ezhoi_diffusion.demo.walk import verdict
 from ezhoi_diffusion.features.store import FeatureStore
 
 
@@ -39,7 +38,7 @@ def test_the_demo_walks_all_the_way(tmp_path):
     ):
         assert (results / name).stat().st_size > 10_000
     assert f"{bare['full']:.2f}" in done.stdout
-    assert "One seed of a toy says nothing about HICO-DET" in done.stdout
+    assert f"In this small world: {report['headline']} One seed of a toy says nothing about HICO-DET" in done.stdout
     again = subprocess.run(
         [sys.executable, "-m", "ezhoi_diffusion", "demo", "--out", str(out)],
         capture_output=True,
@@ -48,26 +47,3 @@ def test_the_demo_walks_all_the_way(tmp_path):
     )
     assert again.returncode == 2
     assert "is not empty" in again.stderr
-
-
-@pytest.mark.parametrize(
-    ("change", "controls", "words"),
-    [
-        (
-            1.5,
-            {"identity": 0.0, "mean_shift": -3.0},
-            "raised full mAP by 1.50 points, more than the best control (identity",
-        ),
-        (
-            1.5,
-            {"identity": 0.0, "mean_shift": 2.0},
-            "raised full mAP by 1.50 points, no more than the best control (mean_shift",
-        ),
-        (0.1, {"identity": 0.0}, "left full mAP where it was (+0.10 points, which may be chance)"),
-        (-4.0, {"identity": 0.0}, "lowered full mAP by 4.00 points, no more than"),
-    ],
-)
-def test_the_verdict_says_gain_or_loss(tmp_path, change, controls, words):
-    difference = {name: {"full": value} for name, value in {**controls, "diffusion": change}.items()}
-    (tmp_path / "c.json").write_text(json.dumps({"difference": difference}))
-    assert words in verdict(tmp_path / "c.json")

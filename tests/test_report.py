@@ -19,7 +19,7 @@ from test_launch import rows_of
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.changes import changes
-from ezhoi_diffusion.evaluation.comparison import Comparison, Sample, is_control
+from ezhoi_diffusion.evaluation.comparison import Comparison, Sample
 from ezhoi_diffusion.evaluation.headline import headline
 from ezhoi_diffusion.evaluation.panels import MAPPED, pictures, png, render
 from ezhoi_diffusion.evaluation.report import write_report
@@ -56,6 +56,7 @@ def make(effects: dict[str, float], *, classes: int = 600, half: float = 0.45) -
         names=[f"a person riding animal {k}" for k in range(classes)],
         annotations=annotations,
         provenance={variant: {"training": {"step": 5000}} for variant in effects if "diffusion" in variant},
+        controls=[variant for variant in effects if variant.partition("=")[0] in ("identity", "mean_shift", "class_softmax")],
     )  # fmt: skip
     return replace(comparison, significance=intervals(comparison, half))
 
@@ -67,8 +68,8 @@ def intervals(comparison: Comparison, half: float) -> Significance:
     def width(group: str) -> float:
         return half * math.sqrt(len(comparison.groups["full"]) / len(comparison.groups[group]))
 
-    def difference(variant: str, group: str) -> Difference:
-        change = comparison.difference(variant, group)
+    def difference(variant: str, group: str, over: str = "none") -> Difference:
+        change = comparison.mean_ap(variant, group) - comparison.mean_ap(over, group)
         p = math.erfc(1.96 * abs(change) / width(group) / math.sqrt(2))
         around = width(group) if change else 0.0
         return Difference(change - around, change + around, p, min(1.0, p * len(variants)))
@@ -84,7 +85,11 @@ def intervals(comparison: Comparison, half: float) -> Significance:
         bounds[comparison.annotations == 0] = torch.nan
         per_class[variant] = bounds
     found = {v: {g: difference(v, g) for g in GROUPS} for v in variants}
-    return Significance(1000, 0.95, 0, mean_ap, found, per_class)
+    over = {
+        control: {v: {g: difference(v, g, control) for g in GROUPS} for v in comparison.ap if v != control}
+        for control in comparison.controls
+    }
+    return Significance(1000, 0.95, 0, mean_ap, found, per_class, over)
 
 
 def complete(effects: dict[str, float]) -> Comparison:
@@ -228,7 +233,7 @@ def test_the_page_needs_nothing_else_and_is_accessible(reports, size):
 def test_the_tables_have_every_variant_and_group(reports):
     comparison, page = complete(EIGHT), read(reports / "eight")
     for variant in EIGHT:
-        head = f"{variant} control" if is_control(variant) else variant
+        head = f"{variant} control" if variant in comparison.controls else variant
         absolute, differences, alignment = page.row(head)
         for cell, group in zip(absolute[1:], GROUPS, strict=False):
             low, high = comparison.significance.mean_ap[variant][group]

@@ -15,6 +15,7 @@ class Identity:
     """[P, D] -> the same."""
 
     row_by_row = True
+    control = True
 
     def __call__(self, adapter_feat: Tensor) -> Tensor:
         """Rows as they are."""

@@ -23,6 +23,7 @@ class MeanShift:
     provenance: dict[str, Any]
     context: dict[str, Tensor]
     row_by_row = True
+    control = True
 
     def __call__(self, adapter_feat: Tensor) -> Tensor:
         """Shift rows, in their dtype and on their device."""

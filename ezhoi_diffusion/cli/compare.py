@@ -70,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
     """Score, print, and write where asked."""
     import torch
 
+    from ezhoi_diffusion.evaluation.alignment import disagreements
+    from ezhoi_diffusion.evaluation.headline import headline
     from ezhoi_diffusion.evaluation.report import report_folder, write_report
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.host.replay import replay
@@ -100,9 +102,10 @@ def run(args: argparse.Namespace) -> int:
         )
     if store.split != "test":
         comparison.caveats.append(f"These are images of the {store.split} split: no result to report.")
-    print(f"\n{comparison.table()}", flush=True)
+    notes = disagreements(comparison.alignment, {name: comparison.mean_ap(name, "full") for name in comparison.ap})
+    print("\n".join(["", comparison.table(), *notes, headline(comparison).text]), flush=True)
     if args.report:
-        write_report(comparison, args.report)
+        write_report(comparison, args.report, notes)
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import re
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -16,13 +15,6 @@ from ezhoi_diffusion.evaluation.significance import Significance
 
 REFERENCE = "none"
 FULL = "full"  # the group of all classes, which every comparison has
-# Bridges that learn nothing, or nothing but means: another counts only against the best of them
-CONTROLS = ("identity", "mean_shift", "centring", "class_softmax")
-
-
-def is_control(variant: str) -> bool:
-    """Whether `NAME` of a variant `NAME`, `NAME=DIR`, … is that of a control."""
-    return re.split(r"[^\w-]", variant, maxsplit=1)[0] in CONTROLS
 
 
 def p_text(p: float) -> str:
@@ -48,7 +40,8 @@ class Comparison:
     bridge_ms: variant -> mean time it adds to an image.
     names: what each interaction class is called, where the host says so. annotations: [K] annotated pairs of each class.
     significance: intervals and p-values of a paired bootstrap over images. alignment: variant -> measure -> value.
-    families: name of a bridge that was trained with several seeds -> its variants. caveats: why these figures are no
+    families: name of a bridge that was trained with several seeds -> its variants. controls: variants that say of
+    themselves to be no bridge but what one has to beat. caveats: why these figures are no
     result to report, such as a part of a split.
     """
 
@@ -70,6 +63,7 @@ class Comparison:
     alignment: dict[str, dict[str, float | None]] = field(default_factory=dict)
     families: dict[str, list[str]] = field(default_factory=dict)
     sample: Sample | None = None
+    controls: list[str] = field(default_factory=list)
     caveats: list[str] = field(default_factory=list)
 
     def mean_ap(self, variant: str, group: str) -> float:
@@ -80,11 +74,14 @@ class Comparison:
         """Percentage points of mean AP over the bare host."""
         return self.mean_ap(variant, group) - self.mean_ap(REFERENCE, group)
 
-    def told(self, variant: str, group: str) -> bool:
-        """Whether the difference can be told from chance: its interval excludes 0, and so many variants do not explain it."""
+    def told(self, variant: str, group: str, over: str = REFERENCE) -> bool:
+        """Whether the difference to the bare host, or over a control, can be told from chance: its interval excludes 0, and
+        so many variants do not explain it.
+        """
         if self.significance is None:
             return False
-        found = self.significance.difference[variant][group]
+        differences = self.significance.difference if over == REFERENCE else self.significance.over[over]
+        found = differences[variant][group]
         return found.p_adjusted < 1 - self.significance.level and not found.low <= 0 <= found.high
 
     def spread(self, family: str, group: str) -> tuple[float, float | None]:
@@ -118,6 +115,7 @@ class Comparison:
             "significance": None if self.significance is None else self.significance.to_dict(),
             "alignment": self.alignment,
             "families": {name: self._family(name) for name in self.families},
+            "controls": self.controls,
             "images": self.images,
             "pairs": self.pairs,
             "host_ms_per_image": self.host_ms,

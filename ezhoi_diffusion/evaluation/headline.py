@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ezhoi_diffusion.evaluation.comparison import FULL, REFERENCE, Comparison, is_control, p_text
+from ezhoi_diffusion.evaluation.comparison import FULL, REFERENCE, Comparison, p_text
 
 Tone = Literal["gain", "loss", "unknown"]
 UNKNOWN: Tone = "unknown"
@@ -27,11 +27,10 @@ class Headline:
 def headline(comparison: Comparison) -> Headline:
     """The best bridge by full mean AP, of those whose gain can be told from chance if there are any.
 
-    It is held against the bare host and against the best control. It is told from a control where their two intervals do
-    not overlap, which asks for more than a paired test of the two would.
+    It is held against the bare host, and on the same draws against the best control.
     """
-    bridges = [variant for variant in comparison.ranked() if not is_control(variant)]
-    control = next((variant for variant in comparison.ranked() if is_control(variant)), None)
+    bridges = [variant for variant in comparison.ranked() if variant not in comparison.controls]
+    control = next((variant for variant in comparison.ranked() if variant in comparison.controls), None)
     if bridges:
         best = next((variant for variant in bridges if _gains(comparison, variant)), bridges[0])
         text, tone = _sentence(comparison, best, control)
@@ -76,8 +75,8 @@ def _sentence(comparison: Comparison, best: str, control: str | None) -> tuple[s
     tone: Tone = "loss" if loses else UNKNOWN
     if control is None:
         return f"{text}. No control was compared, and one may do as much.", tone
-    found, other = (comparison.significance.difference[variant][FULL] for variant in (best, control))
-    better, worse = found.low > other.high, found.high < other.low
+    told, over = comparison.told(best, FULL, over=control), comparison.significance.over[control][best][FULL]
+    better, worse = told and over.low > 0, told and over.high < 0
     against = "does better than" if better else "does worse than" if worse else "cannot be told from"
     joint = "but" if gains and not better else "and"
     return f"{text}, {joint} {against} the best control, {control}.", "gain" if gains and better else tone

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ezhoi_diffusion.evaluation.changes import Changes, changes
-from ezhoi_diffusion.evaluation.comparison import FULL, REFERENCE, Comparison, is_control, p_text, versions
+from ezhoi_diffusion.evaluation.comparison import FULL, REFERENCE, Comparison, p_text, versions
 from ezhoi_diffusion.evaluation.headline import headline
 from ezhoi_diffusion.evaluation.panels import MAPPED, named, shown
 from ezhoi_diffusion.evaluation.significance import Difference
@@ -50,7 +50,9 @@ def page(comparison: Comparison, pictures: Mapping[str, Sequence[tuple[str, byte
         json=_json,
         base64=lambda data: b64encode(data).decode(),
     )
-    environment.tests.update(control=is_control, nested=lambda value: isinstance(value, (dict, list)) and bool(value))
+    environment.tests.update(
+        control=comparison.controls.__contains__, nested=lambda value: isinstance(value, (dict, list)) and bool(value)
+    )
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         c=comparison,
         known=comparison.significance,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.comparison import Comparison
+from ezhoi_diffusion.evaluation.headline import headline
 from ezhoi_diffusion.files import write_atomic, write_json
 
 PICTURES = {  # file -> pictures in it
@@ -42,7 +43,9 @@ def write_report(comparison: Comparison, folder: Path, notes: Sequence[str] = ()
 
     made = {name: [(panel, render(panel)) for panel in panels] for name, panels in pictures(comparison).items()}
     with report_folder(folder):
-        write_json(folder / "report.json", {**comparison.to_dict(), "notes": [*notes]})
+        found = headline(comparison)
+        said = {"headline": found.text, "details": found.details, "notes": [*notes]}
+        write_json(folder / "report.json", {**said, **comparison.to_dict()})
         for name, parts in PICTURES.items():
             if drawings := [drawn for part in parts for _, drawn in made.get(part, [])]:
                 write_atomic(folder / f"{name}.png", png(joined(drawings)))

@@ -77,6 +77,7 @@ def comparison_pass(host: Host, loader: Any, variants: Mapping[str, Variant], re
     tap.require_hits()
     scored = {name: Scored(*map(torch.cat, zip(*parts, strict=True))) for name, parts in found.items()}
     groups = class_groups(host)
+    controls = [name for name, variant in variants.items() if variant.control]
     per_image = 1000 / images_seen
     return Comparison(
         ap={name: _average_precision(one, num_gt) for name, one in scored.items()},
@@ -91,10 +92,13 @@ def comparison_pass(host: Host, loader: Any, variants: Mapping[str, Variant], re
         degraded=host.plugins.degraded,
         names=interaction_names(host),
         annotations=torch.tensor(num_gt),
-        significance=paired_bootstrap(scored, torch.stack(annotations), groups, replicates=replicates)
+        significance=paired_bootstrap(
+            scored, torch.stack(annotations), groups, controls=controls, replicates=replicates
+        )
         if replicates
         else None,
         families=families(variants),
+        controls=controls,
     )
 
 

@@ -200,6 +200,7 @@ def replay(
     if chosen is not None or classes is not None or store.meta.get("max_images") is not None:
         # of a few images most classes have no annotation, and would only thin the mean
         groups = {name: index[num_gt[index] > 0] for name, index in groups.items() if (num_gt[index] > 0).any()}
+    controls = [name for name, variant in variants.items() if variant.control]
     return Comparison(
         ap={name: average_precision(one, num_gt, algorithm) for name, one in scored.items()},
         groups=groups,
@@ -214,11 +215,14 @@ def replay(
         annotations=num_gt,
         algorithm=algorithm,
         setting=setting,
-        significance=paired_bootstrap(scored, annotations, groups, algorithm=algorithm, replicates=replicates)
+        significance=paired_bootstrap(
+            scored, annotations, groups, controls=controls, algorithm=algorithm, replicates=replicates
+        )
         if replicates
         else None,
         alignment={name: card.alignment.measures() for name, card in cards.items() if card.alignment is not None},
         families=families(variants),
+        controls=controls,
         sample=Sample({name: torch.cat(card.shown) for name, card in cards.items()}, score.text) if aligned else None,
     )
 

@@ -32,13 +32,15 @@ class Variant:
     """One way of replacing adapter_feat.
 
     inject: one image's features [P, D] and its pairs -> their replacement, None for no change. rows: the same for rows
-    [N, D] of many images, where the bridge takes each row by itself. family: what it is one seed of. source: the bridge's
+    [N, D] of many images, where the bridge takes each row by itself. family: what it is one seed of. control: it is
+    there to be beaten. source: the bridge's
     registered name, the folder it was loaded from, and the settings of a sweep that it is applied with.
     """
 
     inject: Inject
     rows: Bridge | None = None
     family: str | None = None
+    control: bool = False
     source: tuple[str, Path | None, dict[str, Any]] | None = None
 
 
@@ -192,7 +194,8 @@ def _variant(bridge: Bridge, name: str, family: str | None, source: tuple[str, P
     def inject(feature: Tensor, pairs: Pairs) -> Tensor:
         return rows(feature)
 
-    return Variant(inject, rows if getattr(bridge, "row_by_row", False) else None, family, source)
+    by_row, control = (bool(getattr(bridge, name, False)) for name in ("row_by_row", "control"))
+    return Variant(inject, rows if by_row else None, family, control, source)
 
 
 def _folded(plugins: PluginHost, name: str, feature: Tensor, pairs: Pairs) -> Tensor:

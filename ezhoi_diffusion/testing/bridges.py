@@ -177,7 +177,7 @@ def _gradient(trial: Trial) -> str | None:
 
 
 def _attributes(trial: Trial) -> str | None:
-    """Attributes, where there are any, are what a host expects: provenance a dict or None, context a dict of tensors, row_by_row and depends_on_seed bool, settings a tuple of names, sweep and override callable."""  # fmt: skip
+    """Attributes, where there are any, are what a host expects: provenance a dict or None, context a dict of tensors, row_by_row, depends_on_seed and control bool, settings a tuple of names, sweep and override callable."""  # fmt: skip
     absent = object()
     found = {name: getattr(trial.bridge, name, absent) for name in ATTRIBUTES}
     wrong = {name: value for name, value in found.items() if value is not absent and not ATTRIBUTES[name](value)}
@@ -282,6 +282,7 @@ ATTRIBUTES: dict[str, Callable[[Any], bool]] = {
     "context": lambda value: isinstance(value, dict) and all(isinstance(tensor, Tensor) for tensor in value.values()),
     "row_by_row": lambda value: isinstance(value, bool),
     "depends_on_seed": lambda value: isinstance(value, bool),
+    "control": lambda value: isinstance(value, bool),
     "settings": lambda value: isinstance(value, tuple) and all(isinstance(name, str) for name in value),
     "sweep": callable,
     "override": callable,

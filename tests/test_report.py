@@ -180,6 +180,11 @@ def test_the_folder_has_page_figures_and_pictures(reports):
 
 def test_the_json_has_all_that_the_page_says(reports):
     comparison, found = complete(EIGHT), read_json(reports / "eight" / "report.json", EzhoiDiffusionError, "")
+    said = headline(comparison)
+    page = read(reports / "eight")
+    for words in (found["headline"], *found["details"]):
+        assert words.replace("-", "−") in page.text.replace("-", "−")
+    assert (found.pop("headline"), found.pop("details")) == (said.text, said.details)
     assert found == json.loads(json.dumps({**comparison.to_dict(), "notes": found["notes"]}))
     assert found["notes"] == ["WARNING: mean_shift is nearer, and mAP did not rise."]
     assert found["names"][3] == "a person riding animal 3"

@@ -158,6 +158,7 @@ def replay(
     setting: Setting = "default",
     replicates: int = 0,
     aligned: bool = False,
+    timed: bool = True,
     device: torch.device | str = "cpu",
     forced: list[str] | None = None,
     provenance: dict[str, Any] | None = None,
@@ -167,8 +168,8 @@ def replay(
     `none` has the host's own logits; a bridge has the published score of what it returns for each image's [P, D].
     chosen: positions of the images to take, all by default. classes: interaction classes whose annotations may be looked
     at, all by default. setting: known-object scores a class on images with its object alone (Chao et al., WACV 2018).
-    replicates: of the bootstrap over images, 0 for none. aligned: measure alignment, and keep a sample of rows. device:
-    where bridges get their rows. Raises ScoreError, FeatureStoreError, and what a bridge raises.
+    replicates: of the bootstrap over images, 0 for none. aligned: measure alignment, and keep a sample of rows. timed: measure
+    what bridges cost; otherwise bridge_ms is that of one image. device: where bridges get their rows. Raises ScoreError, FeatureStoreError, and what a bridge raises.
     """
     if store.fingerprint.get("dataset") != "hicodet":
         raise ScoreError(
@@ -191,7 +192,9 @@ def replay(
     }
     with torch.no_grad(), tqdm(total=len(images), desc="compare", unit="img", file=sys.stderr) as progress:
         stored = _only(stored_images(store, chosen), classes)
-        scored, annotations = _collect(store, score, stored, variants, cards, rows, device, progress)
+        scored, annotations = _collect(
+            store, score, stored, variants, cards, rows, TIMED if timed else 1, device, progress
+        )
     num_gt = annotations.sum(0)
     if setting == "known-object":
         present, object_of = _objects(store, annotations)
@@ -234,6 +237,7 @@ def _collect(
     variants: Mapping[str, Variant],
     cards: dict[str, _Scorecard],
     rows: int,
+    singly: int,
     device: torch.device | str,
     progress: Any,
 ) -> tuple[dict[str, Scored], Tensor]:
@@ -257,7 +261,7 @@ def _collect(
         seen += len(features)
         given = features.to(device)
         for name, card in cards.items():
-            bridged = None if name == REFERENCE else _bridged(name, variants[name], given, batch, card.seconds)
+            bridged = None if name == REFERENCE else _bridged(name, variants[name], given, batch, card.seconds, singly)
             after, logits = (features, host_logits) if bridged is None else (bridged, score.logits(bridged))
             scores = detections.scores(logits)
             card.scores.append(scores)
@@ -310,11 +314,11 @@ def _batches(images: Iterable[StoredImage]) -> Iterator[list[StoredImage]]:
 
 
 def _bridged(
-    name: str, variant: Variant, features: Tensor, batch: list[StoredImage], seconds: list[float]
+    name: str, variant: Variant, features: Tensor, batch: list[StoredImage], seconds: list[float], singly: int
 ) -> Tensor | None:
     """What a variant makes of the rows of some images, on the CPU, None where it changes nothing; notes what it costs.
 
-    A bridge that takes rows by themselves gets all of them at once, and some images singly, to be timed. Raises
+    A bridge that takes rows by themselves gets all of them at once, and the first `singly` images alone, to be timed. Raises
     EzhoiDiffusionError where it then returns something else.
     """
     if len(features) == 0:
@@ -323,7 +327,7 @@ def _bridged(
     together = variant.rows(features).cpu() if variant.rows is not None else None
     single: list[Tensor | None] = []
     for image, part in zip(batch, parts, strict=True):
-        if together is not None and (len(seconds) >= TIMED or sum(seconds) >= TIMED_SECONDS):
+        if together is not None and (len(seconds) >= singly or sum(seconds) >= TIMED_SECONDS):
             break
         rows = part.clone()  # a tensor of its own, so that no bridge knows it already
         begin = time.perf_counter()

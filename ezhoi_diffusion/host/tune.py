@@ -58,6 +58,7 @@ def tune(
         chosen=set(apart.nonzero().squeeze(1).tolist()),
         classes=seen_classes(store),
         replicates=REPLICATES,
+        timed=False,
         device=device,
     )
     scores: dict[str, list[float]] = {REFERENCE: [comparison.mean_ap(REFERENCE, "full")]}

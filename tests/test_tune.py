@@ -55,8 +55,8 @@ ORACLE, NONSENSE = Variant(truth, truth), Variant(lambda x, pairs: -x, lambda x:
 
 
 def test_the_best_candidate_on_held_out_training_images_is_chosen(store):
-    comparison, name = tune(store, {"nonsense": NONSENSE, "oracle": ORACLE})
-    assert name == "oracle"
+    comparison, candidates = tune(store, {"nonsense": NONSENSE, "oracle": ORACLE})
+    assert [candidate.name for candidate in candidates] == ["oracle", "none", "nonsense"]
     assert comparison.images == int(held_out(len(store.images)).sum())
     assert (
         comparison.mean_ap("oracle", "full")
@@ -69,14 +69,15 @@ def test_the_best_candidate_on_held_out_training_images_is_chosen(store):
 
 def test_none_is_never_beaten_by_what_is_no_better(store):
     same = Variant(lambda x, pairs: x, lambda x: x)
-    assert tune(store, {"same": same, "nonsense": NONSENSE})[1] == "none"
+    assert tune(store, {"same": same, "nonsense": NONSENSE})[1][0].name == "none"
 
 
 def test_of_a_bridge_with_seeds_the_mean_counts_and_the_first_is_taken(store):
     lucky = {f"b/seed-{k}": replace(NONSENSE if k else ORACLE, family="b") for k in range(4)}
-    assert tune(store, lucky)[1] == "none", "one seed of four was lucky"
+    assert tune(store, lucky)[1][0].name == "none", "one seed of four was lucky"
     sound = {"b/seed-0": replace(ORACLE, family="b"), "b/seed-1": replace(ORACLE, family="b")}
-    assert tune(store, sound)[1] == "b/seed-0"
+    assert (found := tune(store, sound)[1][0]).variant == "b/seed-0"
+    assert found.name == "b"
 
 
 def test_annotations_of_hidden_classes_do_not_move_the_choice(store, tmp_path):
@@ -93,6 +94,12 @@ def test_annotations_of_hidden_classes_do_not_move_the_choice(store, tmp_path):
         index = one.groups["full"]
         assert torch.equal(one.ap[name][index], other.ap[name][index])
         assert one.significance.mean_ap[name] == other.significance.mean_ap[name]
+
+
+def test_the_default_grid_asks_nothing_of_bridges_without_settings(stores, bridges, tmp_path):
+    line = ["tune", str(stores / "train"), "--bridges", "mean_shift", "--bridge", str(bridges / "seed-0"), "--out"]
+    assert main([*line, str(tmp_path / "a")]) == 0
+    assert main([*line, str(tmp_path / "b"), "--sweep", "strength=1"]) == 2
 
 
 def test_test_images_are_refused(stores):

@@ -75,23 +75,23 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     variants = resolve_variants(
         args.bridges, PluginHost(args.no_plugin), args.bridge, accept, device,
-        steps=args.inference_steps, sweep=parse_sweep(args.sweep) if args.sweep else GRID,
+        steps=args.inference_steps, sweep=parse_sweep(args.sweep) if args.sweep else GRID, asked=bool(args.sweep),
     )  # fmt: skip
-    comparison, name = tune(store, variants, device)
-    write_choice(args.out, comparison, name, variants, store)
-    ranked = sorted(comparison.ap, key=lambda one: -comparison.mean_ap(one, "full"))
+    comparison, candidates = tune(store, variants, device)
+    write_choice(args.out, comparison, candidates, variants, store)
+    best, host = candidates[0], comparison.mean_ap("none", "full")
     print(
-        f"\n{len(ranked)} candidates by mAP of seen classes on {comparison.images} held-out training images; the best "
-        f"{min(SHOWN, len(ranked))}:"
+        f"\n{len(candidates)} candidates by mAP of seen classes on {comparison.images} held-out training images (of a bridge with "
+        f"several seeds the mean); the best {min(SHOWN, len(candidates))}:"
     )
-    for one in ranked[:SHOWN]:
-        print(f"  {comparison.mean_ap(one, 'full'):6.2f}  {one}{'   <- chosen' if one == name else ''}")
-    print(f"  {comparison.mean_ap('none', 'full'):6.2f}  none, the host itself")
-    if name != "none" and comparison.significance is not None:
-        lead = comparison.significance.difference[name]["full"]
+    for candidate in candidates[:SHOWN]:
+        print(f"  {candidate.mean_ap:6.2f}  {candidate.name}{'   <- chosen' if candidate is best else ''}")
+    print(f"  {host:6.2f}  none, the host itself")
+    if best.variant != "none" and comparison.significance is not None:
+        lead = comparison.significance.difference[best.variant]["full"]
         print(
-            f"{name}: {comparison.difference(name, 'full'):+.2f} points over none, 95 % interval {lead.low:+.2f} to "
-            f"{lead.high:+.2f}, p {lead.p:.3f}, adjusted for {len(ranked) - 1} candidates {lead.p_adjusted:.3f}"
+            f"{best.variant}: {comparison.difference(best.variant, 'full'):+.2f} points over none, 95 % interval {lead.low:+.2f} "
+            f"to {lead.high:+.2f}, p {lead.p:.3f}, adjusted for {len(variants)} variants {lead.p_adjusted:.3f}"
         )
     if args.report:
         write_report(comparison, args.report)

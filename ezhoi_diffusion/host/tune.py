@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,14 +30,23 @@ GRID: dict[str, list[Any]] = {
 }
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A bridge at one point of the grid: its mean AP in percent, over seeds where it has several, and its first variant."""
+
+    name: str
+    mean_ap: float
+    variant: str
+
+
 class TuneError(EzhoiDiffusionError):
     """A choice cannot be made, or would not be a fair one."""
 
 
 def tune(
     store: FeatureStore, variants: Mapping[str, Variant], device: torch.device | str = "cpu"
-) -> tuple[Comparison, str]:
-    """The comparison of `none` and all variants on held-out training images, and the name of the best.
+) -> tuple[Comparison, list[Candidate]]:
+    """The comparison of `none` and all variants on held-out training images, and the candidates, the best first.
 
     Scored are seen classes alone; annotations of unseen ones are dropped before anything looks at them. Of a bridge with
     several seeds the mean counts, and the first seed is taken. `none` wins ties, so the choice is never worse than no
@@ -61,12 +70,14 @@ def tune(
         timed=False,
         device=device,
     )
-    scores: dict[str, list[float]] = {REFERENCE: [comparison.mean_ap(REFERENCE, "full")]}
-    first: dict[str, str] = {REFERENCE: REFERENCE}
+    members: dict[str, list[str]] = {REFERENCE: [REFERENCE]}
     for name, variant in variants.items():
-        scores.setdefault(variant.family or name, []).append(comparison.mean_ap(name, "full"))
-        first.setdefault(variant.family or name, name)
-    return comparison, first[max(scores, key=lambda name: fmean(scores[name]))]
+        members.setdefault(variant.family or name, []).append(name)
+    candidates = [
+        Candidate(name, fmean(comparison.mean_ap(one, "full") for one in seeds), seeds[0])
+        for name, seeds in members.items()
+    ]
+    return comparison, sorted(candidates, key=lambda candidate: -candidate.mean_ap)
 
 
 def seen_classes(store: FeatureStore) -> Tensor:
@@ -89,13 +100,17 @@ def require_unseen(bridge: object, name: str) -> None:
 
 
 def write_choice(
-    folder: Path, comparison: Comparison, name: str, variants: Mapping[str, Variant], store: FeatureStore
+    folder: Path,
+    comparison: Comparison,
+    candidates: Sequence[Candidate],
+    variants: Mapping[str, Variant],
+    store: FeatureStore,
 ) -> None:
-    """Write the chosen variant, with what speaks for it, as an artefact that the bridge `auto` loads.
+    """Write the first candidate, with what speaks for it, as an artefact that the bridge `auto` loads.
 
     Raises TuneError where the bridge's own folder is no artefact, BridgeError where the disk refuses.
     """
-    chosen, settings = REFERENCE, dict[str, Any]()
+    name, chosen, settings = candidates[0].variant, REFERENCE, dict[str, Any]()
     if name != REFERENCE:
         source = variants[name].source
         if source is None:
@@ -108,7 +123,10 @@ def write_choice(
                 raise TuneError(f"the choice is '{name}', which cannot be stored: {error}") from error
     Artifact(
         AUTO,
-        {"chosen": {"bridge": chosen, "settings": settings, "variant": name}, "evidence": evidence(comparison)},
+        {
+            "chosen": {"bridge": chosen, "settings": settings, "variant": name},
+            "evidence": evidence(comparison, candidates),
+        },
         provenance={
             "fingerprint": store.fingerprint,
             "features": {"rows": len(store), "images": len(store.images)},
@@ -132,13 +150,13 @@ class Chosen(nn.Module):
         return bridged
 
 
-def evidence(comparison: Comparison) -> dict[str, Any]:
-    """What the choice rests on, as JSON: mean AP of every candidate, and its difference to `none` with interval and p."""
+def evidence(comparison: Comparison, candidates: Sequence[Candidate]) -> dict[str, Any]:
+    """What the choice rests on, as JSON: mean AP of candidates, and every variant's difference to `none`."""
     found = comparison.significance
     return {
         "images": comparison.images,
         "pairs": comparison.pairs,
-        "mean_ap": {name: comparison.mean_ap(name, "full") for name in comparison.ap},
+        "mean_ap": {candidate.name: candidate.mean_ap for candidate in candidates},
         "difference": {
             name: asdict(groups["full"]) for name, groups in (found.difference.items() if found is not None else ())
         },

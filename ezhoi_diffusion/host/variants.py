@@ -86,12 +86,14 @@ def resolve_variants(
     *,
     steps: int | None = None,
     sweep: Mapping[str, Sequence[Any]] | None = None,
+    asked: bool = True,
 ) -> dict[str, Variant]:
     """`none,NAME,NAME=DIR,…` as variants by name. Raises EzhoiDiffusionError for an unknown name.
 
     NAME is a registered bridge, loaded from DIR or from `folder`, either of which may be the Hub's hf:USER/NAME[@REVISION];
     or an enabled plugin with post_adapter_feat. A DIR that holds the seeds of one training gives a variant for each. accept(bridge, name) raises where a bridge is not for this
-    host. steps: see `with_steps`. sweep: every bridge is also taken at each point of what this grid has of its `settings`.
+    host. steps: see `with_steps`. sweep: every bridge is also taken at each point of what this grid has of its `settings`; asked: by
+    the user, who is told where no bridge has one of them.
     """
     bridges = known_bridges(plugins)
     variants: dict[str, Variant] = {}
@@ -128,7 +130,7 @@ def resolve_variants(
     if not variants:
         raise EzhoiDiffusionError("a comparison needs a bridge beside `none`, e.g. none,diffusion and --bridge DIR")
     unknown = sorted(set(sweep or {}) - swept)
-    if unknown:
+    if asked and unknown:
         raise EzhoiDiffusionError(
             f"none of {', '.join(variants)} has a setting {', '.join(unknown)} to sweep; they have "
             f"{', '.join(sorted(swept)) or 'none'}"

@@ -32,7 +32,7 @@ def stores(small_world, tmp_path_factory):
 @pytest.fixture(scope="module")
 def bridge(stores, tmp_path_factory):
     out = tmp_path_factory.mktemp("bridge") / "bridge"
-    assert main(["train", str(stores / "train"), "--out", str(out), "--train-steps", "20"]) == 0
+    assert main(["train", str(stores / "train"), "--out", str(out), "--train-steps", "20", "--learning-rate", "0.01"]) == 0
     return out
 
 

@@ -79,7 +79,7 @@ def read_json(path: Path, error: type[EzhoiDiffusionError], remedy: str) -> dict
 
     Raises `error` where the file is missing, too large, no such object, or not as it was written, be it by one space.
     """
-    data = _read(path, MAX_JSON_BYTES, None, error, remedy)
+    data = read_whole(path, MAX_JSON_BYTES, None, error, remedy)
     try:
         value = json.loads(data)
         if not isinstance(value, dict):
@@ -95,7 +95,7 @@ def read_json(path: Path, error: type[EzhoiDiffusionError], remedy: str) -> dict
 
 def read_bytes(path: Path, facts: dict[str, Any], error: type[EzhoiDiffusionError], remedy: str) -> bytes:
     """A file's content, as it was written. facts: what `write_tensors` returned. Raises `error` for any other content."""
-    data = _read(path, MAX_TENSORS_BYTES, facts["bytes"], error, remedy)
+    data = read_whole(path, MAX_TENSORS_BYTES, facts["bytes"], error, remedy)
     if hashlib.sha256(data).hexdigest() != facts["sha256"]:
         raise error(f"{path} was changed after it was written; {remedy}")
     return data
@@ -127,8 +127,11 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path, limit: int, size: int | None, error: type[EzhoiDiffusionError], remedy: str) -> bytes:
-    """A regular file's bytes, if they are as many as they should be: size comes before memory."""
+def read_whole(path: Path, limit: int, size: int | None, error: type[EzhoiDiffusionError], remedy: str) -> bytes:
+    """A regular file's bytes, if they are at most `limit`, and `size` where that is known: size comes before memory.
+
+    Raises `error` where they are not, or where there is no such file.
+    """
     try:
         with open(path, "rb", opener=_without_waiting) as file:
             found = os.fstat(file.fileno())

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Algorithm = Literal["11P", "AUC"]
+Algorithm = Literal["11P", "AUC", "VOC"]
 RECALLS = torch.linspace(0, 1, 11, dtype=torch.float64)  # where "11P" reads the curve
 
 
@@ -78,10 +78,11 @@ def average_precision(scored: Scored, num_gt: Sequence[int] | Tensor, algorithm:
     num_gt: annotated pairs of each of the K classes. "11P": precision interpolated at eleven recalls (Everingham et al.,
     VOC 2007), as EZ-HOI reports it. "AUC": the area under the curve as pocket's DetectionAPMeter has it. That joins
     neighbouring points of the curve by straight lines, without interpolation, and ends before the last true positive:
-    of T true positives T - 1 add to the area, so a class with one has an AP of zero.
+    of T true positives T - 1 add to the area, so a class with one has an AP of zero. "VOC": the area under the curve with
+    precision interpolated at every recall (Everingham et al., VOC 2010), as V-COCO's tool has it.
     """
     counts = torch.as_tensor(num_gt).tolist()
-    area = {"11P": _eleven_point, "AUC": _under_curve}[algorithm]
+    area = {"11P": _eleven_point, "AUC": _under_curve, "VOC": _interpolated}[algorithm]
     ap = torch.zeros(len(counts), dtype=torch.float64)
     for index, rows in ranked(scored):
         if counts[index]:
@@ -90,12 +91,19 @@ def average_precision(scored: Scored, num_gt: Sequence[int] | Tensor, algorithm:
 
 
 def _eleven_point(labels: Tensor, num_gt: int) -> Tensor:
-    true = labels.cumsum(0)
-    precision = true / torch.arange(1, len(true) + 1, dtype=torch.float64)
-    recall = true / num_gt
-    best = precision.flip(0).cummax(0).values.flip(0)  # the highest precision from here on
-    at = torch.searchsorted(recall, RECALLS)
+    best = _best_precision(labels)
+    at = torch.searchsorted(labels.cumsum(0) / num_gt, RECALLS)
     return best[at[at < len(best)]].sum() / 11
+
+
+def _interpolated(labels: Tensor, num_gt: int) -> Tensor:
+    return (_best_precision(labels) * labels).sum() / num_gt
+
+
+def _best_precision(labels: Tensor) -> Tensor:
+    """The highest precision from each detection on."""
+    precision = labels.cumsum(0) / torch.arange(1, len(labels) + 1, dtype=torch.float64)
+    return precision.flip(0).cummax(0).values.flip(0)
 
 
 def _under_curve(labels: Tensor, num_gt: int) -> Tensor:

@@ -154,7 +154,7 @@ def _resampled_ap(
     """
     from scipy.sparse import csr_array  # slow to import, and few runs need it
 
-    area = {"11P": _eleven_point, "AUC": _under_curve}[algorithm]
+    area = {"11P": _eleven_point, "AUC": _under_curve, "VOC": _interpolated}[algorithm]
     ap = np.zeros(annotated.shape)
     for index, rows in ranked(scored):
         true = scored.labels[rows].nonzero().squeeze(1).numpy()
@@ -173,12 +173,24 @@ def _eleven_point(
     copies: NDArray[np.int32], detections: NDArray[np.int32], annotated: NDArray[np.int32]
 ) -> NDArray[np.float64]:
     """AP [R] of R replicates as `average_precision` has it: of T true positives' copies and detections down to each [T, R]."""
-    true = np.cumsum(copies, axis=0, dtype=np.int32)
-    best = np.maximum.accumulate((true / np.maximum(detections, 1))[::-1])[::-1]  # the highest precision from here on
-    recall = true / annotated
+    best = _best_precision(copies, detections)
+    recall = np.cumsum(copies, axis=0, dtype=np.int32) / annotated
     at = np.stack([(recall < threshold).sum(0) for threshold in RECALLS.tolist()])
     precision = np.take_along_axis(best, np.minimum(at, len(best) - 1), axis=0)
     return np.asarray(np.where(at < len(best), precision, 0.0).sum(0) / len(RECALLS))
+
+
+def _interpolated(
+    copies: NDArray[np.int32], detections: NDArray[np.int32], annotated: NDArray[np.int32]
+) -> NDArray[np.float64]:
+    """As `_eleven_point`, with precision interpolated at every recall: over copies of a true positive precision rises."""
+    return np.asarray((copies * _best_precision(copies, detections)).sum(0) / annotated)
+
+
+def _best_precision(copies: NDArray[np.int32], detections: NDArray[np.int32]) -> NDArray[np.float64]:
+    """The highest precision from the last copy of each true positive on, [T, R]."""
+    true = np.cumsum(copies, axis=0, dtype=np.int32)
+    return np.maximum.accumulate((true / np.maximum(detections, 1))[::-1])[::-1]
 
 
 def _under_curve(

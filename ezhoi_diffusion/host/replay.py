@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -52,6 +53,9 @@ class StoredImage:
     gt_hoi: Tensor  # [G]
 
 
+Find = Callable[[StoredImage], tuple[Tensor, ...]]
+
+
 def stored_images(store: FeatureStore, chosen: set[int] | None = None) -> Iterator[StoredImage]:
     """The images of a store in order, or those at `chosen` positions. Raises FeatureStoreError for a damaged shard."""
     position = 0
@@ -89,19 +93,20 @@ class Detections:
     annotation: Tensor  # [K] … and the annotation that each belongs to
 
     @classmethod
-    def of(cls, store: FeatureStore, score: Score, images: Sequence[StoredImage]) -> Detections:
-        """As the host's postprocessing and its evaluation form them."""
+    def of(cls, images: Sequence[StoredImage], find: Find) -> Detections:
+        """Those that an evaluation finds in each image."""
         columns: list[tuple[Tensor, ...]] = []
         rows = found = annotations = 0
         for position, image in enumerate(images):
-            row, target, classes, prior, candidate, annotation = _detections(store, score, image)
+            row, target, classes, prior, candidate, annotation = find(image)
             columns.append(
                 (
                     row + rows, target, classes, prior, torch.full_like(row, position), candidate + found,
                     annotation + annotations,
                 )
             )  # fmt: skip
-            rows, found, annotations = rows + len(image.pairs), found + len(row), annotations + len(image.gt_hoi)
+            rows, found = rows + len(image.pairs), found + len(row)
+            annotations += int(annotation.max()) + 1 if len(annotation) else 0
         return cls(*(torch.cat(column) for column in zip(*columns, strict=True)))
 
     def scores(self, logits: Tensor) -> Tensor:
@@ -120,11 +125,53 @@ class Detections:
         return labels
 
 
-def _detections(store: FeatureStore, score: Score, image: StoredImage) -> tuple[Tensor, ...]:
-    pairs = image.pairs
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What a data set's own evaluation makes of a stored image, in K classes.
+
+    find: image -> its M detections and candidates, as the columns of `Detections` but `image`. count: image -> [K] int64
+    annotations of each class. groups, names: as in `Comparison`. elsewhere: [I, K] int64 annotations of images of the split
+    that the host leaves out.
+    """
+
+    find: Find
+    count: Callable[[StoredImage], Tensor]
+    groups: dict[str, Tensor]
+    names: list[str] | None
+    elsewhere: Tensor
+
+
+def hicodet(store: FeatureStore, score: Score) -> Evaluation:
+    """HICO-DET's, as the host has it. Raises ScoreError for a capture of another data set."""
+    dataset = store.fingerprint.get("dataset")
+    if dataset != "hicodet":
+        own = (
+            f"; V-COCO has its own: `ezhoi-diffusion compare {store.folder} --vcoco DIR`" if dataset == "vcoco" else ""
+        )
+        raise ScoreError(
+            f"{store.folder} is a capture of {dataset}, for which the host has no evaluation to compare by{own}"
+        )
+    classes = int(store.host["object_n_verb_to_interaction"].max()) + 1
+    return Evaluation(
+        find=functools.partial(_detections, store, score),
+        count=lambda image: torch.bincount(image.gt_hoi, minlength=classes),
+        groups={name: store.host[f"classes/{name}"] for name in GROUPS if f"classes/{name}" in store.host},
+        names=names_of_interactions(store),
+        elsewhere=torch.zeros(0, classes, dtype=torch.long),
+    )
+
+
+def scored_pairs(score: Score, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+    """The M (pair, target class) combinations that the host's postprocessing scores: row [M], target [M], prior [M]."""
     human, other = pairs.scores[pairs.pairing]
     prior = score.prior(human, other, pairs.objects)
     row, target = prior.nonzero().unbind(1)
+    return row, target, prior[row, target]
+
+
+def _detections(store: FeatureStore, score: Score, image: StoredImage) -> tuple[Tensor, ...]:
+    pairs = image.pairs
+    row, target, prior = scored_pairs(score, pairs)
     classes = interaction_classes(store, pairs.objects[row], target)
     humans, others = pairs.boxes[pairs.pairing]
     candidate, annotation = [row.new_zeros(0)], [row.new_zeros(0)]
@@ -134,7 +181,7 @@ def _detections(store: FeatureStore, score: Score, image: StoredImage) -> tuple[
         belongs, enough = matches((gt[:, 0], gt[:, 1]), (humans[row[found]], others[row[found]]))
         candidate.append(found[enough])
         annotation.append(annotated[belongs[enough]])
-    return row, target, classes, prior[row, target], torch.cat(candidate), torch.cat(annotation)
+    return row, target, classes, prior, torch.cat(candidate), torch.cat(annotation)
 
 
 @dataclass(eq=False)
@@ -152,6 +199,7 @@ def replay(
     store: FeatureStore,
     variants: Mapping[str, Variant],
     *,
+    evaluation: Evaluation | None = None,
     chosen: set[int] | None = None,
     classes: Tensor | None = None,
     algorithm: Algorithm = "11P",
@@ -166,16 +214,14 @@ def replay(
     """The comparison that `--compare` makes on the host, from what a capture of the split stored.
 
     `none` has the host's own logits; a bridge has the published score of what it returns for each image's [P, D].
-    chosen: positions of the images to take, all by default. classes: interaction classes whose annotations may be looked
-    at, all by default. setting: known-object scores a class on images with its object alone (Chao et al., WACV 2018).
-    replicates: of the bootstrap over images, 0 for none. aligned: measure alignment, and keep a sample of rows. timed: measure
-    what bridges cost; otherwise bridge_ms is that of one image. device: where bridges get their rows. Raises ScoreError, FeatureStoreError, and what a bridge raises.
+    evaluation: HICO-DET's by default, for which alone classes and setting are. chosen: positions of the images to take, all
+    by default. classes: interaction classes whose annotations may be looked at, all by default. setting: known-object
+    scores a class on images with its object alone (Chao et al., WACV 2018). replicates: of the bootstrap over images, 0 for
+    none. aligned: measure alignment, and keep a sample of rows. timed: measure what bridges cost; otherwise bridge_ms is
+    that of one image. device: where bridges get their rows. Raises ScoreError, FeatureStoreError, and what a bridge raises.
     """
-    if store.fingerprint.get("dataset") != "hicodet":
-        raise ScoreError(
-            f"{store.folder} is a capture of {store.fingerprint.get('dataset')}, for which the host has no evaluation to compare by"
-        )
     score = Score.of(store)
+    evaluation = evaluation or hicodet(store, score)
     require_replayable(store, score)
     images = [position for position in range(len(store.images)) if chosen is None or position in chosen]
     rows = sum(store.images[position]["rows"] for position in images)
@@ -193,28 +239,31 @@ def replay(
     with torch.no_grad(), tqdm(total=len(images), desc="compare", unit="img", file=sys.stderr) as progress:
         stored = _only(stored_images(store, chosen), classes)
         scored, annotations = _collect(
-            store, score, stored, variants, cards, rows, TIMED if timed else 1, device, progress
+            evaluation, score, stored, variants, cards, rows, TIMED if timed else 1, device, progress
         )
+    part = chosen is not None or classes is not None or store.meta.get("max_images") is not None
+    if not part:
+        annotations = torch.cat([annotations, evaluation.elsewhere])
     num_gt = annotations.sum(0)
     if setting == "known-object":
         present, object_of = _objects(store, annotations)
         scored = {name: known_object(one, present, object_of) for name, one in scored.items()}
-    groups = {name: store.host[f"classes/{name}"] for name in GROUPS if f"classes/{name}" in store.host}
-    if chosen is not None or classes is not None or store.meta.get("max_images") is not None:
+    groups = evaluation.groups
+    if part:
         # of a few images most classes have no annotation, and would only thin the mean
         groups = {name: index[num_gt[index] > 0] for name, index in groups.items() if (num_gt[index] > 0).any()}
     controls = [name for name, variant in variants.items() if variant.control]
     return Comparison(
         ap={name: average_precision(one, num_gt, algorithm) for name, one in scored.items()},
         groups=groups,
-        images=len(images),
+        images=len(annotations),
         pairs=rows,
         host_ms=None,
         bridge_ms={name: _milliseconds(cards[name].seconds, store, images) for name in variants},
         fingerprint=store.fingerprint,
         provenance=provenance or {},
         forced=forced or [],
-        names=names_of_interactions(store),
+        names=evaluation.names,
         annotations=num_gt,
         algorithm=algorithm,
         setting=setting,
@@ -231,7 +280,7 @@ def replay(
 
 
 def _collect(
-    store: FeatureStore,
+    evaluation: Evaluation,
     score: Score,
     images: Iterable[StoredImage],
     variants: Mapping[str, Variant],
@@ -242,17 +291,16 @@ def _collect(
     progress: Any,
 ) -> tuple[dict[str, Scored], Tensor]:
     """Every variant's detections, and the annotations of each image and class [I, K] int64; fills the cards."""
-    num_classes = int(store.host["object_n_verb_to_interaction"].max()) + 1
     shown = torch.randperm(rows, generator=generator(0, "shown"))[:SHOWN].sort().values
     annotations: list[Tensor] = []
     classes: list[Tensor] = []
     where: list[Tensor] = []
     seen = 0
     for batch in _batches(images):
-        detections = Detections.of(store, score, batch)
+        detections = Detections.of(batch, evaluation.find)
         classes.append(detections.classes)
         where.append(detections.image + len(annotations))
-        annotations += [torch.bincount(image.gt_hoi, minlength=num_classes) for image in batch]
+        annotations += [evaluation.count(image) for image in batch]
         features = torch.cat([image.adapter_feat for image in batch])
         host_logits = torch.cat([image.logits for image in batch])
         labels = torch.cat([image.labels for image in batch])
@@ -381,7 +429,7 @@ def effect_of(
             }
             for key, value in row.items():
                 columns.setdefault(key, []).append(value)
-            detections = Detections.of(store, score, [image])
+            detections = Detections.of([image], functools.partial(_detections, store, score))
             predictions.append(
                 {
                     "image": image.name,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import ezhoi_diffusion.demo
 from ezhoi_diffusion.demo import world
@@ -21,6 +24,7 @@ from ezhoi_diffusion.files import read_json, write_json
 
 HOST = Path(ezhoi_diffusion.demo.__file__).parent / "host"
 HOSTDUMP = Path(__file__).with_name("hostdump.py")
+VCOCO_ACTIONS = [f"{verb} {('obj', 'instr')[i % 2]}" for i, verb in enumerate(world.VERBS)]
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +59,51 @@ def host_flags(folder: Path, *, evaluate: bool, **kwargs) -> list[str]:
         "--port",
         free_port(),
     ]
+
+
+@pytest.fixture(scope="session")
+def vcoco(small_world, tmp_path_factory):
+    """The same scenes as V-COCO has them: actions in place of interactions, objects counted from 1."""
+    folder = tmp_path_factory.mktemp("vcoco")
+    shutil.copytree(small_world / "weights", folder / "weights")
+    (folder / "data").mkdir()
+    for hico, part, clip in (("train2015", "trainval", "train"), ("test2015", "test", "val")):
+        anno = json.loads((small_world / "data" / f"instances_{hico}.json").read_text())
+        names = [name.replace(f"HICO_{hico}", f"COCO_{clip}2014") for name in anno["filenames"]]
+        images = load_file(small_world / "data" / f"{hico}.safetensors")
+        renamed = {new: images[old] for old, new in zip(anno["filenames"], names, strict=True)}
+        save_file(renamed, folder / "data" / f"vcoco_{part}.safetensors")
+        annotations = [
+            {
+                "boxes_h": image["boxes_h"], "boxes_o": image["boxes_o"], "actions": image["verb"],
+                "objects": [obj + 1 for obj in image["object"]], "file_name": name,
+            }
+            for image, name in zip(anno["annotation"], names, strict=True)
+        ]  # fmt: skip
+        found = {
+            "annotations": annotations, "classes": VCOCO_ACTIONS, "objects": ["background", *world.OBJECTS],
+            "images": list(range(len(names))),
+            "action_to_object": [
+                [obj + 1 for _, obj, v in world.CORRESPONDENCE if v == verb] for verb in range(len(world.VERBS))
+            ],
+        }  # fmt: skip
+        (folder / "data" / f"instances_vcoco_{part}.json").write_text(json.dumps(found))
+        features = small_world / "data" / f"clip_img_hicodet_{hico.removesuffix('2015')}"
+        target = folder / "data" / f"clip_img_vcoco_{clip}"
+        target.mkdir()
+        for old, new in zip(anno["filenames"], names, strict=True):
+            stem = f"{Path(new).stem}_clip.safetensors"
+            shutil.copy(features / f"{Path(old).stem}_clip.safetensors", target / stem)
+    return folder
+
+
+def vcoco_flags(folder: Path, out: Path, *, cache: bool) -> list[str]:
+    clip = folder / "data" / f"clip_img_vcoco_{'val' if cache else 'train'}"
+    return [
+        *host_flags(folder, evaluate=False, zs_type=None),
+        "--dataset", "vcoco", "--partitions", "trainval", "test", "--clip_img_file", str(clip),
+        "--output-dir", str(out), *(["--cache"] if cache else []),
+    ]  # fmt: skip
 
 
 def run_host(*command: str, timeout: int = 240, **env: str) -> subprocess.CompletedProcess[str]:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
 from argparse import Namespace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import host_flags, launch, run_host
-from safetensors.torch import load_file, save_file
+from conftest import host_flags, launch, run_host, vcoco_flags
 from test_launch import dump, printed_by_host, rows_of, same_figures
 
 from ezhoi_diffusion import attach, hookimpl
 from ezhoi_diffusion.cli import main
-from ezhoi_diffusion.demo import towers, world
+from ezhoi_diffusion.demo import towers
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.host.fingerprint import differences, fingerprint
 from ezhoi_diffusion.host.supported import UnsupportedError, cannot_run, refuse_unsupported
@@ -100,51 +97,6 @@ def test_flags_that_leave_no_trace_in_the_weights_are_in_the_fingerprint(make_ho
 
 
 # -- V-COCO ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def vcoco(small_world, tmp_path_factory):
-    """The same scenes as V-COCO has them: actions in place of interactions, objects counted from 1."""
-    folder = tmp_path_factory.mktemp("vcoco")
-    shutil.copytree(small_world / "weights", folder / "weights")
-    (folder / "data").mkdir()
-    for hico, part, clip in (("train2015", "trainval", "train"), ("test2015", "test", "val")):
-        anno = json.loads((small_world / "data" / f"instances_{hico}.json").read_text())
-        names = [name.replace(f"HICO_{hico}", f"COCO_{clip}2014") for name in anno["filenames"]]
-        images = load_file(small_world / "data" / f"{hico}.safetensors")
-        renamed = {new: images[old] for old, new in zip(anno["filenames"], names, strict=True)}
-        save_file(renamed, folder / "data" / f"vcoco_{part}.safetensors")
-        annotations = [
-            {
-                "boxes_h": image["boxes_h"], "boxes_o": image["boxes_o"], "actions": image["verb"],
-                "objects": [obj + 1 for obj in image["object"]], "file_name": name,
-            }
-            for image, name in zip(anno["annotation"], names, strict=True)
-        ]  # fmt: skip
-        found = {
-            "annotations": annotations, "classes": world.VERBS, "objects": ["background", *world.OBJECTS],
-            "images": list(range(len(names))),
-            "action_to_object": [
-                [obj + 1 for _, obj, v in world.CORRESPONDENCE if v == verb] for verb in range(len(world.VERBS))
-            ],
-        }  # fmt: skip
-        (folder / "data" / f"instances_vcoco_{part}.json").write_text(json.dumps(found))
-        features = small_world / "data" / f"clip_img_hicodet_{hico.removesuffix('2015')}"
-        target = folder / "data" / f"clip_img_vcoco_{clip}"
-        target.mkdir()
-        for old, new in zip(anno["filenames"], names, strict=True):
-            stem = f"{Path(new).stem}_clip.safetensors"
-            shutil.copy(features / f"{Path(old).stem}_clip.safetensors", target / stem)
-    return folder
-
-
-def vcoco_flags(folder: Path, out: Path, *, cache: bool) -> list[str]:
-    clip = folder / "data" / f"clip_img_vcoco_{'val' if cache else 'train'}"
-    return [
-        *host_flags(folder, evaluate=False, zs_type=None),
-        "--dataset", "vcoco", "--partitions", "trainval", "test", "--clip_img_file", str(clip),
-        "--output-dir", str(out), *(["--cache"] if cache else []),
-    ]  # fmt: skip
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ examples:
   ezhoi-diffusion run main_tip_finetune.py … --eval --resume CKPT --plugin capture --capture TEST_FEATURES
   ezhoi-diffusion compare TEST_FEATURES --bridge BRIDGE --bridges none,identity,mean_shift,diffusion --report REPORT
   ezhoi-diffusion compare TEST_FEATURES --bridge BRIDGE --bridges none,diffusion --sweep start_step=50,100,200 --sweep strength=0.25,0.5,1
+  ezhoi-diffusion compare VCOCO_FEATURES --vcoco V-COCO_CHECKOUT --bridge BRIDGE
 """
 DEFAULT = "none,identity,mean_shift,diffusion"
 
@@ -61,6 +62,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--replicates", type=int, default=REPLICATES, metavar="N",
         help=f"of the bootstrap over images; 0 for no intervals ({REPLICATES})",
     )  # fmt: skip
+    parser.add_argument(
+        "--vcoco", type=Path, metavar="DIR",
+        help="for a capture of V-COCO: role AP in both scenarios, from V-COCO's own annotations in this checkout or data folder",
+    )  # fmt: skip
     parser.add_argument("--report", type=Path, metavar="DIR", help="write report.html, report.json and pictures there")
     declare_application(parser)
     parser.add_argument("--no-plugin", action="append", default=[], metavar="NAME", help="do not even import a plugin")
@@ -76,8 +81,11 @@ def run(args: argparse.Namespace) -> int:
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.host.replay import replay
     from ezhoi_diffusion.host.variants import parse_sweep, resolve_variants
+    from ezhoi_diffusion.host.vcoco import replay_roles
     from ezhoi_diffusion.plugins import PluginHost
 
+    if args.vcoco and (args.ap, args.setting) != ("11P", "default"):
+        raise EzhoiDiffusionError("--ap and --setting are for HICO-DET: leave them out with --vcoco")
     store = FeatureStore(args.features)
     forced: list[str] = []
     provenance: dict[str, Any] = {}
@@ -92,10 +100,13 @@ def run(args: argparse.Namespace) -> int:
             pass  # refused now, not after the work
     if args.replicates < 0:
         raise EzhoiDiffusionError(f"--replicates must be 0 or more, not {args.replicates}")
-    comparison = replay(
-        store, variants, algorithm=args.ap, setting=args.setting, replicates=args.replicates, aligned=True,
-        device=device, forced=forced, provenance=provenance,
-    )  # fmt: skip
+    options = {
+        "replicates": args.replicates, "aligned": True, "device": device, "forced": forced, "provenance": provenance,
+    }  # fmt: skip
+    if args.vcoco:
+        comparison = replay_roles(store, variants, args.vcoco, **options)
+    else:
+        comparison = replay(store, variants, algorithm=args.ap, setting=args.setting, **options)
     if store.meta.get("max_images") is not None:
         comparison.caveats.append(
             f"The first {store.meta['max_images']} images of the split, and the classes annotated there: no result to report."

@@ -31,7 +31,11 @@ MEASURES = {
     "calibration_error": "mean distance of a probability from the share that is right; smaller is better",
     "shared_part": "what all rows have in common without the texts' mean, 0 to 1",
 }
-ALGORITHMS = {"11P": "11-point interpolated AP", "AUC": "area under the precision-recall curve"}
+ALGORITHMS = {
+    "11P": "11-point interpolated AP",
+    "AUC": "area under the precision-recall curve",
+    "VOC": "area under the interpolated precision-recall curve",
+}
 
 
 def page(comparison: Comparison, pictures: Mapping[str, Sequence[tuple[str, bytes]]], notes: Sequence[str]) -> str:

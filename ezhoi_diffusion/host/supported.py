@@ -141,8 +141,9 @@ _BROKEN: tuple[tuple[str, Callable[[Flags], Any], str], ...] = (
     (
         "--dataset vcoco --compare",
         lambda a: a["dataset"] == "vcoco" and a["compare"],
-        "the host has no evaluation of V-COCO to compare by: run --cache twice, with and without --plugin diffusion, into "
-        "two --output-dir, and evaluate both cache.pkl with V-COCO's own tool",
+        "the host has no evaluation of V-COCO to compare by: capture the test split, and use `ezhoi-diffusion compare FEATURES "
+        "--vcoco DIR`; or run --cache twice, with and without --plugin diffusion, into two --output-dir, and evaluate both "
+        "cache.pkl with V-COCO's own tool",
     ),
     (
         "--dataset vcoco --eval",

@@ -33,7 +33,12 @@ def class_groups(host: Host) -> dict[str, Tensor]:
 
 
 def interaction_names(host: Host) -> list[str] | None:
-    """What the host calls each interaction class, from its module `hico_text_label`; None where it has no such names."""
+    """What the host calls each interaction class, from its module `hico_text_label`; None where it has no such names.
+
+    V-COCO's actions are called as its data set calls them, e.g. `hit instr`.
+    """
+    if host.args.dataset == "vcoco":
+        return [str(name) for name in host.engine._train_loader.dataset.dataset.actions]
     sentences = getattr(sys.modules.get("hico_text_label"), "hico_text_label", None)
     if not isinstance(sentences, dict) or host.args.dataset != "hicodet":
         return None
@@ -46,10 +51,11 @@ def interaction_names(host: Host) -> list[str] | None:
 
 
 def score_lookup(host: Host) -> Tensor:
-    """[objects, verbs] int64 interaction classes, -1 where an object has no such verb."""
+    """[objects, verbs] int64 interaction classes, -1 where an object has no such verb. V-COCO's are its actions."""
     objects = len(host.model.object_class_to_target_class)
     lookup = torch.as_tensor(host.model.object_n_verb_to_interaction)[-objects:]  # V-COCO's has a row for no object
-    return torch.where(lookup.isnan(), -1, lookup).long()
+    classes = torch.arange(lookup.shape[1]) if host.args.dataset == "vcoco" else lookup
+    return torch.where(lookup.isnan(), -1, classes).long()
 
 
 def score_tables(host: Host, text: Tensor) -> dict[str, Tensor]:

@@ -101,6 +101,10 @@ class VCOCO(Dataset):
     def image_id(self, i):
         return self._image_ids[self._keep[i]]
 
+    def image_size(self, i):
+        height, width = self._images[self.filename(i)].shape
+        return width, height
+
     def __len__(self):
         return len(self._keep)
 
@@ -300,21 +304,37 @@ class CustomisedDLE:
 
     @torch.no_grad()
     def cache_hico(self, dataloader, cache_dir):
-        """Like cache_vcoco, but the model is given no targets."""
-        self._cache(dataloader, cache_dir, targets=False)
+        """Write every detection of every image; the model is given no targets."""
+        rows = []
+        for i, output in self._outputs(dataloader, targets=False):
+            columns = (output[key].tolist() for key in ("scores", "labels", "objects"))
+            rows += [[i, *row] for row in zip(*columns, strict=True)]
+        self._write(rows, cache_dir)
 
     @torch.no_grad()
     def cache_vcoco(self, dataloader, cache_dir):
-        """Write every detection of every image."""
-        self._cache(dataloader, cache_dir, targets=True)
+        """Write every detection as V-COCO's own tool reads it, with boxes in pixels of the picture."""
+        dataset, rows = dataloader.dataset.dataset, []
+        for i, output in self._outputs(dataloader, targets=True):
+            scale = torch.tensor(dataset.image_size(i)) / output["size"].flip(0)
+            boxes = output["boxes"] * scale.repeat(2)
+            columns = boxes[output["pairing"]].transpose(0, 1), output["scores"], output["labels"]
+            for (human, other), score, label in zip(*(column.tolist() for column in columns), strict=True):
+                action, role = dataset.actions[label].split()
+                rows.append(
+                    {
+                        "image_id": dataset.image_id(i), "person_box": human, f"{action}_agent": score,
+                        f"{action}_{role}": [*other, score],
+                    }
+                )  # fmt: skip
+        self._write(rows, cache_dir)
 
-    def _cache(self, dataloader, cache_dir, targets):
+    def _outputs(self, dataloader, targets):
         net = self._state.net
         net.eval()
-        rows = []
         for i, (images, annotated) in enumerate(dataloader):
-            for output in net(relocate(images), annotated if targets else None) or []:
-                columns = (output[key].tolist() for key in ("scores", "labels", "objects"))
-                rows += [[i, *row] for row in zip(*columns, strict=True)]
+            yield from ((i, output) for output in net(relocate(images), annotated if targets else None) or [])
+
+    def _write(self, rows, cache_dir):
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
         (Path(cache_dir) / "cache.json").write_text(json.dumps(rows))

@@ -58,7 +58,18 @@ class Artifact:
         return self.files.get(CONTEXT, {})
 
     def save(self, folder: Path) -> None:
-        """Write it into `folder`, all of it or nothing; other entries of the folder stay. Raises BridgeError."""
+        """Write it into `folder`, all of it or nothing; other entries of the folder stay.
+
+        Raises BridgeError where a tensor is not finite, or the disk refuses.
+        """
+        broken = [
+            f"{key} in {name}"
+            for name, tensors in self.files.items()
+            for key, tensor in tensors.items()
+            if tensor.is_floating_point() and not tensor.isfinite().all()
+        ]
+        if broken:
+            raise BridgeError(f"the '{self.bridge}' was not stored: {broken[0]} holds NaN or infinity")
         try:
             with replaced_files(folder) as staged:
                 written = {name: write_tensors(staged / name, tensors) for name, tensors in self.files.items()}

@@ -339,7 +339,21 @@ def bridge(patched_fork, small_world, tmp_path_factory):
     flags = host_flags(small_world, evaluate=False)
     done = run_host(str(patched_fork), *flags, "--plugin", "capture", "--capture", str(folder / "features"))
     assert done.returncode == 0, done.stderr
-    assert main(["train", str(folder / "features"), "--out", str(folder / "bridge"), "--train-steps", "20", "--learning-rate", "0.01"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                str(folder / "features"),
+                "--out",
+                str(folder / "bridge"),
+                "--train-steps",
+                "20",
+                "--learning-rate",
+                "0.01",
+            ]
+        )
+        == 0
+    )
     return folder / "bridge"
 
 

@@ -13,8 +13,9 @@ from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.evaluation.comparison import Comparison
 from ezhoi_diffusion.evaluation.effect import Effect, verdict
 from ezhoi_diffusion.features.store import FeatureStore
-from ezhoi_diffusion.host.replay import effect_of, replay, stored_images
+from ezhoi_diffusion.host.replay import effect_of, replay
 from ezhoi_diffusion.host.score import Score, ScoreError, require_replayable
+from ezhoi_diffusion.host.stored import stored_images
 from ezhoi_diffusion.host.variants import Variant
 
 
@@ -32,7 +33,9 @@ def stores(small_world, tmp_path_factory):
 @pytest.fixture(scope="module")
 def bridge(stores, tmp_path_factory):
     out = tmp_path_factory.mktemp("bridge") / "bridge"
-    assert main(["train", str(stores / "train"), "--out", str(out), "--train-steps", "20", "--learning-rate", "0.01"]) == 0
+    assert (
+        main(["train", str(stores / "train"), "--out", str(out), "--train-steps", "20", "--learning-rate", "0.01"]) == 0
+    )
     return out
 
 

@@ -330,6 +330,22 @@ def test_the_map_leaves_out_what_moves_nothing_and_takes_a_sample():
     assert "embedding" not in pictures(comparison)
 
 
+def test_a_variant_that_is_far_off_does_not_make_dots_of_the_others():
+    from matplotlib.figure import Figure
+
+    def limits(effects):
+        axes = Figure().subplots()
+        pictures(make(effects))["forest"][0].draw(axes)
+        return axes.get_xlim(), [text.get_text() for text in axes.texts]
+
+    near = {"up": 1.0, "down": -1.0, "flat": 0.1, "identity": 0.0}
+    (low, high), words = limits({**near, "mean_shift": -38.0})
+    assert -4 < low < -1
+    assert 1 < high < 4
+    assert [word[:4] for word in words] == ["◂ -3"], "its figure stands at the edge"
+    assert limits(near)[1] == []
+
+
 def test_the_forest_plot_tells_what_contains_0():
     panels = pictures(make({"up": 3.0, "down": -3.0, "flat": 0.1, "identity": 0.0}))["forest"]
     assert "Intervals above 0: 1; below 0: 1; containing 0: 2." in panels[0].alt

@@ -16,7 +16,7 @@ from ezhoi_diffusion.evaluation.detection_ap import Scored, average_precision
 from ezhoi_diffusion.evaluation.role_ap import RoleAnnotations, match_roles, overlap
 from ezhoi_diffusion.evaluation.significance import _resampled_ap
 from ezhoi_diffusion.evaluation.vcoco import BOXES, VcocoError, read_vcoco
-from ezhoi_diffusion.host.replay import Detections
+from ezhoi_diffusion.host.stored import Detections
 
 NAN = float("nan")
 ACTIONS = {

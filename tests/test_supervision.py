@@ -9,7 +9,7 @@ import torch
 
 from ezhoi_diffusion import Score, seen_pairs
 from ezhoi_diffusion.features.split import held_out
-from ezhoi_diffusion.host.replay import stored_images
+from ezhoi_diffusion.host.stored import stored_images
 from ezhoi_diffusion.host.supervision import SupervisionError
 from ezhoi_diffusion.testing import synthetic_store
 

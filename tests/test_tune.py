@@ -57,6 +57,7 @@ ORACLE, NONSENSE = Variant(truth, truth), Variant(lambda x, pairs: -x, lambda x:
 def test_the_best_candidate_on_held_out_training_images_is_chosen(store):
     comparison, candidates = tune(store, {"nonsense": NONSENSE, "oracle": ORACLE})
     assert [candidate.name for candidate in candidates] == ["oracle", "none", "nonsense"]
+    assert "no result to report" in comparison.table()
     assert comparison.images == int(held_out(len(store.images)).sum())
     assert (
         comparison.mean_ap("oracle", "full")
@@ -87,7 +88,9 @@ def test_annotations_of_hidden_classes_do_not_move_the_choice(store, tmp_path):
         kept = ~torch.isin(batch.gt_hoi, unseen)
         return replace(batch, gt_hoi=batch.gt_hoi[kept], gt_boxes=batch.gt_boxes[:, kept])
 
-    store = synthetic_store(tmp_path / "plain", images=40)  # made here, on as many threads: rounding is not the question
+    store = synthetic_store(
+        tmp_path / "plain", images=40
+    )  # made here, on as many threads: rounding is not the question
     stripped = synthetic_store(tmp_path / "stripped", images=40, alter=strip)
     assert len(stripped.rows("gt_hoi")) < len(store.rows("gt_hoi"))
     (one, _), (other, _) = (tune(s, {"oracle": ORACLE, "nonsense": NONSENSE}) for s in (store, stripped))
@@ -133,6 +136,8 @@ def test_the_choice_is_a_bridge_of_its_own(stores, bridges, tmp_path, capsys):
     assert ap[chosen["variant"]] == max(ap.values()) >= ap["none"]
     assert chosen["variant"] in printed
     assert artifact.provenance["fingerprint"]["backbone"] == "synthetic"
+    assert main(["push", str(out), "user/name"]) == 2
+    assert f"push the bridge in {out / 'bridge'}" in capsys.readouterr().err
 
     # it does what it was chosen for, wherever its folder lies
     moved = out.rename(tmp_path / "elsewhere")
@@ -141,10 +146,29 @@ def test_the_choice_is_a_bridge_of_its_own(stores, bridges, tmp_path, capsys):
     compare = ["compare", str(stores / "test"), "--bridges", names, "--replicates", "0"]
     sweep = [f"--sweep={key}={json.dumps(value)}" for key, value in chosen["settings"].items()]
     assert main([*compare, *sweep, "--report", str(report)]) == 0
-    found = json.loads((report / "report.json").read_text())["mean_ap"]
+    written = json.loads((report / "report.json").read_text())
+    assert written["provenance"][f"auto={moved}"]["chosen"] == chosen, "the report says what was chosen"
+    found = written["mean_ap"]
     twin = chosen["variant"].replace("mean_shift", f"mean_shift={seed}")
     assert found[f"auto={moved}"] == found[twin]
     assert not any(name.startswith("auto") and "[" in name for name in found), "what was chosen is not swept"
+
+
+def test_a_lead_by_chance_is_called_one_and_few_replicates_are_refused(stores, bridges, tmp_path, capsys):
+    line = ["tune", str(stores / "train"), "--bridges", "mean_shift,diffusion", "--bridge", str(bridges), "--out"]
+    assert main([*line, str(tmp_path / "a")]) == 0
+    out = capsys.readouterr().out
+    assert "<- chosen" in out
+    assert "cannot be told from chance" in out or "  none   <- chosen" in out
+    assert main(["compare", str(stores / "test"), "--bridges", "identity", "--replicates", "10"]) == 2
+    assert "0 or at least 100" in capsys.readouterr().err
+
+
+def test_what_is_not_finite_is_not_stored(tmp_path):
+    broken = Artifact("b", files={"t.safetensors": {"x": torch.tensor([1.0, torch.nan])}})
+    with pytest.raises(EzhoiDiffusionError, match=r"x in t\.safetensors holds NaN"):
+        broken.save(tmp_path / "b")
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize("settings", [None, {"strength": "much"}])

@@ -16,8 +16,8 @@ from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.demo import world
 from ezhoi_diffusion.evaluation.vcoco import read_vcoco
 from ezhoi_diffusion.features.store import FeatureStore
-from ezhoi_diffusion.host.replay import stored_images
 from ezhoi_diffusion.host.score import ScoreError
+from ezhoi_diffusion.host.stored import stored_images
 from ezhoi_diffusion.host.vcoco import evaluation_of, replay_roles
 
 

@@ -33,7 +33,7 @@ def load(folder: Path | None, plugins: PluginHost | None = None) -> Bridge:
         return Identity()
     inside = folder / INSIDE
     bridge: Any = known_bridges(plugins or PluginHost())[name](inside if inside.exists() else None)
-    return Chosen(bridge.sweep([settings])[0] if settings else bridge)
+    return Chosen(bridge.sweep([settings])[0] if settings else bridge, artifact)
 
 
 class AutoPlugin(BridgePlugin):

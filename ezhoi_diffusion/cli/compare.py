@@ -30,6 +30,7 @@ examples:
   ezhoi-diffusion compare TEST_FEATURES --bridge BRIDGE --bridges none,diffusion --sweep start_step=50,100,200 --sweep strength=0.25,0.5,1
   ezhoi-diffusion compare VCOCO_FEATURES --vcoco V-COCO_CHECKOUT --bridge BRIDGE
 """
+LEAST_REPLICATES = 100
 DEFAULT = "none,identity,mean_shift,diffusion"
 
 
@@ -98,8 +99,10 @@ def run(args: argparse.Namespace) -> int:
     if args.report:
         with report_folder(args.report):
             pass  # refused now, not after the work
-    if args.replicates < 0:
-        raise EzhoiDiffusionError(f"--replicates must be 0 or more, not {args.replicates}")
+    if args.replicates and args.replicates < LEAST_REPLICATES:
+        raise EzhoiDiffusionError(
+            f"--replicates must be 0 or at least {LEAST_REPLICATES}, not {args.replicates}: with fewer no p-value could be small"
+        )
     options = {
         "replicates": args.replicates, "aligned": True, "device": device, "forced": forced, "provenance": provenance,
     }  # fmt: skip

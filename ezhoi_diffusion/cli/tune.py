@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from ezhoi_diffusion.cli.compare import acceptance
+    from ezhoi_diffusion.evaluation.comparison import REFERENCE
     from ezhoi_diffusion.evaluation.report import report_folder, write_report
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.host.tune import GRID, require_unseen, tune, write_choice
@@ -79,23 +80,26 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     comparison, candidates = tune(store, variants, device)
     write_choice(args.out, comparison, candidates, variants, store)
-    best, host = candidates[0], comparison.mean_ap("none", "full")
+    best, host = candidates[0], comparison.mean_ap(REFERENCE, "full")
     print(
         f"\n{len(candidates)} candidates by mAP of seen classes on {comparison.images} held-out training images (of a bridge with "
         f"several seeds the mean); the best {min(SHOWN, len(candidates))}:"
     )
     for candidate in candidates[:SHOWN]:
         print(f"  {candidate.mean_ap:6.2f}  {candidate.name}{'   <- chosen' if candidate is best else ''}")
-    print(f"  {host:6.2f}  none, the host itself")
-    if best.variant != "none" and comparison.significance is not None:
+    if REFERENCE not in [candidate.name for candidate in candidates[:SHOWN]]:
+        print(f"  {host:6.2f}  {REFERENCE}")
+    if best.variant != REFERENCE and comparison.significance is not None:
         lead = comparison.significance.difference[best.variant]["full"]
         print(
             f"{best.variant}: {comparison.difference(best.variant, 'full'):+.2f} points over none, 95 % interval {lead.low:+.2f} "
             f"to {lead.high:+.2f}, p {lead.p:.3f}, adjusted for {len(variants)} variants {lead.p_adjusted:.3f}"
         )
+        if not comparison.told(best.variant, "full"):
+            print("That lead cannot be told from chance: expect no gain on the test split.")
     if args.report:
         write_report(comparison, args.report)
     print(
-        f"choice: {args.out}; now score it once on the test split: compare TEST_FEATURES --bridges none,identity,auto={args.out}"
+        f"choice: {args.out}; now score it once on the test split: ezhoi-diffusion compare TEST_FEATURES --bridges none,identity,auto={args.out}"
     )
     return 0

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ezhoi_diffusion.artifact import CONFIG, describe
+from ezhoi_diffusion.diffusion.artifact import BRIDGE as BRIDGE_KIND
 from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
 from ezhoi_diffusion.doctor import bridge as bridges
 from ezhoi_diffusion.doctor import features, host
@@ -60,6 +62,13 @@ def _bridge(
     loaded: list[DiffusionBridge] = []
 
     def opening() -> Iterator[Finding]:
+        kind = describe(folder)["bridge"] if (folder / CONFIG).exists() else BRIDGE_KIND
+        if kind != BRIDGE_KIND:
+            yield Finding(
+                "bridge.open", "note", f"{folder} holds a '{kind}' bridge, which only the plugin that brings it knows",
+                f"to see what it does: ezhoi-diffusion test TEST_FEATURES --name {kind} --bridge {folder} --out DIR",
+            )  # fmt: skip
+            return
         loaded.append(bridges.load(folder))
         yield from bridges.artefact(loaded[0])
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import pairwise
+from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 WIDTH, DPI, COLORS = 4.0, 128, 64  # inches, of which a phone shows all: letters of 9 points stay readable
 COLUMNS = 3
 LETTERS, TITLE = 24, 48  # of a variant's name in a line, beside its row and above a panel
+FAR = 5  # times the median reach of a row, beyond which it leaves the picture
 SHOWN, NAMED = 3, 10  # variants that get pictures of their own; that many have colours in those with all
 MAPPED = 200  # pairs in the map of both modalities: t-SNE takes seconds for them and the texts
 PICTURED = ("centroid_gap", "cosine_to_own_text", "calibration_error")  # measures worth a picture against mean AP
@@ -159,8 +161,17 @@ class _Row:
     full: bool
 
 
+def _reach(rows: Sequence[_Row], zero: float) -> float | None:
+    """How far a picture has to reach so that what is far off does not make dots of all others; None: as far as it is."""
+    reaches = [max(abs(x - zero) for x in (row.value, *(row.bounds or ()))) for row in rows]
+    middle = median([reach for reach in reaches if reach > 0] or [0.0])
+    near = [reach for reach in reaches if reach <= FAR * middle]
+    return None if len(near) == len(reaches) else 1.1 * max(near)
+
+
 def _intervals(rows: Sequence[_Row], zero: float, title: str, alt: str) -> Panel:
-    """One variant a row, as many as there are, around a line at `zero`."""
+    """One variant a row, as many as there are, around a line at `zero`; of what is far off the figure stands at the edge."""
+    reach = _reach(rows, zero)
     labels = [_label(row.variant) for row in rows]
     at = [0.0]  # inches from the first row
     for label, following in pairwise(labels):
@@ -168,7 +179,15 @@ def _intervals(rows: Sequence[_Row], zero: float, title: str, alt: str) -> Panel
 
     def draw(axes: Axes) -> None:
         axes.axvline(zero, color="black", linewidth=1)
+        if reach is not None:
+            axes.set_xlim(zero - reach, zero + reach)
         for y, row in zip(at, rows, strict=True):
+            if reach is not None and abs(row.value - zero) > reach:
+                left = row.value < zero
+                words = f"◂ {row.value:+.1f}" if left else f"{row.value:+.1f} ▸"
+                edge, side = (zero - reach, "left") if left else (zero + reach, "right")
+                axes.text(edge, y, words, color=row.color, fontsize=8, ha=side, va="center")
+                continue
             if row.bounds is not None:
                 axes.plot(row.bounds, (y, y), color=row.color, linewidth=2.2, solid_capstyle="butt")
             axes.plot(

@@ -61,14 +61,18 @@ def tune(
         apart = held_out(len(store.images))
     except ValueError as error:
         raise TuneError(f"{store.folder} has too few images: {error}") from error
+    images = set(apart.nonzero().squeeze(1).tolist())
     comparison = replay(
         store,
         variants,
-        chosen=set(apart.nonzero().squeeze(1).tolist()),
+        chosen=images,
         classes=seen_classes(store),
         replicates=REPLICATES,
         timed=False,
         device=device,
+    )
+    comparison.caveats.append(
+        f"These are {len(images)} held-out images of the train split, and seen classes alone: to choose by, no result to report."
     )
     members: dict[str, list[str]] = {REFERENCE: [REFERENCE]}
     for name, variant in variants.items():
@@ -137,11 +141,17 @@ def write_choice(
 class Chosen(nn.Module):
     """Another bridge as it is: what was chosen is not to be swept, nor given other steps."""
 
-    def __init__(self, bridge: Any) -> None:
+    def __init__(self, bridge: Any, artifact: Artifact) -> None:
         super().__init__()
+        chosen = artifact.config["chosen"]
         self._bridge = bridge
         self.row_by_row = bool(getattr(bridge, "row_by_row", False))
-        self.provenance: dict[str, Any] | None = getattr(bridge, "provenance", None)
+        own = getattr(bridge, "provenance", None) or {}
+        self.provenance: dict[str, Any] = {
+            **own,
+            "fingerprint": artifact.provenance.get("fingerprint"),
+            "chosen": chosen,
+        }
         self.context: dict[str, Tensor] = getattr(bridge, "context", None) or {}
 
     def forward(self, adapter_feat: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from ezhoi_diffusion.evaluation.comparison import FULL, Comparison
 from ezhoi_diffusion.evaluation.role_ap import SCENARIOS, match_roles
 from ezhoi_diffusion.evaluation.vcoco import Vcoco, read_vcoco
 from ezhoi_diffusion.features.store import FeatureStore
-from ezhoi_diffusion.host.replay import Evaluation, StoredImage, replay, scored_pairs
+from ezhoi_diffusion.host.replay import replay
 from ezhoi_diffusion.host.score import Score, ScoreError, names_of_interactions
+from ezhoi_diffusion.host.stored import Evaluation, StoredImage, scored_pairs
 from ezhoi_diffusion.host.variants import Variant
 
 

@@ -75,6 +75,8 @@ class Artifact:
                 written = {name: write_tensors(staged / name, tensors) for name, tensors in self.files.items()}
                 head = {"schema_version": SCHEMA_VERSION, "bridge": self.bridge}
                 write_json(staged / CONFIG, {**head, **self.config, "provenance": self.provenance, "files": written})
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise BridgeError(f"the '{self.bridge}' cannot be stored as JSON and safetensors: {error}") from error
         except OSError as error:
             raise BridgeError(
                 f"{folder} could not take the bridge ({error}): free space there, or give another folder, and try again; "

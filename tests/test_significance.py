@@ -13,7 +13,7 @@ from test_detection_ap import random_scored
 
 from ezhoi_diffusion.draws import generator
 from ezhoi_diffusion.evaluation.detection_ap import Scored, average_precision
-from ezhoi_diffusion.evaluation.significance import paired_bootstrap
+from ezhoi_diffusion.evaluation.significance import Difference, paired_bootstrap
 
 FULL = {"full": torch.tensor([0])}
 
@@ -94,12 +94,15 @@ def test_what_is_said_is_what_resampled_images_give(seed, algorithm):
         )
         for name, (d, *drawn) in change.items():
             said = found.difference[name][group]
+            if (annotations[:, index] > 0).any(1).sum() < 2:
+                assert said == Difference(-100.0, 100.0, 1.0, 1.0), "one image says nothing of chance"
+                continue
             assert [said.low, said.high] == pytest.approx(percentiles(drawn, level), **close)
             assert is_share(said.p, off[name], abs(d))
             assert is_share(said.p_adjusted, largest, abs(d) / deviation[name] if deviation[name] > 1e-9 else 0)
     for name in ("a", "b"):
         for c in range(classes):
-            drawn = (ap[name] - ap["none"])[1:, c] if annotations[:, c].any() else []
+            drawn = (ap[name] - ap["none"])[1:, c] if (annotations[:, c] > 0).sum() >= 3 else []
             assert found.per_class[name][c].tolist() == pytest.approx(percentiles(drawn, level), **close)
 
 
@@ -276,3 +279,17 @@ def test_a_variant_is_held_against_a_control_as_against_the_reference():
     other = paired_bootstrap(scored, annotations, groups, reference="control", replicates=100)
     assert found.over == {"control": {name: other.difference[name] for name in ("none", "bridge")}}
     assert found.to_dict()["over"]["control"]["bridge"]["full"]["low"] == other.difference["bridge"]["full"].low
+
+
+def test_one_image_says_nothing_of_chance_and_a_class_of_two_has_no_interval():
+    zero = torch.zeros(1, dtype=torch.long)
+    right, wrong = (Scored(torch.ones(1).double(), zero, torch.tensor([label]).double(), zero) for label in (1.0, 0.0))
+    found = paired_bootstrap(
+        {"none": wrong, "b": right}, torch.ones(1, 1, dtype=torch.long), {"full": zero}, replicates=50
+    )
+    assert found.difference["b"]["full"] == Difference(-100.0, 100.0, 1.0, 1.0)
+    image = torch.arange(5)
+    annotations = torch.tensor([[1, 1], [1, 1], [1, 0], [1, 0], [1, 0]])
+    many = Scored(torch.rand(5).double(), torch.zeros(5, dtype=torch.long), torch.ones(5).double(), image)
+    found = paired_bootstrap({"none": many, "b": many}, annotations, {"full": torch.arange(2)}, replicates=50)
+    assert found.per_class["b"].isnan().any(1).tolist() == [False, True]

@@ -123,6 +123,48 @@ def test_a_bridge_that_learned_from_the_held_out_images_is_refused(stores, tmp_p
     assert main([*tuning, str(tmp_path / "b"), "--bridges", f"diffusion={tmp_path / 'fair'}"]) == 0
 
 
+def test_a_bridge_of_another_capture_of_the_host_may_have_seen_the_held_out_images(stores, tmp_path, capsys):
+    fewer = synthetic_store(tmp_path / "fewer", images=30)
+    line = ["train", str(fewer.folder), "--recipe", "paired", *QUICK, "--out", str(tmp_path / "b")]
+    assert main(line) == 0
+    tuning = ["tune", str(stores / "train"), "--bridges", f"diffusion={tmp_path / 'b'}", "--out", str(tmp_path / "c")]
+    assert main(tuning) == 2
+    assert "was made from a capture of 30 images" in capsys.readouterr().err
+
+
+def test_what_was_forced_stays_so_in_the_choice(stores, bridges, tmp_path, capsys):
+    other = DiffusionBridge.from_pretrained(bridges / "seed-0")
+    other.provenance["fingerprint"]["weights"] = "0" * 64
+    other.save_pretrained(tmp_path / "foreign")
+    line = [
+        "tune",
+        str(stores / "train"),
+        "--bridges",
+        f"diffusion={tmp_path / 'foreign'}",
+        "--out",
+        str(tmp_path / "c"),
+    ]
+    assert main(line) == 2
+    assert main([*line, "--force-bridge", "--sweep", "strength=0.9,1", "--sweep", "start_step=1000"]) == 0
+    choice = Artifact.load(tmp_path / "c", "auto")
+    assert len(choice.provenance["forced"]) == 1
+    capsys.readouterr()
+    if choice.config["chosen"]["bridge"] != "none":
+        assert main(["compare", str(stores / "test"), "--bridges", f"auto={tmp_path / 'c'}"]) == 2
+        assert "weights is" in capsys.readouterr().err
+
+
+def test_a_choice_is_not_chosen_among(stores, tmp_path, capsys):
+    assert main(["tune", str(stores / "train"), "--bridges", "auto=x", "--out", str(tmp_path / "c")]) == 2
+    assert "auto is what tune makes" in capsys.readouterr().err
+
+
+def test_seeds_do_not_go_where_a_bridge_is(stores, bridges, capsys):
+    line = ["train", str(stores / "train"), "--out", str(bridges / "seed-0"), "--seeds", "2", *QUICK]
+    assert main(line) == 2
+    assert "cannot hold several seeds" in capsys.readouterr().err
+
+
 def test_the_choice_is_a_bridge_of_its_own(stores, bridges, tmp_path, capsys):
     seed = bridges / "seed-1"
     out = tmp_path / "choice"
@@ -269,6 +311,44 @@ def test_a_bridge_that_looks_at_other_rows_and_says_it_does_not_is_caught(store)
     replay(store, {"honest": Variant(lambda x, pairs: centred(x))})
     with pytest.raises(EzhoiDiffusionError, match="bridge 'liar' says row_by_row, and gave other rows for image"):
         replay(store, {"liar": Variant(lambda x, pairs: centred(x), centred)})
+
+
+def test_a_bridge_that_writes_into_its_rows_is_caught_before_others_get_them(store):
+    clamps = Variant(lambda x, pairs: x.clamp_(min=0), lambda x: x.clamp_(min=0))
+    with pytest.raises(EzhoiDiffusionError, match="bridge 'clamps' writes into the rows that it is given"):
+        replay(store, {"clamps": clamps, "oracle": ORACLE})
+
+
+def test_images_without_a_class_that_counts_are_refused(store):
+    with pytest.raises(EzhoiDiffusionError, match="has an annotation of a class that counts"):
+        replay(store, {"oracle": ORACLE}, classes=torch.zeros(0, dtype=torch.long))
+
+
+def test_a_third_partys_sweep_that_fails_is_named(bridges, mocker):
+    class Odd:
+        settings = ("strength",)
+
+        def __init__(self, points):
+            self.sweep = points
+
+        def __call__(self, x):
+            return x
+
+    host = PluginHost(discover=False)
+    host.register(BridgePlugin("raises", lambda folder: Odd(lambda points: 1 / 0)), "raises")
+    host.register(BridgePlugin("short", lambda folder: Odd(lambda points: [])), "short")
+    for name, words in (("raises", "ZeroDivisionError"), ("short", "ValueError")):
+        with pytest.raises(EzhoiDiffusionError, match=f"bridge '{name}' cannot be swept: {words}"):
+            resolve_variants(name, host, "", lambda *_: None, torch.device("cpu"), sweep={"strength": [1]})
+
+
+def test_points_of_the_default_grid_that_a_bridge_refuses_are_left_out(bridges):
+    grid, line = {"start_step": [5, 2000], "steps": [5, 9]}, ("diffusion", PluginHost(), str(bridges / "seed-0"))
+    device = torch.device("cpu")
+    found = resolve_variants(*line, lambda *_: None, device, sweep=grid, asked=False)
+    assert list(found) == ["diffusion", "diffusion[start_step=5,steps=5]"]
+    with pytest.raises(EzhoiDiffusionError, match="bridge 'diffusion': this bridge cannot be applied with"):
+        resolve_variants(*line, lambda *_: None, device, sweep=grid)
 
 
 # fits of plugins

@@ -30,7 +30,7 @@ def load(folder: Path | None, plugins: PluginHost | None = None) -> Bridge:
             f"{folder} does not say what was chosen ({error}): run `ezhoi-diffusion tune` again"
         ) from error
     if name == REFERENCE:
-        return Identity()
+        return Chosen(Identity(), artifact)
     inside = folder / INSIDE
     bridge: Any = known_bridges(plugins or PluginHost())[name](inside if inside.exists() else None)
     return Chosen(bridge.sweep([settings])[0] if settings else bridge, artifact)

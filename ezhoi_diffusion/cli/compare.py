@@ -89,8 +89,7 @@ def run(args: argparse.Namespace) -> int:
         raise EzhoiDiffusionError("--ap and --setting are for HICO-DET: leave them out with --vcoco")
     store = FeatureStore(args.features)
     forced: list[str] = []
-    provenance: dict[str, Any] = {}
-    accept = acceptance(store, args, forced, provenance)
+    accept = acceptance(store, args, forced)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plugins = PluginHost(args.no_plugin)
     variants = resolve_variants(
@@ -103,9 +102,7 @@ def run(args: argparse.Namespace) -> int:
         raise EzhoiDiffusionError(
             f"--replicates must be 0 or at least {LEAST_REPLICATES}, not {args.replicates}: with fewer no p-value could be small"
         )
-    options = {
-        "replicates": args.replicates, "aligned": True, "device": device, "forced": forced, "provenance": provenance,
-    }  # fmt: skip
+    options: dict[str, Any] = {"replicates": args.replicates, "aligned": True, "device": device, "forced": forced}
     if args.vcoco:
         comparison = replay_roles(store, variants, args.vcoco, **options)
     else:
@@ -124,26 +121,27 @@ def run(args: argparse.Namespace) -> int:
 
 
 def declare_application(parser: argparse.ArgumentParser) -> None:
-    """The flags that `acceptance` reads."""
+    """The flags that say how bridges are applied, and on which hosts."""
+    declare_force(parser)
     parser.add_argument(
         "--inference-steps", type=int, metavar="N",
         help="apply diffusion bridges from level N with N evaluations, whatever their recipe says: the level is how strongly a "
         "feature is bridged, the evaluations are what that costs",
     )  # fmt: skip
+
+
+def declare_force(parser: argparse.ArgumentParser) -> None:
+    """The flag that `acceptance` reads."""
     parser.add_argument(
         "--force-bridge", action="store_true", help="use a bridge made for another host; the results say so"
     )
 
 
-def acceptance(
-    store: FeatureStore, args: argparse.Namespace, forced: list[str], provenance: dict[str, Any]
-) -> Callable[[object, str], None]:
+def acceptance(store: FeatureStore, args: argparse.Namespace, forced: list[str]) -> Callable[[object, str], None]:
     """Holds a bridge against the host that the features came from, as the host itself does: see Host.accept."""
     from ezhoi_diffusion.host.fingerprint import foreign
 
     def accept(bridge: object, name: str) -> None:
-        if getattr(bridge, "provenance", None) is not None:
-            provenance[name] = getattr(bridge, "provenance", None)
         difference = foreign(bridge, name, store.fingerprint)
         if difference is None:
             return

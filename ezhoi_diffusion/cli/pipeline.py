@@ -52,7 +52,7 @@ def _declare(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--work", type=Path, metavar="DIR", help="folder for all results (required)")
     add("--max-images", type=int, metavar="N", help="the first N images of each split only")
-    add("--recipe", metavar="NAME", help="blend (default), paper or guide; see `ezhoi-diffusion train --help`")
+    add("--recipe", metavar="NAME", help="blend (default), paper, paired or guide; see `ezhoi-diffusion train --help`")
     add("--denoiser", metavar="NAME", help="the network: mlp (default), unet1d, or a plugin's")
     add("--train-steps", type=int, metavar="N", help="optimizer steps")
     add("--scale-factor", type=float, metavar="S", help="norm of every network input (5)")

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         require_library(args.embedding)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     variants = resolve_variants(
-        args.name, PluginHost(), args.bridge, acceptance(store, args, forced, {}), device, steps=args.inference_steps
+        args.name, PluginHost(), args.bridge, acceptance(store, args, forced), device, steps=args.inference_steps
     )
     (name, bridge), *_ = variants.items()
     chosen = choose_images(store.images, args.num_test_images, args.seed)

@@ -137,9 +137,11 @@ def run(args: argparse.Namespace) -> int:
     """Train, and draw the curve."""
     from dataclasses import replace
 
+    from ezhoi_diffusion.artifact import CONFIG
     from ezhoi_diffusion.builtin.diffusion import components
     from ezhoi_diffusion.evaluation.plots import plot_training
     from ezhoi_diffusion.features.store import FeatureStore
+    from ezhoi_diffusion.files import current
     from ezhoi_diffusion.host.variants import SEED
     from ezhoi_diffusion.plugins import PluginHost
     from ezhoi_diffusion.training.processes import part
@@ -148,6 +150,10 @@ def run(args: argparse.Namespace) -> int:
     config = train_config(args)
     if args.seeds < 1:
         raise EzhoiDiffusionError(f"--seeds must be at least 1, not {args.seeds}")
+    if args.seeds > 1 and current(args.out, CONFIG).exists():
+        raise EzhoiDiffusionError(
+            f"{args.out} holds a trained bridge, so it cannot hold several seeds: give another folder"
+        )
     data = training_data(FeatureStore(args.features), config.recipe.trained_on)
     for number in range(args.seeds):
         seeded = replace(config, seed=config.seed + number)
@@ -183,7 +189,7 @@ def notes(facts: dict[str, Any]) -> list[str]:
     """What a training.json shows that a user should know before using the bridge."""
     recipe, last, bar = facts["config"]["recipe"], facts["history"][-1]["val_loss"], facts["isotropic_val_loss"]
     found = []
-    if last > bar:
+    if last > bar and recipe["trained_on"] != "pairs":  # whose bridge is that of the lowest validation loss
         found.append(
             f"the validation loss {last:.4f} is above that of the closed-form isotropic estimate, {bar:.4f}: the network has "
             f"learned its {recipe['trained_on']} rows by heart. best/ generalises better"

@@ -28,7 +28,7 @@ SHOWN = 10
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
-    from ezhoi_diffusion.cli.compare import declare_application
+    from ezhoi_diffusion.cli.compare import declare_force
     from ezhoi_diffusion.host.tune import GRID
 
     parser.description, parser.epilog = DESCRIPTION, EPILOG
@@ -45,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help=f"settings to try of every bridge that has them; given once or more, it replaces the default grid ({grid})",
     )  # fmt: skip
     parser.add_argument("--report", type=Path, metavar="DIR", help="also write the whole comparison there, as a report")
-    declare_application(parser)
+    declare_force(parser)
     parser.add_argument("--no-plugin", action="append", default=[], metavar="NAME", help="do not even import a plugin")
 
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from ezhoi_diffusion.evaluation.comparison import REFERENCE
     from ezhoi_diffusion.evaluation.report import report_folder, write_report
     from ezhoi_diffusion.features.store import FeatureStore
-    from ezhoi_diffusion.host.tune import GRID, require_unseen, tune, write_choice
+    from ezhoi_diffusion.host.tune import AUTO, GRID, require_unseen, tune, write_choice
     from ezhoi_diffusion.host.variants import parse_sweep, resolve_variants
     from ezhoi_diffusion.plugins import PluginHost
 
@@ -67,19 +67,23 @@ def run(args: argparse.Namespace) -> int:
     if args.report:
         with report_folder(args.report):
             pass  # refused now, not after the work
-    accepted = acceptance(store, args, [], {})
+    if AUTO in [part.partition("=")[0].strip() for part in args.bridges.split(",")]:
+        raise EzhoiDiffusionError("--bridges: auto is what tune makes; name the bridges themselves")
+    with report_folder(args.out):
+        pass
+    forced: list[str] = []
+    accepted = acceptance(store, args, forced)
 
     def accept(bridge: object, name: str) -> None:
         accepted(bridge, name)
-        require_unseen(bridge, name)
+        require_unseen(bridge, name, store)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     variants = resolve_variants(
         args.bridges, PluginHost(args.no_plugin), args.bridge, accept, device,
-        steps=args.inference_steps, sweep=parse_sweep(args.sweep) if args.sweep else GRID, asked=bool(args.sweep),
+        sweep=parse_sweep(args.sweep) if args.sweep else GRID, asked=bool(args.sweep),
     )  # fmt: skip
-    comparison, candidates = tune(store, variants, device)
-    write_choice(args.out, comparison, candidates, variants, store)
+    comparison, candidates = tune(store, variants, device, forced)
     best, host = candidates[0], comparison.mean_ap(REFERENCE, "full")
     print(
         f"\n{len(candidates)} candidates by mAP of seen classes on {comparison.images} held-out training images (of a bridge with "
@@ -99,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
             print("That lead cannot be told from chance: expect no gain on the test split.")
     if args.report:
         write_report(comparison, args.report)
+    write_choice(args.out, comparison, candidates, variants, store)
     print(
         f"choice: {args.out}; now score it once on the test split: ezhoi-diffusion compare TEST_FEATURES --bridges none,identity,auto={args.out}"
     )

@@ -18,6 +18,7 @@ from ezhoi_diffusion.draws import generator
 from ezhoi_diffusion.evaluation.detection_ap import RECALLS, Algorithm, Scored, ranked
 
 REPLICATES = 1000
+LEAST_IMAGES = 3  # of a class: with fewer, a made-up null put 15 to 43 % of its intervals beside 0
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Significance:
 
     mean_ap: variant -> group -> interval of mean AP, percent. difference: variant (all but the reference) -> group.
     per_class: variant (all but the reference) -> [K, 2] interval of the class's difference, points; NaN for a class
-    without annotation. over: control -> variant (all but it) -> group, the difference to that control.
+    annotated in fewer than three images. over: control -> variant (all but it) -> group, the difference to that control.
     """
 
     replicates: int
@@ -105,6 +106,7 @@ def paired_bootstrap(
         raise ValueError(f"need replicates >= 1 and 0 < level < 1, not replicates={replicates}, level={level}")
     weights = _weights(len(annotations), replicates, seed)
     annotated = np.stack([n[n > 0] @ weights[n > 0] for n in annotations.T.numpy().astype(np.int32)])
+    images_of = (annotations > 0).sum(0).numpy()
     variants = [reference, *(name for name in scored if name != reference)]
     means = np.empty((len(groups), len(variants), 1 + replicates))
     per_class: dict[str, Tensor] = {}
@@ -115,7 +117,7 @@ def paired_bootstrap(
             bare = ap
         else:
             interval = _interval(ap - bare, level)
-            interval[annotated[:, 0] == 0] = np.nan
+            interval[images_of < LEAST_IMAGES] = np.nan
             per_class[name] = torch.from_numpy(interval)
     mean_ap: dict[str, dict[str, tuple[float, float]]] = {name: {} for name in variants}
     for group, mean in zip(groups, means, strict=True):
@@ -127,7 +129,13 @@ def paired_bootstrap(
     def over(base: str) -> dict[str, dict[str, Difference]]:
         at = variants.index(base)
         others = [name for name in variants if name != base]
-        columns = [_differences(np.delete(mean, at, axis=0) - mean[at], level) for mean in means]
+        columns = [
+            # one image resampled is itself, and says nothing of chance
+            _differences(np.delete(mean, at, axis=0) - mean[at], level)
+            if (annotations[:, index] > 0).any(1).sum() > 1
+            else [Difference(-100.0, 100.0, 1.0, 1.0)] * len(others)
+            for mean, index in zip(means, groups.values(), strict=True)
+        ]
         return {name: dict(zip(groups, found, strict=True)) for name, *found in zip(others, *columns, strict=True)}
 
     return Significance(

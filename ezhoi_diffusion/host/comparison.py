@@ -23,7 +23,7 @@ from ezhoi_diffusion.host.capture import to_device
 from ezhoi_diffusion.host.host import Host
 from ezhoi_diffusion.host.tables import class_groups, interaction_names
 from ezhoi_diffusion.host.taps import Inject, Tap
-from ezhoi_diffusion.host.variants import Variant, families
+from ezhoi_diffusion.host.variants import Variant, families, origins
 
 Detections = list[dict[str, Tensor]]
 
@@ -87,7 +87,7 @@ def comparison_pass(host: Host, loader: Any, variants: Mapping[str, Variant], re
         host_ms=clock.seconds[REFERENCE] * per_image,
         bridge_ms={name: clock.seconds.get(name, 0.0) * per_image for name in variants},
         fingerprint=host.fingerprint.to_dict(),
-        provenance=dict(host.provenance),
+        provenance=origins(variants),
         forced=list(host.forced),
         degraded=host.plugins.degraded,
         names=interaction_names(host),

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ezhoi_diffusion.draws import generator
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.alignment import Alignment
-from ezhoi_diffusion.evaluation.comparison import REFERENCE, Comparison, Sample
+from ezhoi_diffusion.evaluation.comparison import FULL, REFERENCE, Comparison, Sample
 from ezhoi_diffusion.evaluation.detection_ap import Algorithm, Scored, average_precision, known_object
 from ezhoi_diffusion.evaluation.effect import Effect
 from ezhoi_diffusion.evaluation.significance import paired_bootstrap
@@ -23,7 +23,7 @@ from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.host.score import Score, ScoreError, names_of_interactions, require_replayable
 from ezhoi_diffusion.host.stored import Detections, Evaluation, StoredImage, annotated_objects, hicodet, stored_images
 from ezhoi_diffusion.host.taps import Inject
-from ezhoi_diffusion.host.variants import Variant, families
+from ezhoi_diffusion.host.variants import Variant, families, origins
 
 ROWS = 2048  # bridged in one call, where a bridge takes many images: enough for a processor, and little memory
 TIMED = 8  # images on which a bridge's cost is measured, one at a time, as at eval …
@@ -57,7 +57,6 @@ def replay(
     timed: bool = True,
     device: torch.device | str = "cpu",
     forced: list[str] | None = None,
-    provenance: dict[str, Any] | None = None,
 ) -> Comparison:
     """The comparison that `--compare` makes on the host, from what a capture of the split stored.
 
@@ -101,6 +100,10 @@ def replay(
         # of a few images most classes have no annotation, and would only thin the mean
         groups = {name: index[num_gt[index] > 0] for name, index in groups.items() if (num_gt[index] > 0).any()}
     controls = [name for name, variant in variants.items() if variant.control]
+    if FULL not in groups:
+        raise ScoreError(
+            f"{store.folder}: none of these {len(images)} images has an annotation of a class that counts: capture more images"
+        )
     return Comparison(
         ap={name: average_precision(one, num_gt, algorithm) for name, one in scored.items()},
         groups=groups,
@@ -109,7 +112,7 @@ def replay(
         host_ms=None,
         bridge_ms={name: _milliseconds(cards[name].seconds, store, images) for name in variants},
         fingerprint=store.fingerprint,
-        provenance=provenance or {},
+        provenance=origins(variants),
         forced=forced or [],
         names=evaluation.names,
         annotations=num_gt,
@@ -157,7 +160,12 @@ def _collect(
         seen += len(features)
         given = features.to(device)
         for name, card in cards.items():
+            version = given._version
             bridged = None if name == REFERENCE else _bridged(name, variants[name], given, batch, card.seconds, singly)
+            if given._version != version:
+                raise EzhoiDiffusionError(
+                    f"bridge '{name}' writes into the rows that it is given, which others get too: it has to return new ones"
+                )
             after, logits = (features, host_logits) if bridged is None else (bridged, score.logits(bridged))
             scores = detections.scores(logits)
             card.scores.append(scores)

@@ -44,7 +44,10 @@ class TuneError(EzhoiDiffusionError):
 
 
 def tune(
-    store: FeatureStore, variants: Mapping[str, Variant], device: torch.device | str = "cpu"
+    store: FeatureStore,
+    variants: Mapping[str, Variant],
+    device: torch.device | str = "cpu",
+    forced: list[str] | None = None,
 ) -> tuple[Comparison, list[Candidate]]:
     """The comparison of `none` and all variants on held-out training images, and the candidates, the best first.
 
@@ -70,6 +73,7 @@ def tune(
         replicates=REPLICATES,
         timed=False,
         device=device,
+        forced=forced,
     )
     comparison.caveats.append(
         f"These are {len(images)} held-out images of the train split, and seen classes alone: to choose by, no result to report."
@@ -92,15 +96,26 @@ def seen_classes(store: FeatureStore) -> Tensor:
     return full[~torch.isin(full, store.host.get("classes/unseen", full[:0]))]
 
 
-def require_unseen(bridge: object, name: str) -> None:
-    """Raise TuneError where a bridge was trained with labels of images that `tune` chooses by."""
-    provenance = getattr(bridge, "provenance", None) or {}
-    config = provenance.get("training", {}).get("config", {}) if isinstance(provenance, dict) else {}
-    if config.get("recipe", {}).get("trained_on") == "pairs" and config.get("val_fraction", FRACTION) < FRACTION:
+def require_unseen(bridge: object, name: str, store: FeatureStore) -> None:
+    """Raise TuneError where a bridge was trained with labels of images that `tune` chooses by, or may have been."""
+    provenance = _dict(getattr(bridge, "provenance", None))
+    config = _dict(_dict(provenance.get("training")).get("config"))
+    labelled = "fit" in provenance or _dict(config.get("recipe")).get("trained_on") == "pairs"
+    images = _dict(provenance.get("features")).get("images")
+    if labelled and images is not None and images != len(store.images):
+        raise TuneError(
+            f"bridge '{name}' was made from a capture of {images} images, and {store.folder} has {len(store.images)}: which are "
+            f"held out depends on that number, so it may have seen the labels that the choice is made by. Make it from this capture"
+        )
+    if labelled and config.get("val_fraction", FRACTION) < FRACTION:
         raise TuneError(
             f"bridge '{name}' was trained on pairs with --val-fraction {config['val_fraction']}, so on images that the choice "
             f"is made by: train it with {FRACTION} or more"
         )
+
+
+def _dict(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def write_choice(
@@ -134,6 +149,7 @@ def write_choice(
         provenance={
             "fingerprint": store.fingerprint,
             "features": {"rows": len(store), "images": len(store.images)},
+            "forced": comparison.forced,
         },
     ).save(folder)
 
@@ -146,12 +162,8 @@ class Chosen(nn.Module):
         chosen = artifact.config["chosen"]
         self._bridge = bridge
         self.row_by_row = bool(getattr(bridge, "row_by_row", False))
-        own = getattr(bridge, "provenance", None) or {}
-        self.provenance: dict[str, Any] = {
-            **own,
-            "fingerprint": artifact.provenance.get("fingerprint"),
-            "chosen": chosen,
-        }
+        # what the bridge says of its host counts; one that claims none was chosen for the host of the features
+        self.provenance = {**artifact.provenance, **_dict(getattr(bridge, "provenance", None)), "chosen": chosen}
         self.context: dict[str, Tensor] = getattr(bridge, "context", None) or {}
 
     def forward(self, adapter_feat: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class Variant:
 
     inject: one image's features [P, D] and its pairs -> their replacement, None for no change. rows: the same for rows
     [N, D] of many images, where the bridge takes each row by itself. family: what it is one seed of. control: it is
-    there to be beaten. source: the bridge's
+    there to be beaten. provenance: where it comes from, and how it is applied. source: the bridge's
     registered name, the folder it was loaded from, and the settings of a sweep that it is applied with.
     """
 
@@ -41,6 +41,7 @@ class Variant:
     rows: Bridge | None = None
     family: str | None = None
     control: bool = False
+    provenance: dict[str, Any] | None = None
     source: tuple[str, Path | None, dict[str, Any]] | None = None
 
 
@@ -113,7 +114,7 @@ def resolve_variants(
                 if isinstance(bridge, nn.Module):
                     bridge.to(device)
                 swept |= set(_settings(bridge))
-                for settings, applied in _swept(bridge, sweep or {}):
+                for settings, applied in _swept(bridge, label, sweep or {}, asked):
                     point = f"[{','.join(f'{key}={value}' for key, value in settings.items())}]" if settings else ""
                     family = item + point if label != item else None
                     variants[label + point] = _variant(applied, label + point, family, (name, path, settings))
@@ -136,6 +137,11 @@ def resolve_variants(
             f"{', '.join(sorted(swept)) or 'none'}"
         )
     return variants
+
+
+def origins(variants: Mapping[str, Variant]) -> dict[str, Any]:
+    """Name -> provenance of every variant that has one."""
+    return {name: variant.provenance for name, variant in variants.items() if variant.provenance is not None}
 
 
 def families(variants: Mapping[str, Variant]) -> dict[str, list[str]]:
@@ -162,13 +168,33 @@ def _settings(bridge: object) -> tuple[str, ...]:
     return tuple(getattr(bridge, "settings", ())) if hasattr(bridge, "sweep") else ()
 
 
-def _swept(bridge: Any, grid: Mapping[str, Sequence[Any]]) -> list[tuple[dict[str, Any], Bridge]]:
-    """The bridge as it is, and at every point of what the grid has of its settings."""
+def _swept(
+    bridge: Any, label: str, grid: Mapping[str, Sequence[Any]], asked: bool
+) -> list[tuple[dict[str, Any], Bridge]]:
+    """The bridge as it is, and at every point of what the grid has of its settings; what it refuses is an error if asked for."""
     own = {name: values for name, values in grid.items() if name in _settings(bridge)}
     if not own:
         return [({}, bridge)]
     points = [dict(zip(own, values, strict=True)) for values in itertools.product(*own.values())]
-    return [({}, bridge), *zip(points, bridge.sweep(points), strict=True)]
+
+    def sweep(chosen: list[dict[str, Any]]) -> list[tuple[dict[str, Any], Bridge]]:
+        try:
+            return list(zip(chosen, bridge.sweep(chosen), strict=True))
+        except EzhoiDiffusionError as error:
+            raise EzhoiDiffusionError(f"bridge '{label}': {error}") from error
+        except Exception as error:  # a third party's, which may raise anything
+            raise EzhoiDiffusionError(f"bridge '{label}' cannot be swept: {type(error).__name__}: {error}") from error
+
+    def possible(point: dict[str, Any]) -> bool:
+        try:
+            bridge.sweep([point])
+        except EzhoiDiffusionError:
+            return False
+        except Exception:  # no refusal: the sweep below tells of it
+            return True
+        return True
+
+    return [({}, bridge), *sweep(points if asked else [point for point in points if possible(point)])]
 
 
 def _loaded(load: Callable[[Path | None], Bridge], folder: Path | None, name: str) -> Bridge:
@@ -197,7 +223,8 @@ def _variant(bridge: Bridge, name: str, family: str | None, source: tuple[str, P
         return rows(feature)
 
     by_row, control = (bool(getattr(bridge, name, False)) for name in ("row_by_row", "control"))
-    return Variant(inject, rows if by_row else None, family, control, source)
+    provenance = getattr(bridge, "provenance", None)
+    return Variant(inject, rows if by_row else None, family, control, provenance, source)
 
 
 def _folded(plugins: PluginHost, name: str, feature: Tensor, pairs: Pairs) -> Tensor:

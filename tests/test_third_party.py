@@ -107,7 +107,21 @@ def test_options_are_explained(environment):
 
 
 def test_all_five_are_fitted_and_compared_in_one_run(environment, stores, tmp_path):
-    assert main(["train", str(stores / "train"), "--out", str(tmp_path / "diffusion"), "--train-steps", "20"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                str(stores / "train"),
+                "--out",
+                str(tmp_path / "diffusion"),
+                "--train-steps",
+                "20",
+                "--learning-rate",
+                "0.01",
+            ]
+        )
+        == 0
+    )
     for name in NAMES:
         options = ["--option", "train_steps=100", "--option", "width=64"] if name == "flow" else []
         fitted = environment.command("fit", name, stores / "train", "--out", tmp_path / name, *options)
@@ -115,7 +129,7 @@ def test_all_five_are_fitted_and_compared_in_one_run(environment, stores, tmp_pa
         assert (tmp_path / name / "config.json").exists()
     given = {name: f"{name}={tmp_path / name}" for name in NAMES}
     names = ",".join(["none", "identity", "mean_shift", "diffusion", *given.values()])
-    line = ["compare", stores / "test", "--bridge", tmp_path / "diffusion", "--bridges", names, "--replicates", "50"]
+    line = ["compare", stores / "test", "--bridge", tmp_path / "diffusion", "--bridges", names, "--replicates", "100"]
     done = environment.command(*line, "--sweep", "strength=0.5", "--report", tmp_path / "report")
     assert done.returncode == 0, done.stderr
     rows = rows_of(done.stdout)

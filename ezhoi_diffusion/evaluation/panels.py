@@ -161,17 +161,21 @@ class _Row:
     full: bool
 
 
-def _reach(rows: Sequence[_Row], zero: float) -> float | None:
-    """How far a picture has to reach so that what is far off does not make dots of all others; None: as far as it is."""
-    reaches = [max(abs(x - zero) for x in (row.value, *(row.bounds or ()))) for row in rows]
+def _frame(rows: Sequence[_Row], zero: float) -> tuple[float, float] | None:
+    """What a picture has to hold so that what is far off does not make dots of all others; None: all of it."""
+    spans = [(min(row.value, *(row.bounds or ()), zero), max(row.value, *(row.bounds or ()), zero)) for row in rows]
+    reaches = [max(zero - low, high - zero) for low, high in spans]
     middle = median([reach for reach in reaches if reach > 0] or [0.0])
-    near = [reach for reach in reaches if reach <= FAR * middle]
-    return None if len(near) == len(reaches) else 1.1 * max(near)
+    near = [span for span, reach in zip(spans, reaches, strict=True) if reach <= FAR * middle]
+    if len(near) == len(spans):
+        return None
+    low, high = min(low for low, _ in near), max(high for _, high in near)
+    return low - 0.05 * (high - low), high + 0.05 * (high - low)
 
 
 def _intervals(rows: Sequence[_Row], zero: float, title: str, alt: str) -> Panel:
     """One variant a row, as many as there are, around a line at `zero`; of what is far off the figure stands at the edge."""
-    reach = _reach(rows, zero)
+    frame = _frame(rows, zero)
     labels = [_label(row.variant) for row in rows]
     at = [0.0]  # inches from the first row
     for label, following in pairwise(labels):
@@ -179,13 +183,13 @@ def _intervals(rows: Sequence[_Row], zero: float, title: str, alt: str) -> Panel
 
     def draw(axes: Axes) -> None:
         axes.axvline(zero, color="black", linewidth=1)
-        if reach is not None:
-            axes.set_xlim(zero - reach, zero + reach)
+        if frame is not None:
+            axes.set_xlim(*frame)
         for y, row in zip(at, rows, strict=True):
-            if reach is not None and abs(row.value - zero) > reach:
-                left = row.value < zero
+            if frame is not None and not frame[0] <= row.value <= frame[1]:
+                left = row.value < frame[0]
                 words = f"◂ {row.value:+.1f}" if left else f"{row.value:+.1f} ▸"
-                edge, side = (zero - reach, "left") if left else (zero + reach, "right")
+                edge, side = (frame[0], "left") if left else (frame[1], "right")
                 axes.text(edge, y, words, color=row.color, fontsize=8, ha=side, va="center")
                 continue
             if row.bounds is not None:

@@ -364,7 +364,7 @@ BROKEN_FITS = [
         lambda features: shift(features, point=(1, 2)),
         "config is {'point': [1, 2]} instead of {'point': (1, 2)}",
     ),
-    ("stored", lambda features: Artifact("shift", {"names": {1}}), "TypeError was raised"),
+    ("stored", lambda features: Artifact("shift", {"names": {1}}), "BridgeError was raised"),
     ("deterministic", lambda features: shift(features, seed=torch.initial_seed()), "config is"),
     ("deterministic,unseen,held out", lambda features: shift(features, noise=random.random()), "config is"),
     (

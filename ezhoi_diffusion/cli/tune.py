@@ -9,7 +9,7 @@ from ezhoi_diffusion.errors import EzhoiDiffusionError
 
 DESCRIPTION = """\
 Choose a bridge, its start step, steps, strength and output mode by mAP on a validation split of the *training* images: the
-tenth of them that no training and no fit learns from, seen classes only. Labels of unseen classes are not read, and the test
+tenth of them that no training and no fit takes a step on (paired stops early by it), seen classes only. Labels of unseen classes are not read, and the test
 split is not touched. `none` is among the candidates, so the choice is never worse than no bridge on these images. The choice
 and what speaks for it are written as a bridge of its own, `auto`."""
 EPILOG = """\

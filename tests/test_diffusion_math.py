@@ -9,7 +9,7 @@ import torch
 
 from ezhoi_diffusion.diffusion.normalization import normalize, uncenter
 from ezhoi_diffusion.diffusion.recipes import RECIPES, Recipe, RecipeError
-from ezhoi_diffusion.diffusion.samplers import ddim, grid, published
+from ezhoi_diffusion.diffusion.samplers import ddim, levels_of, published
 from ezhoi_diffusion.diffusion.schedule import OBJECTIVES, Schedule, isotropic_estimate
 from ezhoi_diffusion.features.statistics import unit
 
@@ -97,20 +97,34 @@ def test_isotropic_estimate_is_the_best_multiple_of_the_input(objective):
     ],
 )
 def test_grid(steps, start_step, levels):
-    assert grid(steps, start_step) == levels
+    assert levels_of("linear", steps, start_step) == levels
 
 
 @pytest.mark.parametrize(("steps", "start_step"), [(0, 5), (6, 5), (-1, 5), (1, 0)])
 def test_grid_refuses_repeated_levels(steps, start_step):
     with pytest.raises(ValueError, match="steps"):
-        grid(steps, start_step)
+        levels_of("linear", steps, start_step)
 
 
-def test_sampler_refuses_a_start_beyond_the_schedule():
-    with pytest.raises(ValueError, match="1000 levels"):
-        ddim(lambda x, t: x, normal(1, 8), schedule=SCHEDULE, steps=5, start_step=1001, scale=5.0)
-    with pytest.raises(ValueError, match="1000 levels"):
-        published(lambda x, t: x, normal(1, 8), schedule=SCHEDULE, steps=5, start_step=1001, scale=5.0)
+@pytest.mark.parametrize(
+    ("grid", "steps", "levels"),
+    [
+        ("quadratic", 5, [599, 383, 215, 95, 23, -1]),
+        ("cubic", 5, [599, 306, 128, 37, 3, -1]),
+        ("cubic", 1, [599, -1]),
+    ],
+)
+def test_grids_of_a_power(grid, steps, levels):
+    """600·(i/5)^p − 1, rounded down."""
+    assert levels_of(grid, steps, 600) == levels
+
+
+@pytest.mark.parametrize("grid", ["quadratic", "cubic"])
+@pytest.mark.parametrize(("steps", "start_step"), [(600, 600), (50, 60), (99, 100), (20, 1000), (7, 8)])
+def test_no_grid_repeats_a_level(grid, steps, start_step):
+    levels = levels_of(grid, steps, start_step)
+    assert (levels[0], levels[-1], len(levels)) == (start_step - 1, -1, steps + 1)
+    assert all(after < before for before, after in pairwise(levels))
 
 
 @pytest.mark.parametrize("sampler", [ddim, published])
@@ -131,7 +145,7 @@ def test_samplers_equal_the_published_loop(sampler):
         if after >= 0:
             noise = (x / alpha_bar[t].sqrt() - x0) / (1 / alpha_bar[t] - 1).sqrt()
             x = alpha_bar[after].sqrt() * x0 + (1 - alpha_bar[after]).sqrt() * noise
-    found = sampler(predict, z, schedule=SCHEDULE, steps=5, start_step=600, scale=5.0)
+    found = sampler(predict, z, schedule=SCHEDULE, levels=levels, scale=5.0)
     assert torch.allclose(found, x0, atol=1e-12)
 
 
@@ -146,7 +160,7 @@ def test_ddim_with_the_exact_posterior_moves_to_the_nearer_of_two_points():
         return logits.softmax(1) @ points
 
     start = 5 * unit(torch.stack((0.6 * points[0] + 0.4 * points[1], 0.4 * points[0] + 0.6 * points[1])))
-    end = ddim(posterior_mean, start, schedule=SCHEDULE, steps=50, start_step=600, scale=5.0)
+    end = ddim(posterior_mean, start, schedule=SCHEDULE, levels=levels_of("linear", 50, 600), scale=5.0)
     assert torch.allclose(end, points, atol=1e-3)
 
 
@@ -179,6 +193,7 @@ def test_recipes_are_the_documented_ones():
         {"input_mean": "none"},
         {"restored_mean": ""},
         {"output": "raw"},
+        {"grid": "quartic"},
     ],
 )
 def test_recipe_refuses(change):
@@ -187,11 +202,15 @@ def test_recipe_refuses(change):
     assert isinstance(replace(RECIPES["paper"], steps=10), Recipe)
 
 
-def test_the_published_sampler_visits_the_published_levels():
+def test_the_guide_has_the_published_levels():
     """reverse(trunc(linspace(−1, t0−1, S+1))) in float32, where that is not what whole numbers give."""
-    visited = {published: [], ddim: []}
-    for sampler, levels in visited.items():
-        sampler(lambda x, t: levels.append(t) or x, normal(1, 8), schedule=SCHEDULE, steps=50, start_step=60, scale=5.0)  # noqa: B023
     expected = [int(v) for v in torch.linspace(-1, 59, 51).tolist()][::-1]
-    assert visited[published] == expected[:-1]
-    assert visited[ddim] == grid(50, 60)[:-1] != expected[:-1]
+    assert levels_of(RECIPES["guide"].grid, 50, 60) == expected
+    assert levels_of("linear", 50, 60) != expected
+
+
+@pytest.mark.parametrize("sampler", [ddim, published])
+def test_a_sampler_evaluates_at_every_level_but_the_last(sampler):
+    visited = []
+    sampler(lambda x, t: visited.append(t) or x, normal(1, 8), schedule=SCHEDULE, levels=[9, 4, 3, -1], scale=5.0)
+    assert visited == [9, 4, 3]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ezhoi_diffusion.training.config import TrainConfig
     from ezhoi_diffusion.training.data import TrainingData
 
-RECIPE_FLAGS = ("start_step", "steps", "strength", "output", "scale", "noise_augmentation")
+RECIPE_FLAGS = ("start_step", "steps", "grid", "strength", "output", "scale", "noise_augmentation")
 PATIENCE_ON_PAIRS = 5
 EPILOG = """\
 recipes:
@@ -102,6 +102,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="the guide's: --start-step N --steps N, strength and cost in one",
+    )
+    parser.add_argument(
+        "--grid",
+        help="spacing of the evaluations' levels: linear, or quadratic or cubic, denser near the end (recipe's)",
     )
     parser.add_argument("--strength", type=float, help="share of the bridged direction in the result, 0..1 (recipe's)")
     parser.add_argument("--output-mode", dest="output", help="calibrated (keeps each row's norm) or unit (recipe's)")

@@ -19,17 +19,17 @@ from ezhoi_diffusion.diffusion.artifact import MODEL, STATISTICS, BridgeConfig, 
 from ezhoi_diffusion.diffusion.denoisers import DenoiserBuilder, denoisers
 from ezhoi_diffusion.diffusion.normalization import normalize, uncenter
 from ezhoi_diffusion.diffusion.recipes import Recipe, Side
-from ezhoi_diffusion.diffusion.samplers import Sampler, ddim, samplers
+from ezhoi_diffusion.diffusion.samplers import Sampler, ddim, levels_of, samplers
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.features.statistics import ModalityStatistics, unit
 from ezhoi_diffusion.registry import Registry
 from ezhoi_diffusion.sharing import local, push
 
-APPLICATION = ("start_step", "steps", "strength", "output")  # fields of a recipe that no weight depends on
+APPLICATION = ("start_step", "steps", "grid", "strength", "output")  # fields of a recipe that no weight depends on
 __all__ = ["BridgeConfig", "BridgeError", "Components", "DiffusionBridge", "build_denoiser"]
 
-_Sampled = dict[tuple[int, int], tuple[weakref.ref[Tensor], Tensor]]
-"""(start_step, steps) -> the rows that were sampled last, and what became of them."""
+_Sampled = dict[tuple[int, int, str], tuple[weakref.ref[Tensor], Tensor]]
+"""(start_step, steps, grid) -> the rows that were sampled last, and what became of them."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class DiffusionBridge(nn.Module):
     settings = APPLICATION  # of `sweep`
     input_mean: Tensor
     restored_mean: Tensor
+    every_level: Tensor
 
     def __init__(
         self,
@@ -89,8 +90,8 @@ class DiffusionBridge(nn.Module):
     ) -> None:
         """`context` holds the host's context vectors; it is stored with the bridge and not used by it.
 
-        `chunk_rows` bounds memory, and changes the result by rounding only. Raises BridgeError where the
-        statistics do not fit the configuration.
+        `chunk_rows` bounds memory, and changes the result by rounding only; it is halved where a device has too little.
+        Raises BridgeError where the statistics do not fit the configuration.
         """
         super().__init__()
         _require_means(config.recipe, statistics)
@@ -111,6 +112,8 @@ class DiffusionBridge(nn.Module):
         means = {"visual": statistics.visual_mean, "text": statistics.text_mean}
         self.register_buffer("input_mean", means[config.recipe.input_mean].float(), persistent=False)
         self.register_buffer("restored_mean", means[config.recipe.restored_mean].float(), persistent=False)
+        # on the device once: a level made there in every evaluation would be a copy that waits
+        self.register_buffer("every_level", torch.arange(config.timesteps), persistent=False)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -151,13 +154,14 @@ class DiffusionBridge(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Bridged rows [N, D] of x [N, D], in its dtype and on its device; rows of norm zero stay.
 
-        Raises BridgeError unless x is a finite floating-point matrix of width D.
+        Nothing in it waits for a device. Raises BridgeError unless x is a floating-point matrix of width D, and on a CPU
+        where it is not finite; on another device such rows come back without a finite value, and nothing is said.
         """
         if x.ndim != 2 or x.shape[1] != self.config.dim or not x.is_floating_point():
             raise BridgeError(
                 f"the bridge takes floating-point rows [N, {self.config.dim}], not {x.dtype} of shape {list(x.shape)}"
             )
-        if not torch.isfinite(x).all():
+        if x.device.type == "cpu" and not torch.isfinite(x).all():
             bad = int((~torch.isfinite(x)).any(dim=1).sum())
             raise BridgeError(f"{bad} of {len(x)} rows hold NaN or infinity: the host's features are broken")
         if len(x) == 0:
@@ -167,14 +171,24 @@ class DiffusionBridge(nn.Module):
 
     def _bridged(self, x: Tensor) -> Tensor:
         """What the sampler makes of rows [N, D], or made of them for another point of the same sweep."""
-        key = (self.config.recipe.start_step, self.config.recipe.steps)
+        recipe = self.config.recipe
+        key = (recipe.start_step, recipe.steps, recipe.grid)
         held = self._sampled.get(key) if self._sampled is not None else None
         if held is not None and held[0]() is x:
             return held[1]
-        bridged = torch.cat([self._sample(rows.float()) for rows in torch.split(x, self.chunk_rows)])
+        bridged = self._in_chunks(x)
         if self._sampled is not None:
             self._sampled[key] = weakref.ref(x), bridged
         return bridged
+
+    def _in_chunks(self, x: Tensor) -> Tensor:
+        while True:
+            try:
+                return torch.cat([self._sample(rows.float()) for rows in torch.split(x, self.chunk_rows)])
+            except torch.OutOfMemoryError:
+                if min(self.chunk_rows, len(x)) == 1:
+                    raise
+            self.chunk_rows = -(-min(self.chunk_rows, len(x)) // 2)  # from now on, lest every image fails first
 
     def _sample(self, x: Tensor) -> Tensor:
         recipe = self.config.recipe
@@ -182,8 +196,7 @@ class DiffusionBridge(nn.Module):
             self._predict_x0,
             normalize(x, self.input_mean, recipe.scale)[0],
             schedule=self._schedule,
-            steps=recipe.steps,
-            start_step=recipe.start_step,
+            levels=levels_of(recipe.grid, recipe.steps, recipe.start_step),
             scale=recipe.scale,
         )
 
@@ -197,13 +210,13 @@ class DiffusionBridge(nn.Module):
         return torch.where(norm > 0, result, x)
 
     def _predict_x0(self, x: Tensor, t: int) -> Tensor:
-        output: Tensor = self.denoiser(x, torch.full((len(x),), t, device=x.device))
+        output: Tensor = self.denoiser(x, self.every_level[t : t + 1])
         if self.config.objective == "pred_x0":
             return output
         # ε and v lead back to x0 only from x_t itself. Its norm was taken off for the network, and is known.
         x_t, scale = x, self.config.recipe.scale
         if self.config.recipe.noisy_norm == "expected":
-            x_t = x * float(self._schedule.expected_norm(t, self.config.dim, scale) / scale)
+            x_t = x * (float(self._schedule.expected_norm(t, self.config.dim, scale)) / scale)
         return self._schedule.to_x0(self.config.objective, output, x_t, t)
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:

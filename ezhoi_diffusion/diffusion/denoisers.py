@@ -1,6 +1,7 @@
-"""Denoisers: networks `forward(x [N, D], t [N] int64) -> [N, D]`, the raw prediction of their objective.
+"""Denoisers: networks `forward(x [N, D], t [N] or [1] int64) -> [N, D]`, the raw prediction of their objective.
 
-x has norm `scale` in every row: a denoiser sees a direction and a level, and nothing else.
+x has norm `scale` in every row: a denoiser sees a direction and a level, and nothing else. In training each row has a level of
+its own; a sampler has one for all rows, t [1], so what depends on it alone is computed once.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class ResidualMlp(nn.Module):
         nn.init.zeros_(self.leave.bias)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """The raw prediction [N, D] for x [N, D] at levels t [N]."""
+        """The raw prediction [N, D] for x [N, D] at levels t [N] or [1]."""
         condition = self.time(self.time_table[t])
         h = self.enter(self.input_gain * x)
         for block in self.blocks:

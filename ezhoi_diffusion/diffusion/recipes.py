@@ -12,6 +12,7 @@ Side = Literal["visual", "text"]
 Source = Literal["visual", "text", "pairs"]
 Output = Literal["calibrated", "unit"]
 NoisyNorm = Literal["expected", "scale"]
+Grid = Literal["linear", "quadratic", "cubic", "published"]
 
 
 class RecipeError(EzhoiDiffusionError, ValueError):
@@ -43,6 +44,8 @@ class Recipe:
     scale: float = 5.0
     """s, the norm of every network input."""
     sampler: str = "ddim"
+    grid: Grid = "linear"
+    """How the levels of the evaluations are spaced, see `ezhoi_diffusion.diffusion.samplers.levels_of`."""
     noisy_norm: NoisyNorm = "expected"
     """The norm that x_t counts with where a predicted ε or v leads back to x0: that which x_t has at its level, or, as in
     the published code, that of the network's input. Without meaning for pred_x0."""
@@ -79,6 +82,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "restored_mean": get_args(Side),
     "output": get_args(Output),
     "noisy_norm": get_args(NoisyNorm),
+    "grid": get_args(Grid),
 }
 
 RECIPES: dict[str, Recipe] = {
@@ -100,6 +104,7 @@ RECIPES: dict[str, Recipe] = {
             strength=1.0,
             output="unit",
             sampler="published",
+            grid="published",
             noisy_norm="scale",
         ),
         # Learns from labels of seen classes: a mixture of a visual row and the text of its own class, from which DDIM, with

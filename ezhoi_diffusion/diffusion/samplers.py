@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Protocol
 
@@ -11,42 +11,50 @@ import torch
 from torch import Tensor
 
 from ezhoi_diffusion.diffusion.normalization import rescale
+from ezhoi_diffusion.diffusion.recipes import Grid
 from ezhoi_diffusion.diffusion.schedule import Schedule
 from ezhoi_diffusion.registry import Registry
+
+POWERS = {"linear": 1, "quadratic": 2, "cubic": 3}
 
 PredictX0 = Callable[[Tensor, int], Tensor]
 """(x [N, D] of norm `scale`, level) → estimate of x0 [N, D]."""
 
 
 class Sampler(Protocol):
-    """What `register_samplers` takes: z [N, D] enters un-noised at level start_step − 1."""
+    """What `register_samplers` takes: z [N, D] enters un-noised at the first of the levels."""
 
     def __call__(
-        self, predict: PredictX0, z: Tensor, *, schedule: Schedule, steps: int, start_step: int, scale: float
+        self, predict: PredictX0, z: Tensor, *, schedule: Schedule, levels: Sequence[int], scale: float
     ) -> Tensor:
-        """The bridged rows [N, D], of any norm, after `steps` evaluations of `predict`."""
+        """The bridged rows [N, D], of any norm, after an evaluation of `predict` at every level but the last, −1."""
 
 
-def grid(steps: int, start_step: int) -> list[int]:
-    """The steps + 1 levels from start_step − 1 down to −1: trunc(linspace(−1, start_step − 1)), reversed.
+def levels_of(grid: Grid, steps: int, start_step: int) -> list[int]:
+    """The steps + 1 levels from start_step − 1 down to −1, none of them twice.
 
-    grid(5, 600) = 599 479 359 239 119 −1. Raises ValueError where a level would repeat. In whole numbers,
-    because in floats the truncation may drop a level by one.
+    linear: evenly spaced, 599 479 359 239 119 −1 for (5, 600), in whole numbers, because in floats the truncation may drop a
+    level by one. published: trunc(linspace(−1, start_step − 1)) in float32, as the published code has it, which drops some
+    by one, e.g. for (50, 60). quadratic, cubic: start_step·(i/steps)^p − 1, denser near the end, where rows are decided;
+    levels that fall together are moved apart. Raises ValueError where steps exceed start_step.
     """
     if not 1 <= steps <= start_step:
         raise ValueError(f"need 1 <= steps <= start_step, not steps={steps}, start_step={start_step}")
-    return [i * start_step // steps - 1 for i in range(steps, -1, -1)]
+    if grid == "published":
+        found: list[int] = torch.linspace(-1, start_step - 1, steps + 1).int().flip(0).tolist()
+        return found
+    power = POWERS[grid]
+    levels = [-1]
+    for i in range(1, steps + 1):  # in whole numbers, so no rounding depends on the machine
+        levels.append(max(start_step * i**power // steps**power - 1, levels[-1] + 1))
+    return levels[::-1]
 
 
-def ddim(predict: PredictX0, z: Tensor, *, schedule: Schedule, steps: int, start_step: int, scale: float) -> Tensor:
+def ddim(predict: PredictX0, z: Tensor, *, schedule: Schedule, levels: Sequence[int], scale: float) -> Tensor:
     """Deterministic DDIM (Song et al. 2021, η = 0), the input renormalised before every evaluation.
 
     The published step, ε = (x/√ᾱ_t − x̂)/√(1/ᾱ_t − 1) and x ← √ᾱ_t'·x̂ + √(1−ᾱ_t')·ε, collected by x and x̂.
-    Raises ValueError for steps > start_step and for start_step > T.
     """
-    if start_step > schedule.timesteps:
-        raise ValueError(f"start_step={start_step} lies beyond the schedule's {schedule.timesteps} levels")
-    levels = grid(steps, start_step)
     alpha_bar = schedule.alphas_cumprod.tolist()
     x = z
     for t, t_next in pairwise(levels):
@@ -60,21 +68,14 @@ def ddim(predict: PredictX0, z: Tensor, *, schedule: Schedule, steps: int, start
     return x
 
 
-def published(
-    predict: PredictX0, z: Tensor, *, schedule: Schedule, steps: int, start_step: int, scale: float
-) -> Tensor:
-    """`ddim` as the published code computes it, to reproduce it to the last digits: ε explicit, table and grid in float32.
+def published(predict: PredictX0, z: Tensor, *, schedule: Schedule, levels: Sequence[int], scale: float) -> Tensor:
+    """`ddim` as the published code computes it, to reproduce it to the last digits: ε explicit, the table in float32.
 
     1 − ᾱ loses three digits there at the low levels, which an untrained network was seen to turn into differences of 2e-5
-    in unit rows. Raises ValueError as `ddim` does.
+    in unit rows. The grid of the same name belongs to it.
     """
-    if start_step > schedule.timesteps:
-        raise ValueError(f"start_step={start_step} lies beyond the schedule's {schedule.timesteps} levels")
     exact = schedule.alphas_cumprod
     alpha_bar, recip, recipm1 = exact.to(z), (1 / exact).sqrt().to(z), (1 / exact - 1).sqrt().to(z)
-    grid(steps, start_step)  # refuses what would repeat levels
-    # the published grid: in float32 the truncation drops some levels by one, e.g. for (50, 60)
-    levels = torch.linspace(-1, start_step - 1, steps + 1).int().flip(0).tolist()
     x = z
     for t, t_next in pairwise(levels):
         x = rescale(x, scale)

@@ -73,7 +73,10 @@ class Schedule:
         alpha_bar = self.alphas_cumprod[t]
         return (scale**2 * alpha_bar + dim * (1 - alpha_bar)).sqrt()
 
-    def _weights(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _weights(self, t: Tensor | int, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        if isinstance(t, int):  # plain numbers, because a tensor would have to be copied to the device of the rows
+            one = float(self.alphas_cumprod[t])
+            return math.sqrt(one), math.sqrt(1 - one)
         alpha_bar = self.alphas_cumprod[t].unsqueeze(-1)
         return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
 

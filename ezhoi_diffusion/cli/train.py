@@ -165,6 +165,13 @@ def run(args: argparse.Namespace) -> int:
         out = train(data, seeded, folder, registry=components(PluginHost()), resume=args.resume, log_with=args.log_with)
         if int(os.environ.get("RANK", "0")) == 0:
             facts = json.loads((out / "training.json").read_text())
+            if not facts["history"]:
+                print(
+                    f"{facts['stopped']}; loss on held-out rows {facts['val_loss']:.4f}, of the isotropic estimate "
+                    f"{facts['isotropic_val_loss']:.4f}\nbridge: {out}",
+                    flush=True,
+                )
+                continue
             plot_training(facts, out / "training.png")
             for note in notes(facts):
                 print(f"note: {note}", flush=True)

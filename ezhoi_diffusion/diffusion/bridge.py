@@ -216,7 +216,7 @@ class DiffusionBridge(nn.Module):
         # ε and v lead back to x0 only from x_t itself. Its norm was taken off for the network, and is known.
         x_t, scale = x, self.config.recipe.scale
         if self.config.recipe.noisy_norm == "expected":
-            x_t = x * (float(self._schedule.expected_norm(t, self.config.dim, scale)) / scale)
+            x_t = x * (self._schedule.expected_norm(t, self.config.dim, scale) / scale)
         return self._schedule.to_x0(self.config.objective, output, x_t, t)
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:

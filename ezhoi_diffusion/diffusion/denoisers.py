@@ -12,11 +12,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ezhoi_diffusion.diffusion.closed_form import build_texts, build_wiener
 from ezhoi_diffusion.diffusion.schedule import Objective, Schedule, isotropic_estimate
 from ezhoi_diffusion.diffusion.unet1d import DenoiserError, build_unet1d
 from ezhoi_diffusion.registry import Registry
 
 TIME_FEATURES = 128
+CLOSED_FORMS = ("wiener", "texts")  # they are fitted, not trained
 
 
 DenoiserBuilder = Callable[..., nn.Module]
@@ -120,4 +122,6 @@ def build_mlp(
 
 def denoisers() -> Registry[DenoiserBuilder]:
     """A fresh registry of the denoisers that ship."""
-    return Registry("denoiser", {"mlp": build_mlp, "unet1d": build_unet1d})
+    return Registry(
+        "denoiser", {"mlp": build_mlp, "unet1d": build_unet1d, "wiener": build_wiener, "texts": build_texts}
+    )

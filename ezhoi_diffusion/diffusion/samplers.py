@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -30,7 +31,8 @@ class Sampler(Protocol):
         """The bridged rows [N, D], of any norm, after an evaluation of `predict` at every level but the last, −1."""
 
 
-def levels_of(grid: Grid, steps: int, start_step: int) -> list[int]:
+@functools.lru_cache(maxsize=1024)
+def levels_of(grid: Grid, steps: int, start_step: int) -> tuple[int, ...]:
     """The steps + 1 levels from start_step − 1 down to −1, none of them twice.
 
     linear: evenly spaced, 599 479 359 239 119 −1 for (5, 600), in whole numbers, because in floats the truncation may drop a
@@ -41,13 +43,12 @@ def levels_of(grid: Grid, steps: int, start_step: int) -> list[int]:
     if not 1 <= steps <= start_step:
         raise ValueError(f"need 1 <= steps <= start_step, not steps={steps}, start_step={start_step}")
     if grid == "published":
-        found: list[int] = torch.linspace(-1, start_step - 1, steps + 1).int().flip(0).tolist()
-        return found
+        return tuple(torch.linspace(-1, start_step - 1, steps + 1).int().flip(0).tolist())
     power = POWERS[grid]
     levels = [-1]
     for i in range(1, steps + 1):  # in whole numbers, so no rounding depends on the machine
         levels.append(max(start_step * i**power // steps**power - 1, levels[-1] + 1))
-    return levels[::-1]
+    return tuple(levels[::-1])
 
 
 def ddim(predict: PredictX0, z: Tensor, *, schedule: Schedule, levels: Sequence[int], scale: float) -> Tensor:
@@ -74,8 +75,7 @@ def published(predict: PredictX0, z: Tensor, *, schedule: Schedule, levels: Sequ
     1 − ᾱ loses three digits there at the low levels, which an untrained network was seen to turn into differences of 2e-5
     in unit rows. The grid of the same name belongs to it.
     """
-    exact = schedule.alphas_cumprod
-    alpha_bar, recip, recipm1 = exact.to(z), (1 / exact).sqrt().to(z), (1 / exact - 1).sqrt().to(z)
+    signal, sigma, recip, recipm1 = _published_tables(schedule, z.dtype)
     x = z
     for t, t_next in pairwise(levels):
         x = rescale(x, scale)
@@ -84,8 +84,17 @@ def published(predict: PredictX0, z: Tensor, *, schedule: Schedule, levels: Sequ
             x = x0
             break
         noise = (recip[t] * x - x0) / recipm1[t]
-        x = alpha_bar[t_next].sqrt() * x0 + (1 - alpha_bar[t_next]).sqrt() * noise
+        x = signal[t_next] * x0 + sigma[t_next] * noise
     return x
+
+
+@functools.lru_cache(maxsize=4)
+def _published_tables(schedule: Schedule, dtype: torch.dtype) -> tuple[list[float], ...]:
+    """√ᾱ, √(1−ᾱ), √(1/ᾱ) and √(1/ᾱ−1) by level, rounded as a table of this dtype is; plain numbers wait for no device."""
+    exact = schedule.alphas_cumprod
+    rounded = exact.to(dtype)
+    tables = rounded.sqrt(), (1 - rounded).sqrt(), (1 / exact).sqrt().to(dtype), (1 / exact - 1).sqrt().to(dtype)
+    return tuple(table.tolist() for table in tables)
 
 
 def samplers() -> Registry[Sampler]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import cached_property
+from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -68,17 +69,26 @@ class Schedule:
             return torch.ones_like(alpha_bar).float()
         return (alpha_bar / (1 - alpha_bar) if objective == "pred_x0" else alpha_bar).float()
 
-    def expected_norm(self, t: Tensor | int, dim: int, scale: float) -> Tensor:
+    @overload
+    def expected_norm(self, t: int, dim: int, scale: float) -> float: ...
+    @overload
+    def expected_norm(self, t: Tensor, dim: int, scale: float) -> Tensor: ...
+    def expected_norm(self, t: Tensor | int, dim: int, scale: float) -> Tensor | float:
         """√(s²ᾱ + D(1−ᾱ)), float64: the norm of x_t for |x0| = s. Hardly varies for large D."""
-        alpha_bar = self.alphas_cumprod[t]
-        return (scale**2 * alpha_bar + dim * (1 - alpha_bar)).sqrt()
+        alpha_bar = self._numbers[t] if isinstance(t, int) else self.alphas_cumprod[t]
+        return (scale**2 * alpha_bar + dim * (1 - alpha_bar)) ** 0.5
 
     def _weights(self, t: Tensor | int, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
         if isinstance(t, int):  # plain numbers, because a tensor would have to be copied to the device of the rows
-            one = float(self.alphas_cumprod[t])
-            return math.sqrt(one), math.sqrt(1 - one)
-        alpha_bar = self.alphas_cumprod[t].unsqueeze(-1)
-        return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
+            alpha_bar = self._numbers[t]
+            return math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+        table = self.alphas_cumprod[t].unsqueeze(-1)
+        return table.sqrt().to(like), (1 - table).sqrt().to(like)
+
+    @cached_property
+    def _numbers(self) -> list[float]:
+        found: list[float] = self.alphas_cumprod.tolist()
+        return found
 
 
 def isotropic_estimate(schedule: Schedule, objective: Objective, dim: int, scale: float) -> tuple[Tensor, Tensor]:

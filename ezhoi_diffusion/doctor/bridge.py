@@ -111,6 +111,9 @@ def training(bridge: DiffusionBridge, folder: Path) -> Iterator[Finding]:
         )  # fmt: skip
         return
     loss, bar = float(facts["val_loss"]), float(facts["isotropic_val_loss"])
+    if facts["step"] == 0:
+        yield ok("bridge.training", f"a closed form, fitted to {facts['rows']} rows; loss on held-out ones {loss:.5f}")
+        return
     found = f"step {facts['step']}, validation loss {loss:.5f}, the bar (a closed-form estimate without data) {bar:.5f}"
     history = _history(folder / "training.json")
     validations = [record["val_loss"] for record in history if "val_loss" in record]
@@ -151,7 +154,9 @@ def _history(path: Path) -> list[dict[str, float]]:
     """The training's records, where they lie beside the bridge; `best` has none."""
     try:
         found = json.loads(path.read_text())["history"]
-        return [{str(key): float(value) for key, value in record.items()} for record in found]
+        return [
+            {str(key): float(value) for key, value in record.items() if not isinstance(value, list)} for record in found
+        ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
 

@@ -61,7 +61,10 @@ class TrainConfig:
         default=DEFAULT_RECIPE, metadata={"help": "what is trained on, and how the bridge is applied later"}
     )
     denoiser: str = field(
-        default="mlp", metadata={"help": "network, by name: mlp, unet1d, or one that a plugin brings"}
+        default="mlp",
+        metadata={
+            "help": "network, by name: mlp, unet1d, wiener or texts (closed forms, which need no training), or one that a plugin brings"
+        },
     )
     denoiser_options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": 'options of the network as JSON, e.g. {"width": 1024}'}

@@ -78,7 +78,11 @@ class Run:
         )
         self.parameters = list(self.network.parameters())
         optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.learning_rate, betas=ADAM_BETAS, weight_decay=config.weight_decay
+            self.parameters,
+            lr=config.learning_rate,
+            betas=ADAM_BETAS,
+            weight_decay=config.weight_decay,
+            fused=True,  # all parameters in one pass: a quarter of a step on a CPU otherwise
         )
         self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
         self.scheduler = LambdaLR(self.optimizer, config.learning_rate_share)

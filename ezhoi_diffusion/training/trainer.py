@@ -9,9 +9,11 @@ from typing import Any
 
 from ezhoi_diffusion.artifact import CONFIG
 from ezhoi_diffusion.diffusion.bridge import Components
+from ezhoi_diffusion.diffusion.denoisers import CLOSED_FORMS
 from ezhoi_diffusion.errors import Interrupted
 from ezhoi_diffusion.files import current, leftovers, locked
 from ezhoi_diffusion.signals import asked_to_stop
+from ezhoi_diffusion.training.closed_form import fit_bridge
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
 from ezhoi_diffusion.training.data import TrainingData
 from ezhoi_diffusion.training.processes import accelerator_for, agreed
@@ -42,6 +44,8 @@ def train(
 
     Under torchrun or `accelerate launch`, call it in every process. Only the main process reads and writes `out`.
 
+    A denoiser that is a closed form is fitted instead; then there are neither checkpoints nor best/.
+
     Asked to end by SIGTERM or SIGINT, it writes a checkpoint of the step it is at and raises Interrupted.
 
     Raises TrainingError where `out` is in use, the data, the device or the checkpoint do not fit the
@@ -51,7 +55,8 @@ def train(
     require_trackers(log_with)
     accelerator = accelerator_for(config, log_with, out / TRACKS)
     finished = agreed(accelerator, lambda: _holds_a_bridge(out, resume))
-    run = Run(accelerator, data, config, out, registry)
+    closed_form = config.denoiser in CLOSED_FORMS
+    run = None if closed_form else Run(accelerator, data, config, out, registry)
     try:
         agreed(accelerator, lambda: out.mkdir(parents=True, exist_ok=True))
     except OSError as error:
@@ -59,6 +64,9 @@ def train(
     held = ExitStack()
     try:
         agreed(accelerator, lambda: _take(out, held))
+        if run is None:
+            agreed(accelerator, lambda: fit_bridge(data, config, out, registry or Components()))
+            return out
         if resume and not run.restore() and finished:
             raise TrainingError(f"{out} holds a trained bridge and no checkpoint to go on from")
         agreed(accelerator, lambda: start_trackers(accelerator, config, out))

@@ -1,0 +1,98 @@
+"""Bridges whose denoiser is a closed form of the rows: nothing is trained, and the rest is as after a training."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ezhoi_diffusion.diffusion.bridge import BridgeConfig, Components, DiffusionBridge, build_denoiser
+from ezhoi_diffusion.diffusion.closed_form import ClosedForm
+from ezhoi_diffusion.draws import generator
+from ezhoi_diffusion.files import write_json
+from ezhoi_diffusion.training.config import TrainConfig, TrainingError
+from ezhoi_diffusion.training.data import Rows, TrainingData, training_rows
+from ezhoi_diffusion.training.loss import Validation
+
+FACTS = "training.json"
+MAX_ROWS = 65_536  # of more rows a sample says the same of a mean and a covariance
+
+
+def fit_bridge(data: TrainingData, config: TrainConfig, out: Path, registry: Components) -> None:
+    """Fit the configured closed form, and write the artefact and training.json into `out`.
+
+    The validation loss is that of a fit without the held-out rows. The bridge itself knows all text rows, because one of a
+    class that is missing could not be given back; of visual rows it knows the training part. Raises TrainingError for a
+    recipe whose rows the closed form does not fit, and what the denoiser raises.
+    """
+    rows = training_rows(data, config)
+    if rows.paired:
+        raise TrainingError(
+            f"recipe {config.recipe.name!r} mixes texts with visual rows, and {config.denoiser} is the posterior mean under Gaussian "
+            f"noise: choose a recipe that learns from text, or the denoiser mlp"
+        )
+    text = config.recipe.trained_on == "text"
+    if config.denoiser == "texts" and not text:
+        raise TrainingError(
+            f"texts is the posterior mean over stored texts, and recipe {config.recipe.name!r} learns from visual rows: choose a "
+            f"recipe that learns from text, e.g. blend"
+        )
+    validation = Validation.of(rows, config_of(config, rows, len(rows.training)).schedule(), config)
+    known = _sample(rows.training, config.seed)
+    ranges = validation.losses(_fitted(config, rows, known, registry)[1])
+    everything = torch.arange(len(rows.source)) if text else known
+    bridge_config, denoiser = _fitted(config, rows, everything, registry)
+    bars = validation.bar()
+    facts: dict[str, Any] = {
+        "config": config.to_dict(),
+        "step": 0,
+        "val_loss": fmean(ranges),
+        "isotropic_val_loss": fmean(bars),
+        "ranges": validation.ranges,
+        "val_loss_by_range": ranges,
+        "isotropic_val_loss_by_range": bars,
+        "rows": len(everything),
+        "data_sha256": rows.fingerprint,
+        "stopped": f"{config.denoiser} is a closed form: there is nothing to train",
+    }
+    bridge = DiffusionBridge(
+        replace(bridge_config, provenance={**data.provenance, "training": facts}),
+        denoiser,
+        data.statistics,
+        sampler=registry.samplers[config.recipe.sampler],
+        context=data.context,
+    )
+    write_json(out / FACTS, {**facts, "history": []})
+    bridge.save_pretrained(out)
+
+
+def config_of(config: TrainConfig, rows: Rows, count: int) -> BridgeConfig:
+    """The bridge's configuration, where the denoiser knows `count` rows."""
+    stored = {"rows": count} if config.denoiser == "texts" else {}
+    return BridgeConfig(
+        dim=rows.source.shape[1],
+        recipe=config.recipe,
+        denoiser=config.denoiser,
+        denoiser_options={**config.denoiser_options, **stored},
+        objective=config.objective,
+        timesteps=config.timesteps,
+    )
+
+
+def _fitted(
+    config: TrainConfig, rows: Rows, numbers: Tensor, registry: Components
+) -> tuple[BridgeConfig, torch.nn.Module]:
+    bridge_config = config_of(config, rows, len(numbers))
+    denoiser = build_denoiser(bridge_config, registry)
+    assert isinstance(denoiser, ClosedForm)
+    denoiser.fit(rows[numbers])
+    return bridge_config, denoiser
+
+
+def _sample(numbers: Tensor, seed: int) -> Tensor:
+    order = torch.randperm(len(numbers), generator=generator(seed, "closed form"))
+    return numbers[order[:MAX_ROWS].sort().values]

@@ -17,6 +17,7 @@ COMMANDS = {
     "pipeline": "capture, train, test and compare in one go",
     "statistics": "what was captured, in figures",
     "train": "train a diffusion bridge on captured features",
+    "distill": "train a student that gives a bridge's result in one network evaluation",
     "fit": "fit a bridge of an installed plugin to captured features",
     "tune": "choose bridge and settings by mAP on held-out training images",
     "test": "what a bridge does on a few images: pictures, top 5, a verdict",

@@ -32,12 +32,16 @@ class BridgeConfig:
     denoiser_options: dict[str, Any] = field(default_factory=dict)
     objective: Objective = "pred_x0"
     timesteps: int = 1000
+    student_of: dict[str, Any] | None = None
+    """Of a distilled bridge: how its teacher was applied, and how near it comes to that."""
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, kind in (("denoiser", str), ("denoiser_options", dict), ("provenance", dict)):
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"{name} must be a {kind.__name__}, not {getattr(self, name)!r:.100}")
+        if not isinstance(self.student_of, (dict, type(None))):
+            raise ValueError(f"student_of must be an object or null, not {self.student_of!r:.100}")
         for name, limit in (("dim", MAX_DIM), ("timesteps", MAX_TIMESTEPS)):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= limit:

@@ -73,7 +73,6 @@ class DiffusionBridge(nn.Module):
 
     row_by_row = True  # many images may be bridged in one call
     depends_on_seed = True  # a training with another seed is another bridge
-    settings = APPLICATION  # of `sweep`
     input_mean: Tensor
     restored_mean: Tensor
     every_level: Tensor
@@ -120,15 +119,21 @@ class DiffusionBridge(nn.Module):
         """Where the bridge comes from: the host's fingerprint, the training's facts, as JSON."""
         return self.config.provenance
 
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """What `override` and `sweep` take: of a student not how its teacher's result came about."""
+        return APPLICATION if self.config.student_of is None else ("strength", "output")
+
     def override(self, **changes: Any) -> DiffusionBridge:
         """The same weights, applied in another way, e.g. override(start_step=100, steps=100).
 
         The change is noted in the provenance, so reports say it. Raises BridgeError for values out of range, and for what
         is part of the training.
         """
-        fixed = sorted(set(changes) - set(APPLICATION))
+        fixed = sorted(set(changes) - set(self.settings))
         if fixed:
-            raise BridgeError(f"{', '.join(fixed)} cannot be overridden, only {', '.join(APPLICATION)}")
+            why = "" if self.config.student_of is None else " of a student, which has learned one result of its teacher"
+            raise BridgeError(f"{', '.join(fixed)} cannot be overridden{why}, only {', '.join(self.settings)}")
         try:
             recipe = replace(self.config.recipe, **changes)
             noted = {**self.config.provenance.get("overridden", {}), **changes}
@@ -167,42 +172,44 @@ class DiffusionBridge(nn.Module):
         if len(x) == 0:
             return x.clone()
         with torch.autocast(x.device.type, enabled=False):
-            return self._compose(x.float(), self._bridged(x)).to(x.dtype)
+            z, norm = normalize(x.float(), self.input_mean, self.config.recipe.scale)
+            return self._compose(x.float(), z, norm, self._bridged(x, z)).to(x.dtype)
 
-    def _bridged(self, x: Tensor) -> Tensor:
-        """What the sampler makes of rows [N, D], or made of them for another point of the same sweep."""
+    def _bridged(self, x: Tensor, z: Tensor) -> Tensor:
+        """What the sampler makes of z [N, D], that is of rows x, or made of them for another point of the same sweep."""
         recipe = self.config.recipe
         key = (recipe.start_step, recipe.steps, recipe.grid)
         held = self._sampled.get(key) if self._sampled is not None else None
         if held is not None and held[0]() is x:
             return held[1]
-        bridged = self._in_chunks(x)
+        bridged = self._in_chunks(z)
         if self._sampled is not None:
             self._sampled[key] = weakref.ref(x), bridged
         return bridged
 
-    def _in_chunks(self, x: Tensor) -> Tensor:
+    def _in_chunks(self, z: Tensor) -> Tensor:
         while True:
             try:
-                return torch.cat([self._sample(rows.float()) for rows in torch.split(x, self.chunk_rows)])
+                return torch.cat([self.sample(rows) for rows in z.split(self.chunk_rows)])
             except torch.OutOfMemoryError:
-                if min(self.chunk_rows, len(x)) == 1:
+                if min(self.chunk_rows, len(z)) == 1:
                     raise
-            self.chunk_rows = -(-min(self.chunk_rows, len(x)) // 2)  # from now on, lest every image fails first
+            self.chunk_rows = -(-min(self.chunk_rows, len(z)) // 2)  # from now on, lest every image fails first
 
-    def _sample(self, x: Tensor) -> Tensor:
+    @torch.no_grad()
+    def sample(self, z: Tensor) -> Tensor:
+        """What the sampler makes of rows z [N, D], which are centred and have the norm `scale`: rows [N, D] of any norm."""
         recipe = self.config.recipe
         return self.sampler(
             self._predict_x0,
-            normalize(x, self.input_mean, recipe.scale)[0],
+            z,
             schedule=self._schedule,
             levels=levels_of(recipe.grid, recipe.steps, recipe.start_step),
             scale=recipe.scale,
         )
 
-    def _compose(self, x: Tensor, bridged: Tensor) -> Tensor:
+    def _compose(self, x: Tensor, z: Tensor, norm: Tensor, bridged: Tensor) -> Tensor:
         recipe = self.config.recipe
-        z, norm = normalize(x, self.input_mean, recipe.scale)
         # Unit rows on both sides: a denoiser's estimate is shorter the less it knows, and would count for
         # less.
         direction = unit((1 - recipe.strength) * unit(z) + recipe.strength * unit(bridged))

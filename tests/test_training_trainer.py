@@ -179,6 +179,14 @@ def test_a_visual_trained_recipe_runs(tmp_path):
     assert DiffusionBridge.from_pretrained(out).config.recipe == recipe
 
 
+def test_rows_kept_on_the_device_are_those_taken_batch_by_batch(tmp_path, monkeypatch):
+    kept = train(low_rank(), QUICK, tmp_path / "kept")
+    monkeypatch.setattr("ezhoi_diffusion.training.data.BLOCK", 16)  # so 60 rows are too many to keep
+    assert training_rows(low_rank(), QUICK).resident(torch.device("cpu")) is None
+    taken = train(low_rank(), QUICK, tmp_path / "taken")
+    assert all(torch.allclose(x, weights(taken)[name], atol=1e-7) for name, x in weights(kept).items())
+
+
 def test_training_draws_no_global_random_number(tmp_path):
     state = torch.get_rng_state()
     train(low_rank(), QUICK, tmp_path / "out")
@@ -261,7 +269,7 @@ def test_resuming_refuses_another_run(tmp_path):
     out = train(low_rank(), QUICK, tmp_path / "out")
     before = weights(out)
     for config, says in (
-        (replace(QUICK, learning_rate=1e-3, seed=1), r"learning_rate \(was 8e-05, is 0.001\), seed"),
+        (replace(QUICK, learning_rate=1e-3, seed=1), r"learning_rate \(was 0.0003, is 0.001\), seed"),
         (replace(QUICK, recipe=replace(QUICK.recipe, strength=0.5)), "recipe"),
         (replace(QUICK, train_steps=4), "beyond train_steps 4"),
     ):

@@ -263,6 +263,7 @@ def test_a_sweep_is_named_by_its_settings_and_needs_something_to_sweep(bridges):
 
     grid = parse_sweep(["start-step=5,50", "output=unit,calibrated"])
     assert grid == {"start_step": [5, 50], "output": ["unit", "calibrated"]}
+    assert parse_sweep(["strength=.3,1e-1"]) == {"strength": [0.3, 0.1]}
     found = resolve_variants("none,diffusion", plugins, str(bridges / "seed-0"), accept, device, sweep=grid)
     assert list(found) == [
         "diffusion",
@@ -276,7 +277,7 @@ def test_a_sweep_is_named_by_its_settings_and_needs_something_to_sweep(bridges):
     ):
         resolve_variants("identity", plugins, "", accept, device, sweep=grid)
     with pytest.raises(
-        EzhoiDiffusionError, match="none of diffusion has a setting scale to sweep; they have output, start_step"
+        EzhoiDiffusionError, match="none of diffusion has a setting scale to sweep; they have grid, output, start_step"
     ):
         resolve_variants("diffusion", plugins, str(bridges / "seed-0"), accept, device, sweep={"scale": [1]})
     for wrong in ("start_step", "start_step=", "=5"):

@@ -46,7 +46,7 @@ flags may be written with underscores, as in the guide. --use_amp is --mixed-pre
 
 examples:
   ezhoi-diffusion train FEATURES --out BRIDGE
-  ezhoi-diffusion train FEATURES --out BRIDGE --recipe paper --denoiser unet1d --train-steps 500000
+  ezhoi-diffusion train FEATURES --out BRIDGE --recipe paper --denoiser unet1d --learning-rate 8e-5 --train-steps 500000
   ezhoi-diffusion train FEATURES --out BRIDGE --patience 5 --lr-schedule cosine --warmup-steps 200 --log-with tensorboard
   ezhoi-diffusion train FEATURES --out BRIDGE --resume
 

@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,11 +72,11 @@ def parse_sweep(words: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def parse_value(text: str) -> Any:
-    """A value on the command line: JSON where it is some, else the text itself."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+    """A value on the command line: JSON or a number where it is one, else the text itself."""
+    for parse in (json.loads, float):
+        with suppress(ValueError):
+            return parse(text)
+    return text
 
 
 def resolve_variants(

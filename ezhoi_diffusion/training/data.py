@@ -58,6 +58,15 @@ class Rows:
         """Whether the rows are learned from pairs."""
         return self.noised_to is not None
 
+    def resident(self, device: torch.device) -> Tensor | None:
+        """All rows normalised [N, D] on the device, where they are few or the device is not the CPU; else None.
+
+        A CPU takes them batch by batch, because they may be mapped from disk and larger than its memory.
+        """
+        if self.paired or (device.type == "cpu" and len(self.source) > BLOCK):
+            return None
+        return torch.cat([self[numbers].to(device) for numbers in torch.arange(len(self.source)).split(BLOCK)])
+
     def __getitem__(self, numbers: Tensor) -> Tensor:
         """Normalised rows [n, D] of norm `scale`, float32."""
         return normalize(self.source[numbers].float(), self.mean, self.scale)[0]

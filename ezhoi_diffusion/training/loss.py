@@ -38,7 +38,7 @@ def denoising_loss(
     whose signal-to-noise ratio is 0.
     """
     x = rescale(schedule.q_sample(z, t, noise), scale)
-    prediction = predict(x, t.to(z.device)).float()
+    prediction = predict(x, t.to(z.device, non_blocking=True)).float()
     error = (prediction - schedule.target(objective, z, t, noise)).square().mean(dim=1)
     return error.mean() if paired else (schedule.loss_weight(objective, t).to(error) * error).mean()
 

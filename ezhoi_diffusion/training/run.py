@@ -64,6 +64,7 @@ class Run:
         )
         self.schedule = self.bridge_config.schedule()
         self.validation = Validation.of(self.rows, self.schedule, config)
+        self.resident = self.rows.resident(self.device)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
             self.network = build_denoiser(self.bridge_config, registry).to(self.device)
@@ -173,17 +174,22 @@ class Run:
         share = config.batch_size // accelerator.num_processes
         mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
         chosen = self.rows.training[numbers[mine]]
+        z = self.rows[chosen] if self.resident is None else self.resident[self._moved(chosen)]
         with accelerator.autocast():
             return denoising_loss(
                 self.model,
-                self.rows[chosen].to(self.device),
+                z.to(self.device),
                 t[mine],
-                self.rows.noise(chosen, noise[mine]).to(self.device),
+                self._moved(self.rows.noise(chosen, noise[mine])),
                 self.schedule,
                 config.objective,
                 config.recipe.scale,
                 paired=self.rows.paired,
             )
+
+    def _moved(self, x: Tensor) -> Tensor:
+        """On the device; the step does not wait for the copy, which it would without pinned memory."""
+        return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x.to(self.device)
 
     def _log(self) -> dict[str, float]:
         """Fetch the losses since the last time. Not at every step: that would make the device wait."""

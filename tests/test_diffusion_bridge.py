@@ -1,5 +1,6 @@
 """The bridge's contracts: identity, determinism, independence, precision, artefact."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -101,6 +102,89 @@ def test_unet1d_of_other_sizes_is_the_published_class(dim, options, parameters):
     """Counts of the published class, whose outputs were equal to the last digit."""
     unet = build_denoiser(BridgeConfig(dim, RECIPES["paper"], "unet1d", options))
     assert sum(p.numel() for p in unet.parameters()) == parameters
+
+
+def published_unet1d(dim: int, options: dict) -> nn.Module:
+    """Random weights all over: fresh gains are one, and would hide one that is left out."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = build_denoiser(BridgeConfig(dim, RECIPES["paper"], "unet1d", options)).eval()
+        with torch.no_grad():
+            for parameter in unet.parameters():
+                parameter += 0.3 * torch.randn_like(parameter) * parameter.abs().mean()
+    return unet
+
+
+SMALL = {"init_dim": 8, "dim_mults": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("dim", "options", "rows"),
+    [
+        (512, {}, 1),
+        (768, {}, 2),
+        (64, SMALL, 1),
+        (64, SMALL, 16),
+        (64, SMALL, 37),
+        (50, {"init_dim": 12, "dim_mults": [3, 1]}, 5),
+        (34, {"init_dim": 8, "dim_mults": [2]}, 5),
+        (128, {"init_dim": 4, "dim_mults": [1, 2, 2, 4, 8, 16]}, 3),
+    ],
+)
+@pytest.mark.parametrize("levels", ["one", "each row's own"])
+def test_unet1d_without_gradient_is_the_published_class(dim, options, rows, levels):
+    unet = published_unet1d(dim, options)
+    x = 5 * nn.functional.normalize(features(rows, dim), dim=1)
+    before = x.clone()
+    t = torch.tensor([300]) if levels == "one" else torch.arange(rows) * 999 // max(rows - 1, 1)
+    with torch.no_grad():
+        expected = unet.net(x.unsqueeze(1), t.expand(rows)).squeeze(1)
+        found = unet(x, t)
+    assert torch.equal(x, before)
+    assert expected.std() > 0.01
+    # relative to the longest row, as a bridge makes unit rows of them
+    assert (found - expected).abs().max() < 1e-5 * expected.norm(dim=1).max()
+    if rows > 1:
+        alone = torch.cat([unet(x[i : i + 1], t if len(t) == 1 else t[i : i + 1]) for i in range(rows)])
+        assert (found - alone).abs().max() < 1e-5 * expected.norm(dim=1).max()
+
+
+def test_unet1d_takes_zeros_and_no_rows():
+    unet = published_unet1d(64, SMALL)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.zero_()
+        assert torch.equal(unet(features(3, 64), torch.tensor([10])), torch.zeros(3, 64))
+        assert unet(torch.zeros(0, 64), torch.tensor([10])).shape == (0, 64)
+
+
+def test_unet1d_trains_as_the_published_class():
+    unet = published_unet1d(64, SMALL)
+    x, t = features(20, 64), torch.arange(20)
+    for mode in (unet.train(), unet.eval()):
+        output = mode(x, t)
+        assert torch.equal(output, mode.net(x.unsqueeze(1), t).squeeze(1))
+        output.square().sum().backward()
+        assert all(parameter.grad is not None for parameter in mode.parameters())
+    with torch.no_grad():
+        assert torch.equal(unet.train()(x, t), unet.net(x.unsqueeze(1), t).squeeze(1))
+
+
+def test_unet1d_applies_the_weights_it_has_now():
+    """What trains, is averaged, copied or loaded while it is also applied, is applied as it is then."""
+    unet, x, t = published_unet1d(64, SMALL), features(3, 64), torch.tensor([10])
+    with torch.no_grad():
+        before = unet(x, t)
+        twin = copy.deepcopy(unet)
+        for parameter in unet.parameters():
+            parameter.mul_(1.1)
+        expected = unet.net(x.unsqueeze(1), t).squeeze(1)
+        assert torch.allclose(unet(x, t), expected, atol=1e-5 * float(expected.norm()), rtol=0)
+        assert not torch.allclose(before, expected, atol=1e-3)
+        assert torch.equal(twin(x, t), before)
+        twin.load_state_dict(unet.state_dict())
+        assert torch.equal(twin(x, t), unet(x, t))
+    assert all(name.startswith("net.") for name in unet.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,15 @@ def test_unet1d_without_gradient_is_the_published_class(dim, options, rows, leve
         assert (found - alone).abs().max() < 1e-5 * expected.norm(dim=1).max()
 
 
+@pytest.mark.parametrize("other", [lambda net, x, t: 2 * x, lambda net, x, t: net.no_such_part(x)])
+def test_unet1d_of_a_package_that_computes_something_else_is_left_to_it(monkeypatch, other):
+    assert published_unet1d(64, SMALL).faster
+    monkeypatch.setattr("ezhoi_diffusion.diffusion.unet1d._channels_last", other)
+    unet, x, t = published_unet1d(64, SMALL), features(3, 64), torch.tensor([10])
+    with torch.no_grad():
+        assert torch.equal(unet(x, t), unet.net(x.unsqueeze(1), t).squeeze(1))
+
+
 def test_unet1d_takes_zeros_and_no_rows():
     unet = published_unet1d(64, SMALL)
     with torch.no_grad():

@@ -34,13 +34,31 @@ class Unet1dDenoiser(nn.Module):
     rounding only. They are read where they lie at every call, so weights that change are never stale.
     """
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, dim: int) -> None:
         super().__init__()
         self.net = net
+        self.faster = self._agrees(dim)
+
+    @torch.no_grad()
+    def _agrees(self, dim: int) -> bool:
+        """Whether both orders give the same here: a later version of the package may compute something else."""
+        row, t = torch.linspace(-1, 1, dim).unsqueeze(0), torch.tensor([7])
+        was_training = self.training
+        self.eval()
+        try:
+            return bool(
+                torch.allclose(
+                    _channels_last(self.net, row, cast(Any, self.net).time_mlp(t)), self.plain(row, t), atol=1e-4
+                )
+            )
+        except (AttributeError, RuntimeError, TypeError, ValueError):
+            return False
+        finally:
+            self.train(was_training)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """The raw prediction [N, D] for x [N, D] at levels t [N], or at one for all rows, t [1]."""
-        if self.training or torch.is_grad_enabled() or x.device.type != "cpu":
+        if not self.faster or self.training or torch.is_grad_enabled() or x.device.type != "cpu":
             return self.plain(x, t)
         chunks = x.split(CHUNK_ROWS)
         time = cast(Any, self.net).time_mlp(t)
@@ -182,4 +200,4 @@ def build_unet1d(
     net = Unet1D(dim=init_dim, dim_mults=tuple(dim_mults), channels=1)
     net.time_mlp[0] = SinusoidalPosEmb(dim)
     net.time_mlp[1] = nn.Linear(dim, 4 * init_dim)
-    return Unet1dDenoiser(net)
+    return Unet1dDenoiser(net, dim)

@@ -86,6 +86,8 @@ def test_unet1d_says_what_to_install(monkeypatch):
 def test_unet1d_refuses_odd_widths():
     with pytest.raises(DenoiserError, match="multiple of 8"):
         build_denoiser(BridgeConfig(510, RECIPES["paper"], "unet1d"))
+    with pytest.raises(DenoiserError, match="multiple of 2"):
+        build_denoiser(BridgeConfig(51, RECIPES["paper"], "unet1d", {"init_dim": 8, "dim_mults": [2]}))
 
 
 @pytest.mark.parametrize(

@@ -183,9 +183,9 @@ def build_unet1d(
             f"not {dim_mults!r:.100}"
         )
     halvings = len(dim_mults) - 1
-    if dim % 2**halvings:
+    if dim % 2 ** max(1, halvings):  # its embedding of the level is half sines, half cosines
         raise DenoiserError(
-            f"unet1d halves its input {halvings} times: D = {dim} is not a multiple of {2**halvings}, use mlp"
+            f"unet1d halves its input {halvings} times: D = {dim} is not a multiple of {2 ** max(1, halvings)}, use mlp"
         )
     try:
         from denoising_diffusion_pytorch.denoising_diffusion_pytorch_1d import SinusoidalPosEmb, Unet1D

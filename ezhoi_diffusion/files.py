@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
 import stat
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
@@ -29,16 +31,25 @@ STAGED, REPLACED = ".staged", ".replaced"
 COMMITTED = ".committed"
 LOCK = ".lock"
 SEAL = "seal"
+# What safetensors calls the dtypes, in the order in which it writes them: the widest first, so that all are aligned
+DTYPES = {
+    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
+    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 # Larger than anything this package writes: the index of ten times HICO-DET's images, a network of two billion weights.
 MAX_JSON_BYTES, MAX_TENSORS_BYTES = 1 << 26, 1 << 33
 
 
-def write_atomic(path: Path, data: bytes) -> dict[str, Any]:
-    """Make `path` hold `data`, or leave it as it was; returns its name, size in bytes and SHA-256. Raises OSError."""
+def write_atomic(path: Path, *pieces: bytes | memoryview) -> dict[str, Any]:
+    """Make `path` hold the pieces, or leave it as it was; returns its name, size in bytes and SHA-256. Raises OSError."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    size, digest = 0, hashlib.sha256()
     try:
         with aside.open("wb") as file:
-            file.write(data)
+            for piece in pieces:
+                file.write(piece)
+                digest.update(piece)
+                size += len(piece)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
@@ -46,7 +57,7 @@ def write_atomic(path: Path, data: bytes) -> dict[str, Any]:
         aside.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
-    return {"file": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return {"file": path.name, "bytes": size, "sha256": digest.hexdigest()}
 
 
 def sync_folder(folder: Path) -> None:
@@ -65,13 +76,47 @@ def write_json(path: Path, value: dict[str, Any]) -> dict[str, Any]:
 
 def sealed(value: dict[str, Any]) -> bytes:
     """The one way in which a JSON object stands on disk."""
+    data = io.BytesIO()
+    for piece in _sealed_pieces(value):
+        data.write(piece.encode())
+    return data.getvalue()
+
+
+def _sealed_pieces(value: dict[str, Any]) -> Iterator[str]:
+    """`sealed`, a word at a time: an index has a million of them, and json.dumps would hold each one before it joins them."""
     seal = hashlib.sha256(json.dumps(value).encode()).hexdigest()
-    return (json.dumps({**value, SEAL: seal}, indent=2) + "\n").encode()
+    yield from json.JSONEncoder(indent=2).iterencode({**value, SEAL: seal})
+    yield "\n"
+
+
+def _is_sealed(text: str, value: dict[str, Any]) -> bool:
+    at = 0
+    for piece in _sealed_pieces(value):
+        if not text.startswith(piece, at):
+            return False
+        at += len(piece)
+    return at == len(text)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Write a safetensors file, atomically; returns what `write_atomic` does."""
-    return write_atomic(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+    return write_atomic(path, *_pieces({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+
+
+def _pieces(tensors: dict[str, Tensor]) -> list[bytes | memoryview]:
+    """A safetensors file, byte for byte what `safetensors.torch.save` makes, which copies everything twice for it."""
+    order = sorted(tensors, key=lambda name: ([*DTYPES].index(tensors[name].dtype), name))
+    header, end = {}, 0
+    for name in order:
+        begin, end = end, end + tensors[name].nbytes
+        of_file = {"dtype": DTYPES[tensors[name].dtype], "shape": [*tensors[name].shape], "data_offsets": [begin, end]}
+        header[name] = of_file
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return [
+        struct.pack("<Q", len(text)) + text,
+        *(tensors[n].reshape(-1).view(torch.uint8).numpy().data for n in order),
+    ]
 
 
 def read_json(path: Path, error: type[EzhoiDiffusionError], remedy: str) -> dict[str, Any]:
@@ -81,12 +126,14 @@ def read_json(path: Path, error: type[EzhoiDiffusionError], remedy: str) -> dict
     """
     data = read_whole(path, MAX_JSON_BYTES, None, error, remedy)
     try:
-        value = json.loads(data)
+        text = data.decode()
+        del data  # an index is large
+        value = json.loads(text)
         if not isinstance(value, dict):
             raise error(f"{path} holds {type(value).__name__}, not a JSON object; {remedy}")
         if value.pop(SEAL, None) is None:
             raise error(f"{path} has no seal: an older version wrote it, or it was edited; {remedy}")
-        if data != sealed(value):
+        if not _is_sealed(text, value):
             raise error(f"{path} was changed after it was written; {remedy}")
     except (ValueError, RecursionError) as problem:
         raise error(f"{path} cannot be read ({problem}); {remedy}") from problem
@@ -118,12 +165,27 @@ def read_tensors(path: Path, facts: dict[str, Any], error: type[EzhoiDiffusionEr
     return tensors
 
 
+def require_unchanged(path: Path, facts: dict[str, Any], error: type[EzhoiDiffusionError], remedy: str) -> None:
+    """Raises `error` where a file is not as it was written. It is read in blocks, whatever its size.
+
+    facts: what `write_tensors` returned.
+    """
+    with _opened(path, MAX_TENSORS_BYTES, facts["bytes"], error, remedy) as file:
+        found = _digest(file)
+    if found != facts["sha256"]:
+        raise error(f"{path} was changed after it was written; {remedy}")
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file's content, read in blocks. Raises OSError."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+        return _digest(file)
+
+
+def _digest(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
     return digest.hexdigest()
 
 
@@ -132,6 +194,14 @@ def read_whole(path: Path, limit: int, size: int | None, error: type[EzhoiDiffus
 
     Raises `error` where they are not, or where there is no such file.
     """
+    with _opened(path, limit, size, error, remedy) as file:
+        return file.read(os.fstat(file.fileno()).st_size)
+
+
+@contextmanager
+def _opened(
+    path: Path, limit: int, size: int | None, error: type[EzhoiDiffusionError], remedy: str
+) -> Iterator[BinaryIO]:
     try:
         with open(path, "rb", opener=_without_waiting) as file:
             found = os.fstat(file.fileno())
@@ -141,7 +211,7 @@ def read_whole(path: Path, limit: int, size: int | None, error: type[EzhoiDiffus
                 raise error(f"{path} has {found.st_size} bytes where {size!r} were written; {remedy}")
             if found.st_size > limit:
                 raise error(f"{path} has {found.st_size} bytes, more than the {limit} of any such file; {remedy}")
-            return file.read(found.st_size)
+            yield file
     except (OSError, ValueError) as problem:
         raise error(f"{path} cannot be read ({problem}); {remedy}") from problem
 

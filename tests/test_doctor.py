@@ -67,18 +67,20 @@ def write_features(folder, rows=None, text=None, hoi=(0, 1), labels=None, pairs=
     writer = FeatureWriter(folder, {**META, **meta}, rows_per_shard=5 * pairs)
     boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0]]).repeat(pairs + 1, 1)
     pairing = torch.stack([torch.zeros(pairs, dtype=torch.long), torch.arange(1, pairs + 1)])
+    batches = []
     for i, feat in enumerate(rows.split(pairs)):
         seen = Pairs(f"{i}.jpg", 0, torch.tensor([9, 9]), boxes, boxes[:, 0], torch.arange(pairs + 1), pairing)
         marks = torch.zeros(len(feat), 6, dtype=torch.bool) if labels is None else labels
-        batch = FeatureBatch(
-            i, seen, feat, None, torch.zeros(len(feat), 6), marks, torch.zeros(2, len(hoi), 4), torch.tensor(hoi)
+        batches.append(
+            FeatureBatch(
+                i, seen, feat, None, torch.zeros(len(feat), 6), marks, torch.zeros(2, len(hoi), 4), torch.tensor(hoi)
+            )
         )
-        # past the writer's own check, which refuses what is not finite
-        writer._pending.append(batch)
-        writer._rows += pairs
-        if writer._rows >= writer.rows_per_shard:
-            writer.flush()
-    writer.flush()
+    with pytest.MonkeyPatch.context() as patch:  # the writer refuses what is not finite
+        patch.setattr("ezhoi_diffusion.features.store._not_finite", lambda batch: None)
+        for batch in batches:
+            writer.add(batch)
+        writer.flush()
     classes = {"classes/full": torch.arange(6), "classes/unseen": torch.tensor([4, 5])}
     text = cone(24, 1) if text is None else text
     write_host_tensors(folder, {"text": text, "context/ctx.0": torch.ones(2), **classes})

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import threading
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import rewrite
 
 from ezhoi_diffusion.cli import main
+from ezhoi_diffusion.features import store as store_module
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
 from ezhoi_diffusion.features.statistics import ModalityStatistics, shared_part
 from ezhoi_diffusion.features.store import (
@@ -18,7 +26,7 @@ from ezhoi_diffusion.features.store import (
     finish_store,
     write_host_tensors,
 )
-from ezhoi_diffusion.files import read_json
+from ezhoi_diffusion.files import DTYPES, read_json, sealed, write_tensors
 
 D, CLASSES = 16, 5
 META = {"split": "train", "fingerprint": {"dim": D}}
@@ -52,6 +60,10 @@ def write(folder, images=IMAGES, **kwargs):
     return finish_store(folder)
 
 
+def shard_bytes(store):
+    return [(store.folder / shard["file"]).read_bytes() for shard in store.index["shards"]]
+
+
 def test_round_trip(tmp_path):
     store = write(tmp_path / "f", rows_per_shard=4)
     assert len(store.index["shards"]) > 1
@@ -81,6 +93,7 @@ def test_an_interrupted_capture_goes_on_and_gives_the_same_rows(tmp_path):
     writer = FeatureWriter(tmp_path / "cut", META, rows_per_shard=4)
     for batch in IMAGES[:4]:
         writer.add(batch)
+    writer.close()
     assert not (tmp_path / "cut" / "index.json").exists()  # killed here: image 3 was not yet written
     with pytest.raises(FeatureStoreError, match="is unfinished: give the capture command again"):
         FeatureStore(tmp_path / "cut")
@@ -88,11 +101,13 @@ def test_an_interrupted_capture_goes_on_and_gives_the_same_rows(tmp_path):
     again = write(tmp_path / "cut", rows_per_shard=4)
     assert torch.equal(again.adapter_feat(), whole.adapter_feat())
     assert [i["name"] for i in again.images] == [i["name"] for i in whole.images]
+    assert [again.index["shards"], shard_bytes(again)] == [whole.index["shards"], shard_bytes(whole)]
 
 
 def test_a_shard_without_its_entry_does_not_count(tmp_path):
     writer = FeatureWriter(tmp_path, META, rows_per_shard=1)
     writer.add(IMAGES[0])
+    writer.close()
     (tmp_path / "shard-000-00000.json").unlink()  # killed between the two files
     assert FeatureWriter(tmp_path, META).next_index == 0
     assert torch.equal(write(tmp_path).adapter_feat(), torch.cat([b.adapter_feat for b in IMAGES]))
@@ -125,11 +140,17 @@ def test_other_captures_are_left_alone(tmp_path):
     assert sorted((p.name, p.read_bytes()) for p in (tmp_path / "done").iterdir()) == before
 
 
-def test_not_finite_features_are_refused(tmp_path):
-    bad = image(0, 2)
+def test_not_finite_features_are_refused_and_the_images_before_them_kept(tmp_path):
+    bad = replace(IMAGES[2], adapter_feat=IMAGES[2].adapter_feat.clone())
     bad.adapter_feat[1, 3] = float("nan")
-    with pytest.raises(FeatureStoreError, match=r"image 0\.jpg gave features that are not finite"):
-        FeatureWriter(tmp_path, META).add(bad)
+    writer = FeatureWriter(tmp_path, META)
+    for batch in (*IMAGES[:2], bad, IMAGES[3]):
+        writer.add(batch)
+    for again in (writer.flush, lambda: writer.add(IMAGES[4]), writer.flush, writer.close):
+        with pytest.raises(FeatureStoreError, match=r"image 2\.jpg gave features that are not finite"):
+            again()
+    assert FeatureWriter(tmp_path, META).next_index == 2
+    assert torch.equal(write(tmp_path).adapter_feat(), torch.cat([b.adapter_feat for b in IMAGES]))
 
 
 def damage(path, how):
@@ -211,11 +232,13 @@ def test_statistics_tell_what_was_captured(tmp_path, capsys):
     assert "14 of 6 train images, 2 without" in capsys.readouterr().out
 
 
-def test_what_could_not_be_read_back_is_refused_when_it_is_added(tmp_path):
+def test_what_could_not_be_read_back_is_not_written(tmp_path):
     writer = FeatureWriter(tmp_path, META)
     broken = replace(IMAGES[0], logits=IMAGES[0].logits.clone().fill_(float("inf")))
+    writer.add(broken)
     with pytest.raises(FeatureStoreError, match=r"0\.jpg has logits that are not finite"):
-        writer.add(broken)
+        writer.flush()
+    assert not list(tmp_path.glob("shard-*"))
 
 
 def test_what_was_added_is_a_copy(tmp_path):
@@ -226,3 +249,179 @@ def test_what_was_added_is_a_copy(tmp_path):
     writer.flush()
     write_host_tensors(tmp_path, {"text": torch.randn(7, D)})
     assert torch.equal(finish_store(tmp_path).adapter_feat(), torch.ones(3, D))
+
+
+# -- the thread that writes --------------------------------------------------------------------------------------------
+
+PATIENCE = 60.0  # seconds
+
+
+def add_all(writer, images):
+    for batch in images:
+        writer.add(batch)
+
+
+def is_shard(handle):
+    return ".shard-" in str(Path(f"/proc/self/fd/{handle}").readlink())
+
+
+def test_the_pass_does_not_wait_for_the_disk_until_two_shards_are_in_memory(tmp_path, monkeypatch):
+    images = [image(index, 2) for index in range(12)]
+    stalled, works, real = threading.Event(), threading.Event(), os.fsync
+
+    def fsync(handle):
+        if is_shard(handle):
+            stalled.set()
+            assert works.wait(PATIENCE)
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    writer, added = FeatureWriter(tmp_path, META, rows_per_shard=4), []
+
+    def feed():
+        for batch in images:
+            writer.add(batch)
+            added.append(batch)
+
+    feeding = threading.Thread(target=feed)
+    feeding.start()
+    assert stalled.wait(PATIENCE)
+    deadline = time.monotonic() + PATIENCE
+    while len(added) < 3 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    feeding.join(0.3)  # the fourth fills the second shard, and waits there until the first is written
+    assert feeding.is_alive()
+    assert len(added) == 3
+    assert not list(tmp_path.glob("shard-*"))
+    works.set()
+    feeding.join(PATIENCE)
+    writer.flush()
+    write_host_tensors(tmp_path, {"text": torch.randn(7, D)})
+    store = finish_store(tmp_path)
+    assert [shard["rows"] for shard in store.index["shards"]] == [4] * 6
+    assert torch.equal(store.adapter_feat(), torch.cat([b.adapter_feat for b in images]))
+
+
+def test_a_disk_that_refuses_in_the_thread_is_raised_to_the_pass_and_nothing_is_written_after_it(tmp_path, monkeypatch):
+    whole = write(tmp_path / "whole", rows_per_shard=2)
+    assert len(whole.index["shards"]) == 4
+    files, real = [], os.fsync
+
+    def fsync(handle):
+        if is_shard(handle):
+            files.append(handle)
+            if len(files) == 3:  # a shard is two files
+                raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    writer = FeatureWriter(tmp_path / "cut", META, rows_per_shard=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(FeatureStoreError, match=r"could not take shard-000-00001 .*No space left on device"):
+            add_all(writer, IMAGES)
+        for again in (lambda: writer.add(IMAGES[5]), writer.flush, writer.close):
+            with pytest.raises(FeatureStoreError, match="No space left on device"):
+                again()
+    assert [path.name for path in sorted((tmp_path / "cut").glob("*shard-*"))] == [
+        "shard-000-00000.json",
+        "shard-000-00000.safetensors",
+    ]
+    again = FeatureWriter(tmp_path / "cut", META)
+    assert again.next_index == 1
+    again.close()
+    store = write(tmp_path / "cut", rows_per_shard=2)
+    assert [store.index["shards"], shard_bytes(store)] == [whole.index["shards"], shard_bytes(whole)]
+
+
+def test_close_ends_what_is_being_written_and_says_what_went_wrong(tmp_path, monkeypatch):
+    def fsync(handle):
+        if is_shard(handle):
+            raise OSError(errno.EIO, "Input/output error")
+
+    writer = FeatureWriter(tmp_path, META, rows_per_shard=1)
+    monkeypatch.setattr(os, "fsync", fsync)
+    writer.add(IMAGES[0])
+    with pytest.raises(FeatureStoreError, match="Input/output error"):
+        writer.close()
+    assert not list(tmp_path.glob(".lock*"))
+
+
+@pytest.mark.parametrize(("room", "rows"), [(0, [2, 3, 0, 9, 1, 4, 12, 1]), (2, [5, 0, 9, 5, 12, 1])])
+def test_an_image_that_does_not_fit_begins_a_shard(tmp_path, monkeypatch, room, rows):
+    monkeypatch.setattr(store_module, "LARGEST_IMAGE", room)
+    images = [image(i, pairs) for i, pairs in enumerate([2, 3, 0, 9, 1, 4, 12, 1])]
+    store = write(tmp_path, images, rows_per_shard=3)
+    assert torch.equal(store.adapter_feat(), torch.cat([b.adapter_feat for b in images]))
+    assert torch.equal(store.rows("labels"), torch.cat([b.labels for b in images]))
+    assert [shard["rows"] for shard in store.index["shards"]] == rows
+
+
+def test_copies_from_a_gpu_are_waited_for_before_they_are_looked_at(tmp_path, monkeypatch):
+    """The order of the calls alone: there is no GPU here."""
+    calls = []
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+        def to(self, device, *, copy, non_blocking):
+            calls.append(("to", non_blocking))
+            return self.as_subclass(torch.Tensor).clone()
+
+    class Event:
+        def __init__(self, *, blocking):
+            assert blocking
+
+        def record(self, stream):
+            calls.append(("record", stream))
+
+        def synchronize(self):
+            calls.append(("synchronize", threading.current_thread() is threading.main_thread()))
+
+    def empty(*shape, pin_memory, real=torch.empty, **kwargs):
+        calls.append(("pinned", pin_memory))
+        return real(*shape, **kwargs)
+
+    def looked(batch, real=store_module._not_finite):
+        calls.append(("looked", batch.index))
+        return real(batch)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the host's")
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(store_module, "_not_finite", looked)
+
+    def there(batch):
+        pairs = {
+            k: getattr(batch.pairs, k).as_subclass(OnGPU) for k in ("size", "boxes", "scores", "classes", "pairing")
+        }
+        own = {
+            k: getattr(batch, k).as_subclass(OnGPU) for k in ("adapter_feat", "logits", "labels", "gt_boxes", "gt_hoi")
+        }
+        return replace(batch, pairs=replace(batch.pairs, **pairs), **own)
+
+    store = write(tmp_path, [there(batch) for batch in IMAGES[:2]])
+    copies = [("to", True)] * 7
+    assert calls == [
+        *copies, *[("pinned", True)] * 3, ("record", "the host's"), *copies, ("record", "the host's"),
+        ("synchronize", False), ("looked", 0), ("looked", 1),
+    ]  # fmt: skip
+    assert torch.equal(store.adapter_feat(), IMAGES[0].adapter_feat)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_of_tensors_is_byte_for_byte_what_safetensors_makes(tmp_path):
+    tensors = {f'{dtype}/ü"': (9 * torch.randn(3, 2)).to(dtype) for dtype in DTYPES}
+    tensors |= {"scalar": torch.tensor(2.0), "no row": torch.zeros(0, 5), "no column": torch.zeros(2, 0).bool()}
+    facts = write_tensors(tmp_path / "x", {**tensors, "turned": torch.ones(2, 3).T})
+    data = safetensors.torch.save({**tensors, "turned": torch.ones(3, 2)})
+    assert (tmp_path / "x").read_bytes() == data
+    assert facts["bytes"] == len(data)
+
+
+def test_a_sealed_json_is_plain_json_with_its_seal_last():
+    value = {"a": [1, 2.5, None, "ü"], "b": {"c": [], "d": {}}}
+    found = json.loads(sealed(value))
+    assert list(found) == ["a", "b", "seal"]
+    assert sealed(value) == (json.dumps(found, indent=2) + "\n").encode()

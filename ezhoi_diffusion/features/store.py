@@ -17,6 +17,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,17 @@ from ezhoi_diffusion.files import (
     new_folder,
     read_json,
     read_tensors,
+    require_unchanged,
     write_json,
     write_tensors,
 )
 
 SCHEMA = 2
-# What a killed capture loses at most, and what it keeps in memory: 32 MiB of features at D = 512, or a minute's work
-ROWS_PER_SHARD, SECONDS_PER_SHARD = 16_384, 60.0
+# A killed capture loses what it had not written yet: two shards, or the work of a minute. At D = 512 a shard is 10 MiB, and
+# so small that a capture of 10,000 pairs needs the memory that one of millions does.
+ROWS_PER_SHARD, SECONDS_PER_SHARD = 4_096, 60.0
+LARGEST_IMAGE = 512  # pairs of an image for which there is still room in a shard that is nearly full
+LARGE = {"adapter_feat": torch.float32, "logits": torch.float32, "labels": torch.bool}
 META, INDEX, HOST = "meta.json", "index.json", "host.safetensors"
 AGAIN = "capture it again, into a new folder"
 
@@ -55,6 +60,10 @@ class FeatureWriter:
     Opening a folder that holds an unfinished capture of the same host and split goes on after its last whole shard:
     images before `next_index` are there already, and adding them again does nothing. Raises FeatureStoreError where the
     folder holds anything else, a file in it was changed, or another process is writing there.
+
+    A thread checks, writes and flushes the shards, one after the other, so that the pass does not wait for the disk. While
+    one is written the next one fills; where that is full first, `add` waits. So no more than two are ever in memory. What
+    goes wrong in the thread is raised by the next `add`, `flush` or `close`, and nothing is written after it.
     """
 
     def __init__(
@@ -75,16 +84,19 @@ class FeatureWriter:
             with ExitStack() as undo:
                 undo.enter_context(locked(folder, FeatureStoreError, f"{LOCK}-{rank:03d}"))
                 self._open({"schema": SCHEMA, **meta})
-                self._shards = _captured(folder, rank)
+                shards = _captured(folder, rank)
                 self._lock = undo.pop_all()
         except OSError as error:
             raise FeatureStoreError(
                 f"{folder} cannot be written ({error}): choose a folder you can write to"
             ) from error
-        self.next_index = self._shards[-1]["images"][-1]["index"] + 1 if self._shards else 0
-        self._pending: list[FeatureBatch] = []
-        self._rows = 0
+        self.next_index = shards[-1]["images"][-1]["index"] + 1 if shards else 0
+        self._shards = len(shards)
+        self._pending, self._spare = (_Shard(rows_per_shard) for _ in range(2))
         self._flushed = time.monotonic()
+        # it starts with the first shard, after the host's loader has forked its processes
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feature-writer")
+        self._writing: Future[None] | None = None
 
     def _open(self, meta: dict[str, Any]) -> None:
         folder = self.folder
@@ -101,46 +113,59 @@ class FeatureWriter:
                 write_json(folder / META, meta)
 
     def add(self, batch: FeatureBatch) -> None:
-        """Append one image. Raises FeatureStoreError where a value is not finite or the disk refuses."""
+        """Append one image; its tensors may change afterwards.
+
+        Raises FeatureStoreError where this image, or one that was added before, has a value that is not finite, or the
+        disk refuses: at the latest before the shard after that image's is begun.
+        """
+        if self._writing is not None and self._writing.done():
+            self._wait()
         if batch.index < self.next_index:
             return
-        if not torch.isfinite(batch.adapter_feat).all():
-            raise FeatureStoreError(
-                f"image {batch.image} gave features that are not finite: does the bare host score it?"
-            )
-        for name, value in (
-            ("logits", batch.logits),
-            ("boxes", batch.pairs.boxes),
-            ("scores", batch.pairs.scores),
-            ("gt_boxes", batch.gt_boxes),
-        ):
-            if not torch.isfinite(value).all():
-                raise FeatureStoreError(
-                    f"image {batch.image} has {name} that are not finite: does the bare host score it? Look at its annotation"
-                )
-        self._pending.append(_to_cpu(batch))
+        if not self._pending.has_room(len(batch.pairs)):
+            self._hand_over()
+        self._pending.add(batch)
         self.next_index = batch.index + 1
-        self._rows += len(batch.pairs)
-        if self._rows >= self.rows_per_shard or time.monotonic() - self._flushed >= self.seconds_per_shard:
-            self.flush()
+        if self._pending.rows >= self.rows_per_shard or time.monotonic() - self._flushed >= self.seconds_per_shard:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        self._wait()
+        self._flushed = time.monotonic()
+        if self._pending.images:
+            self._writing = self._thread.submit(self._write, self._shards, self._pending)
+            self._shards += 1
+            self._pending, self._spare = self._spare, self._pending
+
+    def _wait(self) -> None:
+        """Until no shard is being written. What went wrong with one is raised from now on, for nothing may follow it."""
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def _write(self, number: int, shard: _Shard) -> None:
+        """In the thread: write the images before the first that could not be read back, and empty the shard."""
+        problem = shard.keep_finite()
+        if shard.images:
+            name = _shard_name(self.rank, number)
+            try:
+                written = write_tensors(self.folder / f"{name}.safetensors", shard.tensors())
+                images = [_image_entry(batch) for batch in shard.images]
+                write_json(self.folder / f"{name}.json", {**written, "rows": shard.rows, "images": images})
+            except OSError as error:
+                raise FeatureStoreError(
+                    f"{self.folder} could not take {name} ({error}): free space there and give the same command again; "
+                    f"what was captured so far is kept"
+                ) from error
+        shard.clear()
+        if problem:
+            raise FeatureStoreError(problem)
 
     def flush(self) -> None:
-        """Write what is pending as one shard."""
-        self._flushed = time.monotonic()
-        if not self._pending:
-            return
-        name = _shard_name(self.rank, len(self._shards))
-        try:
-            written = write_tensors(self.folder / f"{name}.safetensors", _stack(self._pending))
-            shard = {**written, "rows": self._rows, "images": [_image_entry(batch) for batch in self._pending]}
-            write_json(self.folder / f"{name}.json", shard)
-        except OSError as error:
-            raise FeatureStoreError(
-                f"{self.folder} could not take {name} ({error}): free space there and give the same command again; "
-                f"what was captured so far is kept"
-            ) from error
-        self._shards.append(shard)
-        self._pending, self._rows = [], 0
+        """Write what is pending as one shard, and wait until it is on disk. Raises FeatureStoreError, as `add` does."""
+        self._hand_over()
+        self._wait()
+        self._pending, self._spare = (_Shard(self.rows_per_shard) for _ in range(2))  # their memory is let go
 
     def keep_host_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Write what the host's score needs, unless that is there already; returns what is there."""
@@ -152,11 +177,18 @@ class FeatureWriter:
             raise FeatureStoreError(
                 f"{self.folder} could not take {HOST} ({error}): free space there and give the same command again"
             ) from error
-        return _read_entry(self.folder, HOST)[1]
+        return read_tensors(self.folder / HOST, _read_entry(self.folder, HOST), FeatureStoreError, AGAIN)
 
     def close(self) -> None:
-        """Let other processes write into the folder."""
-        self._lock.close()
+        """Let other processes write into the folder, once what is being written is; what is pending is dropped.
+
+        Raises FeatureStoreError, as `add` does.
+        """
+        try:
+            self._wait()
+        finally:
+            self._thread.shutdown()
+            self._lock.close()
 
 
 def write_host_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -171,6 +203,11 @@ def is_captured(folder: Path, meta: dict[str, Any]) -> bool:
 
 def finish_store(folder: Path) -> FeatureStore:
     """Merge the shards of all processes into the index, and open the store. Raises FeatureStoreError."""
+    _merge(folder)
+    return FeatureStore(folder)
+
+
+def _merge(folder: Path) -> None:
     entries = sorted(folder.glob("shard-[0-9][0-9][0-9]-*.json"))
     ranks = sorted({int(path.name[6:9]) for path in entries})
     shards = [shard for rank in ranks for shard in _captured(folder, rank)]
@@ -186,7 +223,7 @@ def finish_store(folder: Path) -> FeatureStore:
         "rows": sum(shard["rows"] for shard in shards),
         "images": len(order),
         "meta": read_json(folder / META, FeatureStoreError, AGAIN),
-        "host": _read_entry(folder, HOST)[0],
+        "host": _read_entry(folder, HOST),
         "shards": shards,
     }
     try:
@@ -197,7 +234,6 @@ def finish_store(folder: Path) -> FeatureStore:
         raise FeatureStoreError(
             f"{folder} could not take {INDEX} ({error}): free space there and give the same command again"
         ) from error
-    return FeatureStore(folder)
 
 
 def write_imported(
@@ -389,19 +425,20 @@ def _shard_name(rank: int, number: int) -> str:
     return f"shard-{rank:03d}-{number:05d}"
 
 
-def _read_entry(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A file of an unfinished capture: what the .json beside it says, and its tensors."""
+def _read_entry(folder: Path, name: str) -> dict[str, Any]:
+    """What the .json beside a file of an unfinished capture says, if the file is as it was written."""
     facts = read_json((folder / name).with_suffix(".json"), FeatureStoreError, AGAIN)
     try:
-        return facts, read_tensors(folder / name, facts, FeatureStoreError, AGAIN)
+        require_unchanged(folder / name, facts, FeatureStoreError, AGAIN)
     except KeyError as error:
         raise FeatureStoreError(f"{folder / name} has an entry without {error}; {AGAIN}") from error
+    return facts
 
 
 def _captured(folder: Path, rank: int) -> list[dict[str, Any]]:
     """What one process has captured so far, in order. Raises FeatureStoreError where something of it is gone."""
     found = sorted(folder.glob(f"{_shard_name(rank, 0)[:9]}-*.json"))
-    shards = [_read_entry(folder, path.with_suffix(".safetensors").name)[0] for path in found]
+    shards = [_read_entry(folder, path.with_suffix(".safetensors").name) for path in found]
     names = [f"{_shard_name(rank, number)}.safetensors" for number in range(len(shards))]
     try:
         for shard in shards:
@@ -463,29 +500,93 @@ def _rows_problem(tensors: dict[str, Tensor], shard: dict[str, Any], dim: int, *
     return None
 
 
-def _to_cpu(batch: FeatureBatch) -> FeatureBatch:
-    pairs = batch.pairs
-    moved = {k: getattr(pairs, k).to("cpu", copy=True) for k in ("size", "boxes", "scores", "classes", "pairing")}
-    own = {
-        k: getattr(batch, k).to("cpu", copy=True) for k in ("adapter_feat", "logits", "labels", "gt_boxes", "gt_hoi")
-    }
-    return FeatureBatch(index=batch.index, pairs=Pairs(pairs.image, pairs.batch_index, **moved), text=None, **own)
+class _Shard:
+    """Images that become one shard. What is large of them stands in buffers, which are used again for other images.
+
+    From a GPU the copies go into pinned memory, behind what the host has queued there, and nobody waits for them but
+    `keep_finite`.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.images: list[FeatureBatch] = []
+        self.rows = 0
+        self._room = rows + LARGEST_IMAGE
+        self._buffers: dict[str, Tensor] = {}
+        self._copied: torch.cuda.Event | None = None
+
+    def has_room(self, rows: int) -> bool:
+        return not self.images or self.rows + rows <= self._room
+
+    def add(self, batch: FeatureBatch) -> None:
+        pairs = batch.pairs
+        moved = {k: _to_cpu(getattr(pairs, k)) for k in ("size", "boxes", "scores", "classes", "pairing")}
+        own = {k: _to_cpu(getattr(batch, k)) for k in ("gt_boxes", "gt_hoi")}
+        large = {k: self._buffered(k, getattr(batch, k)) for k in LARGE}
+        if batch.adapter_feat.is_cuda:
+            self._copied = self._copied or torch.cuda.Event(blocking=True)  # who waits for it shall not spin
+            self._copied.record(torch.cuda.current_stream(batch.adapter_feat.device))
+        kept = Pairs(pairs.image, pairs.batch_index, **moved)
+        self.images.append(FeatureBatch(index=batch.index, pairs=kept, text=None, **own, **large))
+        self.rows += len(pairs)
+
+    def _buffered(self, name: str, value: Tensor) -> Tensor:
+        begin, end, width = self.rows, self.rows + len(value), value.shape[1]
+        found = self._buffers.get(name)
+        if found is None or (begin == 0 and (end > len(found) or found.shape[1] != width)):
+            room = max(self._room, end)
+            found = torch.empty(room, width, dtype=LARGE[name], pin_memory=value.is_cuda)
+            self._buffers[name] = found
+        return found[begin:end].copy_(value, non_blocking=True)
+
+    def keep_finite(self) -> str | None:
+        """Drop the first image that could not be read back, and what is after it; returns what is wrong with it, or None."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        for number, batch in enumerate(self.images):
+            problem = _not_finite(batch)
+            if problem:
+                del self.images[number:]
+                self.rows = sum(len(kept.pairs) for kept in self.images)
+                return problem
+        return None
+
+    def clear(self) -> None:
+        """Make room for other images."""
+        self.images, self.rows = [], 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What stands in a shard's file."""
+        images = self.images
+        return {
+            **{name: buffer[: self.rows] for name, buffer in self._buffers.items()},
+            "pairing": torch.cat([b.pairs.pairing.T for b in images]).to(torch.int32),
+            "objects": torch.cat([b.pairs.objects for b in images]).to(torch.int32),
+            "boxes": torch.cat([b.pairs.boxes for b in images]).float(),
+            "scores": torch.cat([b.pairs.scores for b in images]).float(),
+            "classes": torch.cat([b.pairs.classes for b in images]).to(torch.int32),
+            "sizes": torch.stack([b.pairs.size for b in images]).to(torch.int32),
+            "gt_boxes": torch.cat([b.gt_boxes.transpose(0, 1) for b in images]).float(),
+            "gt_hoi": torch.cat([b.gt_hoi for b in images]).to(torch.int32),
+        }
 
 
-def _stack(batches: list[FeatureBatch]) -> dict[str, Tensor]:
-    return {
-        "adapter_feat": torch.cat([b.adapter_feat for b in batches]).float(),
-        "logits": torch.cat([b.logits for b in batches]).float(),
-        "pairing": torch.cat([b.pairs.pairing.T for b in batches]).to(torch.int32),
-        "objects": torch.cat([b.pairs.objects for b in batches]).to(torch.int32),
-        "labels": torch.cat([b.labels for b in batches]).to(torch.bool),
-        "boxes": torch.cat([b.pairs.boxes for b in batches]).float(),
-        "scores": torch.cat([b.pairs.scores for b in batches]).float(),
-        "classes": torch.cat([b.pairs.classes for b in batches]).to(torch.int32),
-        "sizes": torch.stack([b.pairs.size for b in batches]).to(torch.int32),
-        "gt_boxes": torch.cat([b.gt_boxes.transpose(0, 1) for b in batches]).float(),
-        "gt_hoi": torch.cat([b.gt_hoi for b in batches]).to(torch.int32),
-    }
+def _to_cpu(x: Tensor) -> Tensor:
+    return x.to("cpu", copy=True, non_blocking=x.is_cuda)  # from a GPU this is pinned memory, too
+
+
+def _not_finite(batch: FeatureBatch) -> str | None:
+    """What of an image could not be read back, or None."""
+    if not torch.isfinite(batch.adapter_feat).all():
+        return f"image {batch.image} gave features that are not finite: does the bare host score it?"
+    for name, value in (
+        ("logits", batch.logits),
+        ("boxes", batch.pairs.boxes),
+        ("scores", batch.pairs.scores),
+        ("gt_boxes", batch.gt_boxes),
+    ):
+        if not torch.isfinite(value).all():
+            return f"image {batch.image} has {name} that are not finite: does the bare host score it? Look at its annotation"
+    return None
 
 
 def _image_entry(batch: FeatureBatch) -> dict[str, Any]:

@@ -81,7 +81,8 @@ class CapturePlugin:
         assert self._writer is not None
         assert self._host is not None
         if self._text is not None:
-            if not torch.allclose(self._text, text, rtol=1e-4, atol=1e-5):
+            # equal first: it is so for every image, and takes a sixth of the time
+            if not torch.equal(self._text, text) and not torch.allclose(self._text, text, rtol=1e-4, atol=1e-5):
                 raise FeatureStoreError(
                     "the text features changed between two images: with these flags the prompts depend on the image, and "
                     "one set of text features cannot stand for all"
@@ -102,11 +103,13 @@ class CapturePlugin:
         writer, self._writer = self._writer, None
         if writer is None:
             return
-        writer.flush()  # whole images, whatever ended the run
-        if host.rank == 0 and not host.failed:
-            store = finish_store(writer.folder)
-            print(f"captured {len(store)} pairs of {len(store.images)} images into {store.folder}", flush=True)
-        writer.close()
+        try:
+            writer.flush()  # whole images, whatever ended the run
+            if host.rank == 0 and not host.failed:
+                store = finish_store(writer.folder)
+                print(f"captured {len(store)} pairs of {len(store.images)} images into {store.folder}", flush=True)
+        finally:
+            writer.close()
 
 
 plugin = CapturePlugin()

@@ -181,8 +181,9 @@ def capture_pass(
                 file=sys.stderr,
             )
             for index, (images, targets) in enumerate(progress, start):
-                target = targets[0]
-                host.model(to_device(images, host.device), to_device(targets, host.device))
+                images, targets = to_device(images, host.device), to_device(targets, host.device)
+                target = dict(targets[0])  # whatever the host puts into its own
+                host.model(images, targets)
                 if asked() and index + 1 < high:
                     raise Interrupted(f"stopped after image {index + 1 - low} of {high - low}")
     except RuntimeError as error:
@@ -204,7 +205,6 @@ def _feature_batch(
     logits: Tensor,
     target: dict[str, Any],
 ) -> FeatureBatch:
-    target = to_device(target, pairs.boxes.device)
     human, other = pairs.boxes[pairs.pairing[0]], pairs.boxes[pairs.pairing[1]]
     gt = [model.recover_boxes(target[key], target["size"]) for key in ("boxes_h", "boxes_o")]
     return FeatureBatch(

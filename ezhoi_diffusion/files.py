@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import stat
-import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load, save
 from torch import Tensor
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
@@ -31,25 +30,16 @@ STAGED, REPLACED = ".staged", ".replaced"
 COMMITTED = ".committed"
 LOCK = ".lock"
 SEAL = "seal"
-# What safetensors calls the dtypes, in the order in which it writes them: the widest first, so that all are aligned
-DTYPES = {
-    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
-    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 # Larger than anything this package writes: the index of ten times HICO-DET's images, a network of two billion weights.
 MAX_JSON_BYTES, MAX_TENSORS_BYTES = 1 << 26, 1 << 33
 
 
-def write_atomic(path: Path, *pieces: bytes | memoryview) -> dict[str, Any]:
-    """Make `path` hold the pieces, or leave it as it was; returns its name, size in bytes and SHA-256. Raises OSError."""
+def write_atomic(path: Path, data: bytes) -> dict[str, Any]:
+    """Make `path` hold `data`, or leave it as it was; returns its name, size in bytes and SHA-256. Raises OSError."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    size, digest = 0, hashlib.sha256()
     try:
         with aside.open("wb") as file:
-            for piece in pieces:
-                file.write(piece)
-                digest.update(piece)
-                size += len(piece)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
@@ -57,7 +47,7 @@ def write_atomic(path: Path, *pieces: bytes | memoryview) -> dict[str, Any]:
         aside.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
-    return {"file": path.name, "bytes": size, "sha256": digest.hexdigest()}
+    return {"file": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def sync_folder(folder: Path) -> None:
@@ -100,23 +90,7 @@ def _is_sealed(text: str, value: dict[str, Any]) -> bool:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Write a safetensors file, atomically; returns what `write_atomic` does."""
-    return write_atomic(path, *_pieces({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
-
-
-def _pieces(tensors: dict[str, Tensor]) -> list[bytes | memoryview]:
-    """A safetensors file, byte for byte what `safetensors.torch.save` makes, which copies everything twice for it."""
-    order = sorted(tensors, key=lambda name: ([*DTYPES].index(tensors[name].dtype), name))
-    header, end = {}, 0
-    for name in order:
-        begin, end = end, end + tensors[name].nbytes
-        of_file = {"dtype": DTYPES[tensors[name].dtype], "shape": [*tensors[name].shape], "data_offsets": [begin, end]}
-        header[name] = of_file
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return [
-        struct.pack("<Q", len(text)) + text,
-        *(tensors[n].reshape(-1).view(torch.uint8).numpy().data for n in order),
-    ]
+    return write_atomic(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
 def read_json(path: Path, error: type[EzhoiDiffusionError], remedy: str) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 from conftest import rewrite
 
@@ -26,7 +25,7 @@ from ezhoi_diffusion.features.store import (
     finish_store,
     write_host_tensors,
 )
-from ezhoi_diffusion.files import DTYPES, read_json, sealed, write_tensors
+from ezhoi_diffusion.files import read_json, sealed
 
 D, CLASSES = 16, 5
 META = {"split": "train", "fingerprint": {"dim": D}}
@@ -409,16 +408,6 @@ def test_copies_from_a_gpu_are_waited_for_before_they_are_looked_at(tmp_path, mo
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
-
-
-def test_a_file_of_tensors_is_byte_for_byte_what_safetensors_makes(tmp_path):
-    tensors = {f'{dtype}/ü"': (9 * torch.randn(3, 2)).to(dtype) for dtype in DTYPES}
-    tensors |= {"scalar": torch.tensor(2.0), "no row": torch.zeros(0, 5), "no column": torch.zeros(2, 0).bool()}
-    for length in range(8):  # a header is padded to a multiple of eight
-        facts = write_tensors(tmp_path / "x", {**tensors, length * "x": torch.ones(2, 3).T})
-        data = safetensors.torch.save({**tensors, length * "x": torch.ones(3, 2)})
-        assert (tmp_path / "x").read_bytes() == data
-        assert facts["bytes"] == len(data)
 
 
 def test_a_sealed_json_is_plain_json_with_its_seal_last():

@@ -22,6 +22,7 @@ COMMANDS = {
     "tune": "choose bridge and settings by mAP on held-out training images",
     "test": "what a bridge does on a few images: pictures, top 5, a verdict",
     "compare": "score bridges on captured features of the test split, without the host",
+    "bench": "measure what a bridge costs here, beside the guide's system",
     "push": "put a bridge and its model card on the Hugging Face Hub",
     "import": "turn files of the training guide (.pkl, .pt) into ours",
     "demo": "see all of it on a miniature EZ-HOI, without data",

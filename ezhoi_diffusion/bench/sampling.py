@@ -1,0 +1,180 @@
+"""What bridging an image costs, and how near the result comes to that of all evaluations of the same network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ezhoi_diffusion.bench.timing import interleaved, spread
+from ezhoi_diffusion.diffusion.bridge import BridgeConfig, Components, DiffusionBridge, build_denoiser
+from ezhoi_diffusion.diffusion.recipes import RECIPES
+from ezhoi_diffusion.diffusion.unet1d import Unet1dDenoiser
+from ezhoi_diffusion.evaluation.fidelity import Fidelity, fidelity
+from ezhoi_diffusion.features.statistics import ModalityStatistics, unit
+
+START = 600  # t0 of the guide and of the paper
+GUIDE_TIMED = 2  # evaluations: all 600 of the guide take minutes
+GUIDES, OURS = "the guide's unet1d", "the same, our order"
+CUBIC = (5, 10)  # evaluations at levels that are denser near the end
+THRESHOLDS = (0.99, 0.999)
+
+
+@dataclass(frozen=True, eq=False)
+class Contender:
+    """A bridge to be measured, and the one whose result it is to come near: None where that says nothing.
+
+    Of a `slow` one GUIDE_TIMED evaluations are timed, and the rest is taken to cost as much each.
+    """
+
+    name: str
+    bridge: DiffusionBridge
+    reference: DiffusionBridge | None
+    slow: bool = False
+
+    @property
+    def timed(self) -> DiffusionBridge:
+        """The bridge whose calls are timed."""
+        return self.bridge.override(steps=GUIDE_TIMED) if self.slow else self.bridge
+
+    @property
+    def untimed(self) -> float:
+        """How often the timed part goes into the whole."""
+        return self.bridge.config.recipe.steps / self.timed.config.recipe.steps
+
+    def facts(self) -> dict[str, Any]:
+        """What it is, as JSON."""
+        recipe = self.bridge.config.recipe
+        return {
+            "name": self.name,
+            "denoiser": self.bridge.config.denoiser,
+            "evaluations": recipe.steps,
+            "start_step": recipe.start_step,
+            "grid": recipe.grid,
+            "timed_evaluations": self.timed.config.recipe.steps,
+        }
+
+
+def contenders(
+    bridge: DiffusionBridge,
+    evaluations: Sequence[int],
+    registry: Components,
+    *,
+    student: DiffusionBridge | None = None,
+    wiener: DiffusionBridge | None = None,
+) -> list[Contender]:
+    """The guide's system, the bridge as it is applied, the same network with more or fewer evaluations from level 600, and what
+    else there is to be had. Of a bridge that is a student itself only how it is applied."""
+    start = min(START, bridge.config.timesteps)
+    name, recipe = bridge.config.denoiser, bridge.config.recipe
+    entries = [
+        Contender(GUIDES, guide(bridge, registry, published=True), None, slow=True),
+        Contender(OURS, guide(bridge, registry, published=False), None, slow=True),
+    ]
+    if bridge.config.student_of is not None:
+        return [*entries, Contender(f"{name}, a student", bridge, None)]
+    entries.append(Contender(f"{name}, recipe {recipe.name}", bridge, every(bridge)))
+    if student is not None:
+        entries.append(Contender(f"{name}, its student", student, bridge))
+    full = every(bridge.override(start_step=start, steps=start))
+    entries += [Contender(f"{name}, S = {n}", full.override(steps=n), full) for n in evaluations if n <= start]
+    entries += [Contender(f"{name}, S = {n}, cubic", full.override(steps=n, grid="cubic"), full) for n in CUBIC]
+    if wiener is not None and name != "wiener":
+        exact = every(wiener.override(start_step=start, steps=start))
+        entries += [Contender(f"wiener, S = {n}, cubic", exact.override(steps=n, grid="cubic"), exact) for n in CUBIC]
+    return entries
+
+
+def every(bridge: DiffusionBridge) -> DiffusionBridge:
+    """With an evaluation at every level below its start."""
+    return bridge.override(steps=bridge.config.recipe.start_step)
+
+
+def guide(bridge: DiffusionBridge, registry: Components, *, published: bool) -> DiffusionBridge:
+    """The guide's bridge for the same rows, with weights as they are drawn: they change no cost.
+
+    published: with the network as its package computes it, instead of in our faster order.
+    """
+    recipe = RECIPES["guide"]
+    config = BridgeConfig(bridge.config.dim, recipe, "unet1d")
+    made = fresh(config, bridge.statistics, registry, published=published)
+    return made.to(bridge.every_level.device)
+
+
+def fresh(
+    config: BridgeConfig, statistics: ModalityStatistics, registry: Components, *, published: bool
+) -> DiffusionBridge:
+    """A bridge with weights as they are drawn, of a generator of its own."""
+    with torch.random.fork_rng(devices=[]):
+        network = build_denoiser(config, registry)
+    sampler = registry.samplers[config.recipe.sampler]
+    return DiffusionBridge(config, AsPublished(network) if published else network, statistics, sampler=sampler)
+
+
+class AsPublished(nn.Module):
+    """unet1d as its package computes it, with a level for every row."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """The raw prediction [N, D] for x [N, D] at levels t [1]."""
+        output: Tensor = cast(Unet1dDenoiser, self.network).plain(x, t.expand(len(x)))
+        return output
+
+
+def cost(
+    entries: Sequence[Contender], rows: Tensor, pairs: int, *, seconds: float, rounds: int
+) -> list[dict[str, float | int]]:
+    """Milliseconds that an image of so many pairs takes, with all evaluations of each contender, in order."""
+    device = entries[0].bridge.every_level.device
+    x = rows.repeat(-(-pairs // len(rows)), 1)[:pairs].to(device)
+    calls = {entry.name: partial(entry.timed, x) for entry in entries}
+    samples = interleaved(calls, seconds=seconds, rounds=rounds, device=device)
+    return [spread([1000 * second * entry.untimed for second in samples[entry.name]]) for entry in entries]
+
+
+def nearness(entries: Sequence[Contender], rows: Tensor, text: Tensor) -> list[Fidelity | None]:
+    """How near each contender's result for visual rows [N, D] is to that of its reference; None where it has none.
+
+    What is held against each other is what the sampler makes of a row, before it is blended and its mean given back: its
+    direction in the centred space. The nearest of the texts [N_sel, D] is found there too, by the cosine to unit(text) less the
+    text mean.
+    """
+    results: dict[int, Tensor] = {}
+    found: list[Fidelity | None] = []
+    for entry in entries:
+        if entry.reference is None:
+            found.append(None)
+            continue
+        if id(entry.reference) not in results:
+            results[id(entry.reference)] = _directions(entry.reference, rows)
+        reference = results[id(entry.reference)]
+        centred = unit(text) - entry.bridge.statistics.text_mean.to(text)
+        found.append(fidelity(_directions(entry.bridge, rows), reference, centred.to(reference)))
+    return found
+
+
+def _directions(bridge: DiffusionBridge, rows: Tensor) -> Tensor:
+    found: Tensor = bridge.override(strength=1.0, output="unit")(rows.to(bridge.every_level.device))
+    return found
+
+
+def fewest(results: Sequence[dict[str, Any]], like: BridgeConfig) -> dict[str, int | None]:
+    """By threshold, the fewest of the measured evaluations from level 600, of this network and grid, whose mean cosine reaches it."""
+    start = min(START, like.timesteps)
+    sweep = [
+        result
+        for result in results
+        if result["fidelity"] is not None
+        and (result["denoiser"], result["start_step"], result["grid"]) == (like.denoiser, start, like.recipe.grid)
+    ]
+    return {
+        f"{least:g}": min((r["evaluations"] for r in sweep if r["fidelity"]["cosine"] >= least), default=None)
+        for least in THRESHOLDS
+    }

@@ -1,0 +1,226 @@
+"""Steps a second of a training, ours and the one that the guide's system comes with."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass, replace
+from io import StringIO
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ezhoi_diffusion.bench.timing import now, spread
+from ezhoi_diffusion.diffusion.bridge import BridgeConfig, Components, build_denoiser
+from ezhoi_diffusion.diffusion.normalization import normalize, rescale
+from ezhoi_diffusion.errors import Interrupted
+from ezhoi_diffusion.training.config import TrainConfig
+from ezhoi_diffusion.training.data import TrainingData
+from ezhoi_diffusion.training.trainer import train
+
+TURN = 1.0  # seconds of each in every round, or one step where that takes longer
+FOREVER = 10_000_000
+EPOCH = 1 << 16  # rows of the published trainer's data set, so that none of its epochs ends while it is timed
+# Steps that are not timed at the start of a turn, and steps that are timed together: a device that is asked after every
+# step whether it is done has to wait, which only one of the two trainings does by itself.
+WARM_UP = {"cpu": 1, "cuda": 20}
+TOGETHER = {"cpu": 1, "cuda": 10}
+
+
+class _Enough(Exception):
+    """Ends a training that has been timed."""
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A training to be measured: a network, in our loop or in denoising-diffusion-pytorch's Trainer1D."""
+
+    denoiser: str
+    published: bool
+
+    @property
+    def name(self) -> str:
+        """As the table has it."""
+        return f"{'Trainer1D' if self.published else 'ours'}, {self.denoiser}"
+
+
+GUIDE = Trainee("unet1d", published=True)
+TRAINEES = (Trainee("mlp", published=False), Trainee("mlp", published=True), GUIDE, Trainee("unet1d", published=False))
+
+
+def speed(
+    data: TrainingData,
+    *,
+    batch: int,
+    seconds: float,
+    rounds: int,
+    registry: Components,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """Steps a second of every trainee at this batch, taken in turn until `seconds` are over, and `rounds` times at least; and how
+    many times those of the guide's that is."""
+    taken: dict[Trainee, list[float]] = {trainee: [] for trainee in TRAINEES}
+    end, done = time.perf_counter() + seconds, 0
+    with ExitStack() as stack:
+        turns = {trainee: stack.enter_context(training(trainee, data, batch, registry)) for trainee in TRAINEES}
+        while done < rounds or time.perf_counter() < end:
+            for trainee, turn in turns.items():
+                taken[trainee] += _timed(turn, device)
+            done += 1
+    results: list[dict[str, Any]] = []
+    for trainee, samples in taken.items():
+        rates = spread([1 / second for second in samples])
+        results.append({"name": trainee.name, "denoiser": trainee.denoiser, "batch": batch, "steps_per_second": rates})
+    guides = next(r["steps_per_second"]["median"] for r in results if r["name"] == GUIDE.name)
+    return [{**r, "ratio": r["steps_per_second"]["median"] / guides} for r in results]
+
+
+@contextmanager
+def silently() -> Iterator[None]:
+    """Without the bars, lines and warnings of a training; Ctrl-C in it is that of the whole, and nothing to resume."""
+    with redirect_stderr(StringIO()), redirect_stdout(StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except Interrupted as error:
+            raise KeyboardInterrupt from error
+
+
+Turn = Callable[[Callable[[], None]], None]
+"""Goes on with a training, calling the argument after every step until that raises."""
+
+
+@contextmanager
+def training(trainee: Trainee, data: TrainingData, batch: int, registry: Components) -> Iterator[Turn]:
+    """A training that can be gone on with, silently, in a folder that does not outlive the block."""
+    config = replace(
+        TrainConfig(),
+        denoiser=trainee.denoiser,
+        batch_size=batch,
+        train_steps=FOREVER,
+        val_every=FOREVER,
+        checkpoint_every=FOREVER,
+    )
+    with TemporaryDirectory() as folder:
+        turns = (
+            _published(data, config, Path(folder), registry)
+            if trainee.published
+            else _ours(data, config, Path(folder), registry)
+        )
+
+        def turn(after_step: Callable[[], None]) -> None:
+            with silently(), suppress(_Enough):
+                turns(after_step)
+
+        yield turn
+
+
+def _ours(data: TrainingData, config: TrainConfig, folder: Path, registry: Components) -> Turn:
+    begun: list[Path] = []
+
+    def turn(after_step: Callable[[], None]) -> None:  # from the start each time: a training is a call
+        begun.append(folder / str(len(begun)))
+        train(data, config, begun[-1], registry=registry, on_step=lambda _: after_step())
+
+    return turn
+
+
+def _published(data: TrainingData, config: TrainConfig, folder: Path, registry: Components) -> Turn:
+    """Trainer1D as it is published: a data loader with a worker for every core, and the loss fetched in every step."""
+    from denoising_diffusion_pytorch import GaussianDiffusion1D, Trainer1D
+
+    dim, recipe = data.text.shape[1], config.recipe
+    with torch.random.fork_rng(devices=[]):
+        network = build_denoiser(BridgeConfig(dim, recipe, config.denoiser), registry)
+    diffusion = GaussianDiffusion1D(
+        OnChannels(network, recipe.scale),
+        seq_length=dim,
+        objective="pred_x0",
+        timesteps=config.timesteps,
+        auto_normalize=False,
+    )
+    trainer = Trainer1D(
+        diffusion,
+        Endless(normalize(data.text, data.statistics.text_mean, recipe.scale)[0]),
+        train_batch_size=config.batch_size,
+        train_lr=config.learning_rate,
+        train_num_steps=FOREVER,
+        save_and_sample_every=FOREVER,
+        results_folder=str(folder),
+    )
+
+    def turn(after_step: Callable[[], None]) -> None:
+        hook = trainer.opt.optimizer.register_step_post_hook(lambda *_: after_step())
+        try:
+            trainer.train()
+        finally:
+            hook.remove()
+
+    return turn
+
+
+class OnChannels(nn.Module):
+    """A denoiser as GaussianDiffusion1D calls one: rows [N, 1, D], of any norm, which our networks take at norm `scale`."""
+
+    channels, self_condition = 1, False
+
+    def __init__(self, network: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.network, self.scale = network, scale
+
+    def forward(self, x: Tensor, t: Tensor, x_self_cond: Tensor | None = None) -> Tensor:
+        """The raw prediction [N, 1, D] at levels t [N]."""
+        output: Tensor = self.network(rescale(x.squeeze(1), self.scale), t)
+        return output.unsqueeze(1)
+
+
+class Endless(Dataset[Tensor]):
+    """Rows [N, D] over and over, each [1, D], as many as a capture has."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return max(EPOCH, len(self.rows))
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.rows[index % len(self.rows)].unsqueeze(0).clone()
+
+
+def _timed(turn: Turn, device: torch.device) -> list[float]:
+    """Seconds of single steps of one turn."""
+    warm_up, together = WARM_UP[device.type], TOGETHER[device.type]
+    stamps: list[float] = []
+    steps = 0
+
+    def after_step() -> None:
+        nonlocal steps
+        steps += 1
+        if steps < warm_up or (steps - warm_up) % together:
+            return
+        stamps.append(now(device))
+        if len(stamps) > 1 and stamps[-1] - stamps[0] >= TURN:
+            raise _Enough
+
+    turn(after_step)
+    return [(b - a) / together for a, b in pairwise(stamps)]
+
+
+def take_steps(turn: Turn, count: int) -> None:
+    """Go on for so many steps."""
+    left = count
+
+    def after_step() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise _Enough
+
+    turn(after_step)

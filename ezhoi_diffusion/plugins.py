@@ -1,6 +1,6 @@
 """Finds plugins, checks them, and calls their hooks in one of three modes: notify, first, fold.
 
-Installed plugins contribute (`register_*`); in the rest of a run take part only those that it names.
+Installed plugins contribute (`register_*`); in the rest of a run take part only those that it names, and BY_DEFAULT.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ BUILTIN = {
     "diffusion": "ezhoi_diffusion.builtin.diffusion:plugin",
     "identity": "ezhoi_diffusion.builtin.identity:plugin",
     "mean_shift": "ezhoi_diffusion.builtin.mean_shift:plugin",
+    "text_cache": "ezhoi_diffusion.builtin.text_cache:plugin",
 }
+BY_DEFAULT = ("text_cache",)  # built-in plugins that change no result, and take part in every evaluation unless blocked
 ENV_STRICT = "EZHOI_DIFFUSION_STRICT"
 ENV_DISABLE = "EZHOI_DIFFUSION_DISABLE"
 ENV_ALLOW = "EZHOI_DIFFUSION_ALLOW"
@@ -148,6 +150,11 @@ class PluginHost:
                 raise PluginError(f"{info} cannot be enabled, it is {info.status}: {info.reason}")
         self._enabled = list(dict.fromkeys(names))
         self.raise_errors = raise_errors
+
+    def enable_defaults(self) -> None:
+        """Let those of BY_DEFAULT take part too, after the plugins that the run names."""
+        loaded = self.contributors()
+        self._enabled += [name for name in BY_DEFAULT if name in loaded and name not in self._enabled]
 
     @property
     def enabled(self) -> list[str]:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch.nn.modules.module import register_module_forward_hook
 
 MODULE = "upt_tip_cache_model_free_finetune_distillself"
 
@@ -23,19 +22,17 @@ def main() -> None:
     detector = __import__(MODULE).UPT
     kept: dict[str, torch.Tensor] = {}
     feats: list[torch.Tensor] = []
-    models: list[torch.nn.Module] = []
     scored = 0
 
     def keep_feature(module, args, output):
-        if models and module is (getattr(models[0], "mem_adapter", None) or models[0].vis_fuse) and not module.training:
+        if not module.training:
             feats.append(output.reshape(len(output), -1).clone())
 
-    register_module_forward_hook(keep_feature)
     init, post = detector.__init__, detector.postprocessing
 
     def __init__(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        models.append(self)
+        (getattr(self, "mem_adapter", None) or self.vis_fuse).register_forward_hook(keep_feature)
         for i, vector in enumerate(self.clip_head.prompt_learner.txtcls_ctx_pt):
             kept[f"context.{i}"] = vector.detach().clone()
 

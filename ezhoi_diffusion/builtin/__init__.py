@@ -1,1 +1,1 @@
-"""The plugins that ship: capture and diffusion, and the controls identity and mean_shift."""
+"""The plugins that ship: capture, diffusion and auto, the controls identity and mean_shift, and text_cache."""

@@ -27,7 +27,7 @@ from ezhoi_diffusion.host.options import check_options
 from ezhoi_diffusion.host.supported import refuse_unsupported
 from ezhoi_diffusion.host.taps import Tap, TapPoint, check_replacement, locate, unwrap
 from ezhoi_diffusion.host.variants import Variant, resolve_variants
-from ezhoi_diffusion.plugins import PluginHost
+from ezhoi_diffusion.plugins import BY_DEFAULT, PluginHost
 from ezhoi_diffusion.signals import asked_to_stop
 
 EVALUATIONS = ("test_hico", "cache_hico", "cache_vcoco")  # methods of the host's engine, which end what is attached
@@ -96,7 +96,7 @@ class Attachment:
             self._replace("test_hico", functools.partial(self._compare, variants))
             return
         if injects:
-            if host.engine is not None and not (args.eval or getattr(args, "cache", False)):
+            if host.engine is not None and not _evaluates(args):
                 raise EzhoiDiffusionError(
                     f"plugin '{injects[0]}' replaces adapter_feat at eval time, and this run would train: add --eval"
                 )
@@ -177,8 +177,12 @@ class Attachment:
         return comparison.ap[REFERENCE]
 
 
+def _evaluates(args: argparse.Namespace) -> bool:
+    return bool(getattr(args, "eval", False) or getattr(args, "cache", False))
+
+
 def attach(model: nn.Module, args: argparse.Namespace, engine: Any = None) -> Attachment:
-    """Join the plugins that `args` enables to a built and loaded host.
+    """Join the plugins that `args` enables, and those that are on by default, to a built and loaded host.
 
     Call it once the engine is made and the checkpoint is loaded. Where a plugin captures, the pass is made here and ends
     the process with SystemExit(0). Raises EzhoiDiffusionError for flags, models and plugins that cannot work.
@@ -192,11 +196,13 @@ def attach(model: nn.Module, args: argparse.Namespace, engine: Any = None) -> At
     plugins.enable(args.plugin, raise_errors=args.plugin_errors == "raise")
     check_options(plugins, args)
     detector = unwrap(model)
-    needed = bool(plugins.enabled or args.compare)
+    needed = bool(set(plugins.enabled) - set(BY_DEFAULT) or args.compare)
+    if needed or engine is None or _evaluates(args):
+        plugins.enable_defaults()
     found = plugins.first("locate_adapter_feat", model=detector) if needed else None
     point = TapPoint(*found) if found else locate(detector) if needed else TapPoint("", detector)
     attachment = Attachment(Host(detector, args, engine, plugins, point))
-    if needed:
+    if needed or plugins.enabled:
         try:
             attachment._start()
         except Exception:

@@ -83,7 +83,10 @@ def _add_own_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="enable a plugin; repeat for several, in calling order",
     )
-    add("--no-plugin", action="append", default=[], metavar="NAME", help="do not even import a plugin")
+    add(
+        "--no-plugin", action="append", default=[], metavar="NAME",
+        help="do not even import a plugin; text_cache, which is on by default, is switched off so",
+    )  # fmt: skip
     add(
         "--plugin-errors", choices=("raise", "disable"), default="raise",
         help="what a plugin that fails at eval does: end the run, or go off for the rest of it, which every report then says; a bridge of --compare always ends the run",

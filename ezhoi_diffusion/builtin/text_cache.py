@@ -1,0 +1,45 @@
+"""On by default: what the host's text encoder makes of its prompts is used again while it would be the same.
+
+In eval the host encodes the same prompts for every image. Detections stay what they are, bit for bit: see TextCache.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from ezhoi_diffusion.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from ezhoi_diffusion.host.host import Host
+    from ezhoi_diffusion.host.text_cache import TextCache
+
+log = logging.getLogger(__name__)
+
+
+class TextCachePlugin:
+    """One cache for each host that is attached."""
+
+    def __init__(self) -> None:
+        self._caches: dict[int, TextCache] = {}
+
+    @hookimpl
+    def on_attach(self, host: Host) -> None:
+        """Put the cache into the text encoder, where this host has one."""
+        from ezhoi_diffusion.host.text_cache import TextCache, find_text_encoder
+
+        encoder = find_text_encoder(host.model)
+        if encoder is None:
+            log.debug("text_cache is off: %s has no clip_head.text_encoder", type(host.model).__name__)
+            return
+        self._caches[id(host)] = TextCache(encoder).attach()
+
+    @hookimpl
+    def on_detach(self, host: Host) -> None:
+        """Take it out."""
+        cache = self._caches.pop(id(host), None)
+        if cache is not None:
+            cache.remove()
+
+
+plugin = TextCachePlugin()

@@ -8,6 +8,7 @@ import torch
 from sklearn.covariance import LedoitWolf
 from test_training_trainer import QUICK, low_rank
 
+from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
 from ezhoi_diffusion.diffusion.closed_form import build_texts, build_wiener
 from ezhoi_diffusion.diffusion.normalization import normalize, rescale
@@ -15,6 +16,7 @@ from ezhoi_diffusion.diffusion.recipes import RECIPES
 from ezhoi_diffusion.diffusion.schedule import Schedule, isotropic_estimate
 from ezhoi_diffusion.diffusion.unet1d import DenoiserError
 from ezhoi_diffusion.features.statistics import unit
+from ezhoi_diffusion.testing import synthetic_store
 from ezhoi_diffusion.training.trainer import TrainingError, train
 
 SCHEDULE, SCALE, DIM = Schedule.cosine(), 5.0, 48
@@ -118,6 +120,43 @@ def test_a_fitted_bridge_is_an_artefact_as_any_other(tmp_path, config, known):
     assert (out / "config.json").read_bytes() == before
 
 
+def test_what_another_training_left_is_not_replaced(tmp_path):
+    data = low_rank()
+    out = train(data, QUICK, tmp_path / "mlp")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for config in (WIENER, replace(WIENER, seed=3)):
+        with pytest.raises(TrainingError, match="holds another training"):
+            train(data, config, out, resume=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    fitted = train(data, WIENER, tmp_path / "wiener")
+    for other, config in ((data, TEXTS), (low_rank(texts=61), WIENER)):
+        with pytest.raises(TrainingError, match="holds another training"):
+            train(other, config, fitted, resume=True)
+
+
+def test_seeds_of_a_closed_form_would_be_no_spread(tmp_path, capsys):
+    synthetic_store(tmp_path / "train")
+    assert (
+        main(["train", str(tmp_path / "train"), "--out", str(tmp_path / "x"), "--denoiser", "wiener", "--seeds", "3"])
+        == 2
+    )
+    assert "Leave --seeds out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("denoiser", ["wiener", "texts"])
+def test_the_commands_know_a_closed_form(tmp_path, capsys, denoiser):
+    store = synthetic_store(tmp_path / "train")
+    synthetic_store(tmp_path / "test", split="test", images=8)
+    assert main(["train", str(store.folder), "--out", str(tmp_path / "bridge"), "--denoiser", denoiser]) == 0
+    assert ("says nothing" in capsys.readouterr().out) == (denoiser == "texts")
+    assert main(["doctor", str(store.folder), str(tmp_path / "bridge")]) in (0, 1)
+    said = capsys.readouterr().out
+    assert "a closed form of 24 rows" in said
+    assert "trained on these very features" in said
+    names = f"none,diffusion={tmp_path / 'bridge'}"
+    assert main(["compare", str(tmp_path / "test"), "--bridges", names, "--replicates", "0"]) == 0
+
+
 def test_the_loss_of_a_closed_form_is_that_of_texts_it_was_not_fitted_to(tmp_path):
     """wiener learns from them what is common to all; texts cannot return what it does not hold."""
     losses = {}
@@ -141,6 +180,7 @@ def test_wiener_of_visual_rows_knows_the_training_images_alone(tmp_path):
         (replace(TEXTS, recipe=RECIPES["guide"]), "learns from visual rows"),
         (replace(WIENER, objective="pred_v"), "pred_x0"),
         (replace(WIENER, denoiser_options={"width": 8}), "does not take"),
+        (replace(TEXTS, denoiser_options={"rows": 5}), "leave `rows` out"),
     ],
 )
 def test_what_a_closed_form_cannot_do_is_one_error_and_leaves_no_bridge(tmp_path, config, says):

@@ -12,6 +12,8 @@ from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.cli.train import training_data
 from ezhoi_diffusion.diffusion.bridge import BridgeError, DiffusionBridge
 from ezhoi_diffusion.evaluation.fidelity import fidelity
+from ezhoi_diffusion.features.split import held_out
+from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.testing import synthetic_store
 from ezhoi_diffusion.training import distill as distillation
 from ezhoi_diffusion.training.config import TrainingError
@@ -60,10 +62,37 @@ def test_it_is_stored_with_how_near_it_comes(teacher, tmp_path):
     again = DiffusionBridge.from_pretrained(tmp_path)
     x = low_rank().visual
     assert torch.equal(again(x), student(x))
-    assert again.config.student_of["held_out"] == vars(reached)
+    assert again.provenance["distilled"]["held_out"] == vars(reached)
     assert (again.config.student_of["start_step"], again.config.student_of["steps"]) == (600, 10)
-    assert again.provenance == teacher.provenance
+    assert again.provenance["distilled"]["teacher"] == teacher.provenance["training"]
+    assert again.provenance["host"] == teacher.provenance["host"]
+    assert "training" not in again.provenance
     assert torch.equal(again.context["ctx"], teacher.context["ctx"])
+
+
+def test_it_is_no_teacher_in_disguise(teacher):
+    """Reports and cards tell bridges apart by where they come from, and say what is applied otherwise than it is stored."""
+    applied = teacher.override(steps=7)
+    student, _ = distill(applied, low_rank().visual[:60], low_rank().visual[60:], low_rank().text, train_steps=2)
+    origins = [{k: v for k, v in bridge.provenance.items() if k != "overridden"} for bridge in (applied, student)]
+    assert origins[0] != origins[1]
+    assert "overridden" not in student.provenance
+    with pytest.raises(TrainingError, match="a student already"):
+        distill(student, low_rank().visual[:60], low_rank().visual[60:], low_rank().text)
+
+
+def test_it_starts_from_the_weights_of_its_teacher(teacher):
+    student, _ = distill(teacher, low_rank().visual[:60], low_rank().visual[60:], low_rank().text, train_steps=1)
+    moved = [
+        float((new - old).abs().max())
+        for new, old in zip(student.denoiser.parameters(), teacher.denoiser.parameters(), strict=True)
+    ]
+    assert max(moved) < 2 * distillation.LEARNING_RATE  # one step of Adam
+
+
+def test_of_many_held_out_rows_a_part_is_bridged(teacher, monkeypatch):
+    monkeypatch.setattr(distillation, "JUDGED", 5)
+    assert taught(teacher, steps=1)[1].rows == 5
 
 
 def test_its_teachers_settings_are_fixed_and_the_others_are_not(teacher):
@@ -141,10 +170,40 @@ def test_the_command_writes_a_student_that_compare_takes(stores, tmp_path, capsy
     assert main(["distill", str(bridge), str(folder / "train"), "--out", str(out), "--train-steps", "300"]) == 0
     said = capsys.readouterr().out
     assert "one evaluation against the teacher's 10 from level 600: cosine 0.99" in said or "cosine 1.0" in said
-    assert json.loads((out / "config.json").read_text())["student_of"]["held_out"]["cosine"] >= 0.99
+    assert json.loads((out / "config.json").read_text())["provenance"]["distilled"]["held_out"]["cosine"] >= 0.99
     names = f"none,diffusion={bridge},diffusion={out}"
     assert main(["compare", str(folder / "test"), "--bridges", names, "--replicates", "0"]) == 0
     assert f"diffusion={out}" in capsys.readouterr().out
+
+
+def test_the_command_learns_from_images_that_are_not_held_out(stores, tmp_path, monkeypatch):
+    folder, bridge = stores
+    given = []
+
+    def stop(teacher, training, held_out, *rest, **options):
+        given.append((training, held_out))
+        raise TrainingError("seen enough")
+
+    monkeypatch.setattr(distillation, "distill", stop)
+    assert main(["distill", str(bridge), str(folder / "train"), "--out", str(tmp_path / "x")]) == 2
+    store = FeatureStore(folder / "train")
+    apart = held_out(len(store.images))[store.image_index()]
+    assert torch.equal(given[0][0], store.adapter_feat()[~apart])
+    assert torch.equal(given[0][1], store.adapter_feat()[apart])
+
+
+def test_steps_for_all_name_the_student_that_cannot_take_them(stores, tmp_path, capsys):
+    folder, bridge = stores
+    teacher = DiffusionBridge.from_pretrained(bridge)
+    data = FeatureStore(folder / "train")
+    student, _ = distill(teacher, data.adapter_feat()[:50], data.adapter_feat()[50:], data.text, train_steps=1)
+    student.save_pretrained(tmp_path)
+    names = f"none,diffusion={tmp_path}"
+    assert main(["compare", str(folder / "test"), "--bridges", names, "--inference-steps", "5"]) == 2
+    said = capsys.readouterr().err
+    assert f"--inference-steps 5 cannot be used with 'diffusion={tmp_path}'" in said
+    assert main(["doctor", str(folder / "train"), str(tmp_path)]) in (0, 1)
+    assert "a student of mlp, 10 evaluations from level 600; mean cosine to that" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -332,6 +332,13 @@ def test_a_disk_that_refuses_in_the_thread_is_raised_to_the_pass_and_nothing_is_
     assert [store.index["shards"], shard_bytes(store)] == [whole.index["shards"], shard_bytes(whole)]
 
 
+def test_nothing_is_added_after_the_end(tmp_path):
+    writer = FeatureWriter(tmp_path / "store", META)
+    writer.close()
+    with pytest.raises(FeatureStoreError, match="after the capture was closed"):
+        writer.add(IMAGES[0])
+
+
 def test_close_ends_what_is_being_written_and_says_what_went_wrong(tmp_path, monkeypatch):
     def fsync(handle):
         if is_shard(handle):

@@ -19,7 +19,7 @@ from test_training_trainer import QUICK, Stop, equal, low_rank, stop_at, weights
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ezhoi_diffusion.cli import build_parser, main
-from ezhoi_diffusion.cli.train import chosen_recipe, notes
+from ezhoi_diffusion.cli.train import chosen_recipe, notes, train_config
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge, build_denoiser
 from ezhoi_diffusion.diffusion.recipes import RECIPES, RecipeError
 from ezhoi_diffusion.diffusion.schedule import Schedule, isotropic_estimate
@@ -175,6 +175,30 @@ def test_interrupted_with_every_option_on_it_ends_bit_equal(tmp_path, step):
         assert equal(weights(resumed / folder), weights(whole / folder))
     for key in ("history", "stopped", "best_val_loss"):
         assert facts(resumed)[key] == facts(whole)[key]
+
+
+def test_a_training_from_before_recipes_had_a_grid_may_go_on():
+    for recipe in RECIPES.values():
+        config = TrainConfig(recipe=recipe, train_steps=5000)
+        old = config.to_dict()
+        del old["recipe"]["grid"]
+        assert config.departures(old) == []
+        assert TrainConfig.from_dict(old) == config
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], (1000, 250, 3e-4, 0)),
+        (["--recipe", "paired"], (5000, 500, 8e-5, 5)),
+        (["--recipe", "guide"], (5000, 500, 8e-5, 0)),
+        (["--denoiser", "unet1d"], (1000, 250, 8e-5, 0)),
+        (["--recipe", "paired", "--train-steps", "70", "--learning-rate", "0.1"], (70, 500, 0.1, 5)),
+    ],
+)
+def test_defaults_fit_what_is_trained(flags, expected):
+    config = train_config(build_parser(words := ["train", "F", "--out", "O", *flags]).parse_args(words))
+    assert (config.train_steps, config.val_every, config.learning_rate, config.patience) == expected
 
 
 def test_what_makes_it_another_run():

@@ -49,6 +49,7 @@ def _sampler(result: dict[str, Any]) -> str:
             ]
         )
     slow = next(entry for entry in entries if entry["timed_evaluations"] < entry["evaluations"])
+    swept = sum(entry["fidelity"] is not None for entry in entries) > 1
     reached = ", ".join(f"{least}: {steps or 'not reached'}" for least, steps in result["fewest"].items())
     return "\n".join(
         [
@@ -59,7 +60,7 @@ def _sampler(result: dict[str, Any]) -> str:
             "",
             f"{UNTIMED} timed on {slow['timed_evaluations']} of its {slow['evaluations']} evaluations, times "
             f"{slow['evaluations'] / slow['timed_evaluations']:g}",
-            f"fewest of the evaluations S measured from level 600 by mean cosine: {reached}",
+            *([f"fewest of the evaluations S measured from level 600 by mean cosine: {reached}"] if swept else []),
         ]
     )
 

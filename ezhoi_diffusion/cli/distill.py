@@ -7,7 +7,6 @@ from pathlib import Path
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 
-LEAST_COSINE = 0.99
 DESCRIPTION = """\
 Train a student: a network that gives in one evaluation what a diffusion bridge gives in many, on rows like those of FEATURES. It
 is a bridge as any other, for --bridge and --bridges none,diffusion=DIR; strength and output may still be swept, start step and
@@ -26,6 +25,8 @@ example:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
+    from ezhoi_diffusion.training.distill import LEAST_COSINE
+
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     add = parser.add_argument
     add("bridge", metavar="BRIDGE", help="the teacher: a folder made by `ezhoi-diffusion train`, or hf:USER/NAME")
@@ -39,9 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--min-cosine", type=float, default=LEAST_COSINE, metavar="C",
         help=f"refuse a student whose mean cosine to the teacher on held-out rows is lower ({LEAST_COSINE})",
     )  # fmt: skip
-    parser.set_defaults(
-        force_bridge=False
-    )  # of a bridge that is not for this host's rows there is nothing to learn on them
+    parser.set_defaults(force_bridge=False)  # on rows of another host there is nothing to learn of a bridge
 
 
 def run(args: argparse.Namespace) -> int:

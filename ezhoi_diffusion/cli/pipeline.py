@@ -22,7 +22,8 @@ EPILOG = """\
 what the numbers mean:
   --max-images       the first N images of each split: for a quick look, not for a result. Expect at least 15 pairs an image,
                      most of them background
-  --train-steps      optimizer steps. The default network needs thousands, not the 500,000 of the 1-D UNet
+  --train-steps      optimizer steps. The default network needs a thousand (5000 on visual rows), not the 500,000 of the
+                     1-D UNet
   --scale-factor     norm of every network input, the same in training and at eval, stored with the bridge; it says how
                      large a row is beside the schedule's noise
   --inference-steps  the training guide's one number is two things: the level at which a feature enters, which is how
@@ -53,7 +54,7 @@ def _declare(parser: argparse.ArgumentParser) -> None:
     add("--work", type=Path, metavar="DIR", help="folder for all results (required)")
     add("--max-images", type=int, metavar="N", help="the first N images of each split only")
     add("--recipe", metavar="NAME", help="blend (default), paper, paired or guide; see `ezhoi-diffusion train --help`")
-    add("--denoiser", metavar="NAME", help="the network: mlp (default), unet1d, or a plugin's")
+    add("--denoiser", metavar="NAME", help="the network: mlp (default), unet1d, wiener, texts, or a plugin's")
     add("--train-steps", type=int, metavar="N", help="optimizer steps")
     add("--scale-factor", type=float, metavar="S", help="norm of every network input (5)")
     add("--inference-steps", type=int, metavar="N", help="start level and number of evaluations, both N")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ezhoi_diffusion.artifact import CONFIG, CONTEXT, Artifact, BridgeError
-from ezhoi_diffusion.diffusion.recipes import Recipe
+from ezhoi_diffusion.diffusion.recipes import Recipe, recipe_of
 from ezhoi_diffusion.diffusion.schedule import OBJECTIVES, Objective, Schedule
 from ezhoi_diffusion.files import current
 
@@ -33,7 +33,7 @@ class BridgeConfig:
     objective: Objective = "pred_x0"
     timesteps: int = 1000
     student_of: dict[str, Any] | None = None
-    """Of a distilled bridge: how its teacher was applied, and how near it comes to that."""
+    """Of a distilled bridge: its teacher's denoiser, and how that was applied."""
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -74,7 +74,7 @@ def read_artifact(folder: Path) -> tuple[BridgeConfig, dict[str, dict[str, Tenso
     try:
         if unexpected or missing:
             raise ValueError(f"unexpected or missing entries in 'files': {', '.join(sorted(unexpected | missing))}")
-        content = {**artifact.config, "recipe": Recipe(**artifact.config["recipe"])}
+        content = {**artifact.config, "recipe": recipe_of(artifact.config["recipe"])}
         return BridgeConfig(**content, provenance=artifact.provenance), artifact.files
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)

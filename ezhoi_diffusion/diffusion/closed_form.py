@@ -6,8 +6,6 @@ at its level, from which it hardly differs for large D.
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
-
 import torch
 from torch import Tensor, nn
 
@@ -15,14 +13,6 @@ from ezhoi_diffusion.diffusion.schedule import Objective, Schedule
 from ezhoi_diffusion.diffusion.unet1d import DenoiserError
 
 MAX_DIM, MAX_ROWS = 4096, 65_536
-
-
-@runtime_checkable
-class ClosedForm(Protocol):
-    """A denoiser that is fitted in one step instead of trained."""
-
-    def fit(self, z: Tensor) -> None:
-        """Take in rows z [N, D] of norm `scale`."""
 
 
 class _Levels(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 
@@ -74,6 +74,15 @@ class Recipe:
             raise RecipeError(
                 f"recipe {self.name!r}: noise_augmentation must be 0 or positive, and finite, not {self.noise_augmentation}"
             )
+
+
+def recipe_of(content: dict[str, Any]) -> Recipe:
+    """The inverse of dataclasses.asdict; files from before recipes had a grid mean that of their sampler.
+
+    Raises RecipeError and TypeError for what is no recipe.
+    """
+    grid = "published" if content.get("sampler") == "published" else "linear"
+    return Recipe(**{"grid": grid, **content})
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {

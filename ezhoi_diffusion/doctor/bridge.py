@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ezhoi_diffusion.builtin.diffusion import components
 from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
+from ezhoi_diffusion.diffusion.denoisers import CLOSED_FORMS
 from ezhoi_diffusion.diffusion.recipes import Recipe
 from ezhoi_diffusion.doctor.features import Scan
 from ezhoi_diffusion.doctor.finding import TRAIN, Finding, ok
@@ -22,6 +23,7 @@ from ezhoi_diffusion.features.statistics import ModalityStatistics, unit
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.host.fingerprint import differences
 from ezhoi_diffusion.plugins import PluginHost
+from ezhoi_diffusion.training.distill import LEAST_COSINE
 
 EFFECT_ROWS = 512
 EFFECT_LEAST = 8  # fewer say nothing
@@ -103,6 +105,9 @@ def _means(recipe: Recipe, statistics: ModalityStatistics) -> Finding:
 
 def training(bridge: DiffusionBridge, folder: Path) -> Iterator[Finding]:
     """Whether it was trained long enough, and not by heart: from its provenance, and the curve beside it."""
+    if bridge.config.student_of is not None:
+        yield _student(bridge)
+        return
     facts = bridge.provenance.get("training")
     if not isinstance(facts, dict):
         yield Finding(
@@ -111,8 +116,15 @@ def training(bridge: DiffusionBridge, folder: Path) -> Iterator[Finding]:
         )  # fmt: skip
         return
     loss, bar = float(facts["val_loss"]), float(facts["isotropic_val_loss"])
-    if facts["step"] == 0:
-        yield ok("bridge.training", f"a closed form, fitted to {facts['rows']} rows; loss on held-out ones {loss:.5f}")
+    if bridge.config.denoiser in CLOSED_FORMS:
+        said = f"a closed form of {facts['rows']} rows; without the held-out ones its loss on those is {loss:.5f}, the bar {bar:.5f}"
+        # of texts that it does not hold, the other closed form cannot give one back: its loss says nothing
+        bad = bridge.config.denoiser == "wiener" and loss >= bar
+        yield (
+            Finding("bridge.training", "warning", said, f"its rows have nothing in common; {TRAIN}")
+            if bad
+            else ok("bridge.training", said)
+        )
         return
     found = f"step {facts['step']}, validation loss {loss:.5f}, the bar (a closed-form estimate without data) {bar:.5f}"
     history = _history(folder / "training.json")
@@ -129,7 +141,7 @@ def training(bridge: DiffusionBridge, folder: Path) -> Iterator[Finding]:
         yield Finding(
             "bridge.training", "warning", f"{found}: under-trained, it is no better than that estimate",
             "train longer: the same command with a larger --train-steps and --resume. If the loss does not fall, see "
-            "features.norms and features.finite, try --learning-rate 5e-5 or 1e-4, or a larger --batch-size",
+            "features.norms and features.finite, try --learning-rate 1e-4 or 1e-3, or a larger --batch-size",
         )  # fmt: skip
     elif len(validations) > 1 and loss > 1.02 * best:
         yield Finding("bridge.training", "note", f"{found}; it was lower before, {best:.5f}", f"use {folder / 'best'}")
@@ -145,9 +157,21 @@ def training(bridge: DiffusionBridge, folder: Path) -> Iterator[Finding]:
     if len(losses) > 3 and min(losses[-2:]) > 0.98 * losses[0]:
         yield Finding(
             "bridge.curve", "warning", f"the training loss does not fall: {losses[0]:.5f} at first, {losses[-1]:.5f} at last",
-            "see features.norms and features.finite; then --learning-rate 5e-5 (lower) or 1e-4 (higher), or a larger "
+            "see features.norms and features.finite; then --learning-rate 1e-4 (lower) or 1e-3 (higher), or a larger "
             "--batch-size",
         )  # fmt: skip
+
+
+def _student(bridge: DiffusionBridge) -> Finding:
+    teacher, made = bridge.config.student_of or {}, bridge.provenance.get("distilled", {})
+    reached = made.get("held_out", {}).get("cosine", math.nan)
+    said = (
+        f"a student of {teacher.get('denoiser')}, {teacher.get('steps')} evaluations from level {teacher.get('start_step')}; mean "
+        f"cosine to that {reached:.4f} on held-out rows"
+    )
+    if not reached >= LEAST_COSINE:
+        return Finding("bridge.training", "warning", said, "distil again with more --train-steps, or use the teacher")
+    return ok("bridge.training", said)
 
 
 def _history(path: Path) -> list[dict[str, float]]:

@@ -97,6 +97,7 @@ class FeatureWriter:
         # it starts with the first shard, after the host's loader has forked its processes
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="feature-writer")
         self._writing: Future[None] | None = None
+        self._closed = False
 
     def _open(self, meta: dict[str, Any]) -> None:
         folder = self.folder
@@ -118,6 +119,8 @@ class FeatureWriter:
         Raises FeatureStoreError where this image, or one that was added before, has a value that is not finite, or the
         disk refuses: at the latest before the shard after that image's is begun.
         """
+        if self._closed:
+            raise FeatureStoreError(f"{self.folder}: an image was added after the capture was closed")
         if self._writing is not None and self._writing.done():
             self._wait()
         if batch.index < self.next_index:
@@ -187,6 +190,7 @@ class FeatureWriter:
         try:
             self._wait()
         finally:
+            self._closed = True
             self._thread.shutdown()
             self._lock.close()
 

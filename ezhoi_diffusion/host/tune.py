@@ -99,7 +99,8 @@ def seen_classes(store: FeatureStore) -> Tensor:
 def require_unseen(bridge: object, name: str, store: FeatureStore) -> None:
     """Raise TuneError where a bridge was trained with labels of images that `tune` chooses by, or may have been."""
     provenance = _dict(getattr(bridge, "provenance", None))
-    config = _dict(_dict(provenance.get("training")).get("config"))
+    trained = provenance.get("training") or _dict(provenance.get("distilled")).get("teacher")
+    config = _dict(_dict(trained).get("config"))
     labelled = "fit" in provenance or _dict(config.get("recipe")).get("trained_on") == "pairs"
     images = _dict(provenance.get("features")).get("images")
     if labelled and images is not None and images != len(store.images):

@@ -79,6 +79,13 @@ def parse_value(text: str) -> Any:
     return text
 
 
+def _with_steps_of(label: str, bridge: Any, steps: int | None) -> Any:
+    try:
+        return with_steps(bridge, steps)
+    except EzhoiDiffusionError as error:
+        raise EzhoiDiffusionError(f"--inference-steps {steps} cannot be used with '{label}': {error}") from error
+
+
 def resolve_variants(
     names: str,
     plugins: PluginHost,
@@ -108,7 +115,7 @@ def resolve_variants(
             raise EzhoiDiffusionError(f"the comparison names '{item}' twice")
         if name in bridges.names():
             for label, path in _seeds(item, own_folder or folder):
-                bridge = with_steps(_loaded(bridges[name], path, name), steps)
+                bridge = _with_steps_of(label, _loaded(bridges[name], path, name), steps)
                 seeded = getattr(bridge, "depends_on_seed", False)
                 label = label if seeded else item
                 accept(bridge, label)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
+from ezhoi_diffusion.diffusion.denoisers import CLOSED_FORMS
 from ezhoi_diffusion.legacy.convert import Bundle, ImportFilesError, make_bridge
 from ezhoi_diffusion.legacy.formats import LegacyFile, read_legacy
 
@@ -89,10 +90,14 @@ def _story(bridge: DiffusionBridge) -> list[str]:
     config, recipe = bridge.config, bridge.config.recipe
     facts: dict[str, Any] = config.provenance
     weights = facts.get("imported", {}).get("weights", "ema")
+    made = f"{weights} weights of step {facts.get('training', {}).get('step', 'unknown')}"
+    if config.student_of is not None:
+        made = f"a student of {config.student_of.get('denoiser')} with {config.student_of.get('steps')} evaluations"
+    elif config.denoiser in CLOSED_FORMS:
+        made = "a closed form"
     return [
         f"  D = {config.dim}, {config.denoiser} {config.denoiser_options or ''}",
-        f"  {config.objective}, T = {config.timesteps}, {weights} weights of step "
-        f"{facts.get('training', {}).get('step', 'unknown')}",
+        f"  {config.objective}, T = {config.timesteps}, {made}",
         f"  recipe {recipe.name}: enters at level {recipe.start_step}, {recipe.steps} evaluations, input norm {recipe.scale:g}, "
         f"output {recipe.output}",
     ]

@@ -10,26 +10,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ezhoi_diffusion.artifact import CONFIG, Artifact
+from ezhoi_diffusion.diffusion.artifact import BRIDGE
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, Components, DiffusionBridge, build_denoiser
-from ezhoi_diffusion.diffusion.closed_form import ClosedForm
+from ezhoi_diffusion.diffusion.closed_form import Texts, Wiener
 from ezhoi_diffusion.draws import generator
-from ezhoi_diffusion.files import write_json
+from ezhoi_diffusion.files import current, write_json
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
 from ezhoi_diffusion.training.data import Rows, TrainingData, training_rows
 from ezhoi_diffusion.training.loss import Validation
 
-FACTS = "training.json"
-MAX_ROWS = 65_536  # of more rows a sample says the same of a mean and a covariance
+FACTS, CHECKPOINTS = "training.json", "checkpoints"
+SAMPLE = 65_536  # of more rows a sample says the same of a mean and a covariance
 
 
 def fit_bridge(data: TrainingData, config: TrainConfig, out: Path, registry: Components) -> None:
     """Fit the configured closed form, and write the artefact and training.json into `out`.
 
-    The validation loss is that of a fit without the held-out rows. The bridge itself knows all text rows, because one of a
+    Where they hold the same fit already, nothing is done. The validation loss is that of a fit without the held-out rows. The bridge itself knows all text rows, because one of a
     class that is missing could not be given back; of visual rows it knows the training part. Raises TrainingError for a
-    recipe whose rows the closed form does not fit, and what the denoiser raises.
+    recipe whose rows the closed form does not fit and for a folder with anything else, and what the denoiser raises.
     """
     rows = training_rows(data, config)
+    if current(out, CONFIG).exists() or (out / CHECKPOINTS).exists():
+        _require_same(out, config, rows)
+        return
     if rows.paired:
         raise TrainingError(
             f"recipe {config.recipe.name!r} mixes texts with visual rows, and {config.denoiser} is the posterior mean under Gaussian "
@@ -41,7 +46,7 @@ def fit_bridge(data: TrainingData, config: TrainConfig, out: Path, registry: Com
             f"texts is the posterior mean over stored texts, and recipe {config.recipe.name!r} learns from visual rows: choose a "
             f"recipe that learns from text, e.g. blend"
         )
-    validation = Validation.of(rows, config_of(config, rows, len(rows.training)).schedule(), config)
+    validation = Validation.of(rows, _config(config, rows, len(rows.training)).schedule(), config)
     known = _sample(rows.training, config.seed)
     ranges = validation.losses(_fitted(config, rows, known, registry)[1])
     everything = torch.arange(len(rows.source)) if text else known
@@ -70,8 +75,10 @@ def fit_bridge(data: TrainingData, config: TrainConfig, out: Path, registry: Com
     bridge.save_pretrained(out)
 
 
-def config_of(config: TrainConfig, rows: Rows, count: int) -> BridgeConfig:
+def _config(config: TrainConfig, rows: Rows, count: int) -> BridgeConfig:
     """The bridge's configuration, where the denoiser knows `count` rows."""
+    if "rows" in config.denoiser_options:
+        raise TrainingError("texts stores all texts there are: leave `rows` out of denoiser_options")
     stored = {"rows": count} if config.denoiser == "texts" else {}
     return BridgeConfig(
         dim=rows.source.shape[1],
@@ -86,13 +93,25 @@ def config_of(config: TrainConfig, rows: Rows, count: int) -> BridgeConfig:
 def _fitted(
     config: TrainConfig, rows: Rows, numbers: Tensor, registry: Components
 ) -> tuple[BridgeConfig, torch.nn.Module]:
-    bridge_config = config_of(config, rows, len(numbers))
+    bridge_config = _config(config, rows, len(numbers))
     denoiser = build_denoiser(bridge_config, registry)
-    assert isinstance(denoiser, ClosedForm)
+    assert isinstance(denoiser, (Wiener, Texts))
     denoiser.fit(rows[numbers])
     return bridge_config, denoiser
 
 
 def _sample(numbers: Tensor, seed: int) -> Tensor:
     order = torch.randperm(len(numbers), generator=generator(seed, "closed form"))
-    return numbers[order[:MAX_ROWS].sort().values]
+    return numbers[order[:SAMPLE].sort().values]
+
+
+def _require_same(out: Path, config: TrainConfig, rows: Rows) -> None:
+    """Raises TrainingError unless `out` holds this very fit."""
+    training = Artifact.load(out, BRIDGE).provenance.get("training") if current(out, CONFIG).exists() else None
+    then = training if isinstance(training, dict) else {}
+    if (
+        (out / CHECKPOINTS).exists()
+        or then.get("data_sha256") != rows.fingerprint
+        or config.departures(then.get("config", {}))
+    ):
+        raise TrainingError(f"{out} holds another training: choose another folder, or resume that one as it was begun")

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from ezhoi_diffusion.diffusion.artifact import MAX_TIMESTEPS
-from ezhoi_diffusion.diffusion.recipes import DEFAULT_RECIPE, Recipe
+from ezhoi_diffusion.diffusion.recipes import DEFAULT_RECIPE, Recipe, recipe_of
 from ezhoi_diffusion.diffusion.schedule import OBJECTIVES, Objective
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 
@@ -145,6 +145,7 @@ class TrainConfig:
         """
         free = {"patience"} if self.lr_schedule != "constant" else {"patience", "train_steps"}
         begun, now = {**TrainConfig().to_dict(), **then}, self.to_dict()
+        begun["recipe"] = asdict(recipe_of(begun["recipe"]))
         return [
             f"{name} (was {begun[name]!r}, is {now[name]!r})"
             for name in now
@@ -162,9 +163,9 @@ class TrainConfig:
         try:
             values = dict(content)
             if "recipe" in values:
-                values["recipe"] = Recipe(**values["recipe"])
+                values["recipe"] = recipe_of(values["recipe"])
             return cls(**values)
-        except TypeError as error:
+        except (AttributeError, TypeError) as error:
             raise TrainingError(f"not a training configuration: {error}") from error
 
 

@@ -16,7 +16,9 @@ from ezhoi_diffusion.features.statistics import unit
 from ezhoi_diffusion.training.config import TrainingError
 
 STUDENT = "mlp"
+LEAST_COSINE = 0.99  # on held-out rows; below, a student is refused unless asked for
 ROWS = 16_384  # that the teacher bridges once, before the student learns; of fewer captured ones, mixtures fill up
+JUDGED = 4096  # held-out rows, by which the student is judged
 BATCH = 128
 LEARNING_RATE = 1e-3
 BLOCK = 256
@@ -40,6 +42,8 @@ def distill(
     CPU. Raises TrainingError for a teacher that takes one evaluation already, and for too few rows.
     """
     recipe = teacher.config.recipe
+    if teacher.config.student_of is not None:
+        raise TrainingError("the bridge is a student already: distil its teacher")
     if recipe.steps == 1:
         raise TrainingError(
             "the bridge takes one evaluation already, so there is nothing to distil: give --steps for the result of more"
@@ -48,8 +52,10 @@ def distill(
         raise TrainingError(
             f"a student learns from training rows and is judged by held-out ones: {len(training)} and {len(held_out)} are too few"
         )
+    draw = generator(seed, "distillation rows")
+    judged = held_out[torch.randperm(len(held_out), generator=draw)[:JUDGED]]
     teacher = teacher.to(device)
-    z = _inputs(teacher, training, seed).to(device)
+    z = _inputs(teacher, training, draw).to(device)
     target = _taught(teacher, z, "the teacher's result")
     student = _fresh(teacher, seed).to(device)
     optimizer = torch.optim.Adam(student.parameters(), lr=LEARNING_RATE, fused=True)
@@ -62,7 +68,7 @@ def distill(
         loss.backward()
         optimizer.step()
         schedule.step()
-    unseen = normalize(held_out.to(device).float(), teacher.input_mean, recipe.scale)[0]
+    unseen = normalize(judged.to(device).float(), teacher.input_mean, recipe.scale)[0]
     with torch.no_grad():
         found = student(unseen, level)
     centred = unit(text.to(device)) - teacher.statistics.text_mean.to(device)
@@ -73,17 +79,24 @@ def distill(
         student_of={
             "denoiser": teacher.config.denoiser,
             **{name: getattr(recipe, name) for name in ("start_step", "steps", "grid", "sampler")},
-            "held_out": asdict(reached),
-            "train_steps": train_steps,
-            "rows": len(training),
+        },
+        provenance={
+            **{name: fact for name, fact in teacher.provenance.items() if name not in ("training", "overridden")},
+            "distilled": {
+                "held_out": asdict(reached),
+                "train_steps": train_steps,
+                "seed": seed,
+                "rows": len(training),
+                "teacher": teacher.provenance.get("training"),
+            },
         },
     )
     return DiffusionBridge(config, student, teacher.statistics, context=teacher.context).to("cpu"), reached
 
 
-def _inputs(teacher: DiffusionBridge, rows: Tensor, seed: int) -> Tensor:
+def _inputs(teacher: DiffusionBridge, rows: Tensor, draw: torch.Generator) -> Tensor:
     """What enters the network [ROWS, D]: captured rows, and mixtures of two where there are too few."""
-    draw, scale = generator(seed, "distillation rows"), teacher.config.recipe.scale
+    scale = teacher.config.recipe.scale
     chosen = rows[torch.randperm(len(rows), generator=draw)[:ROWS]].float()
     z = normalize(chosen, teacher.input_mean.cpu(), scale)[0]
     missing = ROWS - len(z)

@@ -434,7 +434,7 @@ def test_plugins_contribute_by_name(tmp_path):
     assert "identity" not in denoisers().names()
     config = BridgeConfig(DIM, RECIPES["paper"], "identity")
     DiffusionBridge(config, build_denoiser(config, registry), statistics()).save_pretrained(tmp_path)
-    with pytest.raises(BridgeError, match="known are mlp, unet1d"):
+    with pytest.raises(BridgeError, match="known are mlp, texts, unet1d, wiener"):
         DiffusionBridge.from_pretrained(tmp_path)
     assert DiffusionBridge.from_pretrained(tmp_path, registry=registry)(features()).shape == (40, DIM)
 

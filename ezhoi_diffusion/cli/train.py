@@ -51,7 +51,7 @@ flags may be written with underscores, as in the guide. --use_amp is --mixed-pre
 examples:
   ezhoi-diffusion train FEATURES --out BRIDGE
   ezhoi-diffusion train FEATURES --out BRIDGE --recipe paper --denoiser unet1d --train-steps 500000
-  ezhoi-diffusion train FEATURES --out BRIDGE --patience 5 --lr-schedule cosine --warmup-steps 200 --log-with tensorboard
+  ezhoi-diffusion train FEATURES --out BRIDGE --train-steps 5000 --patience 5 --lr-schedule cosine --warmup-steps 200 --log-with tensorboard
   ezhoi-diffusion train FEATURES --out BRIDGE --resume
 
 several processes, on GPUs or, as written, on CPUs (the batch is divided among them; the result is that of one process, to rounding):

@@ -172,7 +172,7 @@ def trained(
 def student_of(bridge: DiffusionBridge, subject: Subject, steps: int, device: torch.device) -> DiffusionBridge | None:
     """A student of the bridge as it is applied; None where there is nothing to distil, or no row to learn from."""
     if bridge.config.student_of is not None or bridge.config.recipe.steps == 1 or bridge.config.denoiser == "unet1d":
-        return None  # the last one would take hours to bridge the rows that a student learns from
+        return None  # the last one would take minutes an evaluation for the rows that a student learns from
     if min(len(subject.learnable), len(subject.rows)) < 2:
         return None
     few = subject.rows[:2]  # what it is judged by; that is done here, too, with all others

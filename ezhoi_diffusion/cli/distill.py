@@ -60,11 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if args.train_steps < 1:
         raise EzhoiDiffusionError(f"--train-steps must be at least 1, not {args.train_steps}")
     store = FeatureStore(args.features)
-    if store.split != "train":
-        raise EzhoiDiffusionError(
-            f"{store.folder} holds the {store.split} split: a student learns from training images only; capture those with "
-            f"--capture-split train"
-        )
+    store.require_training_images("a student learns from")
     if args.out.exists() and any(args.out.iterdir()):
         raise EzhoiDiffusionError(f"{args.out} is not empty: give another --out")
     with report_folder(args.out):

@@ -51,11 +51,7 @@ def run(args: argparse.Namespace) -> int:
     fit = known_fits(PluginHost())[args.name]
     options = _options(args.name, fit, args.option)
     store = FeatureStore(args.features)
-    if store.split != "train":
-        raise EzhoiDiffusionError(
-            f"{store.folder} holds the {store.split} split: a bridge is fitted to training images only; capture those with "
-            f"--capture-split train"
-        )
+    store.require_training_images("a bridge is fitted to")
     if args.out.exists() and any(args.out.iterdir()):
         raise EzhoiDiffusionError(f"{args.out} is not empty: give another --out")
     try:

@@ -255,11 +255,7 @@ def training_data(store: FeatureStore, side: str) -> TrainingData:
     from ezhoi_diffusion.host.supervision import seen_pairs
     from ezhoi_diffusion.training.data import TrainingData
 
-    if store.split != "train":
-        raise EzhoiDiffusionError(
-            f"{store.folder} holds the {store.split} split: a bridge is trained on training images only; capture those with "
-            f"--capture-split train"
-        )
+    store.require_training_images("a bridge is trained on")
     provenance = {"fingerprint": store.fingerprint, "features": {"rows": len(store), "images": len(store.images)}}
     visual, image, own_text = store.text[:0], torch.zeros(0, dtype=torch.long), None
     if side == "visual":

@@ -384,6 +384,13 @@ class FeatureStore:
         """Whether rows have the norms that the host gave them; an imported store may have their directions only."""
         return self.imported is None or bool(self.imported["norms"])
 
+    def require_training_images(self, what: str) -> None:
+        """Raise FeatureStoreError, saying `what` learns from training images only, in a store of another split."""
+        if self.split != "train":
+            raise FeatureStoreError(
+                f"{self.folder} holds the {self.split} split: {what} training images only; capture those with --capture-split train"
+            )
+
     def require_captured(self, what: str) -> None:
         """Raise FeatureStoreError, saying that `what` is not known, in an imported store."""
         if self.imported is not None:

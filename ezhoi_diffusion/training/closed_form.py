@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ezhoi_diffusion.artifact import CONFIG, Artifact
 from ezhoi_diffusion.diffusion.artifact import BRIDGE
@@ -19,17 +19,18 @@ from ezhoi_diffusion.files import current, write_json
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
 from ezhoi_diffusion.training.data import Rows, TrainingData, training_rows
 from ezhoi_diffusion.training.loss import Validation
+from ezhoi_diffusion.training.run import CHECKPOINTS, FACTS
 
-FACTS, CHECKPOINTS = "training.json", "checkpoints"
 SAMPLE = 65_536  # of more rows a sample says the same of a mean and a covariance
 
 
 def fit_bridge(data: TrainingData, config: TrainConfig, out: Path, registry: Components) -> None:
     """Fit the configured closed form, and write the artefact and training.json into `out`.
 
-    Where they hold the same fit already, nothing is done. The validation loss is that of a fit without the held-out rows. The bridge itself knows all text rows, because one of a
-    class that is missing could not be given back; of visual rows it knows the training part. Raises TrainingError for a
-    recipe whose rows the closed form does not fit and for a folder with anything else, and what the denoiser raises.
+    Where `out` holds this very fit already, nothing is done. The validation loss is that of a fit without the held-out rows.
+    The bridge itself knows all text rows, because one of a class that is missing could not be given back; of visual rows it
+    knows the training part. Raises TrainingError for a recipe whose rows the closed form does not fit and for a folder with
+    anything else, and what the denoiser raises.
     """
     rows = training_rows(data, config)
     if current(out, CONFIG).exists() or (out / CHECKPOINTS).exists():
@@ -46,7 +47,7 @@ def fit_bridge(data: TrainingData, config: TrainConfig, out: Path, registry: Com
             f"texts is the posterior mean over stored texts, and recipe {config.recipe.name!r} learns from visual rows: choose a "
             f"recipe that learns from text, e.g. blend"
         )
-    validation = Validation.of(rows, _config(config, rows, len(rows.training)).schedule(), config)
+    validation = Validation.of(rows, config.bridge_config(rows.source.shape[1]).schedule(), config)
     known = _sample(rows.training, config.seed)
     ranges = validation.losses(_fitted(config, rows, known, registry)[1])
     everything = torch.arange(len(rows.source)) if text else known
@@ -75,25 +76,12 @@ def fit_bridge(data: TrainingData, config: TrainConfig, out: Path, registry: Com
     bridge.save_pretrained(out)
 
 
-def _config(config: TrainConfig, rows: Rows, count: int) -> BridgeConfig:
-    """The bridge's configuration, where the denoiser knows `count` rows."""
-    if "rows" in config.denoiser_options:
-        raise TrainingError("texts stores all texts there are: leave `rows` out of denoiser_options")
-    stored = {"rows": count} if config.denoiser == "texts" else {}
-    return BridgeConfig(
-        dim=rows.source.shape[1],
-        recipe=config.recipe,
-        denoiser=config.denoiser,
-        denoiser_options={**config.denoiser_options, **stored},
-        objective=config.objective,
-        timesteps=config.timesteps,
-    )
-
-
-def _fitted(
-    config: TrainConfig, rows: Rows, numbers: Tensor, registry: Components
-) -> tuple[BridgeConfig, torch.nn.Module]:
-    bridge_config = _config(config, rows, len(numbers))
+def _fitted(config: TrainConfig, rows: Rows, numbers: Tensor, registry: Components) -> tuple[BridgeConfig, nn.Module]:
+    bridge_config = config.bridge_config(rows.source.shape[1])
+    if config.denoiser == "texts":
+        if "rows" in config.denoiser_options:
+            raise TrainingError("texts stores all texts there are: leave `rows` out of denoiser_options")
+        bridge_config = replace(bridge_config, denoiser_options={**config.denoiser_options, "rows": len(numbers)})
     denoiser = build_denoiser(bridge_config, registry)
     assert isinstance(denoiser, (Wiener, Texts))
     denoiser.fit(rows[numbers])

@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from ezhoi_diffusion.diffusion.artifact import MAX_TIMESTEPS
+from ezhoi_diffusion.diffusion.artifact import MAX_TIMESTEPS, BridgeConfig
 from ezhoi_diffusion.diffusion.recipes import DEFAULT_RECIPE, Recipe, recipe_of
 from ezhoi_diffusion.diffusion.schedule import OBJECTIVES, Objective
 from ezhoi_diffusion.errors import EzhoiDiffusionError
@@ -116,6 +116,17 @@ class TrainConfig:
         )
         precisions = get_args(MixedPrecision)
         self._require("mixed_precision", self.mixed_precision in precisions, f"one of {', '.join(precisions)}")
+
+    def bridge_config(self, dim: int) -> BridgeConfig:
+        """That of the bridge which is trained so on rows of width D, without provenance."""
+        return BridgeConfig(
+            dim=dim,
+            recipe=self.recipe,
+            denoiser=self.denoiser,
+            denoiser_options=self.denoiser_options,
+            objective=self.objective,
+            timesteps=self.timesteps,
+        )
 
     def _require(self, name: str, holds: bool, what: str) -> None:
         if not holds:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ezhoi_diffusion.artifact import Artifact
 from ezhoi_diffusion.diffusion.artifact import BRIDGE
-from ezhoi_diffusion.diffusion.bridge import BridgeConfig, Components, DiffusionBridge, build_denoiser
+from ezhoi_diffusion.diffusion.bridge import Components, DiffusionBridge, build_denoiser
 from ezhoi_diffusion.files import write_json
 from ezhoi_diffusion.training.checkpoint import flat, nested, read_newest, require_same_run, write_checkpoint
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
@@ -54,14 +54,7 @@ class Run:
         self.device = accelerator.device
         self.rows = training_rows(data, config)
         require_same_everywhere({**config.to_dict(), "features": self.rows.fingerprint})
-        self.bridge_config = BridgeConfig(
-            dim=self.rows.source.shape[1],
-            recipe=config.recipe,
-            denoiser=config.denoiser,
-            denoiser_options=config.denoiser_options,
-            objective=config.objective,
-            timesteps=config.timesteps,
-        )
+        self.bridge_config = config.bridge_config(self.rows.source.shape[1])
         self.schedule = self.bridge_config.schedule()
         self.validation = Validation.of(self.rows, self.schedule, config)
         self.resident = self.rows.resident(self.device)

@@ -26,7 +26,7 @@ from ezhoi_diffusion.doctor.finding import Finding
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
 from ezhoi_diffusion.features.statistics import unit
-from ezhoi_diffusion.features.store import FeatureWriter, finish_store, write_host_tensors
+from ezhoi_diffusion.features.writer import FeatureWriter, finish_store, write_host_tensors
 from ezhoi_diffusion.files import read_json, write_json
 from ezhoi_diffusion.host.fingerprint import Fingerprint
 from ezhoi_diffusion.host.launch import LaunchError, read_flags
@@ -77,7 +77,7 @@ def write_features(folder, rows=None, text=None, hoi=(0, 1), labels=None, pairs=
             )
         )
     with pytest.MonkeyPatch.context() as patch:  # the writer refuses what is not finite
-        patch.setattr("ezhoi_diffusion.features.store._not_finite", lambda batch: None)
+        patch.setattr("ezhoi_diffusion.features.shard._not_finite", lambda batch: None)
         for batch in batches:
             writer.add(batch)
         writer.flush()

@@ -15,16 +15,11 @@ import torch
 from conftest import rewrite
 
 from ezhoi_diffusion.cli import main
-from ezhoi_diffusion.features import store as store_module
+from ezhoi_diffusion.features import shard as shard_module
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
 from ezhoi_diffusion.features.statistics import ModalityStatistics, shared_part
-from ezhoi_diffusion.features.store import (
-    FeatureStore,
-    FeatureStoreError,
-    FeatureWriter,
-    finish_store,
-    write_host_tensors,
-)
+from ezhoi_diffusion.features.store import FeatureStore, FeatureStoreError
+from ezhoi_diffusion.features.writer import FeatureWriter, finish_store, write_host_tensors
 from ezhoi_diffusion.files import read_json, sealed
 
 D, CLASSES = 16, 5
@@ -354,7 +349,7 @@ def test_close_ends_what_is_being_written_and_says_what_went_wrong(tmp_path, mon
 
 @pytest.mark.parametrize(("room", "rows"), [(0, [2, 3, 0, 9, 1, 4, 12, 1]), (2, [5, 0, 9, 5, 12, 1])])
 def test_an_image_that_does_not_fit_begins_a_shard(tmp_path, monkeypatch, room, rows):
-    monkeypatch.setattr(store_module, "LARGEST_IMAGE", room)
+    monkeypatch.setattr(shard_module, "LARGEST_IMAGE", room)
     images = [image(i, pairs) for i, pairs in enumerate([2, 3, 0, 9, 1, 4, 12, 1])]
     store = write(tmp_path, images, rows_per_shard=3)
     assert torch.equal(store.adapter_feat(), torch.cat([b.adapter_feat for b in images]))
@@ -387,14 +382,14 @@ def test_copies_from_a_gpu_are_waited_for_before_they_are_looked_at(tmp_path, mo
         calls.append(("pinned", pin_memory))
         return real(*shape, **kwargs)
 
-    def looked(batch, real=store_module._not_finite):
+    def looked(batch, real=shard_module._not_finite):
         calls.append(("looked", batch.index))
         return real(batch)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the host's")
     monkeypatch.setattr(torch, "empty", empty)
-    monkeypatch.setattr(store_module, "_not_finite", looked)
+    monkeypatch.setattr(shard_module, "_not_finite", looked)
 
     def there(batch):
         pairs = {

@@ -27,7 +27,8 @@ from test_training_trainer import QUICK, equal, low_rank, weights
 
 from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
 from ezhoi_diffusion.errors import Interrupted
-from ezhoi_diffusion.features.store import FeatureStore, FeatureStoreError, FeatureWriter, finish_store
+from ezhoi_diffusion.features.store import FeatureStore, FeatureStoreError
+from ezhoi_diffusion.features.writer import FeatureWriter, finish_store
 from ezhoi_diffusion.files import REPLACED, new_folder
 from ezhoi_diffusion.training.checkpoint import read_newest
 from ezhoi_diffusion.training.trainer import TrainingError, train
@@ -337,7 +338,7 @@ def test_a_capture_through_the_launcher_is_killed_and_asked_to_end(small_world, 
     flags = [*host_flags(small_world, evaluate=True), "--capture-split", "train", "--plugin", "capture", "--capture"]
     whole = launch(*flags, str(tmp_path / "whole"))
     assert whole.returncode == 0, whole.stderr
-    seam = "import sys, ezhoi_diffusion.features.store as s; s.FeatureWriter.__init__.__kwdefaults__['seconds_per_shard'] = 0.0"
+    seam = "import sys, ezhoi_diffusion.features.writer as w; w.FeatureWriter.__init__.__kwdefaults__['seconds_per_shard'] = 0.0"
     command = f"{seam}; from ezhoi_diffusion.cli import main; sys.exit(main(sys.argv[1:]))"
     folder = tmp_path / "cut"
     for number in (signal.SIGKILL, signal.SIGTERM):

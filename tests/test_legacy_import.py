@@ -392,7 +392,7 @@ def test_test_images_are_not_trained_on(files, tmp_path, capsys):
 
 
 def test_many_rows_make_several_shards(files, tmp_path, monkeypatch):
-    monkeypatch.setattr("ezhoi_diffusion.features.store.ROWS_PER_SHARD", 10)
+    monkeypatch.setattr("ezhoi_diffusion.features.writer.ROWS_PER_SHARD", 10)
     run(files.visual, files.mean, "--out", tmp_path / "out")
     store = FeatureStore(tmp_path / "out")
     assert [shard["rows"] for shard in store.index["shards"]] == [12, 12]

@@ -25,7 +25,8 @@ from ezhoi_diffusion.builtin import mean_shift
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.diffusion.bridge import BridgeError, DiffusionBridge
 from ezhoi_diffusion.errors import EzhoiDiffusionError
-from ezhoi_diffusion.features.store import FeatureStore, FeatureStoreError, FeatureWriter
+from ezhoi_diffusion.features.store import FeatureStore, FeatureStoreError
+from ezhoi_diffusion.features.writer import FeatureWriter
 from ezhoi_diffusion.files import read_json, write_tensors
 
 QUICK = [
@@ -515,7 +516,7 @@ def test_a_full_disk_harms_nothing_and_the_same_command_goes_on(made, tmp_path, 
 
 
 def write_all(folder: Path) -> torch.Tensor:
-    from ezhoi_diffusion.features.store import finish_store
+    from ezhoi_diffusion.features.writer import finish_store
 
     writer = FeatureWriter(folder, META, rows_per_shard=1)
     writer.keep_host_tensors({"text": torch.ones(7, D), "more": torch.ones(9_000)})

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ezhoi_diffusion.features.batch import FeatureBatch
-from ezhoi_diffusion.features.store import FeatureStoreError, FeatureWriter, finish_store, is_captured
+from ezhoi_diffusion.features.store import FeatureStoreError, is_captured
+from ezhoi_diffusion.features.writer import FeatureWriter, finish_store
 from ezhoi_diffusion.hookspecs import hookimpl
 from ezhoi_diffusion.host.capture import clip_folder, default_split, image_names, split_dataset
 from ezhoi_diffusion.host.fingerprint import context_vectors

@@ -16,7 +16,8 @@ from ezhoi_diffusion.diffusion.recipes import RECIPES
 from ezhoi_diffusion.diffusion.samplers import samplers
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.features.statistics import ModalityStatistics, unit
-from ezhoi_diffusion.features.store import FeatureStore, write_imported
+from ezhoi_diffusion.features.store import FeatureStore
+from ezhoi_diffusion.features.writer import write_imported
 from ezhoi_diffusion.files import new_folder, sha256
 from ezhoi_diffusion.legacy.formats import (
     Analysis,

@@ -17,7 +17,8 @@ from torch import Tensor
 from ezhoi_diffusion.draws import generator
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
 from ezhoi_diffusion.features.statistics import unit
-from ezhoi_diffusion.features.store import FeatureStore, FeatureWriter, finish_store
+from ezhoi_diffusion.features.store import FeatureStore
+from ezhoi_diffusion.features.writer import FeatureWriter, finish_store
 from ezhoi_diffusion.host.fingerprint import OPTIONS, Fingerprint
 from ezhoi_diffusion.host.score import NEEDED, Score
 

@@ -1,0 +1,297 @@
+"""Writing a store: by one process or several, as a stream that may be cut off at any moment, or whole from elsewhere."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ezhoi_diffusion.features.batch import FeatureBatch
+from ezhoi_diffusion.features.shard import Shard
+from ezhoi_diffusion.features.store import (
+    AGAIN,
+    HOST,
+    INDEX,
+    META,
+    SCHEMA,
+    FeatureStore,
+    FeatureStoreError,
+    require,
+    require_counts,
+)
+from ezhoi_diffusion.files import (
+    LOCK,
+    leftovers,
+    locked,
+    new_folder,
+    read_json,
+    read_tensors,
+    require_unchanged,
+    write_json,
+    write_tensors,
+)
+
+# A killed capture loses what it had not written yet: two shards, or the work of a minute. At D = 512 a shard is 10 MiB, and
+# so small that a capture of 10,000 pairs needs the memory that one of millions does.
+ROWS_PER_SHARD, SECONDS_PER_SHARD = 4_096, 60.0
+
+
+class FeatureWriter:
+    """Writes the part of a store that one process captures; finish with `finish_store` on one process.
+
+    Opening a folder that holds an unfinished capture of the same host and split goes on after its last whole shard:
+    images before `next_index` are there already, and adding them again does nothing. Raises FeatureStoreError where the
+    folder holds anything else, a file in it was changed, or another process is writing there.
+
+    A thread checks, writes and flushes the shards, one after the other, so that the pass does not wait for the disk. While
+    one is written the next one fills; where that is full first, `add` waits. So no more than two are ever in memory. What
+    goes wrong in the thread is raised by the next `add`, `flush` or `close`, and nothing is written after it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        meta: dict[str, Any],
+        *,
+        rank: int = 0,
+        rows_per_shard: int = ROWS_PER_SHARD,
+        seconds_per_shard: float = SECONDS_PER_SHARD,
+    ) -> None:
+        self.folder = folder
+        self.rank = rank
+        self.rows_per_shard = rows_per_shard
+        self.seconds_per_shard = seconds_per_shard
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with ExitStack() as undo:
+                undo.enter_context(locked(folder, FeatureStoreError, f"{LOCK}-{rank:03d}"))
+                self._open({"schema": SCHEMA, **meta})
+                shards = _captured(folder, rank)
+                self._lock = undo.pop_all()
+        except OSError as error:
+            raise FeatureStoreError(
+                f"{folder} cannot be written ({error}): choose a folder you can write to"
+            ) from error
+        self.next_index = shards[-1]["images"][-1]["index"] + 1 if shards else 0
+        self._shards = len(shards)
+        self._pending, self._spare = (Shard(rows_per_shard) for _ in range(2))
+        self._flushed = time.monotonic()
+        # it starts with the first shard, after the host's loader has forked its processes
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feature-writer")
+        self._writing: Future[None] | None = None
+        self._closed = False
+
+    def _open(self, meta: dict[str, Any]) -> None:
+        folder = self.folder
+        if (folder / INDEX).exists():
+            raise FeatureStoreError(f"{folder} holds a finished capture already: give another folder, or delete it")
+        if (folder / META).exists():
+            _require_same(folder, read_json(folder / META, FeatureStoreError, AGAIN), meta)
+        elif self.rank == 0 and {*folder.iterdir()} - {*leftovers(folder), *folder.glob(f"{LOCK}*")}:
+            raise FeatureStoreError(f"{folder} is not empty and holds no capture: give another folder")
+        if self.rank == 0:  # the others wait until it has opened the folder
+            for path in leftovers(folder):
+                path.unlink(missing_ok=True)
+            if not (folder / META).exists():
+                write_json(folder / META, meta)
+
+    def add(self, batch: FeatureBatch) -> None:
+        """Append one image; its tensors may change afterwards.
+
+        Raises FeatureStoreError where this image, or one that was added before, has a value that is not finite, or the
+        disk refuses: at the latest before the shard after that image's is begun.
+        """
+        if self._closed:
+            raise FeatureStoreError(f"{self.folder}: an image was added after the capture was closed")
+        if self._writing is not None and self._writing.done():
+            self._wait()
+        if batch.index < self.next_index:
+            return
+        if not self._pending.has_room(len(batch.pairs)):
+            self._hand_over()
+        self._pending.add(batch)
+        self.next_index = batch.index + 1
+        if self._pending.rows >= self.rows_per_shard or time.monotonic() - self._flushed >= self.seconds_per_shard:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        self._wait()
+        self._flushed = time.monotonic()
+        if self._pending.images:
+            self._writing = self._thread.submit(self._write, self._shards, self._pending)
+            self._shards += 1
+            self._pending, self._spare = self._spare, self._pending
+
+    def _wait(self) -> None:
+        """Until no shard is being written. What went wrong with one is raised from now on, for nothing may follow it."""
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def _write(self, number: int, shard: Shard) -> None:
+        """In the thread: write the images before the first that could not be read back, and empty the shard."""
+        problem = shard.keep_finite()
+        if shard.images:
+            name = _shard_name(self.rank, number)
+            try:
+                written = write_tensors(self.folder / f"{name}.safetensors", shard.tensors())
+                write_json(self.folder / f"{name}.json", {**written, "rows": shard.rows, "images": shard.entries()})
+            except OSError as error:
+                raise FeatureStoreError(
+                    f"{self.folder} could not take {name} ({error}): free space there and give the same command again; "
+                    f"what was captured so far is kept"
+                ) from error
+        shard.clear()
+        if problem:
+            raise FeatureStoreError(problem)
+
+    def flush(self) -> None:
+        """Write what is pending as one shard, and wait until it is on disk. Raises FeatureStoreError, as `add` does."""
+        self._hand_over()
+        self._wait()
+        self._pending, self._spare = (Shard(self.rows_per_shard) for _ in range(2))  # their memory is let go
+
+    def keep_host_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Write what the host's score needs, unless that is there already; returns what is there."""
+        try:
+            with locked(self.folder, FeatureStoreError, f"{LOCK}-host", wait=True):
+                if not os.path.lexists((self.folder / HOST).with_suffix(".json")):
+                    write_host_tensors(self.folder, tensors)
+        except OSError as error:
+            raise FeatureStoreError(
+                f"{self.folder} could not take {HOST} ({error}): free space there and give the same command again"
+            ) from error
+        return read_tensors(self.folder / HOST, _read_entry(self.folder, HOST), FeatureStoreError, AGAIN)
+
+    def close(self) -> None:
+        """Let other processes write into the folder, once what is being written is; what is pending is dropped.
+
+        Raises FeatureStoreError, as `add` does.
+        """
+        try:
+            self._wait()
+        finally:
+            self._closed = True
+            self._thread.shutdown()
+            self._lock.close()
+
+
+def write_host_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write what the host's score needs beside the features. Raises OSError."""
+    write_json((folder / HOST).with_suffix(".json"), write_tensors(folder / HOST, tensors))
+
+
+def finish_store(folder: Path) -> FeatureStore:
+    """Merge the shards of all processes into the index, and open the store. Raises FeatureStoreError."""
+    _merge(folder)
+    return FeatureStore(folder)
+
+
+def _merge(folder: Path) -> None:
+    entries = sorted(folder.glob("shard-[0-9][0-9][0-9]-*.json"))
+    ranks = sorted({int(path.name[6:9]) for path in entries})
+    shards = [shard for rank in ranks for shard in _captured(folder, rank)]
+    if not any(shard["rows"] for shard in shards):
+        raise FeatureStoreError(
+            f"{folder}: no image had a human-object pair, so there is nothing to store: is --pretrained the right detector?"
+        )
+    order = [image["index"] for shard in shards for image in shard["images"]]
+    if order != list(range(len(order))):
+        raise FeatureStoreError(f"{folder} lacks images between those it has: give the capture command again")
+    index = {
+        "schema": SCHEMA,
+        "rows": sum(shard["rows"] for shard in shards),
+        "images": len(order),
+        "meta": read_json(folder / META, FeatureStoreError, AGAIN),
+        "host": _read_entry(folder, HOST),
+        "shards": shards,
+    }
+    try:
+        write_json(folder / INDEX, index)
+        for path in (*entries, (folder / HOST).with_suffix(".json"), *leftovers(folder)):
+            path.unlink(missing_ok=True)  # the index has what they say
+    except OSError as error:
+        raise FeatureStoreError(
+            f"{folder} could not take {INDEX} ({error}): free space there and give the same command again"
+        ) from error
+
+
+def write_imported(
+    folder: Path, meta: dict[str, Any], rows: dict[str, Tensor], images: Sequence[str], host: dict[str, Tensor]
+) -> FeatureStore:
+    """Write a store of features that were captured elsewhere, whole or not at all, and open it.
+
+    `rows` has `adapter_feat` [N, D], perhaps more of what a capture has; `images` the N file names; `meta["imported"]` says
+    where they come from, and with `norms` whether the rows' norms are the host's. `host` has `text`, which may have no rows,
+    and the `text_mean` [D]. Raises FeatureStoreError where `folder` is in use or cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FeatureStoreError(f"{folder} is in use: give a new folder")
+    places: dict[str, list[int]] = {}
+    for row, name in enumerate(images):  # an image's rows stand together in a store
+        places.setdefault(name, []).append(row)
+    try:
+        with new_folder(folder) as staged:
+            write_json(staged / META, {"schema": SCHEMA, **meta})
+            write_host_tensors(staged, host)
+            number, shard = 0, list[int]()
+            entries: list[dict[str, Any]] = []
+            for index, (name, numbers) in enumerate(places.items()):
+                shard += numbers
+                entries.append({"index": index, "name": name, "rows": len(numbers), "boxes": 0, "annotations": 0})
+                if len(shard) >= ROWS_PER_SHARD or index == len(places) - 1:
+                    name = _shard_name(0, number)
+                    written = write_tensors(staged / f"{name}.safetensors", {k: t[shard] for k, t in rows.items()})
+                    write_json(staged / f"{name}.json", {**written, "rows": len(shard), "images": entries})
+                    number, shard, entries = number + 1, [], []
+            finish_store(staged)
+    except OSError as error:
+        raise FeatureStoreError(
+            f"{folder} could not be written ({error}): choose another folder, or free space"
+        ) from error
+    return FeatureStore(folder)
+
+
+def _require_same(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    if changed:
+        listed = "; ".join(f"{key}: there {old.get(key)!r}, now {new.get(key)!r}" for key in changed)
+        raise FeatureStoreError(
+            f"{folder} holds an unfinished capture of something else ({listed:.600}): give another folder"
+        )
+
+
+def _shard_name(rank: int, number: int) -> str:
+    return f"shard-{rank:03d}-{number:05d}"
+
+
+def _read_entry(folder: Path, name: str) -> dict[str, Any]:
+    """What the .json beside a file of an unfinished capture says, if the file is as it was written."""
+    facts = read_json((folder / name).with_suffix(".json"), FeatureStoreError, AGAIN)
+    try:
+        require_unchanged(folder / name, facts, FeatureStoreError, AGAIN)
+    except KeyError as error:
+        raise FeatureStoreError(f"{folder / name} has an entry without {error}; {AGAIN}") from error
+    return facts
+
+
+def _captured(folder: Path, rank: int) -> list[dict[str, Any]]:
+    """What one process has captured so far, in order. Raises FeatureStoreError where something of it is gone."""
+    found = sorted(folder.glob(f"{_shard_name(rank, 0)[:9]}-*.json"))
+    shards = [_read_entry(folder, path.with_suffix(".safetensors").name) for path in found]
+    names = [f"{_shard_name(rank, number)}.safetensors" for number in range(len(shards))]
+    try:
+        for shard in shards:
+            require_counts(shard)
+        order = [image["index"] for shard in shards for image in shard["images"]]
+        require(names == [shard["file"] for shard in shards], "a shard is missing")
+        require(not order or order == list(range(order[0], order[0] + len(order))), "an image is missing")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise FeatureStoreError(f"the unfinished capture in {folder} is damaged ({error}); {AGAIN}") from error
+    return shards

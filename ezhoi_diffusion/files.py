@@ -233,6 +233,12 @@ def leftovers(folder: Path) -> list[Path]:
     return list(folder.glob(".*.tmp"))
 
 
+def require_unused(folder: Path, error: type[EzhoiDiffusionError]) -> None:
+    """Raises `error` where `folder` is a file, or holds anything."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise error(f"{folder} is in use: give a new folder")
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yields a folder to write into, which becomes `folder` by a rename if the block ends well.

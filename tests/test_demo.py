@@ -46,4 +46,4 @@ def test_the_demo_walks_all_the_way(tmp_path):
         check=False,
     )
     assert again.returncode == 2
-    assert "is not empty" in again.stderr
+    assert "is in use" in again.stderr

@@ -390,8 +390,11 @@ def test_a_fit_writes_what_it_returns_and_where_that_comes_from(installed, store
     assert artifact.provenance["fingerprint"]["backbone"] == "synthetic"
     assert list(artifact.context) == ["ctx.0"]
     assert torch.equal(load_scaled(tmp_path / "b")(torch.ones(2)), torch.full((2,), 3.0))
-    assert main(line) == 2
-    assert "is not empty" in capsys.readouterr().err
+    (tmp_path / "file").write_text("somebody's")
+    for used in ("b", "file"):
+        assert main([*line[:-1], str(tmp_path / used)]) == 2
+        assert f"{tmp_path / used} is in use: give a new folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "somebody's"
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from ezhoi_diffusion.evaluation.report import report_folder
     from ezhoi_diffusion.features.split import held_out
     from ezhoi_diffusion.features.store import FeatureStore
+    from ezhoi_diffusion.files import require_unused
     from ezhoi_diffusion.plugins import PluginHost
     from ezhoi_diffusion.sharing import local
     from ezhoi_diffusion.training.distill import distill
@@ -61,8 +62,7 @@ def run(args: argparse.Namespace) -> int:
         raise EzhoiDiffusionError(f"--train-steps must be at least 1, not {args.train_steps}")
     store = FeatureStore(args.features)
     store.require_training_images("a student learns from")
-    if args.out.exists() and any(args.out.iterdir()):
-        raise EzhoiDiffusionError(f"{args.out} is not empty: give another --out")
+    require_unused(args.out, EzhoiDiffusionError)
     with report_folder(args.out):
         pass  # refused now, not after the work
     teacher = DiffusionBridge.from_pretrained(local(args.bridge), registry=components(PluginHost()))

@@ -46,14 +46,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Fit and write."""
     from ezhoi_diffusion.features.store import FeatureStore
+    from ezhoi_diffusion.files import require_unused
     from ezhoi_diffusion.plugins import PluginHost
 
     fit = known_fits(PluginHost())[args.name]
     options = _options(args.name, fit, args.option)
     store = FeatureStore(args.features)
     store.require_training_images("a bridge is fitted to")
-    if args.out.exists() and any(args.out.iterdir()):
-        raise EzhoiDiffusionError(f"{args.out} is not empty: give another --out")
+    require_unused(args.out, EzhoiDiffusionError)
     try:
         artifact = fit(store, **options)
     except EzhoiDiffusionError:

@@ -58,12 +58,13 @@ def run(args: argparse.Namespace) -> int:
 def _import(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from ezhoi_diffusion.legacy.convert import Bundle, make_bridge, make_store, require_unused, save_bridge
+    from ezhoi_diffusion.files import require_unused
+    from ezhoi_diffusion.legacy.convert import Bundle, ImportFilesError, make_bridge, make_store, save_bridge
     from ezhoi_diffusion.legacy.formats import read_legacy
 
     if args.out is not None:
         args.out = args.out.resolve()
-        require_unused(args.out)
+        require_unused(args.out, ImportFilesError)
     files: list[LegacyFile] = []
     size = sum(path.stat().st_size for path in args.files if path.is_file())
     with tqdm(total=size, unit="B", unit_scale=True, desc="reading", disable=None, leave=False) as progress:

@@ -57,13 +57,13 @@ def run(args: argparse.Namespace) -> int:
     from ezhoi_diffusion.evaluation.comparison import REFERENCE
     from ezhoi_diffusion.evaluation.report import report_folder, write_report
     from ezhoi_diffusion.features.store import FeatureStore
+    from ezhoi_diffusion.files import require_unused
     from ezhoi_diffusion.host.tune import AUTO, GRID, require_unseen, tune, write_choice
     from ezhoi_diffusion.host.variants import parse_sweep, resolve_variants
     from ezhoi_diffusion.plugins import PluginHost
 
     store = FeatureStore(args.features)
-    if args.out.exists() and any(args.out.iterdir()):
-        raise EzhoiDiffusionError(f"{args.out} is not empty: give another --out")
+    require_unused(args.out, EzhoiDiffusionError)
     if args.report:
         with report_folder(args.report):
             pass  # refused now, not after the work

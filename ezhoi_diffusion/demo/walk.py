@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ezhoi_diffusion.demo.world import host_args, make_world
 from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.files import require_unused
 
 HOST = Path(__file__).parent / "host"
 SCRIPT = "main_tip_finetune.py"
@@ -29,8 +30,7 @@ def walk(out: Path) -> None:
 
     Raises DemoError where `out` is in use or a step fails.
     """
-    if out.exists() and any(out.iterdir()):
-        raise DemoError(f"{out} is not empty: give another --out")
+    require_unused(out, DemoError)
     out.mkdir(parents=True, exist_ok=True)
     out = out.resolve()
     begun = time.monotonic()

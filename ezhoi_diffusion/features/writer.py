@@ -33,6 +33,7 @@ from ezhoi_diffusion.files import (
     read_json,
     read_tensors,
     require_unchanged,
+    require_unused,
     write_json,
     write_tensors,
 )
@@ -231,8 +232,7 @@ def write_imported(
     where they come from, and with `norms` whether the rows' norms are the host's. `host` has `text`, which may have no rows,
     and the `text_mean` [D]. Raises FeatureStoreError where `folder` is in use or cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FeatureStoreError(f"{folder} is in use: give a new folder")
+    require_unused(folder, FeatureStoreError)
     places: dict[str, list[int]] = {}
     for row, name in enumerate(images):  # an image's rows stand together in a store
         places.setdefault(name, []).append(row)

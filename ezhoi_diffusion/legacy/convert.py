@@ -18,7 +18,7 @@ from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.features.statistics import ModalityStatistics, unit
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.features.writer import write_imported
-from ezhoi_diffusion.files import new_folder, sha256
+from ezhoi_diffusion.files import new_folder, require_unused, sha256
 from ezhoi_diffusion.legacy.formats import (
     Analysis,
     HostCheckpoint,
@@ -157,7 +157,7 @@ def make_bridge(
 
 def save_bridge(bridge: DiffusionBridge, folder: Path) -> None:
     """Write the artefact. Raises ImportFilesError where `folder` is in use or cannot be written."""
-    require_unused(folder)
+    require_unused(folder, ImportFilesError)
     try:
         with new_folder(folder) as staged:
             bridge.save_pretrained(staged)
@@ -193,12 +193,6 @@ def make_store(bundle: Bundle, folder: Path, *, force: bool = False) -> FeatureS
     if visual.objects is not None:
         rows["objects"] = visual.objects
     return write_imported(folder, meta, rows, visual.images, {"text": text, "text_mean": text_mean})
-
-
-def require_unused(folder: Path) -> None:
-    """Raise ImportFilesError where `folder` is something already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ImportFilesError(f"{folder} is in use: give a new folder with --out")
 
 
 def _only(files: Sequence[LegacyFile], kind: type[File]) -> File | None:

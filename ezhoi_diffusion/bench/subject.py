@@ -118,7 +118,7 @@ def captured(store: FeatureStore) -> Subject:
 class Training:
     """The default bridge, the closed-form Gaussian on the same rows, and when the one was better than the other on held-out rows.
 
-    bar, val_loss: their losses there, of the network at the end. reached: step and seconds at which it was first below the bar.
+    bar, val_loss: their losses there, of the network the lowest one. reached: step and seconds at which it was first below the bar.
     """
 
     bridge: DiffusionBridge
@@ -166,7 +166,7 @@ def trained(
     validated = [(record["step"], record["val_loss"]) for record in history if "val_loss" in record]
     first = next((step for step, loss in validated if loss < bar), None)
     reached = None if first is None else (first, stamps[first])
-    return Training(bridge, wiener, bar, validated[-1][1], reached, steps, stamps[-1])
+    return Training(bridge, wiener, bar, min(loss for _, loss in validated), reached, steps, stamps[-1])
 
 
 def student_of(bridge: DiffusionBridge, subject: Subject, steps: int, device: torch.device) -> DiffusionBridge | None:

@@ -26,7 +26,7 @@ recipes:
   blend   (default) learns the text features; at eval a visual row is bridged from a low level and blended with itself
   paper   learns the text features; starts at level 600, 5 evaluations (Diffusion Bridge, CVPR 2025)
   paired  learns from pairs (an annotated visual row, the text of its class) of seen classes, with noise augmentation, and
-          stops early (--patience 5); the bridge is that of the lowest validation loss
+          stops early (--patience 5)
   guide   learns visual features less the text mean; 600 evaluations, unit output. It hurt wherever it was measured.
 
 what the numbers mean:
@@ -36,14 +36,14 @@ what the numbers mean:
   --scale-factor S is the norm of every row that the network sees, after its mean is taken off. It sets how much noise a level
       is, so training and eval need the same one: it is stored in the bridge, and eval has no flag for it.
   --train-steps counts optimizer steps. The 500,000 of the guide (8-15 hours on a GPU) are for the unet1d and visual rows; the
-      default network has enough after a thousand on texts; on visual rows and pairs, which are many, the default is 5000 at a
+      default network has enough after one or two thousand on texts; on visual rows and pairs, which are many, the default is 5000 at a
       learning rate of 8e-5, the reference's, as it is for unet1d. In the guide's folders model-K.pt is K = step // 10000: the model of
       step 500,000 is model-50.pt, and model-500.pt would be five million.
   the loss is weighted by the signal-to-noise ratio, so its size says nothing by itself. Compare the validation loss with the
       isotropic estimate, which knows no data: a network above it has learned nothing that generalises. training.json and the
       curve have both for five ranges of levels. A lower loss does not promise a higher mAP: compare on the host.
-  --patience N stops when N validations in a row brought no new lowest loss. The bridge is that of the last step, best/ always
-      that of the lowest validation loss. Resumed, a stopped training stays stopped; a larger --patience takes it further, as
+  the bridge is that of the step with the lowest validation loss (best/ has it while the training runs): steps after it learn
+      the rows by heart. --patience N stops when N validations in a row brought no new lowest loss. Resumed, a stopped training stays stopped; a larger --patience takes it further, as
       larger --train-steps do unless --lr-schedule follows them.
 
 flags may be written with underscores, as in the guide. --use_amp is --mixed-precision fp16 (or bf16).
@@ -188,7 +188,7 @@ def run(args: argparse.Namespace) -> int:
             plot_training(facts, out / "training.png")
             for note in notes(facts):
                 print(f"note: {note}", flush=True)
-            print(f"bridge: {out} (lowest validation loss: {out / 'best'}); curve: {out / 'training.png'}", flush=True)
+            print(f"bridge: {out}, of step {facts['best_step']}; curve: {out / 'training.png'}", flush=True)
     part()
     return 0
 
@@ -212,12 +212,12 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
 
 def notes(facts: dict[str, Any]) -> list[str]:
     """What a training.json shows that a user should know before using the bridge."""
-    recipe, last, bar = facts["config"]["recipe"], facts["history"][-1]["val_loss"], facts["isotropic_val_loss"]
+    recipe, best, bar = facts["config"]["recipe"], facts["best_val_loss"], facts["isotropic_val_loss"]
     found = []
-    if last > bar and recipe["trained_on"] != "pairs":  # whose bridge is that of the lowest validation loss
+    if best >= bar:
         found.append(
-            f"the validation loss {last:.4f} is above that of the closed-form isotropic estimate, {bar:.4f}: the network has "
-            f"learned its {recipe['trained_on']} rows by heart. best/ generalises better"
+            f"the lowest validation loss, {best:.4f}, is not below that of the closed-form isotropic estimate, {bar:.4f}, which "
+            f"knows no data: of rows that it has not seen the network knows nothing"
         )
     ranges = zip(facts["ranges"], facts["val_loss_by_range"], facts["isotropic_val_loss_by_range"], strict=True)
     unlearned = [f"{low}-{high}" for (low, high), loss, estimate in ranges if loss >= estimate]

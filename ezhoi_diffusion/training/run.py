@@ -220,7 +220,7 @@ class Run:
             )
         if record["val_loss"] < self.best:
             self.best = record["val_loss"]
-            self._save(self.out / BEST, record)
+            self._save_best(record)
 
     def _scalars(self, record: dict[str, Any]) -> dict[str, float]:
         """A record of the history as trackers take it."""
@@ -231,7 +231,7 @@ class Run:
 
     # Files
 
-    def _save(self, folder: Path, record: dict[str, Any], **more: Any) -> None:
+    def _save_best(self, record: dict[str, Any]) -> None:
         facts = {
             "config": self.config.to_dict(),
             "step": self.step,
@@ -240,10 +240,9 @@ class Run:
             **self._ranges(record),
             "rows": len(self.rows.training),
             "data_sha256": self.rows.fingerprint,
-            **more,
         }
         self.bridge.config = replace(self.bridge_config, provenance={**self.data.provenance, "training": facts})
-        agreed(self.accelerator, lambda: self.bridge.save_pretrained(folder))
+        agreed(self.accelerator, lambda: self.bridge.save_pretrained(self.out / BEST))
 
     def _ranges(self, record: dict[str, Any]) -> dict[str, Any]:
         """What is said of the ranges of levels, in the artefact as in training.json."""
@@ -312,17 +311,18 @@ class Run:
         # a resumed run that had no step left to do may have been stopped before this step was logged, or validated
         if not self._logged():
             self._log()
-        last = self.history[-1]
-        if "val_loss" not in last:
-            self._validate(last)
+        if "val_loss" not in self.history[-1]:
+            self._validate(self.history[-1])
+        best = min((record for record in self.history if "val_loss" in record), key=lambda record: record["val_loss"])
         facts = {
             "config": self.config.to_dict(),
             "step": self.step,
             "stopped": self.stopped,
             "history": self.history,
+            "best_step": best["step"],
             "best_val_loss": self.best,
             "isotropic_val_loss": self.bar,
-            **self._ranges(last),
+            **self._ranges(best),
             "seconds": self._elapsed(),
             "device": str(self.device),
             "processes": self.accelerator.num_processes,
@@ -333,14 +333,12 @@ class Run:
             },
         }
         agreed(self.accelerator, lambda: write_json(self.out / FACTS, facts))
-        if self.rows.paired:  # what overfits is seen in validation, so the bridge is the one that did best there
-            agreed(self.accelerator, self._take_best)
-        else:
-            self._save(self.out, last, stopped=self.stopped)
+        agreed(self.accelerator, self._publish)
         if self.accelerator.is_main_process:
             self.bar_display.write(f"stopped at step {self.step}: {self.stopped}")
 
-    def _take_best(self) -> None:
+    def _publish(self) -> None:
+        """Steps after the lowest validation loss only learn the rows by heart, so the bridge is that of this step."""
         best = Artifact.load(self.out / BEST, BRIDGE)
         best.provenance["training"]["stopped"] = self.stopped
         best.save(self.out)

@@ -33,8 +33,8 @@ def train(
     log_with: Sequence[Any] = (),
     on_step: Callable[[int], None] | None = None,
 ) -> Path:
-    """Train a bridge into `out` and return it: the artefact of the last averaged weights, `best/` with the ones of
-    the lowest validation loss, training.json and checkpoints/.
+    """Train a bridge into `out` and return it: the artefact of the averaged weights that had the lowest
+    validation loss, training.json and checkpoints/; best/ holds that artefact already while the training runs.
 
     With `resume` it goes on from the newest whole checkpoint, bit-equal on a CPU to a run that never stopped.
     `patience` may differ, and train_steps may have grown unless the learning rate follows it. A run that ended

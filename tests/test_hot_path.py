@@ -8,11 +8,13 @@ import torch
 from test_diffusion_bridge import DIM, MLP, features, make, statistics
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge, build_denoiser
 from ezhoi_diffusion.diffusion.recipes import RECIPES
+from ezhoi_diffusion.training.loss import denoising_loss
 
 
 class CrossesDevices(TorchDispatchMode):
@@ -82,6 +84,29 @@ def test_the_pretended_device_notices_who_asks_for_a_value():
     bridge = on_a_pretended_gpu(make())
     with bridge.pretended, pytest.raises(Exception, match="_local_scalar_dense"):
         bool(torch.isfinite(bridge(torch.empty(4, DIM, device="cuda"))).all())
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")  # of a tensor that pretends, by a copy of it
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("objective", ["pred_x0", "pred_noise", "pred_v"])
+def test_a_training_step_waits_for_no_device_and_takes_nothing_to_it_but_levels(objective, paired):
+    """Rows and noise are there; what is known of a level is looked up on the CPU, and copied: 64 numbers at a time."""
+    bridge = on_a_pretended_gpu(around("mlp", MLP, "blend", objective))
+    network, t = bridge.denoiser.train().requires_grad_(True), torch.arange(16)
+    with bridge.pretended as mode:
+        mode.allow_non_fake_inputs = True
+        z, noise = (torch.empty(16, DIM, device="cuda") for _ in range(2))
+        optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+        average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+        with CrossesDevices() as crossing:
+            loss = denoising_loss(network, z, t, noise, bridge._schedule, objective, 5.0, paired=paired)
+            for parameter in network.parameters():  # autograd itself asks for a real device
+                parameter.grad = torch.empty_like(parameter)
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            average.update_parameters(network)
+    assert loss.device.type == "cuda"
+    assert {"aten._to_copy.default"} == set(crossing.found)
 
 
 @pytest.mark.parametrize("objective", ["pred_x0", "pred_noise", "pred_v"])

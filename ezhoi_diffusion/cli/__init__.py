@@ -39,7 +39,7 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         description="Close the gap between EZ-HOI's visual and text features with a diffusion bridge, without editing EZ-HOI.",
         epilog="""\
 the way, from an EZ-HOI folder:
-  ezhoi-diffusion demo                       see all of it on a miniature first (3 minutes, no data needed)
+  ezhoi-diffusion demo                       see all of it on a miniature first (2 minutes, no data needed)
   ezhoi-diffusion pipeline main_tip_finetune.py <its flags> --eval --resume CKPT --work DIR     all of the below
   ezhoi-diffusion run main_tip_finetune.py <its flags> --resume CKPT --plugin capture --capture FEATURES
   ezhoi-diffusion train FEATURES --out BRIDGE

@@ -18,7 +18,6 @@ from ezhoi_diffusion.files import require_unused
 HOST = Path(__file__).parent / "host"
 SCRIPT = "main_tip_finetune.py"
 EPOCHS = 6
-TRAIN_STEPS = 1500
 
 
 class DemoError(EzhoiDiffusionError):
@@ -45,7 +44,7 @@ def walk(out: Path) -> None:
 
     _say(3, "capture, train a bridge, test and compare: the pipeline, as you would give it in an EZ-HOI folder")
     testing = [*host_args(world, evaluate=True), "--output-dir", str(checkpoints), "--resume", str(checkpoint)]
-    _command(["pipeline", SCRIPT, *testing, "--work", str(results), "--train-steps", str(TRAIN_STEPS)])
+    _command(["pipeline", SCRIPT, *testing, "--work", str(results)])
 
     print(f"\n{verdict(results / 'report' / 'report.json')}")
     print(

@@ -293,6 +293,8 @@ def test_ranges_are_in_the_files_and_in_the_picture(tmp_path, monkeypatch):
 def test_what_was_not_learned_is_said():
     found = {
         "config": {"recipe": {"trained_on": "text", "start_step": 100}},
+        "step": 9,
+        "best_step": 9,
         "best_val_loss": 0.2,
         "isotropic_val_loss": 0.3,
         "ranges": [[0, 499], [500, 999]],
@@ -302,7 +304,10 @@ def test_what_was_not_learned_is_said():
     (note,) = notes(found)
     assert note.startswith("at levels 500-999 the network is no better")
     assert note.endswith("below 100")
-    assert "is not below that of the closed-form isotropic estimate" in notes({**found, "isotropic_val_loss": 0.1})[0]
+    nothing = {**found, "isotropic_val_loss": 0.1}
+    assert "0.2000, is not below that of the closed-form isotropic estimate, 0.1000" in notes(nothing)[0]
+    assert "more --train-steps" in notes(nothing)[0]
+    assert "by heart" in notes({**nothing, "best_step": 3})[0]
     assert notes({**found, "isotropic_val_loss_by_range": [0.5, 0.2]}) == []
 
 

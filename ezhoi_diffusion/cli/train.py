@@ -215,9 +215,14 @@ def notes(facts: dict[str, Any]) -> list[str]:
     recipe, best, bar = facts["config"]["recipe"], facts["best_val_loss"], facts["isotropic_val_loss"]
     found = []
     if best >= bar:
+        remedy = (
+            "it was the last one, so give more --train-steps (with --resume it goes on)"
+            if facts["best_step"] == facts["step"]
+            else "from there on the network learned its rows by heart: give it more of them, or use --denoiser wiener"
+        )
         found.append(
             f"the lowest validation loss, {best:.4f}, is not below that of the closed-form isotropic estimate, {bar:.4f}, which "
-            f"knows no data: of rows that it has not seen the network knows nothing"
+            f"knows no data; {remedy}"
         )
     ranges = zip(facts["ranges"], facts["val_loss_by_range"], facts["isotropic_val_loss_by_range"], strict=True)
     unlearned = [f"{low}-{high}" for (low, high), loss, estimate in ranges if loss >= estimate]

@@ -236,7 +236,7 @@ def leftovers(folder: Path) -> list[Path]:
 def require_unused(folder: Path, error: type[EzhoiDiffusionError]) -> None:
     """Raises `error` where `folder` is a file, or holds anything."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise error(f"{folder} is in use: give a new folder")
+        raise error(f"{folder} is in use: give a new folder with --out")
 
 
 @contextmanager

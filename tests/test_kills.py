@@ -113,8 +113,7 @@ def content(work, folder: Path):
         names = ("adapter_feat", "labels", "pairing", "boxes", "gt_boxes")
         return {**{name: store.rows(name) for name in names}, **store.host}, [i["name"] for i in store.images]
     DiffusionBridge.from_pretrained(folder)
-    both = {**weights(folder), **{f"best.{name}": x for name, x in weights(folder / "best").items()}}
-    return both, None
+    return weights(folder), None
 
 
 def same(work, folder: Path, reference: Path) -> bool:
@@ -327,8 +326,7 @@ def test_two_processes_stop_at_the_same_step_when_one_is_asked(tmp_path):
     (checkpoint,) = (tmp_path / "out" / "checkpoints").iterdir()
     assert checkpoint.name != "step-000000050"
     assert [ended(process) for process in two(tmp_path / "out")] == [0, 0]
-    for folder in ("", "best"):
-        assert equal(weights(tmp_path / "out" / folder), weights(tmp_path / "whole" / folder))
+    assert equal(weights(tmp_path / "out"), weights(tmp_path / "whole"))
 
 
 # -- the launcher --------------------------------------------------------------------------------------------------

@@ -16,17 +16,18 @@ import torch
 from accelerate.tracking import GeneralTracker, get_available_trackers
 from conftest import free_port
 from safetensors.torch import load_file
-from test_training_trainer import QUICK, Stop, equal, low_rank, stop_at, weights
+from test_training_trainer import QUICK, Stop, asked_to_end_at, equal, low_rank, stop_at, weights
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ezhoi_diffusion.cli import build_parser, main
-from ezhoi_diffusion.cli.train import chosen_recipe, notes, train_config
+from ezhoi_diffusion.cli.train import chosen_recipe, train_config
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge, build_denoiser
 from ezhoi_diffusion.diffusion.recipes import RECIPES, RecipeError
 from ezhoi_diffusion.diffusion.schedule import Schedule, isotropic_estimate
-from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.errors import EzhoiDiffusionError, Interrupted
 from ezhoi_diffusion.evaluation import plots
 from ezhoi_diffusion.training import run as run_module
+from ezhoi_diffusion.training.curve import notes
 from ezhoi_diffusion.training.data import training_rows
 from ezhoi_diffusion.training.loss import Validation, denoising_loss
 from ezhoi_diffusion.training.trainer import TrainConfig, TrainingError, train
@@ -72,6 +73,43 @@ def test_a_network_that_learns_its_rows_by_heart_gives_the_bridge_of_before(tmp_
     losses = validation.losses(bridge.denoiser, torch.device("cpu"))
     assert fmean(losses) == pytest.approx(found["best_val_loss"], rel=1e-6)
     assert losses == pytest.approx(found["val_loss_by_range"], rel=1e-6)
+
+
+def published(out):
+    """What the bridge and training.json both say of the bridge's own weights; and those weights."""
+    training, found = DiffusionBridge.from_pretrained(out).provenance["training"], facts(out)
+    assert (training["step"], training["val_loss"]) == (found["best_step"], found["best_val_loss"])
+    assert training["config"] == found["config"]
+    assert training["stopped"] == found["stopped"]
+    return training["step"], training["val_loss"], load_file(out / "model.safetensors")
+
+
+def test_best_so_far_is_there_while_it_trains_and_nothing_depends_on_it(tmp_path):
+    whole = train(few(), OVERFIT, tmp_path / "whole")
+    assert not (whole / "best").exists()
+    with pytest.raises(Stop):
+        train(few(), OVERFIT, tmp_path / "cut", on_step=stop_at(9))
+    assert DiffusionBridge.from_pretrained(tmp_path / "cut" / "best").provenance["training"]["step"] <= 8
+    (tmp_path / "cut" / "best" / "model.safetensors").write_bytes(b"damaged")
+    cut = train(few(), OVERFIT, tmp_path / "cut", resume=True)
+    assert equal(weights(cut), weights(whole))
+    assert published(cut)[:2] == published(whole)[:2]
+
+
+def test_a_validation_at_an_early_end_decides_for_that_end_alone(tmp_path):
+    """Step 12 is off the rhythm of 10 and the lowest; the run that goes on from there gives the bridge of one that never ended."""
+    config = replace(QUICK, train_steps=20, val_every=10, learning_rate=1e-2, ema_decay=0.5, checkpoint_every=50)
+    whole = train(low_rank(), config, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(low_rank(), config, tmp_path / "out", on_step=asked_to_end_at(12))
+    out = train(low_rank(), replace(config, train_steps=12), tmp_path / "out", resume=True)
+    early = published(out)
+    assert early[0] == 12, "later is better here"
+    again = train(low_rank(), replace(config, train_steps=12), tmp_path / "out", resume=True)
+    assert equal(published(again)[2], early[2])
+    train(low_rank(), config, out, resume=True)
+    assert published(out)[:2] == published(whole)[:2]
+    assert equal(published(out)[2], published(whole)[2])
 
 
 # Learning rate and weight decay
@@ -192,8 +230,7 @@ def test_interrupted_with_every_option_on_it_ends_bit_equal(tmp_path, step):
     with pytest.raises(Stop):
         train(few(), OVERFIT, tmp_path / "broken", on_step=stop_at(step))
     resumed = train(few(), OVERFIT, tmp_path / "broken", resume=True)
-    for folder in ("", "best"):
-        assert equal(weights(resumed / folder), weights(whole / folder))
+    assert equal(weights(resumed), weights(whole))
     for key in ("history", "stopped", "best_val_loss"):
         assert facts(resumed)[key] == facts(whole)[key]
 
@@ -293,8 +330,7 @@ def test_ranges_are_in_the_files_and_in_the_picture(tmp_path, monkeypatch):
 def test_what_was_not_learned_is_said():
     found = {
         "config": {"recipe": {"trained_on": "text", "start_step": 100}},
-        "step": 9,
-        "best_step": 9,
+        "history": [{"loss": 2.0, "val_loss": 0.4}, {"loss": 1.0, "val_loss": 0.2}],
         "best_val_loss": 0.2,
         "isotropic_val_loss": 0.3,
         "ranges": [[0, 499], [500, 999]],
@@ -307,7 +343,13 @@ def test_what_was_not_learned_is_said():
     nothing = {**found, "isotropic_val_loss": 0.1}
     assert "0.2000, is not below that of the closed-form isotropic estimate, 0.1000" in notes(nothing)[0]
     assert "more --train-steps" in notes(nothing)[0]
-    assert "by heart" in notes({**nothing, "best_step": 3})[0]
+    turned = [*found["history"], {"loss": 0.5, "val_loss": 0.3}]
+    assert "--denoiser wiener" in notes({**nothing, "history": turned})[0]
+    of_pairs = {"recipe": {"trained_on": "pairs", "start_step": 100}}
+    said = notes({**nothing, "history": turned, "config": of_pairs})[0]
+    assert "by heart" in said
+    assert "wiener" not in said, "pairs have no closed form"
+    assert "lower --learning-rate" in notes({**nothing, "history": [*turned, {"loss": 3.0, "val_loss": 5.0}]})[0]
     assert notes({**found, "isotropic_val_loss_by_range": [0.5, 0.2]}) == []
 
 
@@ -522,9 +564,8 @@ def test_two_machines_of_which_one_sees_the_folder_stop_and_resume_as_one_proces
     ended, said = machines(tmp_path, near, far, resume=True, changes=(patient, patient))
     assert ended == [0, 0], said
     assert facts(near)["step"] == facts(one)["step"]
-    for folder in ("", "best"):
-        found = weights(near / folder)
-        assert all(torch.allclose(value, found[name], atol=1e-5) for name, value in weights(one / folder).items())
+    found = weights(near)
+    assert all(torch.allclose(value, found[name], atol=1e-5) for name, value in weights(one).items())
 
 
 @pytest.mark.slow

@@ -393,7 +393,7 @@ def test_a_fit_writes_what_it_returns_and_where_that_comes_from(installed, store
     (tmp_path / "file").write_text("somebody's")
     for used in ("b", "file"):
         assert main([*line[:-1], str(tmp_path / used)]) == 2
-        assert f"{tmp_path / used} is in use: give a new folder" in capsys.readouterr().err
+        assert f"{tmp_path / used} is in use: give a new folder with --out" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "somebody's"
 
 

@@ -118,7 +118,7 @@ def captured(store: FeatureStore) -> Subject:
 class Training:
     """The default bridge, the closed-form Gaussian on the same rows, and when the one was better than the other on held-out rows.
 
-    bar, val_loss: their losses there, of the network the lowest one. reached: step and seconds at which it was first below the bar.
+    bar, val_loss: the Gaussian's loss there, and the lowest of the network. reached: step and seconds at which it was first below the bar.
     """
 
     bridge: DiffusionBridge

@@ -13,7 +13,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.description = """\
 Train a miniature EZ-HOI on scenes of real handwritten digits, capture its features, train a diffusion bridge, and
-compare the host with and without it: the code that serves the real EZ-HOI, all of it, in under three minutes on
+compare the host with and without it: the code that serves the real EZ-HOI, all of it, in about two minutes on
 two cores. It prints what it measures, gain or loss."""
     parser.add_argument(
         "--out", type=Path, default=None, metavar="DIR", help=f"folder for the results (a new ./{DEFAULT_OUT})"

@@ -22,7 +22,7 @@ EPILOG = """\
 what the numbers mean:
   --max-images       the first N images of each split: for a quick look, not for a result. Expect at least 15 pairs an image,
                      most of them background
-  --train-steps      optimizer steps. The default network needs 2000 (5000 on visual rows), not the 500,000 of the
+  --train-steps      optimizer steps. The default network needs one or two thousand on texts (5000 on visual rows), not the 500,000 of the
                      1-D UNet
   --scale-factor     norm of every network input, the same in training and at eval, stored with the bridge; it says how
                      large a row is beside the schedule's noise

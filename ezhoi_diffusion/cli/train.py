@@ -42,9 +42,9 @@ what the numbers mean:
   the loss is weighted by the signal-to-noise ratio, so its size says nothing by itself. Compare the validation loss with the
       isotropic estimate, which knows no data: a network above it has learned nothing that generalises. training.json and the
       curve have both for five ranges of levels. A lower loss does not promise a higher mAP: compare on the host.
-  the bridge is that of the step with the lowest validation loss (best/ has it while the training runs): steps after it learn
-      the rows by heart. --patience N stops when N validations in a row brought no new lowest loss. Resumed, a stopped training stays stopped; a larger --patience takes it further, as
-      larger --train-steps do unless --lr-schedule follows them.
+  the bridge is that of the step with the lowest validation loss (best/ has it while the training runs): from there on a network
+      mostly learns its rows by heart. --patience N stops when N validations in a row brought no new lowest loss. Resumed, a stopped
+      training stays stopped; a larger --patience takes it further, as larger --train-steps do unless --lr-schedule follows them.
 
 flags may be written with underscores, as in the guide. --use_amp is --mixed-precision fp16 (or bf16).
 
@@ -153,6 +153,7 @@ def run(args: argparse.Namespace) -> int:
     from ezhoi_diffusion.files import current
     from ezhoi_diffusion.host.variants import SEED
     from ezhoi_diffusion.plugins import PluginHost
+    from ezhoi_diffusion.training.curve import notes
     from ezhoi_diffusion.training.processes import part
     from ezhoi_diffusion.training.trainer import train
 
@@ -208,30 +209,6 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     config = TrainConfig(**{"recipe": recipe, **own, **unet, **given})
     _ = components(PluginHost()).denoisers[config.denoiser]
     return config
-
-
-def notes(facts: dict[str, Any]) -> list[str]:
-    """What a training.json shows that a user should know before using the bridge."""
-    recipe, best, bar = facts["config"]["recipe"], facts["best_val_loss"], facts["isotropic_val_loss"]
-    found = []
-    if best >= bar:
-        remedy = (
-            "it was the last one, so give more --train-steps (with --resume it goes on)"
-            if facts["best_step"] == facts["step"]
-            else "from there on the network learned its rows by heart: give it more of them, or use --denoiser wiener"
-        )
-        found.append(
-            f"the lowest validation loss, {best:.4f}, is not below that of the closed-form isotropic estimate, {bar:.4f}, which "
-            f"knows no data; {remedy}"
-        )
-    ranges = zip(facts["ranges"], facts["val_loss_by_range"], facts["isotropic_val_loss_by_range"], strict=True)
-    unlearned = [f"{low}-{high}" for (low, high), loss, estimate in ranges if loss >= estimate]
-    if unlearned:
-        found.append(
-            f"at levels {', '.join(unlearned)} the network is no better than the isotropic estimate, which knows no data; "
-            f"this bridge uses the levels below {recipe['start_step']}"
-        )
-    return found
 
 
 def chosen_recipe(args: argparse.Namespace) -> Recipe:

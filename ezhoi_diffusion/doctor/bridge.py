@@ -23,6 +23,7 @@ from ezhoi_diffusion.features.statistics import ModalityStatistics, unit
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.host.fingerprint import differences
 from ezhoi_diffusion.plugins import PluginHost
+from ezhoi_diffusion.training.curve import unlearned
 from ezhoi_diffusion.training.distill import LEAST_COSINE
 
 EFFECT_ROWS = 512
@@ -131,17 +132,16 @@ def training(bridge: DiffusionBridge, folder: Path) -> Iterator[Finding]:
     validations = [record["val_loss"] for record in history if "val_loss" in record]
     if not math.isfinite(loss):
         yield Finding("bridge.training", "problem", found, f"lower --learning-rate, and {TRAIN}")
-    elif loss >= bar and validations[-1:] > [loss]:
+    elif min([*validations, loss]) < 0.98 * loss:
         yield Finding(
             "bridge.training", "warning",
-            f"{found}: no better than that estimate, and it rose from there: the network has learned its rows by heart",
-            "it had too few rows to learn from (features.text, features.rows): capture more, or use --denoiser wiener",
+            f"{found}; it was {min(validations):.5f} before, and an older version kept the weights of the last step", TRAIN,
         )  # fmt: skip
     elif loss >= bar:
+        why, remedy = unlearned(history, bridge.config.recipe.trained_on)
         yield Finding(
-            "bridge.training", "warning", f"{found}: under-trained, it is no better than that estimate",
-            "train longer: the same command with a larger --train-steps and --resume. If the loss does not fall, see "
-            "features.norms and features.finite, try --learning-rate 1e-4 or 1e-3, or a larger --batch-size",
+            "bridge.training", "warning", f"{found}: no better than that estimate; {why}",
+            f"{remedy}. See features.rows, features.text and features.norms, too",
         )  # fmt: skip
     else:
         yield ok("bridge.training", found)

@@ -104,7 +104,8 @@ def plot_training(facts: dict[str, Any], path: Path) -> None:
     figure, (axes, by_range) = _figure(2, 6.5)
     history = facts["history"]
     validated = [record for record in history if "val_loss" in record]
-    best, last = min(validated, key=lambda record: record["val_loss"]), history[-1]
+    best = next(record for record in validated if record["step"] == facts["best_step"])
+    last = history[-1]
     for key, records, label in (("loss", history, "training"), ("val_loss", validated, "validation, averaged weights")):
         marker = "." if len(records) == 1 else None
         axes.plot([r["step"] for r in records], [r[key] for r in records], label=label, marker=marker)

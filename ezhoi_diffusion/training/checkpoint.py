@@ -23,7 +23,7 @@ from ezhoi_diffusion.training.config import TrainConfig, TrainingError
 
 KEEP = 2
 MANIFEST = "manifest.json"
-TENSORS = ("model", "ema", "optimizer")
+TENSORS = ("model", "ema", "best", "optimizer")
 
 
 def write_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import shutil
 import sys
 import time
 from contextlib import nullcontext
@@ -19,8 +20,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from ezhoi_diffusion.artifact import Artifact
-from ezhoi_diffusion.diffusion.artifact import BRIDGE
 from ezhoi_diffusion.diffusion.bridge import Components, DiffusionBridge, build_denoiser
 from ezhoi_diffusion.files import write_json
 from ezhoi_diffusion.training.checkpoint import flat, nested, read_newest, require_same_run, write_checkpoint
@@ -83,7 +82,8 @@ class Run:
 
         self.step = 0
         self.saved: int | None = None  # the step of the newest checkpoint
-        self.best = float("inf")
+        self.best: dict[str, Any] | None = None  # the record of the lowest validation that every run this long has
+        self.best_weights: dict[str, Tensor] = {}
         self.bars = self.validation.bar()
         self.bar = fmean(self.bars)
         self.history: list[dict[str, Any]] = []
@@ -218,9 +218,12 @@ class Run:
                 f"step {self.step}: loss {record['loss']:.5f}, validation {record['val_loss']:.5f} "
                 f"(isotropic estimate, the bar: {self.bar:.5f})"
             )
-        if record["val_loss"] < self.best:
-            self.best = record["val_loss"]
-            self._save_best(record)
+        # not at an end that another run of this training would not have: gone on with, it gives the bridge that one gives
+        regular = record["step"] % self.config.val_every == 0
+        if regular and (self.best is None or record["val_loss"] < self.best["val_loss"]):
+            self.best = record
+            self.best_weights = {name: x.cpu().clone() for name, x in self.ema.module.state_dict().items()}
+            self._save(self.out / BEST, record)
 
     def _scalars(self, record: dict[str, Any]) -> dict[str, float]:
         """A record of the history as trackers take it."""
@@ -231,18 +234,20 @@ class Run:
 
     # Files
 
-    def _save_best(self, record: dict[str, Any]) -> None:
+    def _save(self, folder: Path, record: dict[str, Any], **more: Any) -> None:
+        """The averaged weights, those of the step of `record`, as a bridge."""
         facts = {
             "config": self.config.to_dict(),
-            "step": self.step,
+            "step": record["step"],
             "val_loss": record["val_loss"],
             "isotropic_val_loss": self.bar,
             **self._ranges(record),
             "rows": len(self.rows.training),
             "data_sha256": self.rows.fingerprint,
+            **more,
         }
         self.bridge.config = replace(self.bridge_config, provenance={**self.data.provenance, "training": facts})
-        agreed(self.accelerator, lambda: self.bridge.save_pretrained(self.out / BEST))
+        agreed(self.accelerator, lambda: self.bridge.save_pretrained(folder))
 
     def _ranges(self, record: dict[str, Any]) -> dict[str, Any]:
         """What is said of the ranges of levels, in the artefact as in training.json."""
@@ -259,12 +264,13 @@ class Run:
         tensors = {
             "model": self.network.state_dict(),
             "ema": self.ema.state_dict(),
+            "best": self.best_weights,
             "optimizer": flat(self.optimizer.state_dict()["state"]),
         }
         scaler = self.accelerator.scaler
         state = {
             "step": self.step,
-            "best_val_loss": self.best,
+            "best": self.best,
             "history": self.history,
             "pending": pending,
             "seconds": self._elapsed(),
@@ -289,7 +295,8 @@ class Run:
             self.optimizer.load_state_dict({"state": nested(tensors["optimizer"]), "param_groups": groups})
             if self.accelerator.scaler:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-            self.step, self.best, self.history = state["step"], state["best_val_loss"], state["history"]
+            self.step, self.best, self.history = state["step"], state["best"], state["history"]
+            self.best_weights = tensors["best"]
             self.saved = self.step
             self.pending = [torch.tensor(loss, device=self.device) for loss in state["pending"]]
             if not self.pending and not self._logged():
@@ -307,20 +314,26 @@ class Run:
         return True
 
     def finish(self) -> None:
-        """Write the results. The artefact comes last: once it is there, everything is."""
+        """Write the results. The artefact comes last: once it is there, everything is.
+
+        It is that of the lowest validation loss, because from there on a network mostly learns its rows by heart.
+        """
         # a resumed run that had no step left to do may have been stopped before this step was logged, or validated
         if not self._logged():
             self._log()
         if "val_loss" not in self.history[-1]:
             self._validate(self.history[-1])
-        best = min((record for record in self.history if "val_loss" in record), key=lambda record: record["val_loss"])
+        best = self.history[-1]
+        if self.best is not None and self.best["val_loss"] <= best["val_loss"]:
+            best = self.best
+            self.ema.module.load_state_dict(self.best_weights)
         facts = {
             "config": self.config.to_dict(),
             "step": self.step,
             "stopped": self.stopped,
             "history": self.history,
             "best_step": best["step"],
-            "best_val_loss": self.best,
+            "best_val_loss": best["val_loss"],
             "isotropic_val_loss": self.bar,
             **self._ranges(best),
             "seconds": self._elapsed(),
@@ -333,15 +346,10 @@ class Run:
             },
         }
         agreed(self.accelerator, lambda: write_json(self.out / FACTS, facts))
-        agreed(self.accelerator, self._publish)
+        self._save(self.out, best, stopped=self.stopped)
+        agreed(self.accelerator, lambda: shutil.rmtree(self.out / BEST, ignore_errors=True))
         if self.accelerator.is_main_process:
             self.bar_display.write(f"stopped at step {self.step}: {self.stopped}")
-
-    def _publish(self) -> None:
-        """Steps after the lowest validation loss only learn the rows by heart, so the bridge is that of this step."""
-        best = Artifact.load(self.out / BEST, BRIDGE)
-        best.provenance["training"]["stopped"] = self.stopped
-        best.save(self.out)
 
     def progress(self) -> Any:
         """The progress bar, a context manager; silent in all processes but the first and without a terminal."""

@@ -33,8 +33,11 @@ def train(
     log_with: Sequence[Any] = (),
     on_step: Callable[[int], None] | None = None,
 ) -> Path:
-    """Train a bridge into `out` and return it: the artefact of the averaged weights that had the lowest
-    validation loss, training.json and checkpoints/; best/ holds that artefact already while the training runs.
+    """Train a bridge into `out` and return it: the artefact of the averaged weights that had the lowest validation loss,
+    training.json and checkpoints/. While it runs, best/ holds that artefact as it is so far.
+
+    A validation at the end, off the rhythm of `val_every`, counts for this end alone: gone on with, a run gives the
+    bridge of one that never ended.
 
     With `resume` it goes on from the newest whole checkpoint, bit-equal on a CPU to a run that never stopped.
     `patience` may differ, and train_steps may have grown unless the learning rate follows it. A run that ended

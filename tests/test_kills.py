@@ -31,6 +31,7 @@ from ezhoi_diffusion.features.store import FeatureStore, FeatureStoreError
 from ezhoi_diffusion.features.writer import FeatureWriter, finish_store
 from ezhoi_diffusion.files import REPLACED, new_folder
 from ezhoi_diffusion.training.checkpoint import read_newest
+from ezhoi_diffusion.training.processes import part
 from ezhoi_diffusion.training.trainer import TrainingError, train
 
 KILLS = int(os.environ.get("EZHOI_DIFFUSION_KILLS", "6"))
@@ -306,7 +307,8 @@ def member(rank: int, out: Path, port: str, pause: float) -> None:
     try:
         train(low_rank(), config, out, resume=True, on_step=lambda step: time.sleep(pause))
     except Interrupted as stopped:
-        sys.exit(stopped.status)
+        part(stopped.status)
+    part()
 
 
 def two(out: Path, pause: float = 0.0):

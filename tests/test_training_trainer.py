@@ -20,6 +20,7 @@ from ezhoi_diffusion.diffusion.recipes import RECIPES
 from ezhoi_diffusion.errors import EzhoiDiffusionError, Interrupted
 from ezhoi_diffusion.features.statistics import ModalityStatistics
 from ezhoi_diffusion.training.data import training_rows
+from ezhoi_diffusion.training.processes import part
 from ezhoi_diffusion.training.trainer import TrainConfig, TrainingData, TrainingError, train
 
 DIM = 32
@@ -381,6 +382,7 @@ def main(out: str) -> None:
     """What each of two processes runs."""
     torch.set_num_threads(1)
     train(low_rank(), replace(QUICK, gradient_accumulate=2), Path(out))
+    part()
 
 
 @pytest.mark.slow

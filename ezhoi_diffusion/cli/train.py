@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.errors import EzhoiDiffusionError, Interrupted
 
 if TYPE_CHECKING:
     from ezhoi_diffusion.diffusion.recipes import Recipe
@@ -172,7 +172,13 @@ def run(args: argparse.Namespace) -> int:
     for number in range(args.seeds):
         seeded = replace(config, seed=config.seed + number)
         folder = args.out if args.seeds == 1 else args.out / f"{SEED}{seeded.seed}"
-        out = train(data, seeded, folder, registry=components(PluginHost()), resume=args.resume, log_with=args.log_with)
+        try:
+            out = train(
+                data, seeded, folder, registry=components(PluginHost()), resume=args.resume, log_with=args.log_with
+            )
+        except Interrupted as stopped:
+            part(stopped.status, f"ezhoi-diffusion: {stopped}\n")
+            raise
         if int(os.environ.get("RANK", "0")) == 0:
             facts = json.loads((out / "training.json").read_text())
             if not facts["history"]:

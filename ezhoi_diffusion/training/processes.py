@@ -80,19 +80,20 @@ def require_same_everywhere(what: dict[str, Any]) -> None:
                 )
 
 
-def part() -> None:
-    """End this process, where several trained together and all went well; all must call it, as the last thing.
+def part(status: int = 0, last_words: str = "") -> None:
+    """End this process, where several trained together and came to the same end; all must call it, as the last thing.
 
-    Not by way of the interpreter's own end: a thread of torch's that lets go of a tensor meanwhile asks for the interpreter,
-    and then takes the process with it (SIGABRT, seen once in 36 trainings on a busy machine), so that whoever started it
-    takes a finished training for a failed one.
+    Not by way of the interpreter's own end: that was seen to take a process with it (SIGABRT, in one training of ten or of
+    dozens, also once the processes had parted), and then a training that went well is taken for a failed one. It is not known
+    which of torch's threads asks for the interpreter just then.
     """
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+        sys.stderr.write(last_words)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(status)
 
 
 def _expected() -> int:

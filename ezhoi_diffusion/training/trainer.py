@@ -45,7 +45,8 @@ def train(
     trackers of accelerate's kind; it is no part of the run's identity. `on_step` is called after every step with
     the number of steps done.
 
-    Under torchrun or `accelerate launch`, call it in every process. Only the main process reads and writes `out`.
+    Under torchrun or `accelerate launch`, call it in every process, and `ezhoi_diffusion.training.processes.part` after it as
+    the last thing. Only the main process reads and writes `out`.
 
     A denoiser that is a closed form is fitted instead; then there are neither checkpoints nor best/.
 

@@ -102,7 +102,7 @@ def test_configuration_refuses(change):
 
 def checkpoint(folder, step):
     w = {"w": torch.full((3,), float(step))}
-    write_checkpoint(folder, step, {"model": w, "ema": w, "optimizer": {}}, {"step": step})
+    write_checkpoint(folder, step, {"model": w, "ema": w, "best": {}, "optimizer": {}}, {"step": step})
 
 
 def test_optimizer_state_survives_flattening():

@@ -443,7 +443,7 @@ def test_bridges_that_are_wrong(look, tmp_path, trained, changes, name, level, w
 
 CURVES = [
     ([(1.0, 0.4), (0.5, 0.2), (0.4, 0.1)], "bridge.curve", "note", "--resume"),
-    ([(1.0, 0.05), (0.5, 0.08), (0.4, 0.1)], "bridge.training", "warning", "an older version"),
+    ([(1.0, 0.05), (0.5, 0.08), (0.4, 0.1)], "bridge.training", "warning", "not the bridge of that step"),
     ([(1.0, 0.1), (1.0, 0.1), (1.0, 0.1), (0.99, 0.1)], "bridge.curve", "warning", "--learning-rate"),
 ]
 

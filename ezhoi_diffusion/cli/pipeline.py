@@ -22,8 +22,8 @@ EPILOG = """\
 what the numbers mean:
   --max-images       the first N images of each split: for a quick look, not for a result. Expect at least 15 pairs an image,
                      most of them background
-  --train-steps      optimizer steps. The default network needs one or two thousand on texts (5000 on visual rows), not the 500,000 of the
-                     1-D UNet
+  --train-steps      optimizer steps. The default network needs one or two thousand on texts (5000 on visual rows), not the
+                     500,000 of the 1-D UNet
   --scale-factor     norm of every network input, the same in training and at eval, stored with the bridge; it says how
                      large a row is beside the schedule's noise
   --inference-steps  the training guide's one number is two things: the level at which a feature enters, which is how

@@ -36,9 +36,9 @@ what the numbers mean:
   --scale-factor S is the norm of every row that the network sees, after its mean is taken off. It sets how much noise a level
       is, so training and eval need the same one: it is stored in the bridge, and eval has no flag for it.
   --train-steps counts optimizer steps. The 500,000 of the guide (8-15 hours on a GPU) are for the unet1d and visual rows; the
-      default network has enough after one or two thousand on texts; on visual rows and pairs, which are many, the default is 5000 at a
-      learning rate of 8e-5, the reference's, as it is for unet1d. In the guide's folders model-K.pt is K = step // 10000: the model of
-      step 500,000 is model-50.pt, and model-500.pt would be five million.
+      default network has enough after one or two thousand on texts; on visual rows and pairs, which are many, the default is
+      5000 at a learning rate of 8e-5, the reference's, as it is for unet1d. In the guide's folders model-K.pt is
+      K = step // 10000: the model of step 500,000 is model-50.pt, and model-500.pt would be five million.
   the loss is weighted by the signal-to-noise ratio, so its size says nothing by itself. Compare the validation loss with the
       isotropic estimate, which knows no data: a network above it has learned nothing that generalises. training.json and the
       curve have both for five ranges of levels. A lower loss does not promise a higher mAP: compare on the host.
@@ -185,7 +185,7 @@ def run(args: argparse.Namespace) -> int:
                 of_it = (
                     "which says nothing: it cannot give back a text that it does not hold"
                     if config.denoiser == "texts"
-                    else (f"of the isotropic estimate {facts['isotropic_val_loss']:.4f}")
+                    else f"of the isotropic estimate {facts['isotropic_val_loss']:.4f}"
                 )
                 print(
                     f"{facts['stopped']}; without the held-out rows its loss on those is {facts['val_loss']:.4f}, {of_it}\nbridge: {out}",

@@ -135,7 +135,7 @@ def training(bridge: DiffusionBridge, folder: Path) -> Iterator[Finding]:
     elif min([*validations, loss]) < 0.98 * loss:
         yield Finding(
             "bridge.training", "warning",
-            f"{found}; it was {min(validations):.5f} before, and an older version kept the weights of the last step", TRAIN,
+            f"{found}; the lowest loss of the curve beside it is {min(validations):.5f}: this is not the bridge of that step", TRAIN,
         )  # fmt: skip
     elif loss >= bar:
         why, remedy = unlearned(history, bridge.config.recipe.trained_on)

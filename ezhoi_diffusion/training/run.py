@@ -82,7 +82,7 @@ class Run:
 
         self.step = 0
         self.saved: int | None = None  # the step of the newest checkpoint
-        self.best: dict[str, Any] | None = None  # the record of the lowest validation that every run this long has
+        self.best: dict[str, Any] | None = None  # the record of the lowest validation so far
         self.best_weights: dict[str, Tensor] = {}
         self.bars = self.validation.bar()
         self.bar = fmean(self.bars)
@@ -218,7 +218,8 @@ class Run:
                 f"step {self.step}: loss {record['loss']:.5f}, validation {record['val_loss']:.5f} "
                 f"(isotropic estimate, the bar: {self.bar:.5f})"
             )
-        # not at an end that another run of this training would not have: gone on with, it gives the bridge that one gives
+        # A run that never ended has no validation at an early end. So that one which goes on from there gives the same bridge,
+        # it is no candidate here; `finish` looks at it for that end.
         regular = record["step"] % self.config.val_every == 0
         if regular and (self.best is None or record["val_loss"] < self.best["val_loss"]):
             self.best = record

@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     from ezhoi_diffusion.diffusion.bridge import DiffusionBridge as DiffusionBridge
     from ezhoi_diffusion.errors import EzhoiDiffusionError as EzhoiDiffusionError
     from ezhoi_diffusion.evaluation.comparison import Comparison as Comparison
+    from ezhoi_diffusion.ezhoi.attach import attach as attach
+    from ezhoi_diffusion.ezhoi.feature_tap import Tap as Tap
+    from ezhoi_diffusion.ezhoi.flags import add_arguments as add_arguments
+    from ezhoi_diffusion.ezhoi.run import Host as Host
     from ezhoi_diffusion.features.batch import FeatureBatch as FeatureBatch
     from ezhoi_diffusion.features.batch import Pairs as Pairs
+    from ezhoi_diffusion.features.labels import SeenPairs as SeenPairs
+    from ezhoi_diffusion.features.labels import seen_pairs as seen_pairs
+    from ezhoi_diffusion.features.score import Score as Score
     from ezhoi_diffusion.features.statistics import ModalityStatistics as ModalityStatistics
     from ezhoi_diffusion.features.statistics import unit as unit
     from ezhoi_diffusion.features.store import FeatureStore as FeatureStore
+    from ezhoi_diffusion.guide.bridge_hoi import DiffusionBridgeHOI as DiffusionBridgeHOI
     from ezhoi_diffusion.hookspecs import hookimpl as hookimpl
-    from ezhoi_diffusion.host.attach import attach as attach
-    from ezhoi_diffusion.host.host import Host as Host
-    from ezhoi_diffusion.host.options import add_arguments as add_arguments
-    from ezhoi_diffusion.host.score import Score as Score
-    from ezhoi_diffusion.host.supervision import SeenPairs as SeenPairs
-    from ezhoi_diffusion.host.supervision import seen_pairs as seen_pairs
-    from ezhoi_diffusion.host.taps import Tap as Tap
-    from ezhoi_diffusion.legacy.drop_in import DiffusionBridgeHOI as DiffusionBridgeHOI
     from ezhoi_diffusion.plugins import PluginHost as PluginHost
 
 _WHERE = {
@@ -42,21 +42,21 @@ _WHERE = {
     "BridgePlugin": "bridge_plugin",
     "Comparison": "evaluation.comparison",
     "DiffusionBridge": "diffusion.bridge",
-    "DiffusionBridgeHOI": "legacy.drop_in",
+    "DiffusionBridgeHOI": "guide.bridge_hoi",
     "EzhoiDiffusionError": "errors",
     "FeatureBatch": "features.batch",
     "FeatureStore": "features.store",
-    "Host": "host.host",
+    "Host": "ezhoi.run",
     "ModalityStatistics": "features.statistics",
     "Pairs": "features.batch",
     "PluginHost": "plugins",
-    "Score": "host.score",
-    "SeenPairs": "host.supervision",
-    "Tap": "host.taps",
-    "add_arguments": "host.options",
-    "attach": "host.attach",
+    "Score": "features.score",
+    "SeenPairs": "features.labels",
+    "Tap": "ezhoi.feature_tap",
+    "add_arguments": "ezhoi.flags",
+    "attach": "ezhoi.attach",
     "hookimpl": "hookspecs",
-    "seen_pairs": "host.supervision",
+    "seen_pairs": "features.labels",
     "unit": "features.statistics",
 }
 __all__ = sorted(_WHERE)

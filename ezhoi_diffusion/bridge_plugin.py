@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ezhoi_diffusion.artifact import Artifact
-    from ezhoi_diffusion.host.host import Host
+    from ezhoi_diffusion.ezhoi.run import Host
     from ezhoi_diffusion.plugins import PluginHost
     from ezhoi_diffusion.registry import Register
 
@@ -54,8 +54,8 @@ class BridgePlugin:
         """Load the bridge and hold it against the host."""
         from torch import nn
 
-        from ezhoi_diffusion.host.variants import with_steps
-        from ezhoi_diffusion.sharing import local
+        from ezhoi_diffusion.evaluation.variants import with_steps
+        from ezhoi_diffusion.hub import local
 
         if host.args.compare:
             return  # the comparison loads its own

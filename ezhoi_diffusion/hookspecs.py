@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from ezhoi_diffusion.artifact import Artifact
     from ezhoi_diffusion.evaluation.comparison import Comparison
+    from ezhoi_diffusion.ezhoi.run import Host
     from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
-    from ezhoi_diffusion.host.host import Host
     from ezhoi_diffusion.plugins import PluginHost
     from ezhoi_diffusion.registry import Register
 
@@ -90,7 +90,7 @@ def register_denoisers(register: Register[Callable[..., nn.Module]]) -> None:
     """Contribute denoisers by name, for `ezhoi-diffusion train --denoiser NAME`.
 
     Since: 0.1. Mode: notify. When: before a bridge is trained or loaded.
-    register: call it as `register(name, build)`; see `ezhoi_diffusion.diffusion.denoisers` for the signature.
+    register: call it as `register(name, build)`; see `ezhoi_diffusion.diffusion.networks` for the signature.
     Return: nothing.
     Errors: an exception, or a name that is taken, ends the run and names the plugin.
     """

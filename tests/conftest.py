@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import runpy
 import shutil
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,14 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import ezhoi_diffusion.demo
 from ezhoi_diffusion.demo import world
-from ezhoi_diffusion.errors import EzhoiDiffusionError
-from ezhoi_diffusion.files import read_json, write_json
-
-HOST = Path(ezhoi_diffusion.demo.__file__).parent / "host"
-HOSTDUMP = Path(__file__).with_name("hostdump.py")
-VCOCO_ACTIONS = [f"{verb} {('obj', 'instr')[i % 2]}" for i, verb in enumerate(world.VERBS)]
+from ezhoi_diffusion.features.store import FeatureStore
+from helpers.miniature import (
+    HOST,
+    VCOCO_ACTIONS,
+    dump,
+    host_flags,
+    parse_host_flags,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -42,23 +38,6 @@ def small_world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     world.make_world(folder, n_train=36, n_test=30)
     return folder
-
-
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return str(s.getsockname()[1])
-
-
-def host_flags(folder: Path, *, evaluate: bool, **kwargs) -> list[str]:
-    """The miniature's command line, with an output folder and a port of its own."""
-    return [
-        *world.host_args(folder, evaluate=evaluate, **kwargs),
-        "--output-dir",
-        str(folder / "out"),
-        "--port",
-        free_port(),
-    ]
 
 
 @pytest.fixture(scope="session")
@@ -97,65 +76,6 @@ def vcoco(small_world, tmp_path_factory):
     return folder
 
 
-def vcoco_flags(folder: Path, out: Path, *, cache: bool) -> list[str]:
-    clip = folder / "data" / f"clip_img_vcoco_{'val' if cache else 'train'}"
-    return [
-        *host_flags(folder, evaluate=False, zs_type=None),
-        "--dataset", "vcoco", "--partitions", "trainval", "test", "--clip_img_file", str(clip),
-        "--output-dir", str(out), *(["--cache"] if cache else []),
-    ]  # fmt: skip
-
-
-def run_host(*command: str, timeout: int = 240, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run python with `command` in the miniature's folder."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **env}
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=HOST,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-
-
-def launch(*flags: str, **kwargs) -> subprocess.CompletedProcess[str]:
-    """`ezhoi-diffusion run main_tip_finetune.py flags…` on the miniature."""
-    return run_host("-m", "ezhoi_diffusion", "run", "main_tip_finetune.py", *flags, **kwargs)
-
-
-def rewrite(path: Path, **changes) -> None:
-    """A JSON as its writer would have written it, had it said something else; None deletes an entry."""
-    content = {**read_json(path, EzhoiDiffusionError, ""), **changes}
-    write_json(path, {key: value for key, value in content.items() if value is not None})
-
-
-class _Parsed(Exception):
-    pass
-
-
-def parse_host_flags(flags: list[str]) -> argparse.Namespace:
-    """What the miniature's own parser makes of `flags`, ours included."""
-    from ezhoi_diffusion import add_arguments
-
-    original, found = argparse.ArgumentParser.parse_args, []
-
-    def parse_args(self, args=None, namespace=None):
-        add_arguments(self, flags)
-        found.append(original(self, flags))
-        raise _Parsed
-
-    argparse.ArgumentParser.parse_args = parse_args
-    try:
-        runpy.run_path(str(HOST / "main_tip_finetune.py"), run_name="__main__")
-    except _Parsed:
-        return found[0]
-    finally:
-        argparse.ArgumentParser.parse_args = original
-    raise AssertionError("the script parsed nothing")
-
-
 @pytest.fixture(scope="session")
 def host_modules():
     """The miniature's modules, importable by the names of the real host's."""
@@ -187,3 +107,15 @@ def make_host(small_world, host_modules):
         return SimpleNamespace(model=model, args=args, images=images, targets=targets, dataset=testset)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def captured(small_world, tmp_path_factory):
+    """The train split's features, and what the host computed while they were captured."""
+    folder = tmp_path_factory.mktemp("captured")
+    flags = [*host_flags(small_world, evaluate=False), "--plugin", "capture", "--capture", str(folder / "features")]
+    done, tensors = dump(folder / "seen.safetensors", "launched", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "Epoch" not in done.stdout, "the run must end without training"
+    assert "mAP" not in done.stdout, "the run must end without evaluating"
+    return FeatureStore(folder / "features"), tensors

@@ -17,13 +17,9 @@ from dataclasses import replace
 from multiprocessing import forkserver
 from pathlib import Path
 
-import crash
 import pytest
 import torch
 import torch._dynamo  # the first optimizer of a process imports it, and that takes seconds
-from conftest import HOST, free_port, host_flags, launch
-from test_features import META, D, image
-from test_training_trainer import QUICK, equal, low_rank, weights
 
 from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
 from ezhoi_diffusion.errors import Interrupted
@@ -33,6 +29,10 @@ from ezhoi_diffusion.files import REPLACED, new_folder
 from ezhoi_diffusion.training.checkpoint import read_newest
 from ezhoi_diffusion.training.processes import part
 from ezhoi_diffusion.training.trainer import TrainingError, train
+from helpers import TESTS, crash
+from helpers.miniature import HOST, free_port, host_flags, launch
+from helpers.stores import META, D, image
+from helpers.trainings import QUICK, equal, low_rank, weights
 
 KILLS = int(os.environ.get("EZHOI_DIFFUSION_KILLS", "6"))
 STRIDE = 1 if KILLS > 6 else 11  # between the calls that are aimed at
@@ -54,7 +54,7 @@ processes.set_forkserver_preload(["test_kills"])
 def _server():
     """Start it where it finds this module: it does not look along sys.path."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join((str(Path(__file__).parent), *sys.path)))
+        patch.setenv("PYTHONPATH", os.pathsep.join((str(TESTS), *sys.path)))
         forkserver.ensure_running()
 
 
@@ -255,7 +255,7 @@ def ask_to_end(work, folder: Path, when) -> int:
 def test_sigterm_is_a_checkpoint_and_a_status_that_schedulers_know(reference, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "test_kills", str(out)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), *sys.path))}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(TESTS), *sys.path))}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     wait_until(lambda: list(out.glob("checkpoints/step-*/manifest.json")), process)
     process.terminate()

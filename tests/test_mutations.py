@@ -16,10 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import rewrite
 from safetensors.torch import load_file
-from test_features import IMAGES, META, D, write
-from test_training_trainer import equal, weights
 
 from ezhoi_diffusion.builtin import mean_shift
 from ezhoi_diffusion.cli import main
@@ -28,6 +25,9 @@ from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.features.store import FeatureStore, FeatureStoreError
 from ezhoi_diffusion.features.writer import FeatureWriter
 from ezhoi_diffusion.files import read_json, write_tensors
+from helpers.miniature import rewrite
+from helpers.stores import IMAGES, META, D, write
+from helpers.trainings import equal, weights
 
 QUICK = [
     "--batch-size", "8", "--val-every", "3", "--checkpoint-every", "2", "--denoiser-options", '{"width": 16, "depth": 1}',

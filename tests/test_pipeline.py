@@ -9,12 +9,12 @@ import sys
 
 import pytest
 import torch
-from conftest import HOST, host_flags, run_host
 
 from ezhoi_diffusion import files, pipeline
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.errors import Interrupted
 from ezhoi_diffusion.pipeline import PipelineError, Step, StepFailed, run_steps
+from helpers.miniature import HOST, host_flags, run_host
 
 
 @pytest.fixture

@@ -11,15 +11,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
-from conftest import host_flags, launch
-from test_launch import rows_of
 
 from ezhoi_diffusion.cli import main
+from helpers import TESTS
+from helpers.miniature import host_flags, launch, rows_of
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parent.parent
-SOURCES = [*sorted((ROOT / "plugins").glob("ezhoi-bridge-*")), Path(__file__).with_name("broken_plugin")]
+ROOT = TESTS.parent
+SOURCES = [*sorted((ROOT / "plugins").glob("ezhoi-bridge-*")), TESTS / "helpers" / "broken_plugin"]
 NAMES = ["center", "flow", "procrustes", "softmax", "standardize"]
 LATER = {"flow_matching", "torchdiffeq", "scipy", "sklearn"}  # what plugins import when they are used
 

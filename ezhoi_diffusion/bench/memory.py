@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ezhoi_diffusion.bench.data import BenchError
 from ezhoi_diffusion.bench.sampling import GUIDE_TIMED, AsPublished, Contender, fresh
-from ezhoi_diffusion.bench.subject import BenchError
 from ezhoi_diffusion.bench.training import Trainee, take_steps, training
 from ezhoi_diffusion.builtin.diffusion import components
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ezhoi_diffusion.bench.data import Subject, student_of, trained
 from ezhoi_diffusion.bench.machine import busy, machine
 from ezhoi_diffusion.bench.memory import of_bridging, of_training
 from ezhoi_diffusion.bench.sampling import contenders, cost, fewest, nearness
-from ezhoi_diffusion.bench.subject import Subject, student_of, trained
 from ezhoi_diffusion.bench.training import TRAINEES, speed
 from ezhoi_diffusion.diffusion.bridge import Components, DiffusionBridge
 from ezhoi_diffusion.training.config import TrainConfig

@@ -16,8 +16,8 @@ def load(folder: Path | None, plugins: PluginHost | None = None) -> Bridge:
     """The chosen bridge, applied as it was chosen. Raises BridgeError, or EzhoiDiffusionError without a folder."""
     from ezhoi_diffusion.artifact import Artifact, BridgeError
     from ezhoi_diffusion.evaluation.comparison import REFERENCE
-    from ezhoi_diffusion.host.tune import AUTO, INSIDE, Chosen
-    from ezhoi_diffusion.host.variants import known_bridges
+    from ezhoi_diffusion.evaluation.tune import AUTO, INSIDE, Chosen
+    from ezhoi_diffusion.evaluation.variants import known_bridges
 
     if folder is None:
         raise EzhoiDiffusionError("auto needs --bridge DIR, a folder made by `ezhoi-diffusion tune`")

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ezhoi_diffusion.ezhoi.capture_pass import clip_folder, default_split, image_names, split_dataset
+from ezhoi_diffusion.ezhoi.fingerprint import context_vectors
+from ezhoi_diffusion.ezhoi.tables import interaction_names, score_tables
 from ezhoi_diffusion.features.batch import FeatureBatch
 from ezhoi_diffusion.features.store import FeatureStoreError, is_captured
 from ezhoi_diffusion.features.writer import FeatureWriter, finish_store
 from ezhoi_diffusion.hookspecs import hookimpl
-from ezhoi_diffusion.host.capture import clip_folder, default_split, image_names, split_dataset
-from ezhoi_diffusion.host.fingerprint import context_vectors
-from ezhoi_diffusion.host.tables import interaction_names, score_tables
 
 if TYPE_CHECKING:
-    from ezhoi_diffusion.host.host import Host
+    from ezhoi_diffusion.ezhoi.run import Host
 
 
 class CapturePlugin:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from ezhoi_diffusion.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from ezhoi_diffusion.host.host import Host
-    from ezhoi_diffusion.host.text_cache import TextCache
+    from ezhoi_diffusion.ezhoi.run import Host
+    from ezhoi_diffusion.ezhoi.text_cache import TextCache
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class TextCachePlugin:
     @hookimpl
     def on_attach(self, host: Host) -> None:
         """Put the cache into the text encoder, where this host has one."""
-        from ezhoi_diffusion.host.text_cache import TextCache, find_text_encoder
+        from ezhoi_diffusion.ezhoi.text_cache import TextCache, find_text_encoder
 
         encoder = find_text_encoder(host.model)
         if encoder is None:

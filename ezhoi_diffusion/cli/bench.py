@@ -57,18 +57,18 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print, and write where asked."""
     import torch
 
+    from ezhoi_diffusion.bench.data import captured, made_up, require_fit
     from ezhoi_diffusion.bench.plot import plot_bench
-    from ezhoi_diffusion.bench.subject import captured, made_up, require_fit
     from ezhoi_diffusion.bench.suite import QUICK, Effort, measure
     from ezhoi_diffusion.bench.table import table
     from ezhoi_diffusion.builtin.diffusion import components
     from ezhoi_diffusion.cli.compare import acceptance
     from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
-    from ezhoi_diffusion.evaluation.report import report_folder
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.files import write_json
+    from ezhoi_diffusion.hub import local
     from ezhoi_diffusion.plugins import PluginHost
-    from ezhoi_diffusion.sharing import local
+    from ezhoi_diffusion.report.write import report_folder
 
     if args.bridge and not args.features:
         raise EzhoiDiffusionError(

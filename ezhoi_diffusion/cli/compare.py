@@ -36,7 +36,7 @@ DEFAULT = "none,identity,mean_shift,diffusion"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
-    from ezhoi_diffusion.evaluation.significance import REPLICATES
+    from ezhoi_diffusion.evaluation.bootstrap import REPLICATES
 
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     parser.add_argument("features", type=Path, metavar="FEATURES", help="the folder of a capture of the test split")
@@ -77,13 +77,13 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from ezhoi_diffusion.evaluation.alignment import disagreements
-    from ezhoi_diffusion.evaluation.headline import headline
-    from ezhoi_diffusion.evaluation.report import report_folder, write_report
+    from ezhoi_diffusion.evaluation.replay import replay
+    from ezhoi_diffusion.evaluation.variants import parse_sweep, resolve_variants
+    from ezhoi_diffusion.evaluation.vcoco import replay_roles
     from ezhoi_diffusion.features.store import FeatureStore
-    from ezhoi_diffusion.host.replay import replay
-    from ezhoi_diffusion.host.variants import parse_sweep, resolve_variants
-    from ezhoi_diffusion.host.vcoco import replay_roles
     from ezhoi_diffusion.plugins import PluginHost
+    from ezhoi_diffusion.report.headline import headline
+    from ezhoi_diffusion.report.write import report_folder, write_report
 
     if args.vcoco and (args.ap, args.setting) != ("11P", "default"):
         raise EzhoiDiffusionError("--ap and --setting are for HICO-DET: leave them out with --vcoco")
@@ -139,7 +139,7 @@ def declare_force(parser: argparse.ArgumentParser) -> None:
 
 def acceptance(store: FeatureStore, args: argparse.Namespace, forced: list[str]) -> Callable[[object, str], None]:
     """Holds a bridge against the host that the features came from, as the host itself does: see Host.accept."""
-    from ezhoi_diffusion.host.fingerprint import foreign
+    from ezhoi_diffusion.ezhoi.fingerprint import foreign
 
     def accept(bridge: object, name: str) -> None:
         difference = foreign(bridge, name, store.fingerprint)

@@ -22,7 +22,7 @@ two cores. It prints what it measures, gain or loss."""
 
 def run(args: argparse.Namespace) -> int:
     """Walk."""
-    from ezhoi_diffusion.demo.walk import walk
+    from ezhoi_diffusion.demo.run_demo import walk
 
     free = (Path(DEFAULT_OUT + (f"-{number}" if number > 1 else "")) for number in count(1))
     walk(args.out or next(path for path in free if not path.exists()))

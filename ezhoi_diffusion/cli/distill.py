@@ -25,7 +25,7 @@ example:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
-    from ezhoi_diffusion.training.distill import LEAST_COSINE
+    from ezhoi_diffusion.training.distillation import LEAST_COSINE
 
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     add = parser.add_argument
@@ -50,13 +50,13 @@ def run(args: argparse.Namespace) -> int:
     from ezhoi_diffusion.builtin.diffusion import components
     from ezhoi_diffusion.cli.compare import acceptance
     from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
-    from ezhoi_diffusion.evaluation.report import report_folder
     from ezhoi_diffusion.features.split import held_out
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.files import require_unused
+    from ezhoi_diffusion.hub import local
     from ezhoi_diffusion.plugins import PluginHost
-    from ezhoi_diffusion.sharing import local
-    from ezhoi_diffusion.training.distill import distill
+    from ezhoi_diffusion.report.write import report_folder
+    from ezhoi_diffusion.training.distillation import distill
 
     if args.train_steps < 1:
         raise EzhoiDiffusionError(f"--train-steps must be at least 1, not {args.train_steps}")

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the findings."""
     from dataclasses import asdict
 
-    from ezhoi_diffusion.doctor.examine import examine
+    from ezhoi_diffusion.doctor.checks import examine
 
     findings = []
     for finding in examine(args.folders, args.host_line):

@@ -93,7 +93,7 @@ def from_host(artifact: Any, store: Any, name: str, options: dict[str, Any]) -> 
 
 
 def _options(name: str, fit: Callable[..., Any], words: list[str]) -> dict[str, Any]:
-    from ezhoi_diffusion.host.variants import parse_value
+    from ezhoi_diffusion.evaluation.variants import parse_value
 
     known = list(inspect.signature(fit).parameters)[1:]
     options: dict[str, Any] = {}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ezhoi_diffusion.legacy.formats import LegacyFile
+    from ezhoi_diffusion.guide.formats import LegacyFile
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +44,7 @@ examples:
 
 def run(args: argparse.Namespace) -> int:
     """Report, and convert."""
-    from ezhoi_diffusion.legacy.convert import ImportFilesError
+    from ezhoi_diffusion.guide.convert import ImportFilesError
 
     try:
         return _import(args)
@@ -59,8 +59,8 @@ def _import(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ezhoi_diffusion.files import require_unused
-    from ezhoi_diffusion.legacy.convert import Bundle, ImportFilesError, make_bridge, make_store, save_bridge
-    from ezhoi_diffusion.legacy.formats import read_legacy
+    from ezhoi_diffusion.guide.convert import Bundle, ImportFilesError, make_bridge, make_store, save_bridge
+    from ezhoi_diffusion.guide.formats import read_legacy
 
     if args.out is not None:
         args.out = args.out.resolve()

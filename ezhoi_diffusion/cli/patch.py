@@ -33,7 +33,7 @@ exit status: 0 done, or with --check: patched; 1 with --check: not patched, and 
 
 def run(args: argparse.Namespace) -> int:
     """Patch, check or revert."""
-    from ezhoi_diffusion.host.patch import PatchError, diff, patched, read_script, reverted, write_script
+    from ezhoi_diffusion.ezhoi.patch import PatchError, diff, patched, read_script, reverted, write_script
 
     path, before = read_script(args.folder)
     try:

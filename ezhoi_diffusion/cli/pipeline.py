@@ -90,7 +90,7 @@ def make_steps(args: argparse.Namespace, host_flags: list[str]) -> list[Step]:
 
     from ezhoi_diffusion.cli import build_parser
     from ezhoi_diffusion.cli.train import train_config
-    from ezhoi_diffusion.host.launch import read_flags
+    from ezhoi_diffusion.ezhoi.launch import read_flags
     from ezhoi_diffusion.pipeline import Step, content
 
     work: Path = args.work
@@ -167,9 +167,9 @@ def _require_usable(given: dict[str, Any], args: argparse.Namespace) -> None:
 
 def _require_bridges(names: str, blocked: list[str]) -> list[str]:
     """Raises EzhoiDiffusionError for a name that the comparison would refuse; returns the folders that are named."""
-    from ezhoi_diffusion.host.variants import known_bridges
+    from ezhoi_diffusion.evaluation.variants import known_bridges
+    from ezhoi_diffusion.hub import local
     from ezhoi_diffusion.plugins import PluginHost
-    from ezhoi_diffusion.sharing import local
 
     bridges = known_bridges(PluginHost(blocked))
     parts = [part.strip().partition("=") for part in names.split(",") if part.strip()]
@@ -185,7 +185,7 @@ def source_digest(script: Path) -> str:
     """SHA-256 over the Python files in the script's folder, by name and content; lines that `patch` wrote do not count."""
     import hashlib
 
-    from ezhoi_diffusion.host.patch import PatchError, reverted
+    from ezhoi_diffusion.ezhoi.patch import PatchError, reverted
 
     digest, folder = hashlib.sha256(), script.resolve().parent
     for path in sorted(folder.rglob("*.py")):

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _new(name: str, out: Path | None) -> int:
-    from ezhoi_diffusion.scaffold import new_plugin
+    from ezhoi_diffusion.testing.scaffold import new_plugin
 
     bridge, folder = new_plugin(name, out)
     print(f"plugin '{bridge}': {folder}. Next:", flush=True)

@@ -50,7 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Upload, or show what would be."""
-    from ezhoi_diffusion.sharing import CARD, PREFIX, package, push
+    from ezhoi_diffusion.hub import CARD, PREFIX, package, push
 
     if args.dry_run:
         files = package(args.bridge, args.repository, comparison=args.report, license=args.license)

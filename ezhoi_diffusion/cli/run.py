@@ -28,7 +28,7 @@ examples (… stands for the script's own flags, as in EZ-HOI's scripts/):
 
 def run(args: argparse.Namespace) -> int:
     """Run the script; its exit status is ours."""
-    from ezhoi_diffusion.host.launch import run_script
+    from ezhoi_diffusion.ezhoi.launch import run_script
 
     try:
         run_script(args.script, args.arguments)

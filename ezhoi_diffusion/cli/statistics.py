@@ -32,11 +32,11 @@ def run(args: argparse.Namespace) -> int:
     """Print, and write where asked."""
     import torch
 
-    from ezhoi_diffusion.evaluation.plots import plot_statistics
-    from ezhoi_diffusion.evaluation.report import report_folder
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.features.summary import drawn_cosines, summarize
     from ezhoi_diffusion.files import write_json
+    from ezhoi_diffusion.report.plots import plot_statistics
+    from ezhoi_diffusion.report.write import report_folder
 
     store = FeatureStore(args.features)
     found = summarize(store)

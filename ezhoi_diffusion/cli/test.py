@@ -50,14 +50,14 @@ def run(args: argparse.Namespace) -> int:
 
     from ezhoi_diffusion.cli.compare import acceptance
     from ezhoi_diffusion.evaluation.effect import verdict
-    from ezhoi_diffusion.evaluation.embedding import embed, require_library
-    from ezhoi_diffusion.evaluation.plots import plot_effect, plot_embedding
-    from ezhoi_diffusion.evaluation.report import report_folder
+    from ezhoi_diffusion.evaluation.replay import effect_of, replay
+    from ezhoi_diffusion.evaluation.variants import resolve_variants
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.files import write_json
-    from ezhoi_diffusion.host.replay import effect_of, replay
-    from ezhoi_diffusion.host.variants import resolve_variants
     from ezhoi_diffusion.plugins import PluginHost
+    from ezhoi_diffusion.report.embedding import embed, require_library
+    from ezhoi_diffusion.report.plots import plot_effect, plot_embedding
+    from ezhoi_diffusion.report.write import report_folder
 
     if args.num_test_images < 1:
         raise EzhoiDiffusionError(f"--num-test-images must be at least 1, not {args.num_test_images}")

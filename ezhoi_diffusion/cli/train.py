@@ -147,12 +147,12 @@ def run(args: argparse.Namespace) -> int:
 
     from ezhoi_diffusion.artifact import CONFIG
     from ezhoi_diffusion.builtin.diffusion import components
-    from ezhoi_diffusion.diffusion.denoisers import CLOSED_FORMS
-    from ezhoi_diffusion.evaluation.plots import plot_training
+    from ezhoi_diffusion.diffusion.networks import CLOSED_FORMS
+    from ezhoi_diffusion.evaluation.variants import SEED
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.files import current
-    from ezhoi_diffusion.host.variants import SEED
     from ezhoi_diffusion.plugins import PluginHost
+    from ezhoi_diffusion.report.plots import plot_training
     from ezhoi_diffusion.training.curve import notes
     from ezhoi_diffusion.training.processes import part
     from ezhoi_diffusion.training.trainer import train
@@ -240,7 +240,7 @@ def training_data(store: FeatureStore, side: str) -> TrainingData:
     """
     import torch
 
-    from ezhoi_diffusion.host.supervision import seen_pairs
+    from ezhoi_diffusion.features.labels import seen_pairs
     from ezhoi_diffusion.training.data import TrainingData
 
     store.require_training_images("a bridge is trained on")

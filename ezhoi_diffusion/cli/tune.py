@@ -29,7 +29,7 @@ SHOWN = 10
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     from ezhoi_diffusion.cli.compare import declare_force
-    from ezhoi_diffusion.host.tune import GRID
+    from ezhoi_diffusion.evaluation.tune import GRID
 
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     grid = " ".join(f"{key}={','.join(str(value) for value in values)}" for key, values in GRID.items())
@@ -55,12 +55,12 @@ def run(args: argparse.Namespace) -> int:
 
     from ezhoi_diffusion.cli.compare import acceptance
     from ezhoi_diffusion.evaluation.comparison import REFERENCE
-    from ezhoi_diffusion.evaluation.report import report_folder, write_report
+    from ezhoi_diffusion.evaluation.tune import AUTO, GRID, require_unseen, tune, write_choice
+    from ezhoi_diffusion.evaluation.variants import parse_sweep, resolve_variants
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.files import require_unused
-    from ezhoi_diffusion.host.tune import AUTO, GRID, require_unseen, tune, write_choice
-    from ezhoi_diffusion.host.variants import parse_sweep, resolve_variants
     from ezhoi_diffusion.plugins import PluginHost
+    from ezhoi_diffusion.report.write import report_folder, write_report
 
     store = FeatureStore(args.features)
     require_unused(args.out, EzhoiDiffusionError)

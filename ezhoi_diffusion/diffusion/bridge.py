@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from ezhoi_diffusion.artifact import CONTEXT, BridgeError
 from ezhoi_diffusion.diffusion.artifact import MODEL, STATISTICS, BridgeConfig, read_artifact, write_artifact
-from ezhoi_diffusion.diffusion.denoisers import DenoiserBuilder, denoisers
+from ezhoi_diffusion.diffusion.networks import DenoiserBuilder, denoisers
 from ezhoi_diffusion.diffusion.normalization import normalize, uncenter
 from ezhoi_diffusion.diffusion.recipes import Recipe, Side
 from ezhoi_diffusion.diffusion.samplers import Sampler, ddim, levels_of, samplers
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.features.statistics import ModalityStatistics, unit
+from ezhoi_diffusion.hub import local, push
 from ezhoi_diffusion.registry import Registry
-from ezhoi_diffusion.sharing import local, push
 
 APPLICATION = ("start_step", "steps", "grid", "strength", "output")  # fields of a recipe that no weight depends on
 __all__ = ["BridgeConfig", "BridgeError", "Components", "DiffusionBridge", "build_denoiser"]
@@ -238,7 +238,7 @@ class DiffusionBridge(nn.Module):
     ) -> str:
         """Upload the artefact and a model card to USER/NAME on the Hugging Face Hub; returns the commit's URL.
 
-        The arguments are those of `ezhoi_diffusion.sharing.push`. Raises BridgeError, SharingError.
+        The arguments are those of `ezhoi_diffusion.hub.push`. Raises BridgeError, SharingError.
         """
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from ezhoi_diffusion.builtin.diffusion import components
 from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
-from ezhoi_diffusion.diffusion.denoisers import CLOSED_FORMS
+from ezhoi_diffusion.diffusion.networks import CLOSED_FORMS
 from ezhoi_diffusion.diffusion.recipes import Recipe
 from ezhoi_diffusion.doctor.features import Scan
 from ezhoi_diffusion.doctor.finding import TRAIN, Finding, ok
+from ezhoi_diffusion.ezhoi.fingerprint import differences
 from ezhoi_diffusion.features.statistics import ModalityStatistics, unit
 from ezhoi_diffusion.features.store import FeatureStore
-from ezhoi_diffusion.host.fingerprint import differences
 from ezhoi_diffusion.plugins import PluginHost
 from ezhoi_diffusion.training.curve import unlearned
-from ezhoi_diffusion.training.distill import LEAST_COSINE
+from ezhoi_diffusion.training.distillation import LEAST_COSINE
 
 EFFECT_ROWS = 512
 EFFECT_LEAST = 8  # fewer say nothing

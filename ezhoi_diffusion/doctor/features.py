@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ezhoi_diffusion.doctor.finding import CAPTURE, Finding, Level, ok
+from ezhoi_diffusion.ezhoi.fingerprint import Fingerprint
 from ezhoi_diffusion.features.statistics import ModalityStatistics, shared_part, unit
 from ezhoi_diffusion.features.store import FeatureStore
-from ezhoi_diffusion.host.fingerprint import Fingerprint
 
 AGAIN = f"capture again, into a new folder: {CAPTURE}"
 PAIRS_EXPECTED = 15  # the host keeps at least 3 humans and 3 objects: 3 · (3 + 3 - 1)

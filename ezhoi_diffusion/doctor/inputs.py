@@ -13,7 +13,8 @@ from ezhoi_diffusion.artifact import CONFIG, describe
 from ezhoi_diffusion.diffusion.artifact import BRIDGE as BRIDGE_KIND
 from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
 from ezhoi_diffusion.doctor import bridge as bridges
-from ezhoi_diffusion.doctor import features, host
+from ezhoi_diffusion.doctor import ezhoi as host
+from ezhoi_diffusion.doctor import features
 from ezhoi_diffusion.doctor.finding import BRIDGE, FEATURES, TRAIN, Finding, guarded
 from ezhoi_diffusion.features.store import FeatureStore
 

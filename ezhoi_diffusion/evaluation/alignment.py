@@ -25,8 +25,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ezhoi_diffusion.draws import generator
 from ezhoi_diffusion.features.statistics import EPS, unit
+from ezhoi_diffusion.rng import generator
 
 SAMPLE = 1000  # rows for MMD, whose cost grows with their square
 BINS = 15

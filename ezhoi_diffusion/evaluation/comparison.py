@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ezhoi_diffusion.evaluation.detection_ap import Algorithm
-from ezhoi_diffusion.evaluation.significance import Significance
+from ezhoi_diffusion.evaluation.average_precision import Algorithm
+from ezhoi_diffusion.evaluation.bootstrap import Significance
 
 REFERENCE = "none"
 FULL = "full"  # the group of all classes, which every comparison has

@@ -1,156 +1,80 @@
-"""Reads V-COCO's own annotation files: who does what with which role, and COCO's boxes of persons and objects."""
+"""Compares bridges on a capture of V-COCO by its role AP, from V-COCO's own annotations: the host has no evaluation of it."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ezhoi_diffusion.errors import EzhoiDiffusionError
-from ezhoi_diffusion.evaluation.role_ap import RoleAnnotations
-from ezhoi_diffusion.files import read_whole
-
-BOXES = "instances_vcoco_all_2014.json"
-SPLITS = ("vcoco_test.json", "vcoco_val.json", "vcoco_train.json", "vcoco_trainval.json")
-MAX_BYTES = 1 << 30  # COCO's whole annotations are smaller
-GET = (
-    "give the folder of a V-COCO checkout in which `python script_pick_annotations.py COCO_ANNOTATIONS` was run, which "
-    f"makes data/{BOXES}"
-)
+from ezhoi_diffusion.evaluation.comparison import FULL, Comparison
+from ezhoi_diffusion.evaluation.protocols import Evaluation, StoredImage, scored_pairs
+from ezhoi_diffusion.evaluation.replay import replay
+from ezhoi_diffusion.evaluation.role_ap import SCENARIOS, match_roles
+from ezhoi_diffusion.evaluation.variants import Variant
+from ezhoi_diffusion.evaluation.vcoco_annotations import Vcoco, read_vcoco
+from ezhoi_diffusion.features.score import Score, ScoreError, names_of_interactions
+from ezhoi_diffusion.features.store import FeatureStore
 
 
-class VcocoError(EzhoiDiffusionError):
-    """V-COCO's annotations are missing, damaged, or of other images."""
+def replay_roles(store: FeatureStore, variants: Mapping[str, Variant], folder: Path, **options: Any) -> Comparison:
+    """The comparison that V-COCO's tool would give of the `cache.pkl` of each variant, from a capture of one split.
 
-
-@dataclass(frozen=True, eq=False)
-class Vcoco:
-    """One split of V-COCO: R action-roles, called as its tool prints them (`hit-instr`), and its images by file name.
-
-    sizes: [2] int64 width and height in pixels of each image's picture.
+    Classes are its R action-roles in scenario 1, then in scenario 2; the full group is both. folder: V-COCO's annotations, see
+    `read_vcoco`. options: of `replay`. The host has no class for one action-role, `point-instr`, whose AP is 0; where it
+    lacks any, groups without them are beside those of all. Raises ScoreError, VcocoError, and what `replay` raises.
     """
-
-    roles: list[str]
-    sizes: dict[str, Tensor]
-    annotations: dict[str, RoleAnnotations]
-
-
-def read_vcoco(folder: Path, names: Collection[str]) -> Vcoco:
-    """The smallest split under `folder`, a V-COCO checkout or its data folder, that has all images called `names`.
-
-    Raises VcocoError.
-    """
-    found = {
-        path.name: path
-        for data in (folder, folder / "data")
-        for path in (data / BOXES, *(data / "vcoco" / name for name in SPLITS))
-        if path.is_file()
-    }
-    boxes = found.pop(BOXES, None)
-    if boxes is None or not found:
-        raise VcocoError(f"{folder} has no {BOXES if boxes is None else f'vcoco/{SPLITS[0]}'}: {GET}")
-    coco = _read(boxes)
-    with _understood(boxes):
-        ids = {str(image["file_name"]): image["id"] for image in coco["images"]}
-    best: tuple[Path, Any, set[Any]] | None = None
-    for path in found.values():
-        actions = _read(path)
-        with _understood(path):
-            images = set(actions[0]["image_id"])
-            if {ids.get(name) for name in names} <= images and (best is None or len(images) < len(best[2])):
-                best = path, actions, images
-    if best is None:
-        raise VcocoError(
-            f"none of {', '.join(map(str, found.values()))} has all {len(names)} captured images (e.g. {min(names)}) with "
-            f"boxes in {boxes}: {GET}, and capture V-COCO's own images"
+    if store.fingerprint.get("dataset") != "vcoco":
+        raise ScoreError(
+            f"{store.folder} is a capture of {store.fingerprint.get('dataset')}, not of V-COCO: leave --vcoco out"
         )
-    path, actions, images = best
-    with _understood(boxes):
-        if not images <= set(ids.values()):
-            raise ValueError(f"it lacks images of {path.name}")
-        sizes = {image["id"]: torch.tensor([int(image["width"]), int(image["height"])]) for image in coco["images"]}
-        objects = _objects(coco, sizes)
-    with _understood(path):
-        roles, acting = _acting(actions)
-        known = set(actions[0]["ann_id"])
-        own = {name: number for name, number in ids.items() if number in images}
-        return Vcoco(
-            roles,
-            {name: sizes[number] for name, number in own.items()},
-            {name: _persons(objects[number], known, acting, len(roles)) for name, number in own.items()},
+    data = read_vcoco(folder, [str(image["name"]) for image in store.images])
+    return replay(store, variants, evaluation=evaluation_of(store, data), algorithm="VOC", **options)
+
+
+def evaluation_of(store: FeatureStore, data: Vcoco) -> Evaluation:
+    """V-COCO's own, of the host's actions. Raises ScoreError where V-COCO does not know one of them."""
+    role = _roles(store, data)
+    count = len(data.roles)
+    captured = {image["name"] for image in store.images}
+    elsewhere = [one.counts() for name, one in data.annotations.items() if name not in captured]
+    groups = {name: torch.arange(count) + number * count for number, name in enumerate(SCENARIOS)}
+    own = role.sort().values
+    if len(own) < count:
+        groups |= {f"{name} of {len(own)}": index[own] for name, index in groups.items()}
+    groups = {FULL: torch.arange(2 * count), **groups}
+    return Evaluation(
+        find=functools.partial(_detections, Score.of(store), data, role),
+        count=lambda image: data.annotations[str(image.name)].counts(),
+        groups=groups,
+        names=[f"{name}, {scenario}" for scenario in SCENARIOS for name in data.roles],
+        elsewhere=torch.stack(elsewhere) if elsewhere else torch.zeros(0, 2 * count, dtype=torch.long),
+    )
+
+
+def _roles(store: FeatureStore, data: Vcoco) -> Tensor:
+    """[C] int64, the action-role that each target class of the host is: `hit instr` is `hit-instr`."""
+    names = names_of_interactions(store)
+    if names is None:
+        raise ScoreError(
+            f"{store.folder} does not say how its host calls V-COCO's actions: capture it with this version"
         )
+    unknown = [name for name in names if name.replace(" ", "-") not in data.roles]
+    if unknown:
+        raise ScoreError(
+            f"{store.folder}: V-COCO has no action-role called {', '.join(unknown)}; it has {', '.join(data.roles)}"
+        )
+    return torch.tensor([data.roles.index(name.replace(" ", "-")) for name in names])
 
 
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(read_whole(path, MAX_BYTES, None, VcocoError, GET))
-    except (ValueError, RecursionError) as error:
-        raise VcocoError(f"{path} is no JSON ({error}): {GET}") from error
-
-
-@contextmanager
-def _understood(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-        raise VcocoError(f"{path} is not V-COCO's ({type(error).__name__}: {error}): {GET}") from error
-
-
-def _objects(coco: Any, sizes: dict[Any, Tensor]) -> dict[Any, dict[Any, tuple[bool, list[float]]]]:
-    """Image -> annotation -> whether it is a person, and its box, xyxy; those that V-COCO's tool takes for valid."""
-    (person,) = (one["id"] for one in coco["categories"] if one["name"] == "person")
-    objects: dict[Any, dict[Any, tuple[bool, list[float]]]] = {image: {} for image in sizes}
-    for one in coco["annotations"]:
-        if one["image_id"] not in sizes or one.get("ignore") == 1:
-            continue
-        last = [side - 1.0 for side in sizes[one["image_id"]].tolist()]
-        low, extent = one["bbox"][:2], one["bbox"][2:]
-        high = [start + max(0.0, side - 1.0) for start, side in zip(low, extent, strict=True)]
-        low, high = ([min(end, max(0.0, at)) for at, end in zip(corner, last, strict=True)] for corner in (low, high))
-        if one["area"] > 0 and high[0] > low[0] and high[1] > low[1]:
-            objects[one["image_id"]][one["id"]] = one["category_id"] == person, [*low, *high]
-    return objects
-
-
-def _acting(actions: Any) -> tuple[list[str], dict[Any, dict[int, Any]]]:
-    """The action-roles; and annotation of a person -> action-role -> annotation of what fills it, 0 for none."""
-    roles: list[str] = []
-    acting: dict[Any, dict[int, Any]] = {}
-    for action in actions:
-        count = len(action["ann_id"])
-        if action["ann_id"] != actions[0]["ann_id"]:
-            raise ValueError(f"{action['action_name']} has other persons than {actions[0]['action_name']}")
-        if len(action["role_object_id"]) != count * len(action["role_name"]):
-            raise ValueError(f"{action['action_name']} has {len(action['role_object_id'])} roles for {count} persons")
-        for column, role in enumerate(action["role_name"][1:], 1):  # the first is the agent
-            filled = action["role_object_id"][column * count : (column + 1) * count]
-            for person, label, other in zip(action["ann_id"], action["label"], filled, strict=True):
-                if label == 1:
-                    if len(roles) in acting.setdefault(person, {}):
-                        raise ValueError(f"annotation {person} has {action['action_name']} twice")
-                    acting[person][len(roles)] = other
-            roles.append(f"{action['action_name']}-{role}")
-    return roles, acting
-
-
-def _persons(
-    objects: dict[Any, tuple[bool, list[float]]], known: set[Any], acting: dict[Any, dict[int, Any]], roles: int
-) -> RoleAnnotations:
-    persons = [number for number, (is_person, _) in objects.items() if is_person]
-    acts = torch.zeros(len(persons), roles, dtype=torch.bool)
-    filled = torch.full((len(persons), roles, 4), torch.nan)
-    for row, person in enumerate(persons):
-        for role, other in acting.get(person, {}).items():
-            acts[row, role] = True
-            if other:
-                if other not in objects:
-                    raise ValueError(f"annotation {other} has no valid box in the image of person {person}")
-                filled[row, role] = torch.tensor(objects[other][1])
-    boxes = torch.tensor([objects[person][1] for person in persons]).reshape(-1, 4)
-    return RoleAnnotations(boxes, torch.tensor([person in known for person in persons], dtype=torch.bool), acts, filled)
+def _detections(score: Score, data: Vcoco, role: Tensor, image: StoredImage) -> tuple[Tensor, ...]:
+    """As the host caches them: a person's box, an action-role, the other's box, in pixels of the picture."""
+    row, target, prior = scored_pairs(score, image.pairs)
+    scale = data.sizes[str(image.name)] / image.pairs.size.flip(0)
+    humans, others = (image.pairs.boxes * scale.repeat(2))[image.pairs.pairing[:, row]]
+    annotated = data.annotations[str(image.name)]
+    kept, classes, candidate, annotation = match_roles(annotated, humans, others, role[target])
+    return row[kept], target[kept], classes, prior[kept], candidate, annotation

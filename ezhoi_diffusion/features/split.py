@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ezhoi_diffusion.draws import generator
+from ezhoi_diffusion.rng import generator
 
 FRACTION = 0.1
 

@@ -13,9 +13,9 @@ import torch
 from ezhoi_diffusion.artifact import Artifact
 from ezhoi_diffusion.bridge_plugin import Fit
 from ezhoi_diffusion.features.batch import FeatureBatch
+from ezhoi_diffusion.features.score import targets_of
 from ezhoi_diffusion.features.split import held_out
 from ezhoi_diffusion.features.store import FeatureStore
-from ezhoi_diffusion.host.score import targets_of
 from ezhoi_diffusion.testing.bridges import seeded
 from ezhoi_diffusion.testing.rules import Rule, hold
 from ezhoi_diffusion.testing.synthetic import synthetic_store

@@ -14,13 +14,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ezhoi_diffusion.draws import generator
+from ezhoi_diffusion.ezhoi.fingerprint import OPTIONS, Fingerprint
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
+from ezhoi_diffusion.features.score import NEEDED, Score
 from ezhoi_diffusion.features.statistics import unit
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.features.writer import FeatureWriter, finish_store
-from ezhoi_diffusion.host.fingerprint import OPTIONS, Fingerprint
-from ezhoi_diffusion.host.score import NEEDED, Score
+from ezhoi_diffusion.rng import generator
 
 OBJECTS = ("person", "bench", "bicycle", "cup", "dog", "horse", "kite")
 VERBS = ("carrying", "feeding", "holding", "hugging", "kicking", "lifting", "pulling", "riding", "training", "washing")

@@ -14,12 +14,12 @@ from ezhoi_diffusion.artifact import CONFIG, Artifact
 from ezhoi_diffusion.diffusion.artifact import BRIDGE
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, Components, DiffusionBridge, build_denoiser
 from ezhoi_diffusion.diffusion.closed_form import Texts, Wiener
-from ezhoi_diffusion.draws import generator
 from ezhoi_diffusion.files import current, write_json
+from ezhoi_diffusion.rng import generator
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
 from ezhoi_diffusion.training.data import Rows, TrainingData, training_rows
+from ezhoi_diffusion.training.loop import CHECKPOINTS, FACTS
 from ezhoi_diffusion.training.loss import Validation
-from ezhoi_diffusion.training.run import CHECKPOINTS, FACTS
 
 SAMPLE = 65_536  # of more rows a sample says the same of a mean and a covariance
 

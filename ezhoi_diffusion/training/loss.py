@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ezhoi_diffusion.diffusion.normalization import rescale
 from ezhoi_diffusion.diffusion.schedule import Objective, Schedule, isotropic_estimate
-from ezhoi_diffusion.draws import generator
+from ezhoi_diffusion.rng import generator
 from ezhoi_diffusion.training.config import TrainConfig
 from ezhoi_diffusion.training.data import Rows
 

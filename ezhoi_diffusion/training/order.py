@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ezhoi_diffusion.draws import generator
+from ezhoi_diffusion.rng import generator
 
 
 def batch_indices(rows: int, batch_size: int, seed: int, batch: int) -> Tensor:

@@ -9,15 +9,15 @@ from typing import Any
 
 from ezhoi_diffusion.artifact import CONFIG
 from ezhoi_diffusion.diffusion.bridge import Components
-from ezhoi_diffusion.diffusion.denoisers import CLOSED_FORMS
+from ezhoi_diffusion.diffusion.networks import CLOSED_FORMS
 from ezhoi_diffusion.errors import Interrupted
 from ezhoi_diffusion.files import current, leftovers, locked
 from ezhoi_diffusion.signals import asked_to_stop
 from ezhoi_diffusion.training.closed_form import fit_bridge
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
 from ezhoi_diffusion.training.data import TrainingData
+from ezhoi_diffusion.training.loop import CHECKPOINTS, Run
 from ezhoi_diffusion.training.processes import accelerator_for, agreed
-from ezhoi_diffusion.training.run import CHECKPOINTS, Run
 from ezhoi_diffusion.training.trackers import TRACKS, require_trackers, start_trackers
 
 __all__ = ["TrainConfig", "TrainingData", "TrainingError", "train"]

@@ -1,0 +1,314 @@
+"""Scores any number of bridges on stored features, as the host's own evaluation would."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.evaluation.alignment import Alignment
+from ezhoi_diffusion.evaluation.average_precision import Algorithm, Scored, average_precision, known_object
+from ezhoi_diffusion.evaluation.bootstrap import paired_bootstrap
+from ezhoi_diffusion.evaluation.comparison import FULL, REFERENCE, Comparison, Sample
+from ezhoi_diffusion.evaluation.effect import Effect
+from ezhoi_diffusion.evaluation.protocols import (
+    Detections,
+    Evaluation,
+    StoredImage,
+    annotated_objects,
+    hicodet,
+    stored_images,
+)
+from ezhoi_diffusion.evaluation.variants import Variant, families, origins
+from ezhoi_diffusion.ezhoi.feature_tap import Inject
+from ezhoi_diffusion.features.score import Score, ScoreError, names_of_interactions, require_replayable
+from ezhoi_diffusion.features.store import FeatureStore
+from ezhoi_diffusion.rng import generator
+
+ROWS = 2048  # bridged in one call, where a bridge takes many images: enough for a processor, and little memory
+TIMED = 8  # images on which a bridge's cost is measured, one at a time, as at eval …
+TIMED_SECONDS = 1.0  # … or as many as take so long
+Setting = Literal["default", "known-object"]
+SHOWN = 500  # pairs that pictures are drawn of
+
+
+@dataclass(eq=False)
+class _Scorecard:
+    """What one variant has collected so far."""
+
+    alignment: Alignment | None
+    scores: list[Tensor] = field(default_factory=list)
+    labels: list[Tensor] = field(default_factory=list)
+    shown: list[Tensor] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+def replay(
+    store: FeatureStore,
+    variants: Mapping[str, Variant],
+    *,
+    evaluation: Evaluation | None = None,
+    chosen: set[int] | None = None,
+    classes: Tensor | None = None,
+    algorithm: Algorithm = "11P",
+    setting: Setting = "default",
+    replicates: int = 0,
+    aligned: bool = False,
+    timed: bool = True,
+    device: torch.device | str = "cpu",
+    forced: list[str] | None = None,
+) -> Comparison:
+    """The comparison that `--compare` makes on the host, from what a capture of the split stored.
+
+    `none` has the host's own logits; a bridge has the published score of what it returns for each image's [P, D].
+    evaluation: HICO-DET's by default, for which alone classes and setting are. chosen: positions of the images to take, all
+    by default. classes: interaction classes whose annotations may be looked at, all by default. setting: known-object
+    scores a class on images with its object alone (Chao et al., WACV 2018). replicates: of the bootstrap over images, 0 for
+    none. aligned: measure alignment, and keep a sample of rows. timed: measure what bridges cost; otherwise bridge_ms is
+    that of one image. device: where bridges get their rows. Raises ScoreError, FeatureStoreError, and what a bridge raises.
+    """
+    score = Score.of(store)
+    evaluation = evaluation or hicodet(store, score)
+    require_replayable(store, score)
+    images = [position for position in range(len(store.images)) if chosen is None or position in chosen]
+    rows = sum(store.images[position]["rows"] for position in images)
+    if not rows:
+        raise ScoreError(
+            f"{store.folder}: none of the {len(images)} images has a human-object pair, so nothing can be scored"
+        )
+    text_mean = store.statistics().text_mean if aligned else None
+    cards = {
+        name: _Scorecard(
+            Alignment(score.text, score.class_text, text_mean, pairs=rows) if text_mean is not None else None
+        )
+        for name in (REFERENCE, *variants)
+    }
+    with torch.no_grad(), tqdm(total=len(images), desc="compare", unit="img", file=sys.stderr) as progress:
+        stored = _only(stored_images(store, chosen), classes)
+        scored, annotations = _collect(
+            evaluation, score, stored, variants, cards, rows, TIMED if timed else 1, device, progress
+        )
+    part = chosen is not None or classes is not None or store.meta.get("max_images") is not None
+    if not part:
+        annotations = torch.cat([annotations, evaluation.elsewhere])
+    num_gt = annotations.sum(0)
+    if setting == "known-object":
+        present, object_of = annotated_objects(store, annotations)
+        scored = {name: known_object(one, present, object_of) for name, one in scored.items()}
+    groups = evaluation.groups
+    if part:
+        # of a few images most classes have no annotation, and would only thin the mean
+        groups = {name: index[num_gt[index] > 0] for name, index in groups.items() if (num_gt[index] > 0).any()}
+    controls = [name for name, variant in variants.items() if variant.control]
+    if FULL not in groups:
+        raise ScoreError(
+            f"{store.folder}: none of these {len(images)} images has an annotation of a class that counts: capture more images"
+        )
+    return Comparison(
+        ap={name: average_precision(one, num_gt, algorithm) for name, one in scored.items()},
+        groups=groups,
+        images=len(annotations),
+        pairs=rows,
+        host_ms=None,
+        bridge_ms={name: _milliseconds(cards[name].seconds, store, images) for name in variants},
+        fingerprint=store.fingerprint,
+        provenance=origins(variants),
+        forced=forced or [],
+        names=evaluation.names,
+        annotations=num_gt,
+        algorithm=algorithm,
+        setting=setting,
+        significance=paired_bootstrap(
+            scored, annotations, groups, controls=controls, algorithm=algorithm, replicates=replicates
+        )
+        if replicates
+        else None,
+        alignment={name: card.alignment.measures() for name, card in cards.items() if card.alignment is not None},
+        families=families(variants),
+        controls=controls,
+        sample=Sample({name: torch.cat(card.shown) for name, card in cards.items()}, score.text) if aligned else None,
+    )
+
+
+def _collect(
+    evaluation: Evaluation,
+    score: Score,
+    images: Iterable[StoredImage],
+    variants: Mapping[str, Variant],
+    cards: dict[str, _Scorecard],
+    rows: int,
+    singly: int,
+    device: torch.device | str,
+    progress: Any,
+) -> tuple[dict[str, Scored], Tensor]:
+    """Every variant's detections, and the annotations of each image and class [I, K] int64; fills the cards."""
+    shown = torch.randperm(rows, generator=generator(0, "shown"))[:SHOWN].sort().values
+    annotations: list[Tensor] = []
+    classes: list[Tensor] = []
+    where: list[Tensor] = []
+    seen = 0
+    for batch in _batches(images):
+        detections = Detections.of(batch, evaluation.find)
+        classes.append(detections.classes)
+        where.append(detections.image + len(annotations))
+        annotations += [evaluation.count(image) for image in batch]
+        features = torch.cat([image.adapter_feat for image in batch])
+        host_logits = torch.cat([image.logits for image in batch])
+        labels = torch.cat([image.labels for image in batch])
+        possible = score.object_to_target[torch.cat([image.pairs.objects for image in batch])]
+        here = shown[(shown >= seen) & (shown < seen + len(features))] - seen
+        seen += len(features)
+        given = features.to(device)
+        for name, card in cards.items():
+            version = given._version
+            bridged = None if name == REFERENCE else _bridged(name, variants[name], given, batch, card.seconds, singly)
+            if given._version != version:
+                raise EzhoiDiffusionError(
+                    f"bridge '{name}' writes into the rows that it is given, which others get too: it has to return new ones"
+                )
+            after, logits = (features, host_logits) if bridged is None else (bridged, score.logits(bridged))
+            scores = detections.scores(logits)
+            card.scores.append(scores)
+            card.labels.append(detections.labels(scores).bool())
+            if card.alignment is not None:
+                card.alignment.add(after, logits, labels, possible)
+                card.shown.append(after[here])
+        progress.update(len(batch))
+    found, image = torch.cat(classes), torch.cat(where)
+    scored = {
+        name: Scored(torch.cat(card.scores).double(), found, torch.cat(card.labels).double(), image)
+        for name, card in cards.items()
+    }
+    return scored, torch.stack(annotations)
+
+
+def _only(images: Iterable[StoredImage], classes: Tensor | None) -> Iterator[StoredImage]:
+    """The images with annotations of these classes alone, as if there were no other."""
+    for image in images:
+        if classes is None:
+            yield image
+        else:
+            kept = torch.isin(image.gt_hoi, classes)
+            yield replace(image, gt_boxes=image.gt_boxes[kept], gt_hoi=image.gt_hoi[kept])
+
+
+def _batches(images: Iterable[StoredImage]) -> Iterator[list[StoredImage]]:
+    batch: list[StoredImage] = []
+    rows = 0
+    for image in images:
+        if batch and rows + len(image.pairs) > ROWS:
+            yield batch
+            batch, rows = [], 0
+        batch.append(image)
+        rows += len(image.pairs)
+    if batch:
+        yield batch
+
+
+def _bridged(
+    name: str, variant: Variant, features: Tensor, batch: list[StoredImage], seconds: list[float], singly: int
+) -> Tensor | None:
+    """What a variant makes of the rows of some images, on the CPU, None where it changes nothing; notes what it costs.
+
+    A bridge that takes rows by themselves gets all of them at once, and the first `singly` images alone, to be timed. Raises
+    EzhoiDiffusionError where it then returns something else.
+    """
+    if len(features) == 0:
+        return None
+    parts: list[Tensor] = list(features.split([len(image.pairs) for image in batch]))
+    together = variant.rows(features).cpu() if variant.rows is not None else None
+    single: list[Tensor | None] = []
+    for image, part in zip(batch, parts, strict=True):
+        if together is not None and (len(seconds) >= singly or sum(seconds) >= TIMED_SECONDS):
+            break
+        rows = part.clone()  # a tensor of its own, so that no bridge knows it already
+        begin = time.perf_counter()
+        one = variant.inject(rows, image.pairs) if len(image.pairs) else None
+        single.append(None if one is None else one.cpu())  # which waits for the device
+        if len(image.pairs):
+            seconds.append(time.perf_counter() - begin)
+    if together is None:
+        if all(one is None for one in single):
+            return None
+        return torch.cat([part.cpu() if one is None else one for part, one in zip(parts, single, strict=True)])
+    for image, one, expected in zip(batch, single, together.split([len(p) for p in parts]), strict=False):
+        if one is not None and not torch.allclose(one, expected, rtol=1e-3, atol=1e-4 * float(one.abs().max())):
+            raise EzhoiDiffusionError(
+                f"bridge '{name}' says row_by_row, and gave other rows for image {image.name} when it was given others "
+                f"beside it: it must not look at other rows, or not say so"
+            )
+    return together
+
+
+def _milliseconds(seconds: list[float], store: FeatureStore, images: list[int]) -> float:
+    """Mean time a bridge adds to an image; one without pairs costs nothing."""
+    with_pairs: float = sum(store.images[position]["rows"] > 0 for position in images) / len(images)
+    return 1000.0 * with_pairs * sum(seconds) / len(seconds)
+
+
+def effect_of(
+    store: FeatureStore, bridge: Inject, chosen: set[int], top: int, device: torch.device | str = "cpu"
+) -> Effect:
+    """What `bridge` does to the pairs of the images at `chosen` positions; each image's `top` best interactions.
+
+    device: where the bridge gets its rows. Raises ScoreError where the stored features cannot be scored or none of the images has a pair.
+    """
+    score = Score.of(store)
+    find = hicodet(store, score).find
+    names = names_of_interactions(store)
+    columns: dict[str, list[Tensor]] = {}
+    predictions = []
+    with torch.no_grad():
+        for image in stored_images(store, chosen):
+            if len(image.pairs) == 0:
+                continue
+            bridged = bridge(image.adapter_feat.to(device), image.pairs)
+            after = image.adapter_feat if bridged is None else bridged.cpu()
+            row = {
+                "before": image.adapter_feat,
+                "after": after,
+                "logits_before": image.logits,
+                "logits_after": score.logits(after),
+                "possible": score.object_to_target[image.pairs.objects],
+                "labels": image.labels,
+            }
+            for key, value in row.items():
+                columns.setdefault(key, []).append(value)
+            detections = Detections.of([image], find)
+            predictions.append(
+                {
+                    "image": image.name,
+                    "annotated": sorted({_named(names, hoi) for hoi in image.gt_hoi.tolist()}),
+                    "before": _best(detections, row["logits_before"], names, top),
+                    "after": _best(detections, row["logits_after"], names, top),
+                }
+            )
+    if not predictions:
+        raise ScoreError(f"{store.folder}: none of the {len(chosen)} images has a human-object pair")
+    return Effect(text=store.text, predictions=predictions, **{key: torch.cat(parts) for key, parts in columns.items()})
+
+
+def _best(detections: Detections, logits: Tensor, names: list[str] | None, top: int) -> list[dict[str, Any]]:
+    scores = detections.scores(logits)
+    best = scores.argsort(descending=True, stable=True)[:top]
+    return [
+        {"interaction": _named(names, hoi), "pair": pair, "score": value, "right": right}
+        for hoi, pair, value, right in zip(
+            detections.classes[best].tolist(),
+            detections.row[best].tolist(),
+            scores[best].tolist(),
+            detections.labels(scores)[best].bool().tolist(),
+            strict=True,
+        )
+    ]
+
+
+def _named(names: list[str] | None, hoi: int) -> str:
+    return names[hoi] if names else f"interaction {hoi}"

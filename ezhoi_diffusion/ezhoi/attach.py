@@ -1,0 +1,211 @@
+"""Joins plugins to a host whose model is built and loaded: injection, a capture pass, or a comparison."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ezhoi_diffusion.errors import EzhoiDiffusionError, Interrupted
+from ezhoi_diffusion.evaluation.bootstrap import REPLICATES
+from ezhoi_diffusion.evaluation.comparison import REFERENCE
+from ezhoi_diffusion.evaluation.variants import Variant, resolve_variants
+from ezhoi_diffusion.ezhoi.capture_pass import capture_pass, default_split, share_context
+from ezhoi_diffusion.ezhoi.comparison_pass import comparison_pass
+from ezhoi_diffusion.ezhoi.feature_tap import Tap, TapPoint, check_replacement, locate, unwrap
+from ezhoi_diffusion.ezhoi.flags import check_options
+from ezhoi_diffusion.ezhoi.limits import refuse_unsupported
+from ezhoi_diffusion.ezhoi.run import Host
+from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
+from ezhoi_diffusion.plugins import BY_DEFAULT, PluginHost
+from ezhoi_diffusion.report.write import report_folder, write_report
+from ezhoi_diffusion.signals import asked_to_stop
+
+EVALUATIONS = ("test_hico", "cache_hico", "cache_vcoco")  # methods of the host's engine, which end what is attached
+
+
+class Attachment:
+    """What is attached to one host; a context manager. `detach` is idempotent and undoes everything."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self._tap: Tap | None = None
+        self._undo: list[Callable[[], None]] = []
+        self._attached = False
+        self._group: Any = None
+        self._compared = True
+
+    def detach(self, *, failed: bool = False) -> None:
+        """Remove every hook and tell the plugins. Raises TapError if something was to be injected and never was."""
+        while self._undo:
+            self._undo.pop()()
+        if not self._attached:
+            return
+        self._attached = False
+        self.host.failed = failed
+        self.host.plugins.notify_all("on_detach", host=self.host)
+        if not self._compared and not failed:
+            raise EzhoiDiffusionError("--compare was given, and the host never evaluated: its test_hico was not called")
+        if self._tap is not None and not failed:
+            self._tap.require_hits()
+        if self.host.plugins.degraded and self.host.rank == 0 and not self.host.args.compare:  # else the table says it
+            for message in self.host.plugins.degraded.values():
+                print(f"DEGRADED: {message}", flush=True)
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.detach(failed=error is not None)
+
+    # -- the three things an attachment may do -------------------------------------------------------------
+
+    def _start(self) -> None:
+        host, plugins, args = self.host, self.host.plugins, self.host.args
+        captures, injects = plugins.implementing("on_train_batch"), plugins.implementing("post_adapter_feat")
+        compares = bool(args.compare)
+        if (captures or compares) and host.engine is None:
+            raise EzhoiDiffusionError(
+                "a capture pass and a comparison need the host's data sets: run main_tip_finetune.py, not a script for one image"
+            )
+        if args.report:
+            with report_folder(Path(args.report)):
+                pass  # refused now, not after the pass
+        if host.world_size > 1 and (captures or injects or compares):
+            share_context(host.model, host.device)
+        self._attached = True
+        plugins.notify("on_attach", host=host)
+        variants = (
+            resolve_variants(args.compare, plugins, args.bridge, host.accept, host.device, steps=args.inference_steps)
+            if compares
+            else {}
+        )
+        if captures:
+            self._capture()
+        if compares:
+            self._compared = False
+            self._replace("test_hico", functools.partial(self._compare, variants))
+            return
+        if injects:
+            if host.engine is not None and not _evaluates(args):
+                raise EzhoiDiffusionError(
+                    f"plugin '{injects[0]}' replaces adapter_feat at eval time, and this run would train: add --eval"
+                )
+            self._tap = Tap(host.model, inject=self._inject, point=host.tap_point).attach()
+            self._undo.append(self._tap.remove)
+        for name in EVALUATIONS if host.engine is not None else ():
+            self._replace(name, self._evaluate)
+
+    def _inject(self, feature: Tensor, pairs: Pairs) -> Tensor:
+        return self.host.plugins.fold("post_adapter_feat", feature, check_replacement, context=pairs)
+
+    def _capture(self) -> None:
+        host, args = self.host, self.host.args
+        split = args.capture_split or default_split(args)
+
+        def emit(batch: FeatureBatch) -> None:
+            host.plugins.notify("on_train_batch", batch=batch)
+
+        try:
+            first = min(host.done.get(name, 0) for name in host.plugins.implementing("on_train_batch"))
+            with asked_to_stop() as asked:
+                self._wait_for_all(asked)  # what rank 0 opens is there before another process writes into it
+                capture_pass(host, split, args.max_images, emit, first, asked)
+                if host.rank == 0:
+                    self._wait_for_all(asked)
+        except Interrupted as stopped:
+            self.detach(failed=True)
+            sys.stderr.write(f"ezhoi-diffusion: {stopped}: give the same command again to go on\n")
+            raise SystemExit(stopped.status) from None  # no traceback where a fork calls this
+        except BaseException:
+            self.detach(failed=True)
+            raise
+        # rank 0 is the last to detach, so that a plugin may merge there what the others have closed
+        self.detach()
+        if host.rank > 0:
+            self._wait_for_all()
+        self._wait_for_all()
+        raise SystemExit(0)  # the pass is the run: neither training nor evaluation follows
+
+    def _wait_for_all(self, asked: Callable[[], bool] = lambda: False) -> None:
+        """A barrier that lets processes be hours apart: the host's own group may give up after ten minutes.
+
+        Raises Interrupted where this one is asked to stop meanwhile.
+        """
+        if self.host.world_size > 1:
+            if self._group is None:
+                self._group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+            barrier = dist.barrier(self._group, async_op=True)
+            while not barrier.is_completed():
+                if asked():
+                    raise Interrupted("stopped while other processes went on")
+                time.sleep(0.1)
+            barrier.wait()
+
+    def _replace(self, name: str, evaluate: Callable[..., Any]) -> None:
+        engine = self.host.engine
+        original = getattr(engine, name, None)
+        if original is not None:
+            setattr(engine, name, functools.partial(evaluate, original))
+            self._undo.append(lambda: vars(engine).pop(name, None))
+
+    def _evaluate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self:
+            return original(*args, **kwargs)
+
+    def _compare(
+        self, variants: dict[str, Variant], original: Callable[..., Any], loader: Any, *args: Any, **kw: Any
+    ) -> Any:
+        host = self.host
+        with self:
+            self._compared = True
+            comparison = comparison_pass(host, loader, variants, REPLICATES if host.rank == 0 else 0)
+            if host.rank == 0:
+                print(f"\n{comparison.table()}\n", flush=True)
+                if host.args.report:
+                    write_report(comparison, Path(host.args.report))
+                host.plugins.notify("on_comparison", comparison=comparison)
+        return comparison.ap[REFERENCE]
+
+
+def _evaluates(args: argparse.Namespace) -> bool:
+    return bool(getattr(args, "eval", False) or getattr(args, "cache", False))
+
+
+def attach(model: nn.Module, args: argparse.Namespace, engine: Any = None) -> Attachment:
+    """Join the plugins that `args` enables, and those that are on by default, to a built and loaded host.
+
+    Call it once the engine is made and the checkpoint is loaded. Where a plugin captures, the pass is made here and ends
+    the process with SystemExit(0). Raises EzhoiDiffusionError for flags, models and plugins that cannot work.
+    """
+    if not hasattr(args, "no_plugin"):
+        raise EzhoiDiffusionError(
+            "attach needs our flags in `args`: call add_arguments(parser) before parser.parse_args()"
+        )
+    refuse_unsupported(args)
+    plugins = PluginHost(args.no_plugin)
+    plugins.enable(args.plugin, raise_errors=args.plugin_errors == "raise")
+    check_options(plugins, args)
+    detector = unwrap(model)
+    needed = bool(set(plugins.enabled) - set(BY_DEFAULT) or args.compare)
+    if needed or engine is None or _evaluates(args):
+        plugins.enable_defaults()
+    found = plugins.first("locate_adapter_feat", model=detector) if needed else None
+    point = TapPoint(*found) if found else locate(detector) if needed else TapPoint("", detector)
+    attachment = Attachment(Host(detector, args, engine, plugins, point))
+    if needed or plugins.enabled:
+        try:
+            attachment._start()
+        except Exception:
+            attachment.detach(failed=True)
+            raise
+    return attachment

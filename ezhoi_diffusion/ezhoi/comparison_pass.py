@@ -1,0 +1,213 @@
+"""Scores many variants of the same pairs in one pass over the test split, detector and encoders run once an image."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ezhoi_diffusion.evaluation.average_precision import Scored, associate_pairs, average_precision
+from ezhoi_diffusion.evaluation.bootstrap import paired_bootstrap
+from ezhoi_diffusion.evaluation.comparison import REFERENCE, Comparison
+from ezhoi_diffusion.evaluation.variants import Variant, families, origins
+from ezhoi_diffusion.ezhoi.capture_pass import to_device
+from ezhoi_diffusion.ezhoi.feature_tap import Inject, Tap
+from ezhoi_diffusion.ezhoi.run import Host
+from ezhoi_diffusion.ezhoi.tables import class_groups, interaction_names
+from ezhoi_diffusion.features.batch import Pairs
+
+Detections = list[dict[str, Tensor]]
+
+
+def comparison_pass(host: Host, loader: Any, variants: Mapping[str, Variant], replicates: int = 0) -> Comparison:
+    """Evaluate the bare host, and every variant, on the images of `loader` as the host's own `test_hico` does.
+
+    Every variant is scored by the host's own methods, run again on the encodings of the bare pass. replicates: of the
+    bootstrap over images, 0 for none. Raises TapError where adapter_feat never came by.
+    """
+    dataset = loader.dataset.dataset
+    interactions = torch.from_numpy(np.asarray(dataset.object_n_verb_to_interaction, dtype=float))  # None becomes NaN
+    num_gt = list(dataset.anno_interaction)
+    associate = _association()
+    found: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in (REFERENCE, *variants)}
+    annotations: list[Tensor] = []
+    clock = _Clock(host.device)
+    images_seen = pairs_seen = 0
+    inject: Inject | None = None
+
+    def bridge(feature: Tensor, pairs: Pairs) -> Tensor | None:
+        if inject is None:
+            return None
+        with clock.measure(variant):
+            return inject(feature, pairs)
+
+    def add(name: str, detections: Detections) -> None:
+        for image, (detected, target) in enumerate(zip(detections, targets, strict=True), images_seen):
+            scores, classes, labels = _labelled(host.model, associate, detected, target, interactions)
+            found[name].append((scores, classes, labels, torch.full_like(classes, image)))
+
+    was_training = host.model.training
+    host.model.eval()
+    tap = Tap(host.model, inject=bridge, point=host.tap_point)
+    try:
+        with torch.no_grad(), tap, _recording(host.model) as calls:
+            for images, targets in tqdm(loader, desc="compare", unit="img", disable=host.rank != 0, file=sys.stderr):
+                with clock.measure(REFERENCE):
+                    bare = host.model(to_device(images, host.device), to_device(targets, host.device))
+                annotations += [torch.bincount(target["hoi"].cpu(), minlength=len(num_gt)) for target in targets]
+                if bare:
+                    pairs_seen += calls.pairs
+                    add(REFERENCE, bare)
+                    for variant, chosen in variants.items():
+                        inject = chosen.inject
+                        add(variant, calls.again())
+                    inject = None
+                images_seen += len(targets)
+    finally:
+        host.model.train(was_training)
+    tap.require_hits()
+    scored = {name: Scored(*map(torch.cat, zip(*parts, strict=True))) for name, parts in found.items()}
+    groups = class_groups(host)
+    controls = [name for name, variant in variants.items() if variant.control]
+    per_image = 1000 / images_seen
+    return Comparison(
+        ap={name: _average_precision(one, num_gt) for name, one in scored.items()},
+        groups=groups,
+        images=images_seen,
+        pairs=pairs_seen,
+        host_ms=clock.seconds[REFERENCE] * per_image,
+        bridge_ms={name: clock.seconds.get(name, 0.0) * per_image for name in variants},
+        fingerprint=host.fingerprint.to_dict(),
+        provenance=origins(variants),
+        forced=list(host.forced),
+        degraded=host.plugins.degraded,
+        names=interaction_names(host),
+        annotations=torch.tensor(num_gt),
+        significance=paired_bootstrap(
+            scored, torch.stack(annotations), groups, controls=controls, replicates=replicates
+        )
+        if replicates
+        else None,
+        families=families(variants),
+        controls=controls,
+    )
+
+
+def _association() -> Callable[..., Tensor]:
+    """The host's own where it brings pocket, else ours: (gt boxes, detected boxes, scores) -> labels."""
+    pocket = sys.modules.get("pocket")
+    found: Callable[..., Tensor] = pocket.utils.BoxPairAssociation(min_iou=0.5) if pocket else associate_pairs
+    return found
+
+
+def _average_precision(scored: Scored, num_gt: list[int]) -> Tensor:
+    """By the host's own meter where it brings pocket, so that `none` is what the host prints; else by ours."""
+    pocket = sys.modules.get("pocket")
+    if pocket is None:
+        return average_precision(scored, num_gt)
+    meter = pocket.utils.DetectionAPMeter(len(num_gt), nproc=1, num_gt=num_gt, algorithm="11P")
+    meter.append(scored.scores, scored.classes, scored.labels)
+    with contextlib.redirect_stdout(io.StringIO()):  # a warning for each class without detections
+        ap: Tensor = meter.eval()
+    return ap
+
+
+def _labelled(
+    model: Any,
+    associate: Callable[..., Tensor],
+    detected: dict[str, Tensor],
+    target: dict[str, Tensor],
+    interactions: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, interaction classes and true-positive labels [M] of one image's detections."""
+    detected = to_device(detected, torch.device("cpu"))
+    humans, others = detected["boxes"][detected["pairing"]].unbind(0)
+    scores, classes = detected["scores"], detected["labels"]
+    if model.num_classes == interactions.shape[1]:  # the host predicts verbs; otherwise interactions themselves
+        classes = interactions[detected["objects"], classes].long()
+    gt_humans, gt_others = (model.recover_boxes(target[key], target["size"]) for key in ("boxes_h", "boxes_o"))
+    labels = torch.zeros_like(scores)
+    for hoi in target["hoi"].unique():
+        rows, annotated = classes == hoi, target["hoi"] == hoi
+        if rows.any():
+            labels[rows] = associate(
+                (gt_humans[annotated], gt_others[annotated]), (humans[rows], others[rows]), scores[rows]
+            )
+    return scores, classes, labels
+
+
+class _Clock:
+    """Adds up wall time by name, having waited for the device on both sides."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device = device
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        start = self._now()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
+
+
+class _Calls:
+    """The last calls of the host's two scoring methods, to make them again on the same encodings."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.made: dict[str, tuple[tuple[Any, ...], dict[str, Any], Any]] = {}
+
+    @property
+    def pairs(self) -> int:
+        """Human-object pairs in the last batch."""
+        return sum(len(humans) for humans in self.made["compute_roi_embeddings"][2][2])
+
+    def again(self) -> Detections:
+        """Features, logits and detections anew, with whatever is injected now."""
+        args, kwargs, _ = self.made["compute_roi_embeddings"]
+        logits, priors, humans, others, objects, *_ = self.model.compute_roi_embeddings(*args, **kwargs)
+        (boxes, _, _, _, _, _, *sizes), kwargs, _ = self.made["postprocessing"]
+        found: Detections = self.model.postprocessing(boxes, humans, others, logits, priors, objects, *sizes, **kwargs)
+        return found
+
+
+@contextmanager
+def _recording(model: Any) -> Iterator[_Calls]:
+    calls = _Calls(model)
+    names = ("compute_roi_embeddings", "postprocessing")
+    before = {name: vars(model).get(name) for name in names}
+
+    def record(name: str) -> Callable[..., Any]:
+        original = getattr(model, name)
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            calls.made[name] = (args, kwargs, result)
+            return result
+
+        return wrapper
+
+    try:
+        for name in names:
+            setattr(model, name, record(name))
+        yield calls
+    finally:
+        for name, shadowed in before.items():
+            if shadowed is None:
+                vars(model).pop(name, None)
+            else:
+                setattr(model, name, shadowed)

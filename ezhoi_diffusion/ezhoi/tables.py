@@ -1,0 +1,85 @@
+"""Which classes there are, which are rare or unseen, and the constants of the host's score."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+from ezhoi_diffusion.ezhoi.run import Host
+
+RARE_BELOW = 10  # annotations in the training set: HICO-DET's own border
+
+
+def class_groups(host: Host) -> dict[str, Tensor]:
+    """Group name -> interaction classes [k]: full, and where the run knows them unseen, seen, rare, non-rare.
+
+    V-COCO has actions in their place, and no groups: its data set counts no interactions, its splits hide none.
+    """
+    counts = getattr(host.engine._train_loader.dataset.dataset, "anno_interaction", None)
+    if counts is None:
+        return {"full": torch.arange(host.model.num_classes)}
+    training = torch.as_tensor(counts)
+    every = torch.arange(len(training))
+    groups = {"full": every}
+    if getattr(host.args, "zs", False):
+        unseen = torch.zeros(len(training), dtype=torch.bool)
+        unseen[torch.as_tensor(host.model.filtered_hoi_idx, dtype=torch.long)] = True
+        groups |= {"unseen": every[unseen], "seen": every[~unseen]}
+    rare = training < RARE_BELOW
+    groups |= {"rare": every[rare], "non-rare": every[~rare]}
+    return {name: index for name, index in groups.items() if len(index)}
+
+
+def interaction_names(host: Host) -> list[str] | None:
+    """What the host calls each interaction class, from its module `hico_text_label`; None where it has no such names.
+
+    V-COCO's actions are called as its data set calls them, e.g. `hit instr`.
+    """
+    if host.args.dataset == "vcoco":
+        return [str(name) for name in host.engine._train_loader.dataset.dataset.actions]
+    sentences = getattr(sys.modules.get("hico_text_label"), "hico_text_label", None)
+    if not isinstance(sentences, dict) or host.args.dataset != "hicodet":
+        return None
+    table = score_lookup(host)
+    names = [""] * (int(table.max()) + 1)
+    for other, verb in (table >= 0).nonzero().tolist():
+        sentence = str(sentences.get((verb, other), f"verb {verb}, object {other}"))
+        names[int(table[other, verb])] = sentence.removeprefix("a photo of ")
+    return names
+
+
+def score_lookup(host: Host) -> Tensor:
+    """[objects, verbs] int64 interaction classes, -1 where an object has no such verb. V-COCO's are its actions."""
+    objects = len(host.model.object_class_to_target_class)
+    lookup = torch.as_tensor(host.model.object_n_verb_to_interaction)[-objects:]  # V-COCO's has a row for no object
+    classes = torch.arange(lookup.shape[1]) if host.args.dataset == "vcoco" else lookup
+    return torch.where(lookup.isnan(), -1, classes).long()
+
+
+def score_tables(host: Host, text: Tensor) -> dict[str, Tensor]:
+    """What the host multiplies and looks up to turn adapter_feat into scores.
+
+    text [N_sel, D], label [N_sel, num_classes], sample_lens [num_classes], logit_scale [], hyper_lambda [],
+    object_to_target [objects, num_classes] bool, object_n_verb_to_interaction [objects, verbs] with -1 for none,
+    and the groups of interaction classes as `classes/NAME`.
+    """
+    model = host.model
+    label = model.label_HO_eval if hasattr(model, "label_HO_eval") else model.label_HO
+    objects = model.object_class_to_target_class
+    allowed = torch.zeros((len(objects), model.num_classes), dtype=torch.bool)
+    for index, targets in enumerate(objects):
+        allowed[index, list(targets)] = True
+    tables = {
+        "text": text,
+        "label": label,
+        "sample_lens": model.sample_lens_HO,
+        "hyper_lambda": torch.tensor(float(model.hyper_lambda)),
+        "object_to_target": allowed,
+        "object_n_verb_to_interaction": score_lookup(host),
+    }
+    if hasattr(model, "logit_scale_HO"):  # absent where the host predicts weights instead
+        tables["logit_scale"] = model.logit_scale_HO
+    tables |= {f"classes/{name}": index for name, index in class_groups(host).items()}
+    return {name: tensor.detach().cpu() for name, tensor in tables.items()}

@@ -1,0 +1,1 @@
+"""A comparison, told: headline, figures, page, hub card."""

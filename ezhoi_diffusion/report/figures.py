@@ -1,0 +1,365 @@
+"""The pictures of a comparison: each is a row of small panels, beside each other in a file, below each other on a phone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import pairwise
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ezhoi_diffusion.evaluation.changes import changes
+from ezhoi_diffusion.evaluation.comparison import FULL, REFERENCE, Comparison
+from ezhoi_diffusion.features.statistics import unit
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from PIL import Image
+
+WIDTH, DPI, COLORS = 4.0, 128, 64  # inches, of which a phone shows all: letters of 9 points stay readable
+COLUMNS = 3
+LETTERS, TITLE = 24, 48  # of a variant's name in a line, beside its row and above a panel
+FAR = 5  # times the median reach of a row, beyond which it leaves the picture
+SHOWN, NAMED = 3, 10  # variants that get pictures of their own; that many have colours in those with all
+MAPPED = 200  # pairs in the map of both modalities: t-SNE takes seconds for them and the texts
+PICTURED = ("centroid_gap", "cosine_to_own_text", "calibration_error")  # measures worth a picture against mean AP
+BINS = 40
+GAIN, LOSS, UNCLEAR, GRID = "#0b7a5b", "#c2410c", "0.55", "0.88"
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """What it shows, in words for those who cannot see it; how high it is, in inches; and how it is drawn."""
+
+    title: str
+    alt: str
+    height: float
+    draw: Callable[[Axes], None]
+
+
+def pictures(comparison: Comparison) -> dict[str, list[Panel]]:
+    """The panels of every picture that this comparison has figures for, by the picture's name."""
+    made = {
+        "comparison": _absolute(comparison),
+        "forest": _forest(comparison),
+        "per_class": [_per_class(comparison, variant) for variant in shown(comparison)],
+        "cost": [_cost(comparison)] if comparison.bridge_ms else [],
+        "measures": _measures(comparison),
+        "embedding": _embedding(comparison),
+        "histograms": _histograms(comparison),
+    }
+    return {name: panels for name, panels in made.items() if panels}
+
+
+def shown(comparison: Comparison) -> list[str]:
+    """The few variants that pictures of single classes and rows are drawn for: the best by full mean AP."""
+    return comparison.ranked()[:SHOWN]
+
+
+def named(comparison: Comparison) -> list[str]:
+    """The variants with a colour and a name in pictures of all: all if few, else the bare host and those of `shown`."""
+    variants = [REFERENCE, *comparison.ranked()]
+    return variants if len(variants) <= NAMED else [REFERENCE, *shown(comparison)]
+
+
+def _colors(comparison: Comparison) -> dict[str, str]:
+    """Every variant's colour, the same in all pictures; those without a name come first, and so lie below."""
+    known = {variant: f"C{number}" for number, variant in enumerate(named(comparison))}
+    return {**{variant: "0.75" for variant in comparison.ap if variant not in known}, **known}
+
+
+def render(panel: Panel) -> Image.Image:
+    """The panel, drawn without a display and without pyplot's global state."""
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    figure = Figure(figsize=(WIDTH, panel.height), layout="constrained")
+    axes = figure.subplots()
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+    panel.draw(axes)
+    figure.suptitle(panel.title, x=0.01, ha="left", fontsize=9)
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=DPI)
+    return Image.open(picture).convert("RGB")
+
+
+def joined(drawn: Sequence[Image.Image]) -> Image.Image:
+    """Rendered panels as one picture, at most three beside each other."""
+    from PIL import Image
+
+    rows = [drawn[i : i + COLUMNS] for i in range(0, len(drawn), COLUMNS)]
+    heights = [max(panel.height for panel in row) for row in rows]
+    whole = Image.new("RGB", (max(sum(panel.width for panel in row) for row in rows), sum(heights)), "white")
+    for number, row in enumerate(rows):
+        for column, panel in enumerate(row):
+            whole.paste(panel, (column * panel.width, sum(heights[:number])))
+    return whole
+
+
+def png(drawn: Image.Image) -> bytes:
+    """A picture as the bytes of a PNG file; of few colours, which is a third of the size."""
+    picture = BytesIO()
+    drawn.quantize(COLORS).save(picture, "png", optimize=True, dpi=(DPI, DPI))
+    return picture.getvalue()
+
+
+# -- rows of intervals: one row a variant, as many as there are ------------------------------------------------
+
+
+def _absolute(comparison: Comparison) -> list[Panel]:
+    """Mean AP of every variant, a panel a group."""
+    variants, known = [REFERENCE, *comparison.ranked()], comparison.significance
+    panels = []
+    for group in comparison.groups:
+        rows = [
+            _Row(v, comparison.mean_ap(v, group), known.mean_ap[v][group] if known else None, "C0", True)
+            for v in variants
+        ]
+        title = f"{group}, {len(comparison.groups[group])} classes: mAP, %"
+        panels.append(_intervals(rows, rows[0].value, title, f"Mean AP of {len(rows)} variants in {group}."))
+    return panels
+
+
+def _forest(comparison: Comparison) -> list[Panel]:
+    """Differences to the bare host, a panel a group.
+
+    Grey: the interval contains 0. Green or orange: it does not. Full: the adjusted p agrees.
+    """
+    variants, known = comparison.ranked(), comparison.significance
+    panels = []
+    for group in comparison.groups:
+        rows = []
+        for v in variants:
+            found = known.difference[v][group] if known else None
+            color = UNCLEAR if found is None or found.low <= 0 <= found.high else GAIN if found.low > 0 else LOSS
+            bounds = None if found is None else (found.low, found.high)
+            rows.append(_Row(v, comparison.difference(v, group), bounds, color, comparison.told(v, group)))
+        above, below = (sum(row.color == color for row in rows) for color in (GAIN, LOSS))
+        alt = f"Differences to {REFERENCE} in {group} mean AP, {len(rows)} variants. " + (
+            f"Intervals above 0: {above}; below 0: {below}; containing 0: {len(rows) - above - below}."
+            if known
+            else "There are no intervals."
+        )
+        title = f"{group}, {len(comparison.groups[group])} classes: points over {REFERENCE}"
+        panels.append(_intervals(rows, 0.0, title, alt))
+    return panels
+
+
+@dataclass(frozen=True)
+class _Row:
+    variant: str
+    value: float
+    bounds: tuple[float, float] | None
+    color: str
+    full: bool
+
+
+def _frame(rows: Sequence[_Row], zero: float) -> tuple[float, float] | None:
+    """What a picture has to hold so that what is far off does not make dots of all others; None: all of it."""
+    spans = [(min(row.value, *(row.bounds or ()), zero), max(row.value, *(row.bounds or ()), zero)) for row in rows]
+    reaches = [max(zero - low, high - zero) for low, high in spans]
+    middle = median([reach for reach in reaches if reach > 0] or [0.0])
+    near = [span for span, reach in zip(spans, reaches, strict=True) if reach <= FAR * middle]
+    if len(near) == len(spans):
+        return None
+    low, high = min(low for low, _ in near), max(high for _, high in near)
+    return low - 0.05 * (high - low), high + 0.05 * (high - low)
+
+
+def _intervals(rows: Sequence[_Row], zero: float, title: str, alt: str) -> Panel:
+    """One variant a row, as many as there are, around a line at `zero`; of what is far off the figure stands at the edge."""
+    frame = _frame(rows, zero)
+    labels = [_label(row.variant) for row in rows]
+    at = [0.0]  # inches from the first row
+    for label, following in pairwise(labels):
+        at.append(at[-1] + 0.2 + 0.06 * (label + following).count("\n"))  # a second line needs more room
+
+    def draw(axes: Axes) -> None:
+        axes.axvline(zero, color="black", linewidth=1)
+        if frame is not None:
+            axes.set_xlim(*frame)
+        for y, row in zip(at, rows, strict=True):
+            if frame is not None and not frame[0] <= row.value <= frame[1]:
+                left = row.value < frame[0]
+                words = f"◂ {row.value:+.1f}" if left else f"{row.value:+.1f} ▸"
+                edge, side = (frame[0], "left") if left else (frame[1], "right")
+                axes.text(edge, y, words, color=row.color, fontsize=8, ha=side, va="center")
+                continue
+            if row.bounds is not None:
+                axes.plot(row.bounds, (y, y), color=row.color, linewidth=2.2, solid_capstyle="butt")
+            axes.plot(
+                row.value, y, "o", color=row.color, markersize=5, markerfacecolor=row.color if row.full else "white"
+            )
+        axes.set_yticks(at, labels, fontsize=8)
+        axes.set_ylim(at[-1] + 0.2, -0.2)
+        axes.grid(axis="x", color=GRID)
+
+    return Panel(title, alt, at[-1] + 1.0, draw)
+
+
+# -- single classes ----------------------------------------------------------------------------------------------
+
+
+def _per_class(comparison: Comparison, variant: str) -> Panel:
+    """Every class's change, sorted; those whose interval excludes 0 are full in colour."""
+    found = changes(comparison, variant)
+    counts = found.counts()
+    words = [f"{counts['gains']} gain, {counts['losses']} lose, {counts['unchanged']} unchanged"]
+    if found.bounds is not None:
+        words.append(f"interval without 0: {counts['certain gains']} gain, {counts['certain losses']} lose")
+
+    def draw(axes: Axes) -> None:
+        at = torch.arange(len(found.points))
+        for sign, color in ((1, GAIN), (-1, LOSS)):
+            for certain, alpha in ((False, 0.35), (True, 1.0)):
+                of = (found.sign == sign) & (found.certain == certain)
+                width = min(20.0, 200 / len(at))
+                axes.vlines(at[of].tolist(), 0, found.points[of].tolist(), color=color, alpha=alpha, linewidth=width)
+        axes.axhline(0, color="black", linewidth=1)
+        axes.set_xlabel("classes, by change", fontsize=8)
+        axes.set_ylabel("points of AP", fontsize=8)
+        axes.grid(axis="y", color=GRID)
+
+    alt = f"Change of AP in each of {len(found.points)} classes under {variant}, sorted: {'; '.join(words)}."
+    return Panel("\n".join([_label(variant, TITLE), *words]), alt, 3.1, draw)
+
+
+# -- all variants as points --------------------------------------------------------------------------------------
+
+
+def _cost(comparison: Comparison) -> Panel:
+    """What a variant adds to an image's time, against its mean AP."""
+
+    def draw(axes: Axes) -> None:
+        _points(comparison, axes, {v: comparison.bridge_ms.get(v, 0.0) for v in comparison.ap}, "ms added to an image")
+        axes.set_xscale("symlog", linthresh=0.1)
+        axes.set_xlim(left=-0.02)
+        axes.xaxis.set_major_formatter("{x:g}")
+
+    figures = (
+        f"{v} {comparison.bridge_ms.get(v, 0.0):.2f} ms, {comparison.mean_ap(v, FULL):.2f} %" for v in named(comparison)
+    )
+    alt = f"Time that a variant adds to an image, against full mean AP: {'; '.join(figures)}."
+    return Panel("time against full mAP", alt, 3.2 + 0.12 * len(named(comparison)), draw)
+
+
+def _measures(comparison: Comparison) -> list[Panel]:
+    """Measures of alignment against mean AP: whether what is nearer to the texts also detects better."""
+    panels = []
+    for measure in PICTURED:
+        found = {v: value for v, of in comparison.alignment.items() if (value := of.get(measure)) is not None}
+        if len(found) > 2:  # two points show no relation
+            panels.append(_measure(comparison, measure.replace("_", " "), found))
+    return panels
+
+
+def _measure(comparison: Comparison, measure: str, found: Mapping[str, float]) -> Panel:
+    alt = f"{measure} against full mean AP, {len(found)} variants; the table has the figures."
+    height = 3.0 + 0.12 * len(named(comparison))
+    return Panel(f"{measure} against full mAP", alt, height, lambda axes: _points(comparison, axes, found, measure))
+
+
+def _points(comparison: Comparison, axes: Axes, at: Mapping[str, float], what: str) -> None:
+    known, colors = comparison.significance, _colors(comparison)
+    for variant in filter(at.__contains__, colors):
+        x, color = at[variant], colors[variant]
+        if known is not None:
+            axes.plot((x, x), known.mean_ap[variant][FULL], color=color, linewidth=1.2)
+        label = _label(variant) if variant in named(comparison) else None
+        axes.plot(x, comparison.mean_ap(variant, FULL), "o", color=color, markersize=5, label=label)
+    if len(comparison.ap) > NAMED:
+        axes.plot([], [], "o", color="0.75", markersize=5, label="others")
+    axes.set_xlabel(what, fontsize=8)
+    axes.set_ylabel("full mAP, %", fontsize=8)
+    axes.grid(color=GRID)
+    _legend(axes)
+
+
+# -- rows and texts ----------------------------------------------------------------------------------------------
+
+
+def _histograms(comparison: Comparison) -> list[Panel]:
+    """Cosine to the nearest text, and norms, of the sampled pairs."""
+    if comparison.sample is None:
+        return []
+    text, rows = unit(comparison.sample.text.float()), comparison.sample.rows
+    rows = {v: rows[v].float() for v in [REFERENCE, *shown(comparison)] if v in rows}
+    return [
+        _histogram(comparison, "cosine to the nearest text", {v: (unit(x) @ text.T).amax(1) for v, x in rows.items()}),
+        _histogram(comparison, "norm of a row", {v: x.norm(dim=1) for v, x in rows.items()}),
+    ]
+
+
+def _histogram(comparison: Comparison, what: str, values: Mapping[str, Tensor]) -> Panel:
+    low, high = (float(f(torch.cat([*values.values()]))) for f in (torch.min, torch.max))
+    high = max(high, low + 1e-6)
+    at = torch.linspace(low, high, 2 * BINS + 1)[1::2]
+
+    def draw(axes: Axes) -> None:
+        for variant, value in values.items():
+            counts, color = torch.histc(value, BINS, low, high).tolist(), _colors(comparison)[variant]
+            axes.plot(at.tolist(), counts, drawstyle="steps-mid", color=color, linewidth=1.3, label=_label(variant))
+        axes.set_xlabel(what, fontsize=8)
+        axes.set_ylabel("pairs", fontsize=8)
+        _legend(axes)
+
+    medians = "; ".join(f"{name} {float(value.median()):.3f}" for name, value in values.items())
+    return Panel(what, f"Histogram of the {what}. Medians: {medians}.", 3.3 + 0.12 * len(values), draw)
+
+
+def _embedding(comparison: Comparison) -> list[Panel]:
+    """One map of texts and pairs, a panel a variant. What changes no row is left out: it would lie on the bare host's."""
+    from ezhoi_diffusion.report.embedding import embed
+
+    if comparison.sample is None:
+        return []
+    rows = {v: x[:MAPPED] for v, x in comparison.sample.rows.items()}
+    if len(rows[REFERENCE]) + len(comparison.sample.text) < 5:  # a map of fewer shows nothing
+        return []
+    moved = [v for v in shown(comparison) if v in rows and not torch.equal(rows[v], rows[REFERENCE])][: COLUMNS - 1]
+    *parts, text = embed([*(rows[v] for v in (REFERENCE, *moved)), comparison.sample.text], "tsne")
+    points = dict(zip((REFERENCE, *moved), parts, strict=True))
+    return [_map(comparison, variant, points, text) for variant in points]
+
+
+def _map(comparison: Comparison, variant: str, points: Mapping[str, Tensor], text: Tensor) -> Panel:
+    everything = torch.cat([*points.values(), text])
+    margin = 0.03 * (everything.amax(0) - everything.amin(0))
+    (left, bottom), (right, top) = (everything.amin(0) - margin).tolist(), (everything.amax(0) + margin).tolist()
+
+    def draw(axes: Axes) -> None:
+        axes.scatter(text[:, 0].tolist(), text[:, 1].tolist(), s=12, marker="x", linewidth=0.7, color="0.35")
+        for name, color in ((REFERENCE, "0.75"), (variant, _colors(comparison)[variant])):
+            axes.scatter(points[name][:, 0].tolist(), points[name][:, 1].tolist(), s=7, color=color)
+        axes.set(xticks=[], yticks=[], xlim=(left, right), ylim=(bottom, top))  # the same in every panel
+        axes.spines[:].set_visible(False)
+
+    alt = f"Map of {len(points[variant])} pairs of {variant} among {len(text)} texts."
+    return Panel(_label(variant, TITLE), alt, 3.8, draw)
+
+
+# -- words in pictures -------------------------------------------------------------------------------------------
+
+
+def _label(name: str, letters: int = LETTERS) -> str:
+    """A variant's name in lines; what is too long loses its middle. No letter of it is a command to matplotlib."""
+    if len(name) > 2 * LETTERS:
+        name = f"{name[: LETTERS - 1]}…{name[-LETTERS:]}"
+    lines = [""]
+    for piece in re.split(r"(?<=[\W_])", name):
+        for part in (piece[i : i + letters] for i in range(0, len(piece), letters)):
+            lines += [""] if len(lines[-1]) + len(part) > letters else []
+            lines[-1] += part
+    return "\n".join(lines).replace("$", r"\$")
+
+
+def _legend(axes: Axes) -> None:
+    """Below the axes, where it covers no point."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.18), ncols=2, frameon=False, fontsize=8)

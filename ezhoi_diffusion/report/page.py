@@ -1,0 +1,135 @@
+"""A comparison as one HTML page that needs nothing else: pictures are inside, and nothing is fetched or run."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ezhoi_diffusion.evaluation.bootstrap import Difference
+from ezhoi_diffusion.evaluation.changes import Changes, changes
+from ezhoi_diffusion.evaluation.comparison import FULL, REFERENCE, Comparison, p_text, versions
+from ezhoi_diffusion.report.figures import MAPPED, named, shown
+from ezhoi_diffusion.report.headline import headline
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+LISTED = 8  # largest gains and losses of single classes, each
+MEASURES = {
+    "centroid_gap": "distance between the mean unit row and the mean unit text, 0 to 2; smaller is nearer",
+    "mmd": "squared maximum mean discrepancy of unit rows and unit texts; smaller is nearer, chance takes it below 0",
+    "cosine_to_own_text": "mean cosine of annotated pairs to the texts of their own classes; larger is nearer",
+    "recall_at_1": "share of annotated pairs with a class of their own as the nearest text",
+    "recall_at_5": "share of annotated pairs with a class of their own among the five nearest texts",
+    "top1": "share of annotated pairs whose highest possible logit is a class of their own",
+    "calibration_error": "mean distance of a probability from the share that is right; smaller is better",
+    "shared_part": "what all rows have in common without the texts' mean, 0 to 1",
+}
+ALGORITHMS = {
+    "11P": "11-point interpolated AP",
+    "AUC": "area under the precision-recall curve",
+    "VOC": "area under the interpolated precision-recall curve",
+}
+
+
+def page(comparison: Comparison, pictures: Mapping[str, Sequence[tuple[str, bytes]]], notes: Sequence[str]) -> str:
+    """The page. pictures: name -> (alternative text, PNG) of each panel. notes: where alignment and mean AP disagree.
+
+    Names come from third parties, and are escaped wherever they stand.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(
+        number=_number,
+        signed=_signed,
+        p=p_text,
+        breakable=_breakable,
+        json=_json,
+        base64=lambda data: b64encode(data).decode(),
+    )
+    environment.tests.update(
+        control=comparison.controls.__contains__, nested=lambda value: isinstance(value, (dict, list)) and bool(value)
+    )
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        c=comparison,
+        known=comparison.significance,
+        headline=headline(comparison),
+        level=f"{100 * comparison.significance.level:g} %" if comparison.significance else None,
+        tone=functools.partial(_tone, comparison),
+        side=_side,
+        reference=REFERENCE,
+        full=FULL,
+        ranked=comparison.ranked(),
+        pictures=pictures,
+        notes=notes,
+        classes={variant: _class_table(comparison, variant) for variant in shown(comparison)},
+        measures=list(dict.fromkeys(name for of in comparison.alignment.values() for name in of)),
+        meaning=MEASURES,
+        algorithm=ALGORITHMS[comparison.algorithm],
+        versions=versions(),
+        named=named(comparison),
+        mapped=MAPPED,
+    )
+
+
+def _class_table(comparison: Comparison, variant: str) -> dict[str, Any]:
+    """Counts, and the classes that change most: name, annotations, AP before and after, change, interval."""
+    found = changes(comparison, variant)
+    gains = int((found.sign > 0).sum())
+    losses = int((found.sign < 0).sum())
+    return {
+        "counts": found.counts(),
+        "gains": [_class(comparison, variant, found, at) for at in range(min(gains, LISTED))],
+        "losses": [_class(comparison, variant, found, len(found.points) - 1 - at) for at in range(min(losses, LISTED))],
+    }
+
+
+def _class(comparison: Comparison, variant: str, found: Changes, at: int) -> dict[str, Any]:
+    index = int(found.classes[at])
+    return {
+        "name": comparison.names[index] if comparison.names else f"interaction {index}",
+        "annotations": None if comparison.annotations is None else int(comparison.annotations[index]),
+        "before": float(comparison.ap[REFERENCE][index]) * 100,
+        "after": float(comparison.ap[variant][index]) * 100,
+        "change": float(found.points[at]),
+        "interval": None if found.bounds is None else found.bounds[at].tolist(),
+    }
+
+
+def _tone(comparison: Comparison, variant: str, group: str) -> str:
+    """What a cell's colour says: on which side of 0 its interval is, and whether it is told from chance."""
+    if comparison.significance is None:
+        return ""
+    side = _side(comparison.significance.difference[variant][group])
+    return f"{side} told" if comparison.told(variant, group) else side
+
+
+def _side(bounds: Difference | Sequence[float]) -> str:
+    low, high = (bounds.low, bounds.high) if isinstance(bounds, Difference) else bounds
+    return "gain" if low > 0 else "loss" if high < 0 else "unclear"
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+
+
+def _signed(value: float, digits: int = 2) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def _breakable(name: str) -> Markup:
+    """A name that may go on in the next line after a comma, slash, … before it is torn apart anywhere."""
+    from markupsafe import Markup
+
+    return Markup("<wbr>").join(re.split(r"(?<=[,;:=/@])", name))  # which escapes what it joins
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)

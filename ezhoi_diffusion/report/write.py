@@ -1,0 +1,54 @@
+"""Results as files: a page for the eye, JSON for programs, and the page's pictures by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.evaluation.comparison import Comparison
+from ezhoi_diffusion.files import write_atomic, write_json
+from ezhoi_diffusion.report.headline import headline
+
+PICTURES = {  # file -> pictures in it
+    "comparison": ("comparison",),
+    "forest": ("forest",),
+    "per_class": ("per_class",),
+    "cost": ("cost",),
+    "alignment": ("histograms", "measures"),
+    "embedding": ("embedding",),
+}
+
+
+@contextmanager
+def report_folder(folder: Path) -> Iterator[None]:
+    """Make the folder, and let results be written there. Raises EzhoiDiffusionError where the disk refuses either."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise EzhoiDiffusionError(
+            f"{folder} cannot hold results ({error}): give another folder, or free space there"
+        ) from error
+
+
+def write_report(comparison: Comparison, folder: Path, notes: Sequence[str] = ()) -> None:
+    """Write report.html, report.json and, for all that the comparison has figures for, pictures into `folder`.
+
+    notes: sentences on where alignment and mean AP disagree. Raises EzhoiDiffusionError where the disk refuses.
+    """
+    from ezhoi_diffusion.report.figures import joined, pictures, png, render
+    from ezhoi_diffusion.report.page import page
+
+    made = {name: [(panel, render(panel)) for panel in panels] for name, panels in pictures(comparison).items()}
+    with report_folder(folder):
+        found = headline(comparison)
+        said = {"headline": found.text, "details": found.details, "notes": [*notes]}
+        write_json(folder / "report.json", {**said, **comparison.to_dict()})
+        for name, parts in PICTURES.items():
+            if drawings := [drawn for part in parts for _, drawn in made.get(part, [])]:
+                write_atomic(folder / f"{name}.png", png(joined(drawings)))
+        inline = {name: [(panel.alt, png(drawn)) for panel, drawn in panels] for name, panels in made.items()}
+        write_atomic(folder / "report.html", page(comparison, inline, notes).encode(errors="xmlcharrefreplace"))
+    print(f"report: {folder / 'report.html'}; its figures are in report.json, its pictures beside it", flush=True)

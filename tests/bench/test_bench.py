@@ -1,0 +1,331 @@
+"""bench: what it says of costs and nearness follows from what was measured, and nothing is left out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ezhoi_diffusion.bench import memory, sampling, suite, timing, training
+from ezhoi_diffusion.bench.data import BenchError, captured, made_up, student_of, trained
+from ezhoi_diffusion.bench.machine import busy
+from ezhoi_diffusion.bench.table import table
+from ezhoi_diffusion.cli import main
+from ezhoi_diffusion.diffusion.bridge import BridgeConfig, Components, DiffusionBridge, build_denoiser
+from ezhoi_diffusion.diffusion.normalization import rescale
+from ezhoi_diffusion.diffusion.recipes import DEFAULT_RECIPE
+from ezhoi_diffusion.features.split import held_out
+from ezhoi_diffusion.files import read_json
+from ezhoi_diffusion.testing import synthetic_store
+
+D = 32
+CPU = torch.device("cpu")
+TINY = suite.Effort(
+    sizes=(3, 5),
+    evaluations=(1, 5),
+    rounds=1,
+    seconds=0.01,
+    rows=4,
+    train_steps=10,
+    student_steps=2,
+    batch=4,
+    training_seconds=0.01,
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return synthetic_store(tmp_path_factory.mktemp("features") / "train", images=40, dim=D)
+
+
+def bridge(dim=D, **changes):
+    """With a network that has learned something: a fresh one gives its isotropic estimate, whatever the steps."""
+    config = replace(BridgeConfig(dim, DEFAULT_RECIPE, "mlp", {"width": 16, "depth": 1}), **changes)
+    torch.manual_seed(0)
+    network = build_denoiser(config)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return DiffusionBridge(config, network, made_up(dim=dim, texts=20, rows=8).statistics)
+
+
+@pytest.fixture(scope="module")
+def run(store, tmp_path_factory):
+    """What the command printed and wrote."""
+    folder = tmp_path_factory.mktemp("bench")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(suite, "QUICK", TINY)
+        patch.setattr("ezhoi_diffusion.training.distillation.ROWS", 64)
+        patch.setattr(training, "TURN", 0.01)
+        patch.setattr(timing, "TURN", 0.0)
+        printed = []
+        patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
+        assert main(["bench", str(store.folder), "--quick", "--out", str(folder)]) == 0
+    return "\n".join(printed), read_json(folder / "bench.json", BenchError, ""), folder
+
+
+def numbers(value, name=""):
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield from numbers(entry, f"{name}.{key}")
+    elif isinstance(value, list):
+        for entry in value:
+            yield from numbers(entry, name)
+    elif isinstance(value, (int, float)):
+        yield name, value
+
+
+def test_the_command_writes_every_figure_and_all_are_finite_and_positive(run):
+    _, result, folder = run
+    assert {
+        "machine", "warnings", "subject", "effort", "sampler", "fewest", "training", "closed_form", "memory", "seconds",
+    } == set(result)  # fmt: skip
+    assert {"cpu", "cores", "threads", "torch", "load", "device"} <= set(result["machine"])
+    for name, value in numbers(result):
+        assert math.isfinite(value), name
+        if "fidelity" not in name and name != ".machine.load":
+            assert value > 0, name
+    for entry in result["sampler"]:
+        assert set(entry["ms"]) == set(entry["ratio"]) == {"3", "5"}
+        assert set(entry["ms"]["3"]) == {"median", "low", "high", "samples"}
+    guide, ours, *others = result["sampler"]
+    assert guide["ratio"] == {"3": 1, "5": 1}
+    assert guide["fidelity"] is ours["fidelity"] is None
+    assert all(set(entry["fidelity"]) == {"cosine", "cosine_min", "top1", "rows"} for entry in others)
+    assert [entry["name"] for entry in result["training"]] == [trainee.name for trainee in training.TRAINEES]
+    assert len(result["memory"]) == 3 + len(training.TRAINEES)
+    assert (folder / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ratios_are_those_of_the_medians(run):
+    _, result, _ = run
+    guide = result["sampler"][0]["ms"]["5"]["median"]
+    for entry in result["sampler"]:
+        assert entry["ratio"]["5"] == pytest.approx(guide / entry["ms"]["5"]["median"])
+    published = next(e["steps_per_second"]["median"] for e in result["training"] if e["name"] == "Trainer1D, unet1d")
+    for entry in result["training"]:
+        assert entry["ratio"] == pytest.approx(entry["steps_per_second"]["median"] / published)
+
+
+def test_the_table_names_all_contenders_and_says_what_was_not_timed(run):
+    printed, result, _ = run
+    for entry in (*result["sampler"], *result["training"], *result["memory"]):
+        assert f" {entry['name']}" in printed
+    names = [entry["name"] for entry in result["sampler"]]
+    assert names == [
+        "the guide's unet1d", "the same, our order", "mlp, recipe blend", "mlp, its student", "mlp, S = 1", "mlp, S = 5",
+        "mlp, S = 5, cubic", "mlp, S = 10, cubic", "wiener, S = 5, cubic", "wiener, S = 10, cubic",
+    ]  # fmt: skip
+    assert "the guide's unet1d*" in printed
+    assert "timed on 2 of its 600 evaluations, times 300" in printed
+    assert f"trained on the texts for {TINY.train_steps} steps" in printed
+
+
+def test_a_table_of_a_busy_machine_and_of_a_bridge_as_given(run):
+    _, result, _ = run
+    warned = table({**result, "warnings": ["the machine is busy"], "closed_form": None})
+    assert "warning: the machine is busy" in warned
+    assert "closed-form" not in warned
+    reached = {**result["closed_form"], "reached_at_step": 300, "reached_after_seconds": 7.0}
+    assert "below it after 300 steps, 7 s" in table({**result, "closed_form": reached})
+    assert "not reached in 10 steps" in table({**result, "closed_form": {**reached, "reached_at_step": None}})
+
+
+def test_all_evaluations_against_themselves_are_the_same_result_and_fewer_are_not():
+    subject = made_up(dim=D, texts=20, rows=8)
+    entries = sampling.contenders(bridge(), (1, 600), Components())
+    found = dict(zip([e.name for e in entries], sampling.nearness(entries, subject.rows, subject.text), strict=True))
+    whole = found["mlp, S = 600"]
+    assert (whole.cosine, whole.cosine_min) == pytest.approx((1, 1), abs=1e-6)
+    assert whole.top1 == 1
+    assert found["mlp, S = 1"].cosine < 0.999
+    assert found["the guide's unet1d"] is None
+
+
+def test_the_guides_network_is_computed_as_its_package_does(monkeypatch):
+    from ezhoi_diffusion.diffusion import unet1d
+
+    x = torch.randn(3, D)
+    torch.manual_seed(0)
+    published = sampling.guide(bridge(), Components(), published=True)
+    ours = published.denoiser.network
+    monkeypatch.setattr(unet1d, "_channels_last", lambda *_: pytest.fail("the faster order"))
+    with torch.no_grad():
+        found = published.denoiser(x, torch.tensor([7]))
+        assert torch.equal(found, ours.net(x.unsqueeze(1), torch.tensor([7, 7, 7])).squeeze(1))
+    assert published.override(steps=2)(x).isfinite().all()
+    with pytest.raises(pytest.fail.Exception):
+        sampling.guide(bridge(), Components(), published=False).override(steps=2)(x)
+
+
+def test_the_reference_has_every_level_and_the_start_of_its_contender():
+    entries = sampling.contenders(bridge(), (1, 5, 20), Components())
+    recipes = [(e.bridge.config.recipe, e.reference.config.recipe) for e in entries if e.reference]
+    assert all(own.start_step == other.start_step == other.steps for own, other in recipes)
+    assert {own.start_step for own, _ in recipes} == {100, 600}
+
+
+def test_what_is_not_timed_counts_as_much_as_what_is(monkeypatch):
+    entries = sampling.contenders(bridge(), (5,), Components())
+    monkeypatch.setattr(sampling, "interleaved", lambda calls, **_: {name: [0.002, 0.004, 0.003] for name in calls})
+    guide, ours, other, *_ = sampling.cost(entries, torch.randn(4, D), 16, seconds=0, rounds=1)
+    assert other == {"median": pytest.approx(3), "low": pytest.approx(2.5), "high": pytest.approx(3.5), "samples": 3}
+    assert guide["median"] == ours["median"] == pytest.approx(300 * 3)
+
+
+def test_calls_take_turns_and_every_one_is_warm(monkeypatch):
+    monkeypatch.setattr(timing, "TURN", 0.0)
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    samples = timing.interleaved(calls, seconds=0, rounds=3, device=CPU)
+    assert "".join(order) == 4 * "abc"
+    assert {name: len(taken) for name, taken in samples.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_one_sample_has_no_spread():
+    assert timing.spread([2.0]) == {"median": 2, "low": 2, "high": 2, "samples": 1}
+
+
+def test_the_first_steps_of_a_turn_are_not_timed_and_the_clock_is_not_asked_after_each(monkeypatch):
+    monkeypatch.setattr(training, "WARM_UP", {"cpu": 3})
+    monkeypatch.setattr(training, "TOGETHER", {"cpu": 2})
+    asked, steps = [], []
+    monkeypatch.setattr(training, "now", lambda _: asked.append(len(steps)) or {3: 7.0, 5: 7.5, 7: 9.0}[len(steps)])
+
+    def turn(after_step):
+        with training.suppress(training._Enough):
+            while True:
+                steps.append(None)
+                after_step()
+
+    assert training._timed(turn, CPU) == [0.25, 0.75]
+    assert asked == [3, 5, 7]
+
+
+def test_a_published_trainer_goes_on_where_it_was(store):
+    data = captured(store).data
+    with training.training(training.Trainee("mlp", published=True), data, 4, Components()) as turn:
+        training.take_steps(turn, 2)
+        assert len(training._timed(turn, CPU)) >= 1
+
+
+def test_a_network_in_channels_is_the_network_at_its_norm():
+    network, x = bridge().denoiser, torch.randn(4, D)
+    t = torch.tensor([3, 50, 200, 700])
+    given = training.OnChannels(network, 5.0)(x.unsqueeze(1), t)
+    assert given.shape == (4, 1, D)
+    assert torch.equal(given.squeeze(1), network(rescale(x, 5.0), t))
+
+
+def test_captured_rows_are_of_images_that_nothing_learns_from(store, tmp_path):
+    subject = captured(store)
+    apart = held_out(len(store.images))[store.image_index()]
+    assert sorted(subject.rows.tolist()) == sorted(store.adapter_feat()[apart].tolist())
+    assert sorted(subject.learnable.tolist()) == sorted(store.adapter_feat()[~apart].tolist())
+    test = synthetic_store(tmp_path / "test", split="test", dim=D)
+    assert sorted(captured(test).rows.tolist()) == sorted(test.adapter_feat().tolist())
+    assert len(captured(test).learnable) == 0
+
+
+def test_made_up_rows_have_two_cones():
+    statistics = made_up().statistics
+    assert 0.6 < float(statistics.text_mean.norm()) < 0.9
+    assert 0.4 < float(statistics.visual_mean.norm()) < 0.9
+    assert statistics.gap > 0.5
+
+
+def test_a_training_says_when_it_was_below_the_closed_form(monkeypatch):
+    from ezhoi_diffusion.bench import data as subject
+
+    monkeypatch.setattr(subject, "VALIDATE_EVERY", 2)
+    steps = []
+    found = trained(made_up(dim=D, texts=20, rows=8), 4, Components(), CPU, steps.append)
+    assert steps == [1, 2, 3, 4]
+    assert found.val_loss < found.bar  # eighteen texts say little of a covariance
+    assert found.reached[0] == 2
+    assert 0 < found.reached[1] < found.seconds
+    found = trained(made_up(dim=D, texts=400, rows=8), 2, Components(), CPU, steps.append)
+    assert found.val_loss > found.bar > 0
+    assert found.reached is None
+
+
+def test_a_student_is_measured_as_it_is_and_has_no_student():
+    student = bridge(student_of={"steps": 5}, recipe=replace(DEFAULT_RECIPE, steps=1))
+    entries = sampling.contenders(student, (1, 5), Components())
+    assert [e.name for e in entries] == ["the guide's unet1d", "the same, our order", "mlp, a student"]
+    assert sampling.nearness(entries, torch.randn(4, D), torch.randn(4, D)) == [None] * 3
+    assert student_of(student, made_up(dim=D, texts=20, rows=8), 2, CPU) is None
+
+
+def test_the_fewest_are_those_of_the_same_network_grid_and_start():
+    def result(evaluations, cosine, **changes):
+        near = {"cosine": cosine}
+        facts = {"denoiser": "mlp", "start_step": 600, "grid": "linear", "evaluations": evaluations, "fidelity": near}
+        return {**facts, **changes}
+
+    results = [
+        result(20, 0.9995), result(8, 0.992), result(10, 0.995), result(5, 0.98), result(1, 1.0, start_step=100),
+        result(2, 1.0, denoiser="wiener"), result(3, 1.0, grid="cubic"), result(4, None, fidelity=None),
+    ]  # fmt: skip
+    assert sampling.fewest(results, bridge().config) == {"0.99": 8, "0.999": 20}
+    assert sampling.fewest(results[3:], bridge().config) == {"0.99": None, "0.999": None}
+
+
+MIB = 1 << 20
+
+
+def hog(floats):
+    with memory._watched(CPU) as grown:
+        _ = torch.ones(floats).sum()
+    return grown[0]
+
+
+def test_memory_is_that_of_the_work_however_much_was_used_before():
+    _ = torch.ones(128 * MIB).sum()  # 512 MiB, in the process that starts the other
+    assert 60 * MIB < memory._elsewhere(hog, 16 * MIB) < 90 * MIB
+
+
+def test_a_busy_machine_is_said_to_be_one():
+    assert busy({"load": 0.4, "cores": 2}) is None
+    assert "load average 3.00 on 2 cores" in busy({"load": 3.0, "cores": 2})
+
+
+@pytest.fixture
+def fails(capsys):
+    def check(line, *said):
+        assert main(["bench", *map(str, line)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert all(words in error for words in said)
+
+    return check
+
+
+def test_a_bridge_of_another_width_is_refused(store, tmp_path, fails):
+    bridge(dim=16).save_pretrained(tmp_path / "bridge")
+    fails([store.folder, "--bridge", tmp_path / "bridge"], "width 16", f"have {D}", str(tmp_path / "bridge"))
+
+
+def test_a_bridge_of_another_host_is_refused(store, tmp_path, fails):
+    bridge().save_pretrained(tmp_path / "bridge")
+    fails([store.folder, "--bridge", tmp_path / "bridge"], "made for another host", "--force-bridge")
+
+
+def test_a_bridge_needs_features(tmp_path, fails):
+    fails(["--bridge", tmp_path], "--bridge needs FEATURES")
+
+
+def test_features_and_bridges_that_are_none(store, tmp_path, fails):
+    fails([tmp_path / "none"], str(tmp_path / "none"))
+    fails([store.folder, "--bridge", tmp_path], str(tmp_path))
+
+
+def test_too_few_images(tmp_path, fails):
+    synthetic_store(tmp_path / "one", images=1, dim=D)
+    fails([tmp_path / "one"], "too few images")
+
+
+def test_a_width_that_the_guides_network_does_not_take(tmp_path, fails):
+    synthetic_store(tmp_path / "odd", dim=20)
+    fails([tmp_path / "odd"], "width 20", "multiples of 8")

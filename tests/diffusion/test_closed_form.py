@@ -1,0 +1,213 @@
+"""Denoisers that need no training, against the formulas they stand for."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from sklearn.covariance import LedoitWolf
+
+from ezhoi_diffusion.cli import main
+from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
+from ezhoi_diffusion.diffusion.closed_form import build_texts, build_wiener
+from ezhoi_diffusion.diffusion.normalization import normalize, rescale
+from ezhoi_diffusion.diffusion.recipes import RECIPES
+from ezhoi_diffusion.diffusion.schedule import Schedule, isotropic_estimate
+from ezhoi_diffusion.diffusion.unet1d import DenoiserError
+from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.features.statistics import unit
+from ezhoi_diffusion.testing import synthetic_store
+from ezhoi_diffusion.training.trainer import TrainingError, train
+from helpers.trainings import QUICK, low_rank
+
+SCHEDULE, SCALE, DIM = Schedule.cosine(), 5.0, 48
+WIENER, TEXTS = (
+    replace(QUICK, denoiser_options={}, denoiser="wiener"),
+    replace(QUICK, denoiser_options={}, denoiser="texts"),
+)
+
+
+def rows(count: int, rank: int = 6, seed: int = 0) -> torch.Tensor:
+    """z [count, DIM] of norm SCALE near a plane."""
+    draw = torch.Generator().manual_seed(seed)
+    plane = torch.randn(rank, DIM, generator=torch.Generator().manual_seed(99))
+    noise = 0.1 * torch.randn(count, DIM, generator=draw)
+    return rescale(torch.randn(count, rank, generator=draw) @ plane + noise, SCALE)
+
+
+def noisy(z: torch.Tensor, t: int) -> torch.Tensor:
+    return SCHEDULE.q_sample(z, t, torch.randn(z.shape, generator=torch.Generator().manual_seed(t)))
+
+
+@pytest.mark.parametrize("t", [0, 99, 599, 999])
+def test_wiener_is_the_conditional_mean_of_a_joint_normal(t):
+    """E[x0|x_t] from the joint covariance of (x0, x_t), solved in float64; nothing of it is computed along axes."""
+    z = rows(30)
+    denoiser = build_wiener(DIM, SCHEDULE, "pred_x0", SCALE)
+    denoiser.fit(z)
+    estimate = LedoitWolf().fit(z.double().numpy())
+    mean, covariance = torch.from_numpy(estimate.location_), torch.from_numpy(estimate.covariance_)
+    alpha_bar = SCHEDULE.alphas_cumprod[t]
+    x = rescale(noisy(rows(7, seed=1), t), SCALE)
+    x_t = x.double() * SCHEDULE.expected_norm(t, DIM, SCALE) / SCALE
+    joint = alpha_bar * covariance + (1 - alpha_bar) * torch.eye(DIM, dtype=torch.float64)
+    off = (x_t - alpha_bar.sqrt() * mean).T
+    expected = mean + (alpha_bar.sqrt() * covariance @ torch.linalg.solve(joint, off)).T
+    found = denoiser(x, torch.tensor([t]))
+    assert torch.allclose(found.double(), expected, atol=1e-4)
+    assert torch.allclose(denoiser(x, torch.full((7,), t)), found, atol=1e-6)
+
+
+def test_wiener_misses_held_out_rows_by_less_than_the_estimate_that_knows_no_data():
+    denoiser = build_wiener(DIM, SCHEDULE, "pred_x0", SCALE)
+    denoiser.fit(rows(200))
+    skip, _ = isotropic_estimate(SCHEDULE, "pred_x0", DIM, SCALE)
+    for t in (50, 300, 700):
+        z = rows(300, seed=5)
+        x = rescale(noisy(z, t), SCALE)
+        missed = (denoiser(x, torch.tensor([t])) - z).square().mean()
+        assert missed < 0.7 * (float(skip[t]) * x - z).square().mean()
+
+
+@pytest.mark.parametrize("t", [0, 99, 599])
+def test_texts_weighs_each_row_by_its_likelihood(t):
+    """Bayes' rule with a normal likelihood of each stored row, written out with distances."""
+    z = rows(9)
+    denoiser = build_texts(DIM, SCHEDULE, "pred_x0", SCALE, rows=9)
+    denoiser.fit(z)
+    x = rescale(noisy(z[:5], t), SCALE)
+    alpha_bar = SCHEDULE.alphas_cumprod[t]
+    x_t = x.double() * SCHEDULE.expected_norm(t, DIM, SCALE) / SCALE
+    far = torch.cdist(x_t, alpha_bar.sqrt() * z.double()).square()
+    likelihood = torch.exp(-(far - far.min(1, keepdim=True).values) / (2 * (1 - alpha_bar)))
+    expected = likelihood / likelihood.sum(1, keepdim=True) @ z.double()
+    found = denoiser(x, torch.tensor([t]))
+    assert torch.allclose(found.double(), expected, atol=1e-4)
+    assert torch.allclose(denoiser(x, torch.full((5,), t)), found, atol=1e-6)
+
+
+def test_texts_leads_a_row_to_the_text_it_is_nearest_to(tmp_path):
+    data = low_rank()
+    recipe = replace(RECIPES["paper"], steps=20, start_step=300, output="unit")
+    bridge = DiffusionBridge.from_pretrained(train(data, replace(TEXTS, recipe=recipe), tmp_path / "out"))
+    texts = normalize(data.text, data.statistics.text_mean, 1.0)[0]
+    mixed = unit(0.8 * texts[:10] + 0.2 * texts[10:20])
+    found = bridge(mixed + data.statistics.visual_mean)
+    nearest = normalize(mixed + data.statistics.visual_mean, data.statistics.visual_mean, 1.0)[0] @ texts.T
+    assert torch.equal((found @ texts.T).argmax(1), nearest.argmax(1))
+    assert (found @ texts.T).max(1).values.mean() > nearest.max(1).values.mean()
+
+
+@pytest.mark.parametrize(("config", "known"), [(WIENER, 60), (TEXTS, 60)])
+def test_a_fitted_bridge_is_an_artefact_as_any_other(tmp_path, config, known):
+    """It knows all 60 texts, also those that its validation loss was without; and the folder is whole for the next step."""
+    data = low_rank()
+    out = train(data, config, tmp_path / "out")
+    facts = json.loads((out / "training.json").read_text())
+    bridge = DiffusionBridge.from_pretrained(out)
+    assert bridge.provenance["training"]["rows"] == known
+    assert bridge.provenance["host"] == "test"
+    assert torch.equal(bridge.context["ctx"], torch.ones(2))
+    assert facts["history"] == []
+    assert len(facts["val_loss_by_range"]) == len(facts["ranges"]) == 5
+    found = bridge(data.visual)
+    assert torch.equal(DiffusionBridge.from_pretrained(out)(data.visual), found)
+    assert torch.allclose(found.norm(dim=1), data.visual.norm(dim=1), rtol=1e-4)
+    assert not torch.allclose(found, data.visual, rtol=1e-2)
+    with pytest.raises(TrainingError, match="holds a trained bridge"):
+        train(data, config, out)
+    before = (out / "config.json").read_bytes()
+    assert train(data, config, out, resume=True) == out
+    assert (out / "config.json").read_bytes() == before
+
+
+def test_what_another_training_left_is_not_replaced(tmp_path):
+    data = low_rank()
+    out = train(data, QUICK, tmp_path / "mlp")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for config in (WIENER, replace(WIENER, seed=3)):
+        with pytest.raises(TrainingError, match="holds another training"):
+            train(data, config, out, resume=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    fitted = train(data, WIENER, tmp_path / "wiener")
+    for other, config in ((data, TEXTS), (low_rank(texts=61), WIENER)):
+        with pytest.raises(TrainingError, match="holds another training"):
+            train(other, config, fitted, resume=True)
+
+
+def test_seeds_of_a_closed_form_would_be_no_spread(tmp_path, capsys):
+    synthetic_store(tmp_path / "train")
+    assert (
+        main(["train", str(tmp_path / "train"), "--out", str(tmp_path / "x"), "--denoiser", "wiener", "--seeds", "3"])
+        == 2
+    )
+    assert "Leave --seeds out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("denoiser", ["wiener", "texts"])
+def test_the_commands_know_a_closed_form(tmp_path, capsys, denoiser):
+    store = synthetic_store(tmp_path / "train")
+    synthetic_store(tmp_path / "test", split="test", images=8)
+    assert main(["train", str(store.folder), "--out", str(tmp_path / "bridge"), "--denoiser", denoiser]) == 0
+    assert ("says nothing" in capsys.readouterr().out) == (denoiser == "texts")
+    assert main(["doctor", str(store.folder), str(tmp_path / "bridge")]) in (0, 1)
+    said = capsys.readouterr().out
+    assert "a closed form of 24 rows" in said
+    assert "trained on these very features" in said
+    names = f"none,diffusion={tmp_path / 'bridge'}"
+    assert main(["compare", str(tmp_path / "test"), "--bridges", names, "--replicates", "0"]) == 0
+
+
+def test_the_loss_of_a_closed_form_is_that_of_texts_it_was_not_fitted_to(tmp_path):
+    """wiener learns from them what is common to all; texts cannot return what it does not hold."""
+    losses = {}
+    for config in (WIENER, TEXTS):
+        facts = json.loads((train(low_rank(), config, tmp_path / config.denoiser) / "training.json").read_text())
+        losses[config.denoiser] = facts["val_loss"] / facts["isotropic_val_loss"]
+    assert losses["wiener"] < 0.8
+    assert losses["texts"] > losses["wiener"]
+
+
+def test_wiener_of_visual_rows_knows_the_training_images_alone(tmp_path):
+    data = low_rank()
+    out = train(data, replace(WIENER, recipe=replace(RECIPES["guide"], steps=5)), tmp_path / "out")
+    facts = DiffusionBridge.from_pretrained(out).provenance["training"]
+    assert 0 < facts["rows"] < len(data.visual)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (replace(TEXTS, recipe=RECIPES["guide"]), "learns from visual rows"),
+        (replace(WIENER, objective="pred_v"), "pred_x0"),
+        (replace(WIENER, denoiser_options={"width": 8}), "does not take"),
+        (replace(TEXTS, denoiser_options={"rows": 5}), "leave `rows` out"),
+        (replace(WIENER, denoiser_options={"rows": 5}), "denoiser 'wiener' does not take"),
+    ],
+)
+def test_what_a_closed_form_cannot_do_is_one_error_and_leaves_no_bridge(tmp_path, config, says):
+    with pytest.raises(EzhoiDiffusionError, match=says):
+        train(low_rank(), config, tmp_path / "out")
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_pairs_have_no_closed_form(tmp_path):
+    data = low_rank()
+    paired = replace(data, own_text=data.text[torch.arange(len(data.visual)) % len(data.text)])
+    with pytest.raises(TrainingError, match="Gaussian"):
+        train(paired, replace(WIENER, recipe=RECIPES["paired"]), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (lambda: build_texts(8, SCHEDULE, "pred_x0", SCALE, rows=0), "rows"),
+        (lambda: build_texts(8, SCHEDULE, "pred_x0", SCALE, rows=10**9), "rows"),
+        (lambda: build_wiener(5000, SCHEDULE, "pred_x0", SCALE), "width"),
+        (lambda: build_wiener(8, SCHEDULE, "pred_x0", SCALE).fit(torch.ones(1, 8)), "two rows"),
+        (lambda: build_texts(8, SCHEDULE, "pred_x0", SCALE, rows=2).fit(torch.ones(3, 8)), "room for 2"),
+    ],
+)
+def test_refused(build, says):
+    with pytest.raises(DenoiserError, match=says):
+        build()

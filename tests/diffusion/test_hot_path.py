@@ -1,0 +1,161 @@
+"""What the bridge costs while it runs: it waits for no device, copies nothing between devices, and fits into its memory."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge, build_denoiser
+from ezhoi_diffusion.diffusion.recipes import RECIPES
+from ezhoi_diffusion.training.loss import denoising_loss
+from helpers.bridges import DIM, MLP, features, make, statistics
+
+
+class CrossesDevices(TorchDispatchMode):
+    """Operations on tensors of more than one device: name, device of the result, and its numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        devices = {x.device.type for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)}
+        if len(devices) > 1:
+            self.found.append((str(func), result.device.type, result.numel()))
+        return result
+
+
+def on_a_pretended_gpu(bridge: nn.Module) -> nn.Module:
+    """A copy whose tensors have a device, shapes, and no values: whatever asks for a value raises.
+
+    Tables that are made once, on the CPU, are there already.
+    """
+    bridge(features())
+    moved = copy.deepcopy(bridge, {id(bridge._schedule): bridge._schedule})
+    with FakeTensorMode() as mode:
+        for module in moved.modules():
+            for name, value in module._parameters.items():
+                if value is not None:
+                    module._parameters[name] = nn.Parameter(
+                        torch.empty(value.shape, device="cuda"), requires_grad=False
+                    )
+            for name, value in module._buffers.items():
+                if value is not None:
+                    module._buffers[name] = torch.empty(value.shape, dtype=value.dtype, device="cuda")
+    moved.pretended = mode
+    return moved
+
+
+def around(denoiser: str, options: dict, recipe: str, objective: str = "pred_x0") -> DiffusionBridge:
+    config = BridgeConfig(DIM, replace(RECIPES[recipe], steps=3), denoiser, options, objective)
+    return DiffusionBridge(config, build_denoiser(config), statistics())
+
+
+@pytest.mark.parametrize(
+    ("denoiser", "options"), [("mlp", MLP), ("unet1d", {"init_dim": 8}), ("wiener", {}), ("texts", {"rows": 5})]
+)
+@pytest.mark.parametrize("recipe", ["blend", "guide", "paper"])
+def test_nothing_waits_for_a_device_or_copies_from_another(denoiser, options, recipe):
+    bridge = on_a_pretended_gpu(around(denoiser, options, recipe))
+    with bridge.pretended:
+        x = torch.empty(16, DIM, device="cuda")
+        with CrossesDevices() as crossing:
+            y = bridge(x)
+    assert y.device.type == "cuda"
+    assert crossing.found == []
+
+
+@pytest.mark.parametrize("objective", ["pred_noise", "pred_v"])
+def test_nor_does_another_objective(objective):
+    bridge = on_a_pretended_gpu(around("mlp", MLP, "guide", objective))
+    with bridge.pretended, CrossesDevices() as crossing:
+        bridge(torch.empty(16, DIM, device="cuda"))
+    assert crossing.found == []
+
+
+def test_the_pretended_device_notices_who_asks_for_a_value():
+    bridge = on_a_pretended_gpu(make())
+    with bridge.pretended, pytest.raises(Exception, match="_local_scalar_dense"):
+        bool(torch.isfinite(bridge(torch.empty(4, DIM, device="cuda"))).all())
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")  # of a tensor that pretends, by a copy of it
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("objective", ["pred_x0", "pred_noise", "pred_v"])
+def test_loss_and_update_wait_for_no_device_and_take_nothing_to_it_but_levels(objective, paired):
+    """Rows and noise are there; what is known of a level is looked up on the CPU, and copied: a number for a row."""
+    bridge = on_a_pretended_gpu(around("mlp", MLP, "blend", objective))
+    network, t = bridge.denoiser.train().requires_grad_(True), torch.arange(16)
+    with bridge.pretended as mode:
+        mode.allow_non_fake_inputs = True
+        z, noise = (torch.empty(16, DIM, device="cuda") for _ in range(2))
+        optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+        average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+        with CrossesDevices() as crossing:
+            loss = denoising_loss(network, z, t, noise, bridge._schedule, objective, 5.0, paired=paired)
+            for parameter in network.parameters():  # autograd itself asks for a real device
+                parameter.grad = torch.empty_like(parameter)
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            average.update_parameters(network)
+    assert loss.device.type == "cuda"
+    assert set(crossing.found) == {("aten._to_copy.default", "cuda", 16)}
+    assert len(crossing.found) <= 6
+
+
+@pytest.mark.parametrize("objective", ["pred_x0", "pred_noise", "pred_v"])
+@pytest.mark.parametrize("grid", ["linear", "quadratic", "cubic"])
+def test_one_level_for_all_rows_is_that_level_in_every_row(objective, grid):
+    """The fast path computes what depends on the level once; the plain one for every row."""
+    bridge, x = make("paper", objective, grid=grid), features()
+    fast, plain = bridge(x), copy.deepcopy(bridge)
+
+    class EveryRow(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x, t):
+            return self.net(x, t.expand(len(x)).contiguous())
+
+    plain.denoiser = EveryRow(plain.denoiser)
+    assert torch.allclose(plain(x), fast, rtol=1e-5, atol=1e-5 * float(fast.norm(dim=1).max()))
+
+
+class Short(nn.Module):
+    """A device with room for so many rows."""
+
+    def __init__(self, net: nn.Module, room: int) -> None:
+        super().__init__()
+        self.net, self.room, self.asked = net, room, []
+
+    def forward(self, x, t):
+        self.asked.append(len(x))
+        if len(x) > self.room:
+            raise torch.OutOfMemoryError("pretended")
+        return self.net(x, t)
+
+
+def test_chunks_halve_until_they_fit_and_stay_so():
+    x, plain = features(100), make()
+    bridge = make()
+    bridge.denoiser = Short(bridge.denoiser, 13)
+    assert torch.allclose(bridge(x), plain(x), rtol=1e-5)
+    assert bridge.chunk_rows == 13
+    bridge.denoiser.asked.clear()
+    bridge(x)
+    assert max(bridge.denoiser.asked) == 13
+
+
+def test_memory_that_is_too_short_for_one_row_is_the_devices_own_error():
+    bridge = make()
+    bridge.denoiser = Short(bridge.denoiser, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        bridge(features(9))

@@ -1,0 +1,295 @@
+"""The bootstrap against literal resampling, closed forms, scipy's own, and what its intervals and p-values promise."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from ezhoi_diffusion.evaluation.average_precision import Scored, average_precision
+from ezhoi_diffusion.evaluation.bootstrap import Difference, paired_bootstrap
+from ezhoi_diffusion.rng import generator
+from helpers.detections import random_scored
+
+FULL = {"full": torch.tensor([0])}
+
+
+def all_true(found: torch.Tensor) -> Scored:
+    """One class, no false detection: with one annotation an image, the area is the share of found images less 1 / I."""
+    image = found.nonzero().squeeze(1)
+    return Scored(torch.rand(len(image)).double(), torch.zeros_like(image), torch.ones(len(image)).double(), image)
+
+
+def of_one_annotation(variants: dict[str, torch.Tensor], **options):
+    images = len(next(iter(variants.values())))
+    scored = {name: all_true(found) for name, found in variants.items()}
+    return paired_bootstrap(scored, torch.ones(images, 1, dtype=torch.long), FULL, algorithm="AUC", **options)
+
+
+# -- against literal resampling --------------------------------------------------------------------------------------
+
+
+def repeated(scored: Scored, times: torch.Tensor) -> Scored:
+    """Every detection as often as its image."""
+    rows = torch.arange(len(scored.image)).repeat_interleave(times[scored.image])
+    return Scored(scored.scores[rows], scored.classes[rows], scored.labels[rows], scored.image[rows])
+
+
+def literal_ap(scored, annotations, times, algorithm):
+    """AP [K] of a list of images, NaN for a class that has annotations, but none in the list."""
+    num_gt = (annotations * times[:, None]).sum(0)
+    ap = 100 * average_precision(repeated(scored, times), num_gt, algorithm)
+    ap[(num_gt == 0) & (annotations.sum(0) > 0)] = math.nan
+    return ap.numpy()
+
+
+def percentiles(values, level):
+    """NaN aside."""
+    values = [value for value in values if not math.isnan(value)]
+    return np.quantile(values, [(1 - level) / 2, (1 + level) / 2]).tolist() if values else [math.nan, math.nan]
+
+
+def is_share(p, values, bar):
+    """p = (1 + x) / (1 + B), where x of B values reach the bar; what is there but for rounding counts either way."""
+    x = p * (1 + len(values)) - 1
+    return sum(v >= bar + 1e-9 for v in values) - 1e-6 < x < sum(v >= bar - 1e-9 for v in values) + 1e-6
+
+
+@pytest.mark.parametrize("algorithm", ["11P", "AUC"])
+@pytest.mark.parametrize("seed", range(25))
+def test_what_is_said_is_what_resampled_images_give(seed, algorithm):
+    images, classes, replicates, level = 2 + seed % 12, 4, 20, 0.9
+    _, annotations = random_scored(seed, images, classes)
+    scored = {}
+    for name in ("none", "a", "b"):  # detections of their own, true only where there is an annotation
+        some, theirs = random_scored(seed + 1000 * len(scored), images, classes)
+        fit = (some.labels == 0) | ((theirs <= annotations)[some.image, some.classes])
+        scored[name] = Scored(*(column[fit] for column in (some.scores, some.classes, some.labels, some.image)))
+    groups = {"full": torch.arange(classes), "first": torch.tensor([0]), "rest": torch.tensor([1, 2, 3])}
+    found = paired_bootstrap(
+        scored, annotations, groups, algorithm=algorithm, replicates=replicates, level=level, seed=seed
+    )
+
+    draws = generator(seed, "bootstrap")
+    lists = [torch.ones(images, dtype=torch.long)]  # the images as they are, then as drawn
+    for _ in range(replicates):
+        lists.append(torch.randint(images, (images,), generator=draws).bincount(minlength=images))
+    ap = {v: np.array([literal_ap(s, annotations, times, algorithm) for times in lists]) for v, s in scored.items()}
+    close = {"abs": 1e-9, "nan_ok": True}
+    for group, index in ((group, of.tolist()) for group, of in groups.items()):
+        there = ~np.isnan(ap["none"][:, index]).all(1)  # some class of the group
+        mean = {v: np.nanmean(of[there][:, index], axis=1) for v, of in ap.items()}
+        for name, (value, *drawn) in mean.items():
+            moved = np.array(drawn) - np.mean(drawn) + value
+            assert found.mean_ap[name][group] == pytest.approx(np.clip(percentiles(moved, level), 0, 100), **close)
+        change = {name: mean[name] - mean["none"] for name in ("a", "b")}
+        off = {name: abs(both[1:] - both[0]) for name, both in change.items()}
+        deviation = {name: both[1:].std() for name, both in change.items()}
+        largest = np.max(
+            [off[name] / deviation[name] for name in change if deviation[name] > 1e-9] or [0 * off["a"]], 0
+        )
+        for name, (d, *drawn) in change.items():
+            said = found.difference[name][group]
+            if (annotations[:, index] > 0).any(1).sum() < 2:
+                assert said == Difference(-100.0, 100.0, 1.0, 1.0), "one image says nothing of chance"
+                continue
+            assert [said.low, said.high] == pytest.approx(percentiles(drawn, level), **close)
+            assert is_share(said.p, off[name], abs(d))
+            assert is_share(said.p_adjusted, largest, abs(d) / deviation[name] if deviation[name] > 1e-9 else 0)
+    for name in ("a", "b"):
+        for c in range(classes):
+            drawn = (ap[name] - ap["none"])[1:, c] if (annotations[:, c] > 0).sum() >= 3 else []
+            assert found.per_class[name][c].tolist() == pytest.approx(percentiles(drawn, level), **close)
+
+
+# -- against closed forms --------------------------------------------------------------------------------------------
+
+
+def test_the_interval_of_a_mean_of_images_is_the_closed_form_and_scipys():
+    images = 2000
+    draw = torch.rand(3, images, generator=torch.Generator().manual_seed(0))
+    before, after = draw[0] < 0.6, torch.where(draw[1] < 0.5, draw[0] < 0.6, draw[2] < 0.65)
+    found = of_one_annotation({"none": before, "a": after}, replicates=4000)
+
+    change = (after.double() - before.double()).numpy()
+    mean, error = 100 * change.mean(), 100 * change.std() / math.sqrt(images)
+    said = found.difference["a"]["full"]
+    assert [said.low, said.high] == pytest.approx([mean - 1.96 * error, mean + 1.96 * error], abs=0.1 * error)
+    assert said.p == pytest.approx(2 * scipy.stats.norm.sf(mean / error), rel=0.1)
+    values = tuple(100 * x.double().numpy() for x in (after, before))
+    theirs = scipy.stats.bootstrap(
+        values, lambda a, b, axis: a.mean(axis) - b.mean(axis), paired=True, method="percentile", n_resamples=4000,
+        vectorized=True, batch=500, random_state=0,
+    ).confidence_interval  # fmt: skip
+    assert [said.low, said.high] == pytest.approx([theirs.low, theirs.high], abs=0.15 * error)
+
+    share = before.double().mean().item()
+    error = 100 * math.sqrt(share * (1 - share) / images)
+    center = 100 * (share - 1 / images)
+    assert found.mean_ap["none"]["full"] == pytest.approx(
+        [center - 1.96 * error, center + 1.96 * error], abs=0.1 * error
+    )
+
+
+def test_intervals_and_p_values_keep_what_they_promise():
+    draws = torch.Generator().manual_seed(1)
+    covered, small = [], []
+    for seed in range(250):
+        draw = torch.rand(3, 150, generator=draws)
+        before, after, same = draw[0] < 0.6, torch.where(draw[1] < 0.5, draw[0] < 0.6, draw[2] < 0.8), draw[1] < 0.6
+        found = of_one_annotation({"none": before, "better": after, "same": same}, replicates=199, seed=seed)
+        better, other = found.difference["better"]["full"], found.difference["same"]["full"]
+        covered.append(better.low <= 100 * 0.5 * 0.2 <= better.high)
+        small.append(other.p <= 0.05)
+    assert 0.92 <= np.mean(covered) <= 0.98  # of 0.95, give or take 0.014
+    assert 0.02 <= np.mean(small) <= 0.08
+
+
+def test_the_interval_of_mean_ap_holds_where_plain_percentiles_do_not():
+    """Forty classes of about four annotations: copies of true positives raise AP in most replicates."""
+    draws = torch.Generator().manual_seed(2)
+    images, classes = 60, 40
+    cells = torch.arange(images * classes)
+    nothing = Scored(torch.zeros(0).double(), cells[:0], torch.zeros(0).double(), cells[:0])
+    values, moved, plain = [], [], []
+    for seed in range(120):
+        rates = torch.tensor([0.06, 0.6])[:, None, None].expand(2, images, classes)
+        annotations, false = torch.poisson(rates, generator=draws).long()
+        cell = torch.cat([cells.repeat_interleave(annotations.flatten()), cells.repeat_interleave(false.flatten())])
+        labels = (torch.arange(len(cell)) < annotations.sum()).double()
+        some = Scored(torch.randn(len(cell), generator=draws) + labels, cell % classes, labels, cell // classes)
+        values.append(100 * average_precision(some, annotations.sum(0)).mean().item())
+        groups = {"full": torch.arange(classes)}
+        found = paired_bootstrap({"none": nothing, "a": some}, annotations, groups, replicates=199, seed=seed)
+        moved.append(found.mean_ap["a"]["full"])
+        plain.append((found.difference["a"]["full"].low, found.difference["a"]["full"].high))  # to a mean AP of zero
+        assert found.mean_ap["none"]["full"] == (0, 0)
+        assert moved[-1][0] <= values[-1] <= moved[-1][1]
+    covered = [np.mean([low <= np.mean(values) <= high for low, high in bounds]) for bounds in (moved, plain)]
+    assert covered[0] >= 0.87
+    assert covered[1] <= 0.82
+
+
+# -- many variants ---------------------------------------------------------------------------------------------------
+
+
+def test_one_of_many_variants_without_effect_is_rarely_called_an_effect():
+    draws = torch.Generator().manual_seed(3)
+    plain, adjusted = [], []
+    for seed in range(250):
+        found = of_one_annotation(
+            {name: torch.rand(150, generator=draws) < 0.6 for name in ("none", *"abcdef")}, replicates=199, seed=seed
+        )
+        said = [of["full"] for of in found.difference.values()]
+        assert all(d.p_adjusted >= d.p for d in said)
+        plain.append(min(d.p for d in said) <= 0.05)
+        adjusted.append(min(d.p_adjusted for d in said) <= 0.05)
+    assert np.mean(plain) > 0.15
+    assert 0.02 <= np.mean(adjusted) <= 0.09  # of 0.05, give or take 0.014
+
+
+def test_an_effect_among_many_variants_is_still_found():
+    draws = torch.Generator().manual_seed(4)
+    variants = {name: torch.rand(400, generator=draws) < 0.6 for name in ("none", *"abcdefgh")}
+    found = of_one_annotation(variants | {"better": torch.rand(400, generator=draws) < 0.8}, replicates=999)
+    assert found.difference["better"]["full"].p_adjusted == 0.001
+    assert found.difference["better"]["full"].low > 0
+    assert min(found.difference[name]["full"].p_adjusted for name in "abcdefgh") > 0.05
+
+
+def test_a_variant_that_changes_nothing_differs_by_nothing_and_hides_no_other():
+    scored, annotations = random_scored(7, 30, 5)
+    worse = Scored(scored.scores * (1 - 2 * scored.labels), scored.classes, scored.labels, scored.image)
+    groups = {"full": torch.arange(5)}
+    alone = paired_bootstrap({"none": scored, "identity": scored}, annotations, groups, replicates=200)
+    found = paired_bootstrap({"none": scored, "identity": scored, "w": worse}, annotations, groups, replicates=200)
+    without = paired_bootstrap({"none": scored, "w": worse}, annotations, groups, replicates=200)
+    for result in (alone, found):
+        same = result.difference["identity"]["full"]
+        assert (same.low, same.high, same.p, same.p_adjusted) == (0, 0, 1, 1)
+        assert result.mean_ap["identity"] == result.mean_ap["none"]
+        annotated = annotations.sum(0) > 0
+        assert not result.per_class["identity"][annotated].any()
+        assert result.per_class["identity"][~annotated].isnan().all()
+    assert found.difference["w"] == without.difference["w"]
+    assert without.difference["w"]["full"].p < 0.05
+
+
+def test_a_constant_difference_is_as_sure_as_it_gets():
+    found = torch.ones(50, dtype=torch.bool)
+    said = of_one_annotation({"none": found, "nothing": ~found}, replicates=99).difference["nothing"]["full"]
+    assert [said.low, said.high] == pytest.approx([-98, -98])
+    assert said.p == said.p_adjusted == 0.01
+
+
+# -- what else is promised -------------------------------------------------------------------------------------------
+
+
+def test_the_seed_alone_decides_and_the_reference_may_be_any():
+    scored, annotations = random_scored(7, 30, 5)
+    other = Scored(scored.scores.flip(0), scored.classes, scored.labels, scored.image)
+    groups = {"full": torch.arange(5)}
+
+    def bootstrap(**options):
+        return paired_bootstrap({"a": scored, "b": other}, annotations, groups, replicates=50, **options)
+
+    first = bootstrap(reference="a", seed=1)
+    torch.rand(3)
+    assert first.to_dict() == bootstrap(reference="a", seed=1).to_dict()
+    assert first.to_dict() != bootstrap(reference="a", seed=2).to_dict()
+    forth, back = first.difference["b"]["full"], bootstrap(reference="b", seed=1).difference["a"]["full"]
+    assert [forth.low, forth.high] == pytest.approx([-back.high, -back.low])
+    assert (forth.p, forth.p_adjusted) == (back.p, back.p_adjusted)
+    assert json.loads(json.dumps(first.to_dict()))["seed"] == 1
+
+
+def test_a_reference_alone_has_an_interval_and_no_difference():
+    found = of_one_annotation({"none": torch.arange(40) < 20}, replicates=99)
+    low, high = found.mean_ap["none"]["full"]
+    assert 0 < low < 100 * 19 / 40 < high < 100
+    assert found.difference == found.per_class == {}
+
+
+@pytest.mark.parametrize("options", [{"replicates": 0}, {"level": 0.0}, {"level": 1.0}])
+def test_what_makes_no_interval_is_refused(options):
+    with pytest.raises(ValueError, match="need replicates >= 1 and 0 < level < 1, not replicates="):
+        of_one_annotation({"none": torch.ones(3, dtype=torch.bool)}, **options)
+
+
+def test_a_variant_is_held_against_a_control_as_against_the_reference():
+    """Differences to a control are those of a bootstrap in which it is the reference: the draws are the same."""
+    generator = torch.Generator().manual_seed(5)
+    images = 60
+    annotations = torch.ones(images, 1, dtype=torch.long)
+    scored = {
+        name: Scored(
+            torch.rand(images, generator=generator).double(),
+            torch.zeros(images, dtype=torch.long),
+            (torch.rand(images, generator=generator) < share).double(),
+            torch.arange(images),
+        )
+        for name, share in (("none", 0.4), ("control", 0.5), ("bridge", 0.8))
+    }
+    groups = {"full": torch.tensor([0])}
+    found = paired_bootstrap(scored, annotations, groups, controls=["control"], replicates=100)
+    other = paired_bootstrap(scored, annotations, groups, reference="control", replicates=100)
+    assert found.over == {"control": {name: other.difference[name] for name in ("none", "bridge")}}
+    assert found.to_dict()["over"]["control"]["bridge"]["full"]["low"] == other.difference["bridge"]["full"].low
+
+
+def test_one_image_says_nothing_of_chance_and_a_class_of_two_has_no_interval():
+    zero = torch.zeros(1, dtype=torch.long)
+    right, wrong = (Scored(torch.ones(1).double(), zero, torch.tensor([label]).double(), zero) for label in (1.0, 0.0))
+    found = paired_bootstrap(
+        {"none": wrong, "b": right}, torch.ones(1, 1, dtype=torch.long), {"full": zero}, replicates=50
+    )
+    assert found.difference["b"]["full"] == Difference(-100.0, 100.0, 1.0, 1.0)
+    image = torch.arange(5)
+    annotations = torch.tensor([[1, 1], [1, 1], [1, 0], [1, 0], [1, 0]])
+    many = Scored(torch.rand(5).double(), torch.zeros(5, dtype=torch.long), torch.ones(5).double(), image)
+    found = paired_bootstrap({"none": many, "b": many}, annotations, {"full": torch.arange(2)}, replicates=50)
+    assert found.per_class["b"].isnan().any(1).tolist() == [False, True]

@@ -1,0 +1,213 @@
+"""Scores made anew from stored features against those of the host itself, and what hangs on them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from ezhoi_diffusion.cli import main
+from ezhoi_diffusion.evaluation.comparison import Comparison
+from ezhoi_diffusion.evaluation.effect import Effect, verdict
+from ezhoi_diffusion.evaluation.protocols import stored_images
+from ezhoi_diffusion.evaluation.replay import effect_of, replay
+from ezhoi_diffusion.evaluation.variants import Variant
+from ezhoi_diffusion.features.score import Score, ScoreError, require_replayable
+from ezhoi_diffusion.features.store import FeatureStore
+from helpers.miniature import host_flags, launch, rows_of
+
+
+@pytest.fixture(scope="module")
+def stores(small_world, tmp_path_factory):
+    """Captures of both splits of one miniature host."""
+    folder = tmp_path_factory.mktemp("stores")
+    for split in ("train", "test"):
+        flags = host_flags(small_world, evaluate=True)
+        done = launch(*flags, "--plugin", "capture", "--capture", str(folder / split), "--capture-split", split)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bridge(stores, tmp_path_factory):
+    out = tmp_path_factory.mktemp("bridge") / "bridge"
+    assert (
+        main(["train", str(stores / "train"), "--out", str(out), "--train-steps", "20", "--learning-rate", "0.01"]) == 0
+    )
+    return out
+
+
+def test_replayed_tables_are_those_of_the_host(small_world, stores, bridge, capsys):
+    names = "none,identity,mean_shift,diffusion"
+    strongly = [
+        "--bridge",
+        str(bridge),
+        "--inference-steps",
+        "600",
+    ]  # after 20 steps of training a gentle one moves no mAP
+    live = launch(*host_flags(small_world, evaluate=True), *strongly, "--compare", names)
+    assert live.returncode == 0, live.stderr
+    assert main(["compare", str(stores / "test"), *strongly, "--bridges", names]) == 0
+    replayed = rows_of(capsys.readouterr().out)
+    for name, row in rows_of(live.stdout).items():
+        assert replayed[name] == row, name
+    assert len({tuple(replayed[name].items()) for name in names.split(",")}) > 2, "the bridges must differ"
+
+
+def test_the_score_is_the_hosts_to_rounding_and_another_formula_is_refused(stores, mocker):
+    store = FeatureStore(stores / "test")
+    score = Score.of(store)
+    assert require_replayable(store, score) < 1e-6
+    rows, logits = store.rows("adapter_feat"), store.rows("logits")
+    torch.testing.assert_close(score.logits(rows), logits, rtol=0, atol=1e-5)
+    mocker.patch.dict(store.host, logit_scale=store.host["logit_scale"] * 1.01)
+    with pytest.raises(ScoreError, match="scores in another way"):
+        replay(store, {})
+    del store.host["logit_scale"]
+    with pytest.raises(ScoreError, match=r"lacks logit_scale.*--use_weight_pred"):
+        Score.of(store)
+
+
+def test_stored_images_are_the_rows_in_order(stores):
+    store = FeatureStore(stores / "test")
+    images = list(stored_images(store))
+    assert [image.name for image in images] == [entry["name"] for entry in store.images]
+    assert torch.equal(torch.cat([image.adapter_feat for image in images]), store.adapter_feat())
+    assert torch.equal(torch.cat([image.pairs.objects for image in images]), store.rows("objects").long())
+    assert [image.name for image in stored_images(store, {1, 3})] == [images[1].name, images[3].name]
+
+
+def test_every_bridge_sees_one_image_at_a_time_and_only_those_chosen(stores):
+    store = FeatureStore(stores / "test")
+    seen = []
+
+    def spy(feature, pairs):
+        seen.append((pairs.image, len(feature)))
+
+    chosen = {i for i, entry in enumerate(store.images) if entry["rows"]}
+    few = set(sorted(chosen)[:3])
+    comparison = replay(store, {"spy": Variant(spy)}, chosen=few)
+    assert seen == [(store.images[i]["name"], store.images[i]["rows"]) for i in sorted(few)]
+    assert comparison.images == 3
+    annotated = {hoi for image in stored_images(store, few) for hoi in image.gt_hoi.tolist()}
+    assert set(comparison.groups["full"].tolist()) == annotated
+    assert comparison.mean_ap("spy", "full") == comparison.mean_ap("none", "full")
+
+
+def test_a_perfect_bridge_is_right_everywhere(stores):
+    """Rows whose logits are the annotations: every pair is right whose object the detector named rightly."""
+    store = FeatureStore(stores / "test")
+    score = Score.of(store)
+    # the score is linear in x, so a row with given logits is a least-squares solution
+    matrix = score.logits(torch.eye(store.text.shape[1]))
+    labels = iter(image.labels for image in stored_images(store) if len(image.pairs))
+
+    def oracle(feature, pairs):
+        wanted = next(labels).float() * 8 - 4
+        return torch.linalg.lstsq(matrix.T, wanted.T, driver="gelsd").solution.T
+
+    effect = effect_of(store, oracle, set(range(len(store.images))), 5)
+    before, after = effect.accuracy()
+    known = effect.labels.any(1)
+    reachable = (effect.labels & effect.possible).any(1)[known].double().mean()
+    assert after == float(reachable) > before
+    assert effect.outcome()["to wrong"] == 0 < effect.outcome()["to right"]
+
+
+def test_the_test_command_draws_and_tells(stores, bridge, tmp_path, capsys):
+    out = tmp_path / "looks"
+    line = ["test", str(stores / "test"), "--bridge", str(bridge), "--num-test-images", "4", "--embedding", "tsne"]
+    assert main([*line, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    facts = json.loads((out / "effect.json").read_text())
+    assert "\n".join(facts["verdict"]) in printed
+    assert len(facts["predictions"]) == 4
+    for image in facts["predictions"]:
+        assert len(image["before"]) == 5
+        scores = [found["score"] for found in image["before"]]
+        assert scores == sorted(scores, reverse=True)
+        assert image["before"][0]["interaction"].startswith("a person ")
+    for name in ("diffusion_effect.png", "tsne.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    images = [image["image"] for image in facts["predictions"]]
+    assert main([*line, "--out", str(tmp_path / "again")]) == 0
+    again = json.loads((tmp_path / "again" / "effect.json").read_text())
+    assert [image["image"] for image in again["predictions"]] == images
+    assert main([*line, "--seed", "1", "--out", str(tmp_path / "other")]) == 0
+    other = json.loads((tmp_path / "other" / "effect.json").read_text())
+    assert [image["image"] for image in other["predictions"]] != images
+
+
+def test_inference_steps_are_both_level_and_evaluations(stores, bridge, tmp_path):
+    line = ["test", str(stores / "test"), "--bridge", str(bridge), "--num-test-images", "2"]
+    assert main([*line, "--out", str(tmp_path / "a"), "--inference-steps", "900"]) == 0
+    assert main([*line, "--out", str(tmp_path / "b"), "--inference-steps", "1"]) == 0
+    strong, weak = (json.loads((tmp_path / n / "effect.json").read_text())["moved_cosine"]["mean"] for n in "ab")
+    assert strong < weak
+    assert main([*line, "--out", str(tmp_path / "c"), "--inference-steps", "1001"]) == 2
+    assert main([*line, "--out", str(tmp_path / "c"), "--num-test-images", "0"]) == 2
+
+
+def test_a_foreign_bridge_is_refused_or_forced(stores, bridge, tmp_path, capsys):
+    from ezhoi_diffusion import DiffusionBridge
+
+    other = DiffusionBridge.from_pretrained(bridge)
+    other.provenance["fingerprint"]["weights"] = "0" * 64
+    other.save_pretrained(tmp_path / "other")
+    line = ["compare", str(stores / "test"), "--bridge", str(tmp_path / "other"), "--bridges", "none,diffusion"]
+    assert main(line) == 2
+    assert "weights is" in capsys.readouterr().err
+    assert main([*line, "--force-bridge"]) == 0
+    assert "FORCED: bridge 'diffusion' was made for another host: weights is" in capsys.readouterr().out
+
+
+def test_a_comparison_on_training_images_says_so(stores, capsys):
+    assert main(["compare", str(stores / "train"), "--bridges", "none,identity"]) == 0
+    assert "no result to report" in capsys.readouterr().out
+
+
+# The verdict, on made-up pairs: two texts, three pairs
+
+
+def effect(after: torch.Tensor, logits_after: torch.Tensor, labels: torch.Tensor) -> Effect:
+    return Effect(
+        before=torch.tensor([[1.0, 1, 0], [0, 1, 0], [1, 0, 1]]),
+        after=after,
+        text=torch.tensor([[2.0, 0, 0], [0, 3, 0]]),
+        logits_before=torch.tensor([[1.0, 0, 9], [0, 1, 9], [1, 0, 9]]),
+        logits_after=logits_after,
+        possible=torch.tensor([[True, True, False]] * 3),
+        labels=labels,
+    )
+
+
+def comparison(before: float, after: float) -> Comparison:
+    ap = {"none": torch.tensor([before / 100]), "b": torch.tensor([after / 100])}
+    return Comparison(ap, {"full": torch.tensor([0])}, 3, 3, None, {"b": 1.0}, {})
+
+
+def test_effect_counts_what_changed():
+    logits = torch.tensor([[0.0, 1, 9], [0, 1, 9], [0, 1, 9]])
+    labels = torch.tensor([[False, True, False], [False, False, False], [True, False, False]])
+    found = effect(torch.eye(3)[:, [0, 1, 2]] * 10, logits, labels)
+    before, after = found.top()
+    assert (before.tolist(), after.tolist()) == ([0, 1, 0], [1, 1, 1])
+    assert found.outcome() == {"unchanged": 1, "changed": 2, "to right": 1, "to wrong": 1, "other": 0}
+    assert found.accuracy() == (0.5, 0.5)
+    similarity = found.similarity()
+    torch.testing.assert_close(similarity[0], torch.tensor([0.5**0.5, 1, 0.5**0.5]))
+    torch.testing.assert_close(similarity[1], torch.tensor([1.0, 1, 0]))
+    words = verdict(found, comparison(10, 10), "b")
+    assert "right for 50.0% before, 50.0% after" in words
+    assert "norms changed by a factor of" in words
+
+
+@pytest.mark.parametrize(("gain", "warns"), [(-1.0, True), (0.0, True), (2.0, False)])
+def test_the_verdict_warns_where_similarity_rose_and_map_did_not(gain, warns):
+    nearer = torch.tensor([[1.0, 0, 0], [0, 1, 0], [1, 0, 0]])
+    nothing_known = torch.zeros(3, 3, dtype=torch.bool)
+    found = effect(nearer, torch.zeros(3, 3), nothing_known)
+    words = verdict(found, comparison(10, 10 + gain), "b")
+    assert ("WARNING: similarity rose and mAP did not" in words) == warns
+    assert "nothing can be said of the truth" in words

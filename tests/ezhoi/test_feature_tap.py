@@ -1,0 +1,205 @@
+"""Taps on the miniature host: what they see is what the host uses, and they leave nothing behind."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from ezhoi_diffusion.ezhoi.feature_tap import Tap, TapError, TapPoint, check_replacement, locate, unwrap
+
+
+@pytest.fixture
+def host(make_host):
+    return make_host()
+
+
+def detect(host, batch=1):
+    """Detections of all images, `batch` at a time; images without pairs give nothing when they stand alone."""
+    found = []
+    with torch.no_grad():
+        for i in range(0, len(host.images), batch):
+            found += host.model(host.images[i : i + batch], host.targets[i : i + batch]) or []
+    return [d for d in found if len(d["scores"])]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(x[k], y[k]) for x, y in zip(a, b, strict=True) for k in x)
+
+
+def hooks_of(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_observed_rows_are_what_the_host_multiplies_with_and_pairs_are_its_own(host, batch, mocker):
+    seen, logits, pairings = [], [], []
+    spy = mocker.spy(type(host.model), "postprocessing")
+    with Tap(host.model, observe=lambda *event: seen.append(event)) as tap:
+        detect(host, batch)
+    for call in spy.call_args_list:
+        _, _boxes, humans, others, logit, *_ = call.args
+        logits += logit
+        pairings += [torch.stack(p) for p in zip(humans, others, strict=True)]
+    with_pairs = [event for event in seen if len(event[0])]
+    assert len(with_pairs) == len(logits) == tap.hits
+    assert len(seen) == len(host.images)
+    assert len(with_pairs) < len(seen), "the world must have images without pairs"
+    label, lens, scale = host.model.label_HO, host.model.sample_lens_HO, host.model.logit_scale_HO
+    for (_, x, text, own), expected in zip(with_pairs, logits, strict=True):
+        assert torch.equal((x @ text.T) @ label / lens / 2 * scale, expected)
+        assert torch.equal(own, expected)
+    assert sum(len(x) for _, x, *_ in seen) == sum(p.shape[1] for p in pairings)
+    for (pairs, *_), pairing in zip(with_pairs, [p for p in pairings if p.shape[1]], strict=True):
+        assert torch.equal(pairs.pairing, pairing)
+    assert [pairs.image for pairs, *_ in seen] == [target["filename"] for target in host.targets]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_detections_are_bit_identical_under_a_tap_and_after_it(host, batch):
+    bare, state = detect(host, batch), list(host.model.state_dict())
+    with Tap(host.model, observe=lambda *event: None):
+        observed = detect(host, batch)
+        assert list(host.model.state_dict()) == state
+    with Tap(host.model, inject=lambda x, pairs: None):
+        silent = detect(host, batch)
+    with Tap(host.model, inject=lambda x, pairs: x.clone()):
+        identity = detect(host, batch)
+    assert same(bare, observed)
+    assert same(bare, silent)
+    assert same(bare, identity)
+    assert same(bare, detect(host, batch))
+    assert hooks_of(host.model) == 0
+    assert "compute_roi_embeddings" not in vars(host.model)
+
+
+def test_injection_is_what_the_host_scores(host, mocker):
+    spy = mocker.spy(type(host.model), "postprocessing")
+    detect(host)
+    with Tap(host.model, inject=lambda x, pairs: x * 2):
+        detect(host)
+    calls = [call.args[4] for call in spy.call_args_list]
+    half = len(calls) // 2
+    assert half
+    for bare, doubled in zip(calls[:half], calls[half:], strict=True):
+        assert all(torch.equal(a * 2, b) for a, b in zip(bare, doubled, strict=True))
+
+
+def test_nothing_happens_in_training_mode(host):
+    host.model.train()
+    calls = []
+    with Tap(host.model, inject=lambda x, pairs: calls.append(pairs)) as tap:
+        host.model(host.images[:4], host.targets[:4])
+    assert calls == []
+    with pytest.raises(TapError, match="never ran in eval mode"):
+        tap.require_hits()
+
+
+def test_removed_after_an_exception_and_only_what_is_its_own(host):
+    others = host.model.mem_adapter.register_forward_hook(lambda *a: None)
+    with pytest.raises(RuntimeError, match="inside"), Tap(host.model, inject=lambda x, pairs: x):
+        raise RuntimeError("inside")
+    assert hooks_of(host.model) == 1
+    tap = Tap(host.model, inject=lambda x, pairs: x).attach()
+    tap.remove()
+    tap.remove()
+    assert hooks_of(host.model) == 1
+    others.remove()
+
+
+def test_an_exception_in_a_hook_leaves_the_next_image_right(host):
+    bare, broken = detect(host), [True]
+
+    def inject(x, pairs):
+        if broken.pop():
+            raise ValueError("bad bridge")
+
+    with Tap(host.model, inject=inject):
+        with pytest.raises(ValueError, match="bad bridge"):
+            detect(host)
+        broken.extend([False] * 99)
+        assert same(bare, detect(host))
+
+
+def test_registers_all_or_nothing(host, mocker):
+    mocker.patch.object(Tap, "_wrap_pairing", side_effect=RuntimeError("no"))
+    with pytest.raises(RuntimeError, match="no"):
+        Tap(host.model, inject=lambda x, pairs: x).attach()
+    assert hooks_of(host.model) == 0
+
+
+def test_two_taps_in_any_order_of_removal(host):
+    bare = detect(host)
+    outer, inner = (Tap(host.model, inject=lambda x, pairs: x + 1).attach() for _ in range(2))
+    assert not same(bare, detect(host))
+    outer.remove()
+    inner.remove()
+    assert same(bare, detect(host))
+
+
+def test_without_img_align_vis_fuse_is_tapped(make_host):
+    host = make_host(drop=("--img_align",))
+    assert locate(host.model).name == "vis_fuse"
+    bare = detect(host)
+    with Tap(host.model, inject=lambda x, pairs: x.clone()) as tap:
+        assert same(bare, detect(host))
+    assert tap.hits == len(bare)
+
+
+def test_with_txt_align_the_text_is_the_one_after_it(make_host, mocker):
+    host = make_host("--txt_align")
+    torch.nn.init.normal_(host.model.txtmem_adapter.up_proj_mem.weight, std=0.1)
+    spy = mocker.spy(type(host.model), "postprocessing")
+    seen = []
+    with Tap(host.model, observe=lambda *event: seen.append(event)):
+        detect(host)
+    logits = [x for call in spy.call_args_list for x in call.args[4]]
+    rows = [(x, text) for pairs, x, text, _ in seen if len(pairs)]
+    m = host.model
+    for (x, text), expected in zip(rows, logits, strict=True):
+        assert torch.equal((x @ text.T) @ m.label_HO / m.sample_lens_HO / 2 * m.logit_scale_HO, expected)
+
+
+def test_refusals_say_why(host):
+    assert unwrap(host.model) is host.model
+    with pytest.raises(TapError, match="DataParallel"):
+        unwrap(torch.nn.DataParallel(host.model))
+    with pytest.raises(TapError, match="compiled before attach"):
+        unwrap(torch.compile(host.model))
+    inline = copy.deepcopy(host.model)
+    del inline.mem_adapter, inline.vis_fuse
+    inline.logits_type = "U"
+    with pytest.raises(TapError, match=r"--logits_type U and without --img_align .* inline"):
+        locate(inline)
+    with pytest.raises(TapError, match="is this an EZ-HOI detector"):
+        locate(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="one role"):
+        Tap(host.model)
+    with pytest.raises(TapError, match="no compute_roi_embeddings"):
+        Tap(torch.nn.Linear(2, 2), inject=lambda x, p: x, point=TapPoint("x", torch.nn.Linear(2, 2))).attach()
+
+
+def test_a_fork_that_pairs_otherwise_is_refused_not_guessed(host):
+    short = TapPoint("short", torch.nn.Identity())
+    with Tap(host.model, inject=lambda x, pairs: x, point=short), pytest.raises(TapError, match="pairs in another way"):
+        detect(host)
+
+
+@pytest.mark.parametrize(
+    ("after", "problem"),
+    [
+        (None, "NoneType, not a tensor"),
+        (torch.ones(3, 2), r"shape torch.Size\(\[3, 2\]\)"),
+        (torch.ones(2, 2, dtype=torch.float64), "dtype torch.float64"),
+        (torch.tensor([[1.0, float("nan")], [float("inf"), 1]]), "2 values that are not finite"),
+        (torch.ones(2, 2, device="meta"), "device meta"),
+        (torch.zeros(2, 2), None),
+    ],
+)
+def test_replacements_are_checked(after, problem):
+    import re
+
+    found = check_replacement(torch.ones(2, 2), after)
+    assert (found is None) == (problem is None)
+    assert problem is None or re.search(problem, found)

@@ -1,0 +1,235 @@
+"""A script for one image, as upstream's inference.py is written, runs unmodified and scores as the evaluation does."""
+
+from __future__ import annotations
+
+import os
+from argparse import ArgumentParser, Namespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ezhoi_diffusion import EzhoiDiffusionError, add_arguments
+from ezhoi_diffusion.cli import main
+from ezhoi_diffusion.ezhoi.launch import ENGINE, _imported_modules
+from ezhoi_diffusion.ezhoi.single_image import SingleImageError, check_flags, single_images
+from helpers.miniature import HOST, HOSTDUMP, host_flags, launch, run_host
+
+# seeds nothing, passes no targets, loads strictly, imports an engine and makes none
+INFERENCE = """\
+import torch
+from main_tip_finetune import command_line
+from upt_tip_cache_model_free_finetune_distillself import build_detector
+from utils_tip_cache_and_union_finetune import CustomisedDLE, DataFactory, custom_collate
+
+
+@torch.no_grad()
+def main(args):
+    args.human_idx = 0
+    dataset = DataFactory("hicodet", "test2015", args.data_root, "ViT-B/16")
+    lookup = dataset.dataset.object_n_verb_to_interaction
+    upt = build_detector(args, dataset.dataset.object_to_verb, lookup, args.clip_dir_vit)
+    upt.eval()
+    upt.load_state_dict(torch.load(args.resume, weights_only=True)["model_state_dict"])
+    for index in range(len(dataset)):
+        image, target = dataset[index]
+        output = upt([image])
+        if output is not None:
+            print(target["filename"], len(output[0]["scores"]))
+
+
+if __name__ == "__main__":
+    main(command_line().parse_args())
+"""
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    path = tmp_path_factory.mktemp("script") / "inference.py"
+    path.write_text(INFERENCE)
+    return path
+
+
+@pytest.fixture
+def checkpoint(make_host, tmp_path):
+    """Weights as a fine-tuned host's would be: other than a fresh model's."""
+    path = tmp_path / "ckpt.pt"
+    torch.save({"model_state_dict": make_host().model.state_dict()}, path)
+    return path
+
+
+def infer(script, *flags: str):
+    return run_host("-m", "ezhoi_diffusion", "run", str(script), *flags, PYTHONPATH=environment())
+
+
+def environment() -> str:
+    return os.pathsep.join([str(HOST), os.environ.get("PYTHONPATH", "")])
+
+
+def test_one_image_scores_as_the_evaluation_does(script, small_world, checkpoint, tmp_path):
+    flags = [*host_flags(small_world, evaluate=True), "--resume", str(checkpoint)]
+    captured = launch(*flags, "--capture-split", "train", "--plugin", "capture", "--capture", str(tmp_path / "f"))
+    assert captured.returncode == 0, captured.stderr
+    assert main(["train", str(tmp_path / "f"), "--out", str(tmp_path / "b"), "--train-steps", "20"]) == 0
+    bridged = [*flags, "--plugin", "diffusion", "--bridge", str(tmp_path / "b")]
+
+    bare = run_host(str(script), *flags, PYTHONPATH=environment())
+    assert "TypeError: 'NoneType' object is not iterable" in bare.stderr, "the quirk is there"
+    refused = infer(script, *bridged)
+    assert refused.returncode == 2
+    assert "whatever its --seed: add --restore-context" in refused.stderr
+
+    outputs = {}
+    for name, more in (("main_tip_finetune.py", []), (str(script), ["--restore-context"])):
+        out = tmp_path / f"{len(outputs)}.safetensors"
+        done = run_host(str(HOSTDUMP), str(out), "launched", name, *bridged, *more, PYTHONPATH=environment())
+        assert done.returncode == 0, done.stderr
+        outputs[name] = load_file(out)
+    evaluated, alone = outputs.values()
+    assert sum(key.endswith(".scores") for key in evaluated) >= 3
+    assert alone.keys() == evaluated.keys()
+    assert all(torch.equal(alone[key], evaluated[key]) for key in alone if not key.startswith("context."))
+
+
+def test_a_checkpoint_of_other_flags_and_a_missing_feature_file_are_explained(
+    script, small_world, checkpoint, tmp_path
+):
+    flags = [*host_flags(small_world, evaluate=True), "--resume", str(checkpoint)]
+    other = infer(script, *[flag for flag in flags if flag != "--img_clip_pt"])
+    assert other.returncode == 2
+    assert "the checkpoint does not fit the model that these flags build" in other.stderr
+    assert "img_clip_pt_adapter.weight" in other.stderr
+    missing = infer(script, *flags, "--clip_img_file", str(tmp_path))
+    assert missing.returncode == 2
+    assert "a file of CLIP image features is missing" in missing.stderr
+    assert "Traceback" not in other.stderr + missing.stderr
+
+
+# -- the help, in parts ------------------------------------------------------------------------------------------
+
+
+class Data:
+    """A data set of two images."""
+
+    def __getitem__(self, index):
+        image = torch.full((3, 2, 2), float(index))
+        return (image, image + 1), {"filename": f"{index}.jpg"}
+
+
+class Model(nn.Module):
+    """What the host does with its arguments, and no more."""
+
+    img_clip_pt, self_image_path = True, None
+
+    def forward(self, images, targets=None):
+        return [target["filename"] for target in targets]
+
+
+def test_the_image_is_named_after_the_last_one_of_the_data_set():
+    model, getitem = Model(), Data.__getitem__
+    with single_images(Data) as help_model:
+        help_model(model)
+        data = Data()
+        (first, _), (second, _) = data[0], data[1]
+        assert model([second]) == ["1.jpg"]
+        assert model([first], [{"filename": "given"}]) == ["given"], "a script that names its image is left alone"
+        with pytest.raises(SingleImageError, match="not the last one of its data set"):
+            model([first])
+    assert Data.__getitem__ is getitem
+    with pytest.raises(TypeError):
+        model([second])
+
+
+def test_without_the_flag_nothing_is_touched():
+    model = Model()
+    model.img_clip_pt = False
+    with single_images(Data) as help_model:
+        help_model(model)
+        image, _ = Data()[0]
+        with pytest.raises(TypeError, match="not iterable"):
+            model([image])
+
+
+def test_an_image_without_pairs_is_named():
+    class Nothing(Model):
+        def forward(self, images, targets=None):
+            return None
+
+    def upstream():
+        with single_images(Data) as help_model:
+            model, data = Nothing(), Data()
+            help_model(model)
+            image, _ = data[1]
+            return model([image])[0]
+
+    with pytest.raises(SingleImageError, match=r"no human-object pair was found in the image 1\.jpg"):
+        upstream()
+
+
+class PromptAdapter(nn.Module):
+    """Cross-attention of prompts [n_ctx, B, C] to CLIP features [B, n, D], as the host's adapter."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.attention = nn.Linear(6, 4), nn.MultiheadAttention(4, 2)
+
+    def forward(self, x, prior=None):
+        features, mask = prior
+        context = self.down(features).transpose(0, 1)
+        return x + self.attention(x, context, context, key_padding_mask=mask)[0]
+
+
+def test_an_own_image_is_read_as_the_host_reads_its_files():
+    model = Model()
+    model.self_image_path = "own.jpg"
+    model.clip_head = nn.Module()
+    model.clip_head.prompt_learner = nn.Module()
+    adapter = model.clip_head.prompt_learner.img_clip_pt_adapter = PromptAdapter()
+    tokens, prompts = torch.randn(1, 5, 6), torch.randn(2, 1, 4)
+    # a file has the patch tokens of one image, without the class token, and its rows are divided by their norm
+    stored = tokens.squeeze(0)[1:].clone()
+    stored /= stored.norm(dim=-1, keepdim=True)
+    as_evaluated = adapter(prompts, (torch.stack([stored]), None))
+    as_upstream = tokens.squeeze(0).unsqueeze(0).unsqueeze(0)
+    with pytest.raises((AssertionError, RuntimeError)):
+        adapter(prompts, (as_upstream, None))
+    with single_images(None) as help_model:
+        help_model(model)
+        assert torch.equal(adapter(prompts, (as_upstream, None)), as_evaluated)
+        assert torch.equal(adapter(prompts, (torch.stack([stored]), None)), as_evaluated), "a fork that gets it right"
+    with pytest.raises((AssertionError, RuntimeError)):
+        adapter(prompts, (as_upstream, None))
+
+
+# -- what cannot run ---------------------------------------------------------------------------------------------
+
+
+def test_flags_on_which_upstream_hangs_or_fails_are_refused(tmp_path):
+    one = Namespace(world_size=1, self_image_path=None, img_clip_pt=True)
+    check_flags(one, has_engine=False)
+    check_flags(Namespace(world_size=2), has_engine=True)
+    with pytest.raises(SingleImageError, match="would wait for the others for ever"):
+        check_flags(Namespace(world_size=2), has_engine=False)
+    one.self_image_path = str(tmp_path / "no.jpg")
+    with pytest.raises(SingleImageError, match="there is no file"):
+        check_flags(one, has_engine=False)
+    with pytest.raises(SingleImageError, match=r"run inference\.py for one image"):
+        check_flags(one, has_engine=True)
+
+
+def test_an_engine_that_is_imported_and_not_used_is_none(script, tmp_path):
+    assert ENGINE not in _imported_modules(script)
+    assert ENGINE in _imported_modules(HOST / "main_tip_finetune.py")
+    own = tmp_path / "own.py"
+    own.write_text("from m import build_detector, CustomisedDLE as E\nclass Mine(E): pass\n")
+    assert _imported_modules(own)[ENGINE] == "m"
+
+
+@pytest.mark.parametrize("flag", ["--diffusion_bridge", "--diffusion_text_mean=x", "--diffusion-steps"])
+def test_the_guide_s_flags_are_translated(flag):
+    with pytest.raises(EzhoiDiffusionError, match="--plugin diffusion --bridge DIR"):
+        add_arguments(ArgumentParser(), ["--eval", flag, "y"])
+    fork = ArgumentParser()
+    fork.add_argument(flag.partition("=")[0])
+    add_arguments(fork, [flag, "y"])

@@ -1,0 +1,89 @@
+"""What may be learned from labels, and that nothing of what a split hides is among it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ezhoi_diffusion import Score, seen_pairs
+from ezhoi_diffusion.evaluation.protocols import stored_images
+from ezhoi_diffusion.features.labels import SupervisionError
+from ezhoi_diffusion.features.split import held_out
+from ezhoi_diffusion.testing import synthetic_store
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return synthetic_store(tmp_path_factory.mktemp("features") / "train")
+
+
+def by_hand(store):
+    """(position of the image, its row, verb) of every annotated pair, the long way."""
+    return [
+        (position, row, verb)
+        for position, image in enumerate(stored_images(store))
+        for row, verb in image.labels.nonzero().tolist()
+    ]
+
+
+def test_pairs_are_annotated_rows_with_the_text_of_their_class(store):
+    pairs = seen_pairs(store, held_out=None)
+    table, score = store.host["object_n_verb_to_interaction"], Score.of(store)
+    unseen = set(store.host["classes/unseen"].tolist())
+    images = list(stored_images(store))
+    expected = []
+    for position, row, verb in by_hand(store):
+        image = images[position]
+        hidden = {hoi for hoi in image.gt_hoi.tolist() if hoi in unseen}
+        hidden_verbs = {int((table == hoi).nonzero()[0, 1]) for hoi in hidden}
+        hoi = int(table[image.pairs.objects[row], verb])
+        if hoi >= 0 and hoi not in unseen and verb not in hidden_verbs:
+            expected.append((position, verb, image.adapter_feat[row]))
+    assert 20 < len(pairs) == len(expected) < len(by_hand(store))
+    assert pairs.image.tolist() == [position for position, _, _ in expected]
+    assert pairs.target.tolist() == [verb for _, verb, _ in expected]
+    assert torch.equal(pairs.visual, torch.stack([row for _, _, row in expected]))
+    # the score is a product with that text: ½·scale·x·text of the class
+    logits = score.logits(pairs.visual).gather(1, pairs.target.unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(0.5 * score.logit_scale * (pairs.visual * pairs.text).sum(1), logits)
+
+
+def test_held_out_images_are_the_others(store):
+    every, training, apart = (seen_pairs(store, held_out=which) for which in (None, False, True))
+    mask = held_out(len(store.images))
+    assert set(apart.image.tolist()) <= set(mask.nonzero().squeeze(1).tolist())
+    assert not mask[training.image].any()
+    assert len(training) + len(apart) == len(every)
+
+
+def test_labels_of_hidden_classes_are_not_looked_at(store, tmp_path):
+    """Where every annotation and label of a hidden class says something else, the pairs are bit-equal."""
+    unseen = store.host["classes/unseen"]
+    table = store.host["object_n_verb_to_interaction"]
+
+    def strip(batch):
+        secret = torch.isin(batch.gt_hoi, unseen)
+        labels = batch.labels.clone()
+        for hoi in batch.gt_hoi[secret].tolist():
+            labels[:, int((table == hoi).nonzero()[0, 1])] = True  # as wrong as can be
+        return replace(batch, labels=labels)
+
+    store = synthetic_store(tmp_path / "plain")  # made here, on as many threads: rounding is not the question
+    altered = synthetic_store(tmp_path / "altered", alter=strip)
+    assert not torch.equal(altered.rows("labels"), store.rows("labels"))
+    for which in (False, True):
+        one, other = seen_pairs(store, held_out=which), seen_pairs(altered, held_out=which)
+        for name in ("visual", "text", "target", "image"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+def test_what_cannot_be_learned_from_is_refused(store, tmp_path):
+    with pytest.raises(SupervisionError, match="learn from training images only"):
+        seen_pairs(synthetic_store(tmp_path / "test", split="test"))
+    nothing = synthetic_store(tmp_path / "nothing", alter=lambda b: replace(b, labels=torch.zeros_like(b.labels)))
+    with pytest.raises(SupervisionError, match="no pair of a seen class is annotated"):
+        seen_pairs(nothing)
+    with pytest.raises(SupervisionError, match="too few images"):
+        seen_pairs(synthetic_store(tmp_path / "one", images=1))

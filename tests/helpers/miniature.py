@@ -1,0 +1,131 @@
+"""The miniature EZ-HOI as a script: its flags, its processes, what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import runpy
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import ezhoi_diffusion.demo
+from ezhoi_diffusion.demo import world
+from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.files import read_json, write_json
+
+HOST = Path(ezhoi_diffusion.demo.__file__).parent / "miniature"
+
+
+HOSTDUMP = Path(__file__).with_name("hostdump.py")
+
+
+VCOCO_ACTIONS = [f"{verb} {('obj', 'instr')[i % 2]}" for i, verb in enumerate(world.VERBS)]
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return str(s.getsockname()[1])
+
+
+def host_flags(folder: Path, *, evaluate: bool, **kwargs) -> list[str]:
+    """The miniature's command line, with an output folder and a port of its own."""
+    return [
+        *world.host_args(folder, evaluate=evaluate, **kwargs),
+        "--output-dir",
+        str(folder / "out"),
+        "--port",
+        free_port(),
+    ]
+
+
+def vcoco_flags(folder: Path, out: Path, *, cache: bool) -> list[str]:
+    clip = folder / "data" / f"clip_img_vcoco_{'val' if cache else 'train'}"
+    return [
+        *host_flags(folder, evaluate=False, zs_type=None),
+        "--dataset", "vcoco", "--partitions", "trainval", "test", "--clip_img_file", str(clip),
+        "--output-dir", str(out), *(["--cache"] if cache else []),
+    ]  # fmt: skip
+
+
+def run_host(*command: str, timeout: int = 240, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run python with `command` in the miniature's folder."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **env}
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=HOST,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def launch(*flags: str, **kwargs) -> subprocess.CompletedProcess[str]:
+    """`ezhoi-diffusion run main_tip_finetune.py flags…` on the miniature."""
+    return run_host("-m", "ezhoi_diffusion", "run", "main_tip_finetune.py", *flags, **kwargs)
+
+
+def rewrite(path: Path, **changes) -> None:
+    """A JSON as its writer would have written it, had it said something else; None deletes an entry."""
+    content = {**read_json(path, EzhoiDiffusionError, ""), **changes}
+    write_json(path, {key: value for key, value in content.items() if value is not None})
+
+
+class _Parsed(Exception):
+    pass
+
+
+def parse_host_flags(flags: list[str]) -> argparse.Namespace:
+    """What the miniature's own parser makes of `flags`, ours included."""
+    from ezhoi_diffusion import add_arguments
+
+    original, found = argparse.ArgumentParser.parse_args, []
+
+    def parse_args(self, args=None, namespace=None):
+        add_arguments(self, flags)
+        found.append(original(self, flags))
+        raise _Parsed
+
+    argparse.ArgumentParser.parse_args = parse_args
+    try:
+        runpy.run_path(str(HOST / "main_tip_finetune.py"), run_name="__main__")
+    except _Parsed:
+        return found[0]
+    finally:
+        argparse.ArgumentParser.parse_args = original
+    raise AssertionError("the script parsed nothing")
+
+
+def dump(out: Path, how: str, *flags: str):
+    done = run_host(str(HOSTDUMP), str(out), how, "main_tip_finetune.py", *flags)
+    return done, load_file(out) if out.exists() else {}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def printed_by_host(text: str) -> dict[str, str]:
+    """What the script prints at its end, by group."""
+    full, rare, non_rare, _, unseen, seen = re.findall(r"\d+\.\d\d|nan", text[text.index("The mAP is") :])
+    return {"full": full, "rare": rare, "non-rare": non_rare, "unseen": unseen, "seen": seen}
+
+
+def rows_of(table: str) -> dict[str, dict[str, str]]:
+    """Variant -> group -> mAP of a printed comparison."""
+    lines = [re.split(r"\s{2,}", line.strip()) for line in table[table.index("mAP ") :].splitlines()]
+    head = lines[0][1:-1]
+    return {line[0]: dict(zip(head, line[1:], strict=False)) for line in lines if len(line) == len(lines[0])}
+
+
+def same_figures(row: dict[str, str], printed: dict[str, str]) -> bool:
+    """All printed digits; a group without classes is nan for the host and absent in the table."""
+    return row == {group: value for group, value in printed.items() if value != "nan"}

@@ -1,0 +1,533 @@
+"""The report of a comparison: honest words, escaped names, one file, and a page that is right in a real browser."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.evaluation.bootstrap import Difference, Significance
+from ezhoi_diffusion.evaluation.changes import changes
+from ezhoi_diffusion.evaluation.comparison import Comparison, Sample
+from ezhoi_diffusion.files import read_json
+from ezhoi_diffusion.report.figures import MAPPED, pictures, png, render
+from ezhoi_diffusion.report.headline import headline
+from ezhoi_diffusion.report.write import write_report
+from helpers.miniature import rows_of
+
+GROUPS = ("full", "unseen", "seen", "rare", "non-rare")
+EIGHT = {
+    "identity": 0.0, "mean_shift": -1.0, "class_softmax": 0.4, "diffusion=runs/blend-0": 1.6, "diffusion=runs/blend-1": 1.4,
+    "diffusion=runs/blend-2": 1.2, "wiener": 0.1, "diffusion=runs/guide": -6.0,
+}  # fmt: skip
+SIXTY = {
+    f"diffusion@start_step={level},strength={strength}": 1.5 - (37 * number % 60) / 14
+    for number, (level, strength) in enumerate((a, b) for a in range(50, 550, 50) for b in (0.1, 0.2, 0.3, 0.5, 0.7, 1))
+}
+
+
+def make(effects: dict[str, float], *, classes: int = 600, half: float = 0.45) -> Comparison:
+    """Variants whose classes move at random around an effect in points; intervals of `half` points on the full group."""
+    g = torch.Generator().manual_seed(0)
+    ap = {"none": torch.rand(classes, generator=g, dtype=torch.float64) * 0.7 + 0.15}
+    moves = torch.rand(classes, generator=g) > 0.15
+    for variant, effect in effects.items():
+        noise = torch.randn(classes, generator=g, dtype=torch.float64) * 0.02
+        ap[variant] = ap["none"] + (effect / 100 + noise) * moves * (effect != 0)
+    every, hidden, few = torch.arange(classes), *(torch.rand(2, classes, generator=g) < 0.2)
+    members = (every, every[hidden], every[~hidden], every[few], every[~few])
+    annotations = 1 + (torch.rand(classes, generator=g) * 200).long()
+    annotations[::50] = 0
+    comparison = Comparison(
+        ap, dict(zip(GROUPS, members, strict=True)), 9658, 150_000, 187.4,
+        {variant: 0.02 * 2**number % 900 for number, variant in enumerate(effects)},
+        {"backbone": "ViT-L-14-336px", "weights": "9f" * 32, "options": {"act_descriptor": True}},
+        names=[f"a person riding animal {k}" for k in range(classes)],
+        annotations=annotations,
+        provenance={variant: {"training": {"step": 5000}} for variant in effects if "diffusion" in variant},
+        controls=[variant for variant in effects if variant.partition("=")[0] in ("identity", "mean_shift", "class_softmax")],
+    )  # fmt: skip
+    return replace(comparison, significance=intervals(comparison, half))
+
+
+def intervals(comparison: Comparison, half: float) -> Significance:
+    """Intervals that are wider for fewer classes, and p-values times the number of variants."""
+    variants = [variant for variant in comparison.ap if variant != "none"]
+
+    def width(group: str) -> float:
+        return half * math.sqrt(len(comparison.groups["full"]) / len(comparison.groups[group]))
+
+    def difference(variant: str, group: str, over: str = "none") -> Difference:
+        change = comparison.mean_ap(variant, group) - comparison.mean_ap(over, group)
+        p = math.erfc(1.96 * abs(change) / width(group) / math.sqrt(2))
+        around = width(group) if change else 0.0
+        return Difference(change - around, change + around, p, min(1.0, p * len(variants)))
+
+    mean_ap = {
+        v: {g: (comparison.mean_ap(v, g) - width(g), comparison.mean_ap(v, g) + width(g)) for g in GROUPS}
+        for v in comparison.ap
+    }
+    per_class = {}
+    for variant in variants:
+        change = (comparison.ap[variant] - comparison.ap["none"]) * 100
+        bounds = torch.stack([change - 2, change + 2], 1)
+        bounds[comparison.annotations == 0] = torch.nan
+        per_class[variant] = bounds
+    found = {v: {g: difference(v, g) for g in GROUPS} for v in variants}
+    over = {
+        control: {v: {g: difference(v, g, control) for g in GROUPS} for v in comparison.ap if v != control}
+        for control in comparison.controls
+    }
+    return Significance(1000, 0.95, 0, mean_ap, found, per_class, over)
+
+
+def complete(effects: dict[str, float]) -> Comparison:
+    """All that a comparison may hold."""
+    comparison, g = make(effects), torch.Generator().manual_seed(1)
+    measures = ("centroid_gap", "cosine_to_own_text", "recall_at_1", "calibration_error")
+    comparison.alignment = {
+        v: dict(zip(measures, torch.rand(4, generator=g).tolist(), strict=True)) for v in comparison.ap
+    }
+    comparison.alignment["none"]["recall_at_1"] = None
+    comparison.families = {"diffusion=runs/blend": [v for v in effects if "blend" in v]} if effects is EIGHT else {}
+    text, rows = torch.randn(40, 16, generator=g), torch.randn(60, 16, generator=g) + 2
+    comparison.sample = Sample(
+        {v: rows if effects.get(v, 0) == 0 else rows - 0.1 * n for n, v in enumerate(comparison.ap)}, text
+    )
+    return comparison
+
+
+def bare() -> Comparison:
+    """A comparison of which nothing but AP is known."""
+    ap = {"none": torch.tensor([0.3, 0.4]), "diffusion": torch.tensor([0.31, 0.42])}
+    return Comparison(ap, {"full": torch.arange(2)}, 3, 40, None, {"diffusion": 1.2}, {})
+
+
+class Page(HTMLParser):
+    """What a reader sees: tags with attributes, the text, and the rows of tables as lists of cells."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.rows: list[list[str]] = []
+        self._open: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "wbr", "br"):
+            self._open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag, "every tag is closed, in order"
+
+    def handle_data(self, data):
+        if "style" in self._open:
+            return
+        self.text += data
+        if {"td", "th"} & set(self._open):
+            self.rows[-1][-1] += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for found, attributes in self.tags if found == tag]
+
+    def row(self, head: str) -> list[list[str]]:
+        return [[cell.strip() for cell in row] for row in self.rows if row[0].strip() == head]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """Folders of the reports of eight variants, of sixty, and of one of which little is known."""
+    folder = tmp_path_factory.mktemp("reports")
+    write_report(complete(EIGHT), folder / "eight", ["WARNING: mean_shift is nearer, and mAP did not rise."])
+    write_report(complete(SIXTY), folder / "sixty")
+    write_report(bare(), folder / "bare")
+    return folder
+
+
+def read(folder: Path) -> Page:
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+# -- the files -------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_has_page_figures_and_pictures(reports):
+    names = {"report.html", "report.json", "comparison.png", "forest.png", "per_class.png", "cost.png"}
+    assert {path.name for path in (reports / "bare").iterdir()} == names
+    for size in ("eight", "sixty"):
+        assert {path.name for path in (reports / size).iterdir()} == {*names, "alignment.png", "embedding.png"}
+        assert (reports / size / "report.html").stat().st_size < 1_000_000
+    for path in reports.glob("*/*.png"):
+        assert Image.open(path).convert("L").getextrema() != (255, 255), "something was drawn"
+
+
+def test_the_json_has_all_that_the_page_says(reports):
+    comparison, found = complete(EIGHT), read_json(reports / "eight" / "report.json", EzhoiDiffusionError, "")
+    said = headline(comparison)
+    page = read(reports / "eight")
+    for words in (found["headline"], *found["details"]):
+        assert words.replace("-", "−") in page.text.replace("-", "−")
+    assert (found.pop("headline"), found.pop("details")) == (said.text, said.details)
+    assert found == json.loads(json.dumps({**comparison.to_dict(), "notes": found["notes"]}))
+    assert found["notes"] == ["WARNING: mean_shift is nearer, and mAP did not rise."]
+    assert found["names"][3] == "a person riding animal 3"
+    assert found["annotations"] == comparison.annotations.tolist()
+    assert (found["algorithm"], found["setting"]) == ("11P", "default")
+    assert found["significance"]["difference"]["wiener"]["full"]["p_adjusted"] > 0.05
+    assert found["significance"]["per_class"]["wiener"][50] is None, "no annotation, no interval"
+    assert found["alignment"]["none"]["recall_at_1"] is None
+    assert set(found["versions"]) == {"python", "torch", "ezhoi-diffusion"}
+    seeds = torch.tensor([found["mean_ap"][f"diffusion=runs/blend-{n}"]["full"] for n in range(3)], dtype=torch.float64)
+    family = found["families"]["diffusion=runs/blend"]["mean_ap"]["full"]
+    assert family["mean"] == pytest.approx(float(seeds.mean()))
+    assert family["standard_deviation"] == pytest.approx(math.sqrt(float((seeds - seeds.mean()).square().sum()) / 2))
+
+
+def test_the_same_comparison_gives_the_same_files(tmp_path):
+    for name in ("a", "b"):
+        write_report(complete({"diffusion": 1.0}), tmp_path / name)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_a_folder_that_cannot_be_written_is_one_typed_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EzhoiDiffusionError, match="give another folder"):
+        write_report(bare(), tmp_path / "file" / "report")
+
+
+# -- the page --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", ["eight", "sixty", "bare"])
+def test_the_page_needs_nothing_else_and_is_accessible(reports, size):
+    page = read(reports / size)
+    assert page.all("html") == [{"lang": "en"}]
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.all("meta")
+    assert not page.all("script")
+    assert not page.all("link")
+    assert not [attributes for _, attributes in page.tags if {"href", "srcset"} & set(attributes)]
+    assert page.all("img")
+    for image in page.all("img"):
+        assert image["alt"].strip()
+        kind, data = image["src"].split(",")
+        assert kind == "data:image/png;base64"
+        Image.open(BytesIO(base64.b64decode(data))).verify()
+    assert not re.search(r"https?:|url\(|@import", (reports / size / "report.html").read_text())
+    assert all(head.get("scope") in ("col", "row", "rowgroup") for head in page.all("th"))
+    assert "default-src 'none'" in str(page.all("meta"))
+
+
+def test_the_tables_have_every_variant_and_group(reports):
+    comparison, page = complete(EIGHT), read(reports / "eight")
+    for variant in EIGHT:
+        head = f"{variant} control" if variant in comparison.controls else variant
+        absolute, differences, alignment = page.row(head)
+        for cell, group in zip(absolute[1:], GROUPS, strict=False):
+            low, high = comparison.significance.mean_ap[variant][group]
+            assert cell == f"{comparison.mean_ap(variant, group):.2f} {low:.2f} to {high:.2f}"
+        for cell, group in zip(differences[1:], GROUPS, strict=True):
+            found = comparison.significance.difference[variant][group]
+            p = "<0.001" if found.p_adjusted < 0.001 else f"{found.p_adjusted:.3f}"
+            figures = f"{comparison.difference(variant, group):+.2f} {found.low:+.2f} to {found.high:+.2f} p {p}"
+            assert cell == figures.replace("-", "−")
+        assert alignment[1] == f"{comparison.alignment[variant]['centroid_gap']:.3f}"
+    assert page.row("none")[1][3] == "–", "what is not known"
+    assert page.row("diffusion=runs/blend")[0][1] == "3"
+    many = read(reports / "sixty")
+    assert all(len(many.row(variant)) == 3 for variant in SIXTY)
+
+
+def test_single_classes_are_listed_by_change(reports):
+    comparison = complete(EIGHT)
+    best = comparison.ranked()[0]
+    found = changes(comparison, best)
+    assert len(found.classes) == 588, "only classes that are annotated"
+    change = (comparison.ap[best] - comparison.ap["none"]) * 100
+    assert found.points.tolist() == sorted(change[comparison.annotations > 0].tolist(), reverse=True)
+    counts = found.counts()
+    moved = change[comparison.annotations > 0]
+    assert counts == {
+        "gains": int((moved > 0).sum()), "losses": int((moved < 0).sum()), "unchanged": int((moved == 0).sum()),
+        "certain gains": int((moved > 2).sum()), "certain losses": int((moved < -2).sum()),
+    }  # fmt: skip
+    assert min(counts.values()) > 0
+    page = read(reports / "eight")
+    assert f"{counts['gains']} gain, {counts['losses']} lose, {counts['unchanged']} unchanged" in page.text
+    for at in (0, -1):
+        row, index = page.row(f"a person riding animal {found.classes[at]}")[0], int(found.classes[at])
+        before, after = (float(comparison.ap[v][index]) * 100 for v in ("none", best))
+        low, high = found.points[at] - 2, found.points[at] + 2
+        figures = f"{found.points[at]:+.2f} {low:+.2f} to {high:+.2f}".replace("-", "−")
+        assert row[1:] == [figures, f"{before:.2f}", f"{after:.2f}", str(int(comparison.annotations[index]))]
+
+
+def test_what_is_not_known_is_left_out(reports):
+    known, unknown = ({s["id"] for s in read(reports / size).all("section")} for size in ("eight", "bare"))
+    assert known == {"map", "seeds", "classes", "alignment", "cost", "rows", "provenance"}
+    assert unknown == {"map", "classes", "cost", "provenance"}
+    page = read(reports / "bare")
+    assert "shows nothing of chance" in page.text
+    assert "max-T" not in page.text
+    assert "max-T" in read(reports / "eight").text
+    assert "WARNING: mean_shift is nearer" in read(reports / "eight").text
+
+
+def test_names_of_third_parties_are_inert(tmp_path):
+    evil = "<script>alert(1)</script>"
+    comparison = complete({f"{evil}&amp;$x^$": 1.0, 'mean_shift="><img src=x>': 0.5})
+    comparison.names = [f"{evil} {k}" for k in range(600)]
+    comparison.provenance = {evil: {evil: [evil]}, "x": evil}
+    comparison.fingerprint = {evil: evil}
+    comparison.families = {f"{evil}family": list(comparison.ap)[1:]}
+    comparison.forced, comparison.degraded, comparison.caveats = [evil], {evil: evil}, [evil]
+    comparison.alignment = {v: {evil: 0.5} for v in comparison.ap}
+    write_report(comparison, tmp_path, [evil])
+    page = read(tmp_path)
+    assert not page.all("script")
+    assert all(image["src"].startswith("data:") for image in page.all("img"))
+    assert page.row(f"{evil}&amp;$x^$"), "shown as it is written"
+    assert len(re.findall(re.escape(evil), page.text)) > 20
+
+
+def test_many_variants_get_room_and_few_get_pictures_of_their_own():
+    eight, sixty = (pictures(complete(effects)) for effects in (EIGHT, SIXTY))
+    assert sixty["forest"][0].height > 5 * eight["forest"][0].height
+    for made in (eight, sixty):
+        assert len(made["forest"]) == len(made["comparison"]) == len(GROUPS)
+        assert len(made["per_class"]) == 3
+        assert len(made["embedding"]) == 3, "the bare host and two more"
+        for panel in (panel for panels in made.values() for panel in panels):
+            assert panel.alt
+    width, height = render(sixty["forest"][0]).size
+    assert height > 4 * width
+
+
+def test_the_map_leaves_out_what_moves_nothing_and_takes_a_sample():
+    comparison = complete({"identity": 0.0, "diffusion": 1.0})
+    rows = torch.randn(MAPPED + 50, 16, generator=torch.Generator().manual_seed(2))
+    comparison.sample = Sample({"none": rows, "identity": rows, "diffusion": rows + 1}, comparison.sample.text)
+    alts = [panel.alt for panel in pictures(comparison)["embedding"]]
+    assert alts == [f"Map of {MAPPED} pairs of {name} among 40 texts." for name in ("none", "diffusion")]
+    comparison.sample = Sample({name: x[:1] for name, x in comparison.sample.rows.items()}, comparison.sample.text[:2])
+    assert "embedding" not in pictures(comparison)
+
+
+def test_a_variant_that_is_far_off_does_not_make_dots_of_the_others():
+    from matplotlib.figure import Figure
+
+    def limits(effects):
+        axes = Figure().subplots()
+        pictures(make(effects))["forest"][0].draw(axes)
+        return axes.get_xlim(), [text.get_text() for text in axes.texts]
+
+    near = {"up": 1.0, "down": -1.0, "flat": 0.1, "identity": 0.0}
+    (low, high), words = limits({**near, "mean_shift": -38.0})
+    assert -4 < low < -1
+    assert 1 < high < 4
+    assert [word[:4] for word in words] == ["◂ -3"], "its figure stands at the edge"
+    assert limits(near)[1] == []
+
+
+def test_the_forest_plot_tells_what_contains_0():
+    panels = pictures(make({"up": 3.0, "down": -3.0, "flat": 0.1, "identity": 0.0}))["forest"]
+    assert "Intervals above 0: 1; below 0: 1; containing 0: 2." in panels[0].alt
+    colors = {color for _, color in Image.open(BytesIO(png(render(panels[0])))).convert("RGB").getcolors(1 << 20)}
+    assert {(0x0B, 0x7A, 0x5B), (0xC2, 0x41, 0x0C)} <= colors, "green above, orange below"
+
+
+# -- the headline ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("effects", "tone", "words"),
+    [
+        ({"identity": 0, "diffusion": 2}, "gain", "gains 2.00 points of full mAP over the bare host, and does better than the best control, identity."),
+        ({"mean_shift": 1.9, "diffusion": 2}, "unknown", "gains 2.00 points of full mAP over the bare host, but cannot be told from the best control, mean_shift."),
+        ({"mean_shift=DIR": 4, "identity": 0, "diffusion": 2}, "unknown", "but does worse than the best control, mean_shift=DIR."),
+        ({"identity": 0, "diffusion": -2}, "loss", "diffusion loses 2.00 points of full mAP against the bare host, and does worse than the best control, identity."),
+        ({"identity": 0, "diffusion": 0.1}, "unknown", "No gain can be told from chance: diffusion changes full mAP by +0.10 points, and cannot be told from the best control"),
+        ({"diffusion": 2}, "unknown", "gains 2.00 points of full mAP over the bare host. No control was compared, and one may do as much."),
+        ({"diffusion": -2}, "loss", "No control was compared"),
+        ({"identity": 0, "mean_shift": 3}, "unknown", "Only controls were compared"),
+    ],
+)  # fmt: skip
+def test_the_headline_is_honest_in_both_directions(effects, tone, words):
+    found = headline(exact(effects))
+    assert words in found.text
+    assert found.tone == tone
+
+
+def exact(effects: dict[str, float]) -> Comparison:
+    """Every class moves by just the effect, so that words can be foreseen."""
+    comparison = make(effects)
+    comparison.ap = {"none": torch.full((600,), 0.3, dtype=torch.float64)}
+    comparison.ap |= {variant: comparison.ap["none"] + effect / 100 for variant, effect in effects.items()}
+    return replace(comparison, significance=intervals(comparison, 0.45))
+
+
+def test_a_gain_that_many_variants_explain_is_none():
+    comparison = exact({"identity": 0.0, "diffusion": 0.7})
+    assert headline(comparison).tone == "gain"
+    found = comparison.significance.difference["diffusion"]["full"]
+    comparison.significance.difference["diffusion"]["full"] = replace(found, p_adjusted=0.2)
+    assert found.low > 0
+    assert "No gain can be told from chance" in headline(comparison).text
+
+
+def test_a_sure_gain_counts_before_a_larger_one_by_chance():
+    comparison = exact({"identity": 0.0, "sure": 2.0, "wild": 2.5})
+    comparison.significance.difference["wild"]["full"] = Difference(-1.0, 6.0, 0.2, 0.3)
+    found = headline(comparison)
+    assert found.text.startswith("sure gains 2.00 points")
+    assert "wild has the highest full mAP of 2 bridges, and cannot be told from chance." in found.details
+
+
+def test_without_intervals_nothing_is_claimed():
+    found = headline(replace(exact({"identity": 0.0, "diffusion": 5.0}), significance=None))
+    assert found.text == (
+        "diffusion ends 5.00 points of full mAP above the bare host. There are no intervals, and one run by itself shows nothing "
+        "of chance."
+    )
+    assert found.tone == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"forced": ["made for another host"]}, "FORCED: made for another host"),
+        ({"degraded": {"p": "plugin p raised"}}, "DEGRADED: plugin p raised"),
+        ({"caveats": ["The first 20 images: no result to report."]}, "The first 20 images: no result to report."),
+    ],
+)
+def test_what_is_forced_degraded_or_partial_is_no_gain(tmp_path, change, words):
+    comparison = replace(exact({"identity": 0.0, "diffusion": 2.0}), **change)
+    assert headline(comparison).tone == "unknown"
+    assert headline(comparison).text.startswith("See the warnings first. diffusion gains")
+    write_report(comparison, tmp_path)
+    page = read(tmp_path)
+    assert words in page.text
+    assert page.text.index(words) < page.text.index("Mean AP"), "before any figure"
+    assert words in comparison.table()
+
+
+def test_the_headline_tells_of_other_seeds():
+    details = headline(complete(EIGHT)).details
+    assert any(line.startswith("Over its 3 seeds, diffusion=runs/blend has ") for line in details)
+    assert any(line.startswith("class_softmax: ") for line in details), "the best control's figures"
+
+
+# -- the table in the terminal ---------------------------------------------------------------------------------
+
+
+def test_the_table_says_what_is_known_of_chance():
+    comparison = make(EIGHT)
+    table = comparison.table()
+    rows = rows_of(table)
+    for variant in comparison.ap:
+        assert rows[variant] == {group: f"{comparison.mean_ap(variant, group):.2f}" for group in GROUPS}
+    lines = table.splitlines()
+    begin = next(n for n, line in enumerate(lines) if line.startswith("difference to none [95 % interval] p, adjusted"))
+    for line, (variant, groups) in zip(lines[begin + 2 :], comparison.significance.difference.items(), strict=False):
+        assert line.startswith(variant)
+        found = re.findall(r"([+-]\d+\.\d\d) \[([+-]\d+\.\d\d) ([+-]\d+\.\d\d)\] (<?\d\.\d{3})", line)
+        assert len(found) == len(groups)
+        for (change, low, high, p), (group, difference) in zip(found, groups.items(), strict=True):
+            assert (change, low, high) == tuple(
+                f"{x:+.2f}" for x in (comparison.difference(variant, group), difference.low, difference.high)
+            )
+            assert p == ("<0.001" if difference.p_adjusted < 0.001 else f"{difference.p_adjusted:.3f}")
+    assert (
+        lines[-1] == "Intervals are over images (1000 resamplings); they do not cover the seed of a bridge's training."
+    )
+    assert bare().table().endswith("One run without intervals: small differences may be chance.")
+
+
+# -- in a browser ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """Chromium without a window, which logs its console and every request."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("needs chromium and chromedriver on the PATH (Debian: apt-get install chromium chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (
+        "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
+    ):  # fmt: skip
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield opened
+    opened.quit()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "height"), [(360, 740), (390, 844), (1280, 800)])
+@pytest.mark.parametrize("size", ["eight", "sixty", "bare"])
+def test_the_page_in_a_browser(browser, reports, size, width, height, scheme):
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    browser.get_log("performance")  # which empties it
+    address = (reports / size / "report.html").as_uri()
+    browser.get(address)
+    ask = browser.execute_script
+    assert ask("return innerWidth") == width, "a page too wide is shown smaller on a phone"
+    assert ask("return document.documentElement.scrollWidth") <= width
+    assert browser.get_log("browser") == [], "an error, or something that the policy refused"
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    assert [url for url in asked if not url.startswith("data:")] == [address]
+    assert ask("return [...document.images].every(i => i.complete && i.naturalWidth > 0 && i.clientWidth > 100)")
+    for section in ("header", "main section", "h2", "figcaption", "aside"):
+        boxes = ask(f"return [...document.querySelectorAll('{section}')].map(e => [e.clientWidth, e.clientHeight])")
+        assert boxes
+        assert all(wide > 100 and high > 10 for wide, high in boxes)
+    assert ask("return parseFloat(getComputedStyle(document.body).fontSize)") >= 16
+    for element in ("body", ".headline", "figcaption", "td", "td small", "summary"):
+        assert contrast(ask, element) >= 4.5, element
+
+
+def contrast(ask, element: str) -> float:
+    """The lowest contrast of any text in such elements to the page (WCAG 2.2, 1.4.3)."""
+    paper = rgb(ask("return getComputedStyle(document.body).backgroundColor"))
+    inks = ask(f"return [...document.querySelectorAll('{element}')].map(e => getComputedStyle(e).color)")
+    return min((contrast_of(rgb(ink), paper) for ink in set(inks)), default=math.inf)
+
+
+def rgb(color: str) -> list[float]:
+    return [float(part) / 255 for part in re.findall(r"[\d.]+", color)[:3]]
+
+
+def contrast_of(one: list[float], other: list[float]) -> float:
+    def luminance(color: list[float]) -> float:
+        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in color]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)

@@ -1,0 +1,232 @@
+"""A student: as near to its teacher as it says, judged on rows it has not learned from, and a bridge as any other."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ezhoi_diffusion.cli import main
+from ezhoi_diffusion.cli.train import training_data
+from ezhoi_diffusion.diffusion.bridge import BridgeError, DiffusionBridge
+from ezhoi_diffusion.evaluation.fidelity import fidelity
+from ezhoi_diffusion.features.split import held_out
+from ezhoi_diffusion.features.store import FeatureStore
+from ezhoi_diffusion.testing import synthetic_store
+from ezhoi_diffusion.training import distillation
+from ezhoi_diffusion.training.config import TrainingError
+from ezhoi_diffusion.training.distillation import distill
+from ezhoi_diffusion.training.trainer import train
+from helpers.bridges import make
+from helpers.trainings import QUICK, low_rank
+
+
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch):
+    monkeypatch.setattr(distillation, "ROWS", 300)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    recipe = replace(make("paper").config.recipe, steps=10)
+    config = replace(QUICK, recipe=recipe, train_steps=300, learning_rate=2e-3, val_every=300, checkpoint_every=300)
+    return DiffusionBridge.from_pretrained(train(low_rank(), config, tmp_path_factory.mktemp("teacher") / "out"))
+
+
+def taught(teacher, steps=400, seed=0):
+    data = low_rank(visuals=240)
+    return distill(teacher, data.visual[:200], data.visual[200:], data.text, train_steps=steps, seed=seed)
+
+
+def direction(bridge, x):
+    """Before blending, mean and norm: what is distilled."""
+    return bridge.override(strength=1.0, output="unit")(x)
+
+
+def test_one_evaluation_gives_what_ten_give(teacher):
+    student, reached = taught(teacher)
+    unseen = low_rank(visuals=240).visual[200:]
+    cosine = torch.cosine_similarity(direction(student, unseen), direction(teacher, unseen))
+    one = torch.cosine_similarity(direction(teacher.override(steps=1), unseen), direction(teacher, unseen))
+    assert student.config.recipe.steps == 1
+    assert reached.cosine == pytest.approx(float(cosine.mean()), abs=1e-5)
+    assert reached.cosine_min == pytest.approx(float(cosine.min()), abs=1e-5)
+    assert reached.rows == 40
+    assert reached.cosine > 0.995
+    assert 1 - reached.cosine < 0.3 * (1 - float(one.mean()))
+
+
+def test_it_is_stored_with_how_near_it_comes(teacher, tmp_path):
+    student, reached = taught(teacher, steps=20)
+    student.save_pretrained(tmp_path)
+    again = DiffusionBridge.from_pretrained(tmp_path)
+    x = low_rank().visual
+    assert torch.equal(again(x), student(x))
+    assert again.provenance["distilled"]["held_out"] == vars(reached)
+    assert (again.config.student_of["start_step"], again.config.student_of["steps"]) == (600, 10)
+    assert again.provenance["distilled"]["teacher"] == teacher.provenance["training"]
+    assert again.provenance["host"] == teacher.provenance["host"]
+    assert "training" not in again.provenance
+    assert torch.equal(again.context["ctx"], teacher.context["ctx"])
+
+
+def test_it_is_no_teacher_in_disguise(teacher):
+    """Reports and cards tell bridges apart by where they come from, and say what is applied otherwise than it is stored."""
+    applied = teacher.override(steps=7)
+    student, _ = distill(applied, low_rank().visual[:60], low_rank().visual[60:], low_rank().text, train_steps=2)
+    origins = [{k: v for k, v in bridge.provenance.items() if k != "overridden"} for bridge in (applied, student)]
+    assert origins[0] != origins[1]
+    assert "overridden" not in student.provenance
+    with pytest.raises(TrainingError, match="a student already"):
+        distill(student, low_rank().visual[:60], low_rank().visual[60:], low_rank().text)
+
+
+def test_it_starts_from_the_weights_of_its_teacher(teacher):
+    student, _ = distill(teacher, low_rank().visual[:60], low_rank().visual[60:], low_rank().text, train_steps=1)
+    moved = [
+        float((new - old).abs().max())
+        for new, old in zip(student.denoiser.parameters(), teacher.denoiser.parameters(), strict=True)
+    ]
+    assert max(moved) < 2 * distillation.LEARNING_RATE  # one step of Adam
+
+
+def test_of_many_held_out_rows_a_part_is_bridged(teacher, monkeypatch):
+    monkeypatch.setattr(distillation, "JUDGED", 5)
+    assert taught(teacher, steps=1)[1].rows == 5
+
+
+def test_its_teachers_settings_are_fixed_and_the_others_are_not(teacher):
+    student, _ = taught(teacher, steps=5)
+    for fixed in ({"start_step": 100}, {"steps": 2}, {"grid": "cubic"}):
+        with pytest.raises(BridgeError, match="student"):
+            student.override(**fixed)
+    x = low_rank().visual
+    gentle, strong = student.sweep([{"strength": 0.0}, {"strength": 1.0}])
+    assert torch.allclose(gentle(x), x, rtol=1e-4, atol=1e-3)
+    assert not torch.allclose(strong(x), x, rtol=1e-2)
+
+
+def test_the_same_seed_gives_the_same_student_and_no_global_random_number_is_drawn(teacher):
+    state = torch.get_rng_state()
+    one, other, another = taught(teacher, 5), taught(teacher, 5), taught(teacher, 5, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    weights = [list(student.denoiser.state_dict().values()) for student, _ in (one, other, another)]
+    assert all(map(torch.equal, weights[0], weights[1]))
+    assert not all(map(torch.equal, weights[0], weights[2]))
+
+
+def test_nothing_is_learned_from_held_out_rows(teacher):
+    data = low_rank(visuals=240)
+    student, _ = taught(teacher, 5)
+    other, _ = distill(teacher, data.visual[:200], -data.visual[200:], data.text, train_steps=5)
+    assert all(map(torch.equal, student.denoiser.state_dict().values(), other.denoiser.state_dict().values()))
+
+
+def test_a_teacher_of_any_denoiser_has_an_mlp_as_student(tmp_path):
+    data = low_rank()
+    recipe = replace(make("paper").config.recipe, steps=10, grid="cubic")
+    out = train(data, replace(QUICK, denoiser="texts", denoiser_options={}, recipe=recipe), tmp_path / "out")
+    student, _ = distill(
+        DiffusionBridge.from_pretrained(out), data.visual[:60], data.visual[60:], data.text, train_steps=3
+    )
+    assert (student.config.denoiser, student.config.student_of["denoiser"]) == ("mlp", "texts")
+    assert (student.config.recipe.grid, student.config.student_of["grid"]) == ("linear", "cubic")
+
+
+def test_what_cannot_be_distilled(teacher):
+    data = low_rank()
+    with pytest.raises(TrainingError, match="one evaluation already"):
+        distill(teacher.override(steps=1), data.visual, data.visual, data.text)
+    with pytest.raises(TrainingError, match="too few"):
+        distill(teacher, data.visual[:1], data.visual, data.text)
+
+
+def test_fidelity_against_cosines_written_out():
+    text = torch.eye(4)[:3]
+    reference = torch.tensor([[1.0, 0, 0, 0], [0, 2, 0, 0]])
+    found = torch.tensor([[3.0, 0, 0, 4], [0, 1, 3, 0]])
+    result = fidelity(found, reference, text)
+    assert result.cosine == pytest.approx((0.6 + 10**-0.5) / 2)
+    assert result.cosine_min == pytest.approx(10**-0.5)
+    assert result.top1 == 0.5
+    assert fidelity(reference, 7 * reference, text).cosine == 1
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stores")
+    store = synthetic_store(folder / "train", images=40)
+    recipe = replace(make("paper").config.recipe, steps=10)
+    config = replace(QUICK, recipe=recipe, train_steps=100, learning_rate=2e-3)
+    bridge = train(training_data(store, "text"), config, folder / "bridge")
+    synthetic_store(folder / "test", split="test", images=8)
+    synthetic_store(folder / "other", images=20, seed=5)
+    return folder, bridge
+
+
+def test_the_command_writes_a_student_that_compare_takes(stores, tmp_path, capsys):
+    folder, bridge = stores
+    out = tmp_path / "student"
+    assert main(["distill", str(bridge), str(folder / "train"), "--out", str(out), "--train-steps", "300"]) == 0
+    said = capsys.readouterr().out
+    assert "one evaluation against the teacher's 10 from level 600: cosine 0.99" in said or "cosine 1.0" in said
+    assert json.loads((out / "config.json").read_text())["provenance"]["distilled"]["held_out"]["cosine"] >= 0.99
+    names = f"none,diffusion={bridge},diffusion={out}"
+    assert main(["compare", str(folder / "test"), "--bridges", names, "--replicates", "0"]) == 0
+    assert f"diffusion={out}" in capsys.readouterr().out
+
+
+def test_the_command_learns_from_images_that_are_not_held_out(stores, tmp_path, monkeypatch):
+    folder, bridge = stores
+    given = []
+
+    def stop(teacher, training, held_out, *rest, **options):
+        given.append((training, held_out))
+        raise TrainingError("seen enough")
+
+    monkeypatch.setattr(distillation, "distill", stop)
+    assert main(["distill", str(bridge), str(folder / "train"), "--out", str(tmp_path / "x")]) == 2
+    store = FeatureStore(folder / "train")
+    apart = held_out(len(store.images))[store.image_index()]
+    assert torch.equal(given[0][0], store.adapter_feat()[~apart])
+    assert torch.equal(given[0][1], store.adapter_feat()[apart])
+
+
+def test_steps_for_all_name_the_student_that_cannot_take_them(stores, tmp_path, capsys):
+    folder, bridge = stores
+    teacher = DiffusionBridge.from_pretrained(bridge)
+    data = FeatureStore(folder / "train")
+    student, _ = distill(teacher, data.adapter_feat()[:50], data.adapter_feat()[50:], data.text, train_steps=1)
+    student.save_pretrained(tmp_path)
+    names = f"none,diffusion={tmp_path}"
+    assert main(["compare", str(folder / "test"), "--bridges", names, "--inference-steps", "5"]) == 2
+    said = capsys.readouterr().err
+    assert f"--inference-steps 5 cannot be used with 'diffusion={tmp_path}'" in said
+    assert main(["doctor", str(folder / "train"), str(tmp_path)]) in (0, 1)
+    assert "a student of mlp, 10 evaluations from level 600; mean cosine to that" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["--min-cosine", "1.1"], "so it is not written"),
+        (["--train-steps", "0"], "--train-steps"),
+        (["--steps", "601"], "steps"),
+        (["--steps", "1"], "one evaluation already"),
+    ],
+)
+def test_what_the_command_refuses_it_does_not_write(stores, tmp_path, capsys, changes, says):
+    folder, bridge = stores
+    out = tmp_path / "student"
+    words = ["distill", str(bridge), str(folder / "train"), "--out", str(out), "--train-steps", "3", *changes]
+    assert main(words) == 2
+    assert says in capsys.readouterr().err
+    assert not (out / "config.json").exists()
+
+
+def test_a_student_is_not_made_of_test_images_or_another_hosts(stores, tmp_path, capsys):
+    folder, bridge = stores
+    assert main(["distill", str(bridge), str(folder / "test"), "--out", str(tmp_path / "a")]) == 2
+    assert "training images only" in capsys.readouterr().err
+    assert main(["distill", str(bridge), str(folder / "other"), "--out", str(tmp_path / "b")]) == 2
+    assert "another host" in capsys.readouterr().err

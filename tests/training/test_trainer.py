@@ -1,0 +1,381 @@
+"""Training: it learns, it splits by image, it goes on where it stopped, it is the same on two processes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ezhoi_diffusion.diffusion.bridge import Components, DiffusionBridge
+from ezhoi_diffusion.diffusion.normalization import normalize
+from ezhoi_diffusion.diffusion.recipes import RECIPES
+from ezhoi_diffusion.errors import EzhoiDiffusionError, Interrupted
+from ezhoi_diffusion.features.statistics import ModalityStatistics
+from ezhoi_diffusion.training.data import training_rows
+from ezhoi_diffusion.training.processes import part
+from ezhoi_diffusion.training.trainer import TrainingData, TrainingError, train
+from helpers import TESTS
+from helpers.trainings import DIM, QUICK, Stop, asked_to_end_at, equal, low_rank, stop_at, weights
+
+
+def test_learns_more_than_the_isotropic_estimate(tmp_path):
+    config = replace(
+        QUICK,
+        train_steps=400,
+        val_every=100,
+        checkpoint_every=400,
+        learning_rate=2e-3,
+        denoiser_options={"width": 64, "depth": 2},
+    )
+    data = low_rank()
+    out = train(data, config, tmp_path / "out")
+    facts = json.loads((out / "training.json").read_text())
+    assert facts["best_val_loss"] < 0.7 * facts["isotropic_val_loss"]
+    assert [r["step"] for r in facts["history"] if "val_loss" in r] == [100, 200, 300, 400]
+    assert facts["seconds"] > 0
+
+    bridge = DiffusionBridge.from_pretrained(out)
+    assert bridge.config.provenance["host"] == "test"
+    best = min((r for r in facts["history"] if "val_loss" in r), key=lambda r: r["val_loss"])
+    training = bridge.config.provenance["training"]
+    assert (training["step"], training["val_loss"]) == (best["step"], best["val_loss"])
+    assert (facts["best_step"], facts["best_val_loss"]) == (best["step"], best["val_loss"])
+    assert training["val_loss_by_range"] == facts["val_loss_by_range"] == best["val_loss_by_range"]
+    assert torch.equal(bridge.context["ctx"], torch.ones(2))
+    assert torch.isfinite(bridge(data.visual)).all()
+
+
+@pytest.mark.parametrize("objective", ["pred_noise", "pred_v"])
+def test_other_objectives_give_a_usable_x0(tmp_path, objective):
+    config = replace(QUICK, train_steps=150, objective=objective, learning_rate=2e-3, val_every=150)
+    data = low_rank()
+    bridge = DiffusionBridge.from_pretrained(train(data, config, tmp_path / "out"))
+    z = training_rows(data, config)[torch.arange(60)]
+    for level in (20, 99):
+        x0 = bridge._predict_x0(z, level)
+        assert nn.functional.cosine_similarity(x0, z).mean() > 0.9
+
+
+@pytest.mark.parametrize("recipe", ["guide", "paper"])
+def test_rows_lose_the_mean_their_recipe_says_and_split_by_image(recipe):
+    data = low_rank()
+    config = replace(QUICK, recipe=RECIPES[recipe])
+    rows = training_rows(data, config)
+    if recipe == "guide":
+        assert rows.source is data.visual
+        assert not set(data.image[rows.training].tolist()) & set(data.image[rows.validation].tolist())
+    else:
+        assert rows.source is data.text
+        assert len(rows.validation) == 6
+    assert torch.equal(rows.mean, data.statistics.text_mean)
+
+
+def test_images_are_held_out_alike_whatever_the_seed():
+    data, config = low_rank(), replace(QUICK, recipe=RECIPES["guide"])
+    first, other = (training_rows(data, replace(config, seed=seed)) for seed in (0, 1))
+    assert torch.equal(first.validation, other.validation)
+    text = [training_rows(data, replace(QUICK, seed=seed)).validation for seed in (0, 1)]
+    assert not torch.equal(*text), "text rows have no images, and are split by seed"
+    more = replace(data, images=200)
+    assert set(training_rows(more, config).validation.tolist()) != set(first.validation.tolist())
+    with pytest.raises(TrainingError, match="are left to train on"):
+        training_rows(replace(data, image=torch.full_like(data.image, 3), images=90), config)
+
+
+# pairs
+
+
+def rotated(classes: int = 12, each: int = 40, dim: int = DIM) -> TrainingData:
+    """Visual rows that are their class's text turned by a hidden rotation, shifted, scaled and blurred."""
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randn(classes, dim, generator=generator) + 2
+    turn = torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0]
+    own = text.repeat_interleave(each, 0)
+    visual = 3 * (own @ turn + 4) + 0.5 * torch.randn(own.shape, generator=generator)
+    image = torch.arange(len(own)) % 60
+    return TrainingData(visual, image, text, ModalityStatistics.of([visual], text), own_text=own, images=60)
+
+
+def test_pairs_are_mixed_from_the_text_to_the_blurred_visual_row():
+    data, recipe = rotated(), replace(RECIPES["paired"], noise_augmentation=0.5)
+    rows = training_rows(data, replace(QUICK, recipe=recipe))
+    some = torch.arange(7)
+    z_text, _ = normalize(data.own_text[some], data.statistics.text_mean, 5.0)
+    z_visual, _ = normalize(data.visual[some], data.statistics.visual_mean, 5.0)
+    assert torch.equal(rows[some], z_text)
+    torch.testing.assert_close(rows.noise(some, torch.zeros(7, DIM)), z_visual)
+    gaussian = torch.randn(7, DIM, generator=torch.Generator().manual_seed(0))
+    blurred = rows.noise(some, gaussian)
+    torch.testing.assert_close(blurred.norm(dim=1), torch.full((7,), 5.0))
+    expected = z_visual + 0.5 * 5 / DIM**0.5 * gaussian
+    torch.testing.assert_close(blurred, 5 * expected / expected.norm(dim=1, keepdim=True))
+    assert not set(data.image[rows.training].tolist()) & set(data.image[rows.validation].tolist())
+
+
+def test_a_bridge_trained_on_pairs_leads_rows_of_held_out_images_to_their_own_text(tmp_path):
+    data = rotated()
+    recipe = replace(RECIPES["paired"], strength=1.0)
+    config = replace(
+        QUICK, recipe=recipe, train_steps=600, learning_rate=2e-3, val_every=50, checkpoint_every=600, patience=3,
+        denoiser_options={"width": 64, "depth": 2},
+    )  # fmt: skip
+    out = train(data, config, tmp_path / "out")
+    bridge = DiffusionBridge.from_pretrained(out)
+    held = training_rows(data, config).validation
+    statistics = data.statistics
+    z_text = normalize(data.own_text[held], statistics.text_mean, 1.0)[0]
+    before = normalize(data.visual[held], statistics.visual_mean, 1.0)[0]
+    after = normalize(bridge(data.visual[held]), statistics.visual_mean, 1.0)[0]
+    cosine = [float((z * z_text).sum(1).mean()) for z in (before, after)]
+    assert cosine[0] < 0.3
+    assert cosine[1] > 0.8
+    facts = json.loads((out / "training.json").read_text())
+    assert bridge.provenance["training"]["val_loss"] == facts["best_val_loss"], "the best, not the last"
+    assert bridge.provenance["training"]["stopped"] == facts["stopped"]
+
+
+def test_pairs_need_texts_and_the_objective_that_fits():
+    with pytest.raises(TrainingError, match="no text of a row's own class"):
+        training_rows(low_rank(), replace(QUICK, recipe=RECIPES["paired"]))
+    with pytest.raises(TrainingError, match="pred_x0 for a recipe of pairs"):
+        replace(QUICK, recipe=RECIPES["paired"], objective="pred_v")
+
+
+def test_a_visual_trained_recipe_runs(tmp_path):
+    recipe = replace(RECIPES["guide"], steps=5)
+    out = train(low_rank(), replace(QUICK, recipe=recipe), tmp_path / "out")
+    assert DiffusionBridge.from_pretrained(out).config.recipe == recipe
+
+
+def test_rows_kept_on_the_device_are_those_taken_batch_by_batch(tmp_path, monkeypatch):
+    kept = train(low_rank(), QUICK, tmp_path / "kept")
+    monkeypatch.setattr("ezhoi_diffusion.training.data.BLOCK", 16)  # so 60 rows are too many to keep
+    assert training_rows(low_rank(), QUICK).resident(torch.device("cpu")) is None
+    taken = train(low_rank(), QUICK, tmp_path / "taken")
+    assert all(torch.allclose(x, weights(taken)[name], atol=1e-7) for name, x in weights(kept).items())
+
+
+def test_training_draws_no_global_random_number(tmp_path):
+    state = torch.get_rng_state()
+    train(low_rank(), QUICK, tmp_path / "out")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_run_may_end_at_the_step_it_was_asked_to_end_at(tmp_path, capsys, step):
+    """With no record in the history yet, and with one of an earlier step only: the end is that of a run this long."""
+    whole = train(low_rank(), replace(QUICK, train_steps=step), tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(low_rank(), QUICK, tmp_path / "out", on_step=asked_to_end_at(step))
+    capsys.readouterr()
+    out = train(low_rank(), replace(QUICK, train_steps=step), tmp_path / "out", resume=True)
+    assert f"train_steps was 12, is now {step}\n" in capsys.readouterr().err
+    assert equal(weights(out), weights(whole))
+    histories = [json.loads((folder / "training.json").read_text())["history"] for folder in (out, whole)]
+    assert histories[0] == histories[1]
+    assert [record["step"] for record in histories[0] if "val_loss" in record] == [*range(4, step, 4), step]
+
+
+def test_a_checkpoint_that_is_there_is_not_written_again(tmp_path):
+    manifest = tmp_path / "out" / "checkpoints" / "step-000000004" / "manifest.json"
+    inodes = []
+
+    def on_step(done):
+        if done == 4:
+            inodes.append(manifest.stat().st_ino)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        train(low_rank(), QUICK, tmp_path / "out", on_step=on_step)
+    assert manifest.stat().st_ino == inodes[0]
+
+
+@pytest.mark.parametrize("step", [2, 6, 11])
+def test_an_interrupted_run_ends_bit_equal(tmp_path, step):
+    """Stopped before the first checkpoint, and between two; with accumulation, over epoch ends."""
+    config = replace(QUICK, gradient_accumulate=2)
+    whole = train(low_rank(), config, tmp_path / "whole")
+    with pytest.raises(Stop):
+        train(low_rank(), config, tmp_path / "broken", on_step=stop_at(step))
+    torch.rand(3)
+    resumed = train(low_rank(), config, tmp_path / "broken", resume=True)
+    assert equal(weights(resumed), weights(whole))
+    histories = [json.loads((f / "training.json").read_text())["history"] for f in (whole, resumed)]
+    assert histories[0] == histories[1]
+
+
+def test_a_finished_run_may_go_on_for_longer(tmp_path):
+    longer = replace(QUICK, train_steps=20)
+    whole = train(low_rank(), longer, tmp_path / "whole")
+    train(low_rank(), QUICK, tmp_path / "out")
+    grown = train(low_rank(), longer, tmp_path / "out", resume=True)
+    assert equal(weights(grown), weights(whole))
+
+
+def test_resuming_refuses_another_run(tmp_path):
+    out = train(low_rank(), QUICK, tmp_path / "out")
+    before = weights(out)
+    for config, says in (
+        (replace(QUICK, learning_rate=1e-3, seed=1), r"learning_rate \(was 0.0003, is 0.001\), seed"),
+        (replace(QUICK, recipe=replace(QUICK.recipe, strength=0.5)), "recipe"),
+        (replace(QUICK, train_steps=4), "beyond train_steps 4"),
+    ):
+        with pytest.raises(TrainingError, match=says):
+            train(low_rank(), config, out, resume=True)
+    with pytest.raises(TrainingError, match="other embeddings"):
+        train(low_rank(texts=61), QUICK, out, resume=True)
+    assert equal(weights(out), before)
+
+
+def test_an_occupied_folder_is_left_alone(tmp_path):
+    out = train(low_rank(), QUICK, tmp_path / "out")
+    stamp = (out / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(TrainingError, match="holds a trained bridge: resume"):
+        train(low_rank(), QUICK, out)
+    for checkpoint in (out / "checkpoints").iterdir():
+        (checkpoint / "manifest.json").unlink()
+    with (
+        pytest.warns(UserWarning, match="skipping checkpoint"),
+        pytest.raises(TrainingError, match="no whole checkpoint"),
+    ):
+        train(low_rank(), QUICK, out, resume=True)
+    assert (out / "model.safetensors").stat().st_mtime_ns == stamp
+    with pytest.raises(Stop):
+        train(low_rank(), QUICK, tmp_path / "broken", on_step=stop_at(5))
+    with pytest.raises(TrainingError, match="an unfinished training"):
+        train(low_rank(), QUICK, tmp_path / "broken")
+
+
+def test_a_broken_loss_ends_the_run_and_keeps_the_last_checkpoint(tmp_path):
+    network = nn.Linear(DIM, DIM)
+
+    class Denoiser(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
+        def forward(self, x, t):
+            return self.network(x)
+
+    def break_it(done):
+        if done == 5:
+            nn.init.constant_(network.weight, torch.nan)
+
+    registry = Components()
+    registry.denoisers.register("fragile", lambda dim, schedule, objective, scale: Denoiser())
+    config = replace(QUICK, denoiser="fragile", denoiser_options={})
+    with pytest.raises(TrainingError, match=r"nan at step 6: lower the learning rate"):
+        train(low_rank(), config, tmp_path / "out", registry=registry, on_step=break_it)
+    assert [p.name for p in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-000000004"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 works with a GPU")
+def test_fp16_needs_a_gpu(tmp_path):
+    with pytest.raises(TrainingError, match="fp16 needs a GPU"):
+        train(low_rank(), replace(QUICK, mixed_precision="fp16"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bf16_runs_and_stays_near_float32(tmp_path):
+    exact = train(low_rank(), QUICK, tmp_path / "no")
+    rough = train(low_rank(), replace(QUICK, mixed_precision="bf16"), tmp_path / "bf16")
+    exact, rough = (load_file(out / "model.safetensors") for out in (exact, rough))
+    for name, value in rough.items():
+        assert value.dtype == torch.float32
+        assert torch.allclose(value, exact[name], atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"text": torch.randn(1, DIM)}, "too few text rows"),
+        ({"text": torch.full((9, DIM), torch.nan)}, "NaN"),
+        ({"text": torch.randn(9, DIM + 1)}, "must be"),
+        ({"text": torch.randn(9)}, "must be"),
+    ],
+)
+def test_refused_data(tmp_path, change, says):
+    with pytest.raises(TrainingError, match=says):
+        train(replace(low_rank(), **change), QUICK, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_bridge_would_refuse_is_refused_before_the_first_step(tmp_path):
+    visual = low_rank().visual
+    one_text = replace(low_rank(), statistics=ModalityStatistics.of([visual], torch.eye(DIM)[:1]))
+    for broken, config, says in (
+        (one_text, QUICK, "text mean"),
+        (low_rank(), replace(QUICK, recipe=replace(QUICK.recipe, sampler="nobody")), "nobody"),
+        (low_rank(), replace(QUICK, denoiser_options={"wdth": 1}), "wdth"),
+    ):
+        with pytest.raises(EzhoiDiffusionError, match=says):
+            train(broken, config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_image_cannot_be_split(tmp_path):
+    data = replace(low_rank(), image=torch.zeros(90, dtype=torch.int64))
+    with pytest.raises(TrainingError, match="too few images"):
+        train(data, replace(QUICK, recipe=RECIPES["guide"]), tmp_path / "out")
+
+
+def main(out: str) -> None:
+    """What each of two processes runs."""
+    torch.set_num_threads(1)
+    train(low_rank(), replace(QUICK, gradient_accumulate=2), Path(out))
+    part()
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": "2",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS / "training"), *sys.path)),
+    }
+    code = f"import test_trainer as t; t.main({str(tmp_path / 'two')!r})"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    main(str(tmp_path / "one"))
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert json.loads((tmp_path / "two" / "training.json").read_text())["processes"] == 2
+    for name in one:
+        assert torch.allclose(one[name], two[name], atol=1e-5)
+
+
+def test_an_out_that_cannot_be_a_folder_is_a_typed_error_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(TrainingError, match="cannot be written"):
+        train(low_rank(), QUICK, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_run_resumed_with_no_step_left_still_ends(tmp_path):
+    config = replace(QUICK, checkpoint_every=4, val_every=3)
+    with pytest.raises(Stop):
+        train(low_rank(), config, tmp_path, on_step=stop_at(5))
+    train(low_rank(), replace(config, train_steps=4), tmp_path, resume=True)
+    assert DiffusionBridge.from_pretrained(tmp_path).provenance["training"]["step"] == 4

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from ezhoi_diffusion.errors import EzhoiDiffusionError as EzhoiDiffusionError
     from ezhoi_diffusion.evaluation.comparison import Comparison as Comparison
     from ezhoi_diffusion.ezhoi.attach import attach as attach
-    from ezhoi_diffusion.ezhoi.feature_tap import Tap as Tap
+    from ezhoi_diffusion.ezhoi.feature_tap import FeatureTap as FeatureTap
     from ezhoi_diffusion.ezhoi.flags import add_arguments as add_arguments
-    from ezhoi_diffusion.ezhoi.run import Host as Host
+    from ezhoi_diffusion.ezhoi.run import EzHoiRun as EzHoiRun
     from ezhoi_diffusion.features.batch import FeatureBatch as FeatureBatch
     from ezhoi_diffusion.features.batch import Pairs as Pairs
     from ezhoi_diffusion.features.labels import SeenPairs as SeenPairs
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ezhoi_diffusion.features.store import FeatureStore as FeatureStore
     from ezhoi_diffusion.guide.bridge_hoi import DiffusionBridgeHOI as DiffusionBridgeHOI
     from ezhoi_diffusion.hookspecs import hookimpl as hookimpl
-    from ezhoi_diffusion.plugins import PluginHost as PluginHost
+    from ezhoi_diffusion.plugins import PluginManager as PluginManager
 
 _WHERE = {
     "Artifact": "artifact",

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.bridge import BridgeError as BridgeError
 from ezhoi_diffusion.files import current, read_json, read_tensors, replaced_files, write_json, write_tensors
 
 SCHEMA_VERSION = 1
@@ -20,10 +20,6 @@ NAME, FILE = re.compile(r"[\w.-]{1,60}", re.ASCII), re.compile(r"[a-z][a-z0-9_]{
 OURS = ("schema_version", "bridge", "files", "provenance")  # entries of config.json beside the bridge's own
 ATTEMPTS = 3  # to read an artefact that does not fit together
 REMEDY = "restore the artefact from where it came, or make it anew"
-
-
-class BridgeError(EzhoiDiffusionError):
-    """An artefact cannot be read or built, or a bridge was given something that it cannot take."""
 
 
 @dataclass(frozen=True, eq=False)

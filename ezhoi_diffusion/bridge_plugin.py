@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ezhoi_diffusion.artifact import Artifact
-    from ezhoi_diffusion.ezhoi.run import Host
-    from ezhoi_diffusion.plugins import PluginHost
+    from ezhoi_diffusion.ezhoi.run import EzHoiRun
+    from ezhoi_diffusion.plugins import PluginManager
     from ezhoi_diffusion.registry import Register
 
 Bridge = Callable[["Tensor"], "Tensor"]
@@ -34,12 +34,12 @@ class BridgePlugin:
         self.name, self.load, self.fit = name, load, fit
         self._bridge: Bridge | None = None
 
-    def loader(self, plugins: PluginHost) -> Load:
+    def loader(self, plugins: PluginManager) -> Load:
         """`load`; for a bridge that needs what other plugins contribute, the place to take it from `plugins`."""
         return self.load
 
     @hookimpl
-    def register_bridges(self, register: Register[Load], plugins: PluginHost) -> None:
+    def register_bridges(self, register: Register[Load], plugins: PluginManager) -> None:
         """Contribute the bridge by its name."""
         register(self.name, self.loader(plugins))
 
@@ -50,20 +50,20 @@ class BridgePlugin:
             register(self.name, self.fit)
 
     @hookimpl
-    def on_attach(self, host: Host) -> None:
+    def on_attach(self, run: EzHoiRun) -> None:
         """Load the bridge and hold it against the host."""
         from torch import nn
 
         from ezhoi_diffusion.evaluation.variants import with_steps
         from ezhoi_diffusion.hub import local
 
-        if host.args.compare:
+        if run.args.compare:
             return  # the comparison loads its own
-        bridge: Any = self.loader(host.plugins)(local(host.args.bridge) if host.args.bridge else None)
-        bridge = with_steps(bridge, host.args.inference_steps)
-        host.accept(bridge, self.name)
+        bridge: Any = self.loader(run.plugins)(local(run.args.bridge) if run.args.bridge else None)
+        bridge = with_steps(bridge, run.args.inference_steps)
+        run.accept(bridge, self.name)
         if isinstance(bridge, nn.Module):
-            bridge.to(host.device)
+            bridge.to(run.device)
         self._bridge = bridge
 
     @hookimpl
@@ -72,6 +72,6 @@ class BridgePlugin:
         return self._bridge(adapter_feat) if self._bridge is not None else None
 
     @hookimpl
-    def on_detach(self, host: Host) -> None:
+    def on_detach(self, run: EzHoiRun) -> None:
         """Let the bridge go."""
         self._bridge = None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class EzhoiDiffusionError(Exception):
     """Something a user can act on: the message says what happened, where, and what to do next.
@@ -20,3 +23,17 @@ class Interrupted(EzhoiDiffusionError):
     """
 
     status = 75
+
+
+@contextmanager
+def attributed_to(what: str, kind: type[EzhoiDiffusionError] = EzhoiDiffusionError) -> Iterator[None]:
+    """Around a call of third-party code, which may raise anything: raise it as `kind`, with `what` in front.
+
+    Errors of this family pass as they are.
+    """
+    try:
+        yield
+    except EzhoiDiffusionError:
+        raise
+    except Exception as error:
+        raise kind(f"{what} raised {type(error).__name__}: {error}") from error

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
     from ezhoi_diffusion.artifact import Artifact
     from ezhoi_diffusion.evaluation.comparison import Comparison
-    from ezhoi_diffusion.ezhoi.run import Host
+    from ezhoi_diffusion.ezhoi.run import EzHoiRun
     from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
-    from ezhoi_diffusion.plugins import PluginHost
+    from ezhoi_diffusion.plugins import PluginManager
     from ezhoi_diffusion.registry import Register
 
 PROJECT = "ezhoi_diffusion"
@@ -52,7 +52,7 @@ def register_options(group: argparse._ArgumentGroup) -> None:
 
 @hookspec
 def register_bridges(
-    register: Register[Callable[[Path | None], Callable[[Tensor], Tensor]]], plugins: PluginHost
+    register: Register[Callable[[Path | None], Callable[[Tensor], Tensor]]], plugins: PluginManager
 ) -> None:
     """Contribute bridges by name, for `--compare none,NAME`.
 
@@ -65,7 +65,7 @@ def register_bridges(
         `depends_on_seed = True`, a training with another seed is another bridge;
         `settings`, names of what `sweep(points)` takes: for each dict of them a callable that applies the bridge so, for
         `compare --sweep` and `tune`;
-        `override(start_step=N, steps=N)`, the same for `--inference-steps N`.
+        `override(start_timestep=N, num_steps=N)`, the same for `--inference-steps N`.
     plugins: for a bridge that needs what other plugins contribute.
     Return: nothing.
     Errors: an exception, or a name that is taken, ends the run and names the plugin.
@@ -120,7 +120,7 @@ def locate_adapter_feat(model: nn.Module) -> tuple[str, nn.Module] | None:
 
 
 @hookspec
-def on_attach(host: Host) -> None:
+def on_attach(run: EzHoiRun) -> None:
     """The model is built, its weights are loaded, and no image has been seen.
 
     Since: 0.1. Mode: notify. When: once a process.
@@ -133,7 +133,7 @@ def on_attach(host: Host) -> None:
 
 
 @hookspec
-def on_detach(host: Host) -> None:
+def on_detach(run: EzHoiRun) -> None:
     """The run is over, or failed: close what `on_attach` opened.
 
     Since: 0.1. Mode: notify. When: once a process, after on_attach, also where that or the run failed.

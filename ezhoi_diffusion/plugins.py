@@ -65,7 +65,7 @@ def _env_names(variable: str) -> set[str]:
     return {name.strip() for name in os.environ.get(variable, "").split(",") if name.strip()}
 
 
-class PluginHost:
+class PluginManager:
     """The plugins of one process.
 
     blocked: names that are not even imported (`--no-plugin`). Environment variables: EZHOI_DIFFUSION_DISABLE

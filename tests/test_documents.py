@@ -21,7 +21,7 @@ from ezhoi_diffusion.evaluation.comparison import Comparison
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.hookspecs import HOOKS
-from ezhoi_diffusion.plugins import PluginHost
+from ezhoi_diffusion.plugins import PluginManager
 from ezhoi_diffusion.registry import Registry
 from ezhoi_diffusion.testing import BRIDGE_RULES, FIT_RULES, check_fit
 from ezhoi_diffusion.testing.bridges import ATTRIBUTES
@@ -41,7 +41,7 @@ def example(hook: str) -> str:
 def plugin(request):
     module = types.ModuleType("example")
     exec(example(request.param), vars(module))
-    host = PluginHost(discover=False)
+    host = PluginManager(discover=False)
     host.register(module, "example")
     host.enable(["example"])
     assert host.found["example"].hooks == [request.param]
@@ -159,7 +159,7 @@ def test_the_bridge_of_the_guide_is_a_plugin_that_keeps_all_rules(tmp_path, monk
     source, *tests = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
     (tmp_path / "my_bridge.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
-    host = PluginHost(discover=False)
+    host = PluginManager(discover=False)
     host.register(importlib.import_module("my_bridge").plugin, "my_bridge")
     assert host.collect("register_fits", Registry("fit", {})).names() == ["my_bridge"]
     assert host.collect("register_bridges", Registry("bridge", {})).names() == ["my_bridge"]

@@ -244,9 +244,9 @@ def test_python_pushes_too_and_a_revision_is_kept(hub, online, offline, bridge, 
     assert repository.private
     assert out == f"{hub.url}/{name}/commit/{repository.oid()}\n"
     first = repository.oid()
-    online.python(f"{load}bridge.override(strength=0.9).push_to_hub({name!r}, private=True)")
+    online.python(f"{load}bridge.override(blend=0.9).push_to_hub({name!r}, private=True)")
     stored = DiffusionBridge.from_pretrained(bridge)
-    before, after = stored(features()), stored.override(strength=0.9)(features())
+    before, after = stored(features()), stored.override(blend=0.9)(features())
     assert torch.equal(online.bridged(name), after)
     assert torch.equal(online.bridged(name, revision=first), before)
     assert torch.equal(online.bridged(f"hf:{name}@{first}"), before)
@@ -481,7 +481,7 @@ def test_without_intervals_the_card_says_that_chance_was_not_examined(bridge, po
 
 def test_circumstances_of_a_comparison_are_in_the_card(bridge):
     shown = comparison(
-        {**PROVENANCE, "overridden": {"steps": 7}},
+        {**PROVENANCE, "overridden": {"num_steps": 7}},
         forced=["made for | another `host`"],
         degraded={"p": "p went off"},
         setting="known-object",
@@ -490,7 +490,7 @@ def test_circumstances_of_a_comparison_are_in_the_card(bridge):
     assert "- **Forced:** made for &#124; another &#96;host&#96;" in card
     assert "- **Degraded:** `p went off`" in card
     assert "setting `known-object`" in card
-    assert '- **Not as stored:** `diffusion` was applied with `{"steps": 7}`' in card
+    assert '- **Not as stored:** `diffusion` was applied with `{"num_steps": 7}`' in card
     assert "controls: a bridge counts against the best of them" in card
     shown["difference"]["diffusion"]["rare"] = float("nan")
     assert "- `diffusion`, `rare`: not measured, for want of annotations." in model_card(bridge, shown)
@@ -532,7 +532,7 @@ def test_the_card_names_the_host_the_recipe_and_the_training(bridge):
     assert host["`options.vlmtxt`"] == ["`null`"]
     assert "any other, be it in a flag, a weight or a context vector, is refused" in card
     assert "--restore-context" in card
-    assert (applied["`recipe.name`"], applied["`recipe.strength`"]) == (["`blend`"], ["`0.3`"])
+    assert (applied["`recipe.name`"], applied["`recipe.strength`"]) == (["`gentle`"], ["`0.3`"])
     assert (made["`training.step`"], made["`training.val_loss`"]) == (["`5000`"], ["`0.0123`"])
     assert "--plugin diffusion --bridge hf:user/name\n" in card
     assert "DiffusionBridge.from_pretrained('user/name')" in card

@@ -27,7 +27,7 @@ from ezhoi_diffusion.features.store import FeatureStore, FeatureStoreError
 from ezhoi_diffusion.features.writer import FeatureWriter, finish_store
 from ezhoi_diffusion.files import REPLACED, new_folder
 from ezhoi_diffusion.training.checkpoint import read_newest
-from ezhoi_diffusion.training.processes import part
+from ezhoi_diffusion.training.processes import exit_distributed
 from ezhoi_diffusion.training.trainer import TrainingError, train
 from helpers import TESTS, crash
 from helpers.miniature import HOST, free_port, host_flags, launch
@@ -62,7 +62,7 @@ def capture(folder: Path, pause: float = 0.0) -> None:
     """What the capture plugin does to a folder in a run over all images."""
     writer = FeatureWriter(folder, META, rows_per_shard=4)
     for index in range(writer.next_index, len(PAIRS)):
-        writer.keep_host_tensors({"text": TEXT, "context/ctx.0": torch.ones(2)})
+        writer.keep_ezhoi_tensors({"text": TEXT, "context/ctx.0": torch.ones(2)})
         writer.add(image(index, PAIRS[index]))
         time.sleep(pause)
     writer.flush()
@@ -112,7 +112,7 @@ def content(work, folder: Path):
     if work is capture:
         store = FeatureStore(folder)
         names = ("adapter_feat", "labels", "pairing", "boxes", "gt_boxes")
-        return {**{name: store.rows(name) for name in names}, **store.host}, [i["name"] for i in store.images]
+        return {**{name: store.rows(name) for name in names}, **store.ezhoi}, [i["name"] for i in store.images]
     DiffusionBridge.from_pretrained(folder)
     return weights(folder), None
 
@@ -307,8 +307,8 @@ def member(rank: int, out: Path, port: str, pause: float) -> None:
     try:
         train(low_rank(), config, out, resume=True, on_step=lambda step: time.sleep(pause))
     except Interrupted as stopped:
-        part(stopped.status)
-    part()
+        exit_distributed(stopped.status)
+    exit_distributed()
 
 
 def two(out: Path, pause: float = 0.0):

@@ -130,8 +130,8 @@ DAMAGES = [
     header_of_terabytes, deep_json, pickle, delete, folder, dangling, loop, pipe, swap,
 ]  # fmt: skip
 SHARDS = ["shard-000-00000.safetensors", "shard-000-00001.safetensors"]
-IN_STORE = ["meta.json", "index.json", "host.safetensors", *SHARDS]
-IN_CAPTURE = ["meta.json", "host.json", "host.safetensors", SHARDS[0], SHARDS[0].replace("safetensors", "json")]
+IN_STORE = ["meta.json", "index.json", "ezhoi.safetensors", *SHARDS]
+IN_CAPTURE = ["meta.json", "host.json", "ezhoi.safetensors", SHARDS[0], SHARDS[0].replace("safetensors", "json")]
 IN_BRIDGE = ["config.json", "model.safetensors", "statistics.safetensors", "context.safetensors"]
 IN_CHECKPOINT = ["manifest.json", "model.safetensors", "ema.safetensors", "optimizer.safetensors"]
 
@@ -152,7 +152,7 @@ def made(tmp_path_factory):
     write(folder / "store", rows_per_shard=4)
     write(folder / "other", IMAGES[:3], rows_per_shard=4)
     writer = FeatureWriter(folder / "captured", META, rows_per_shard=4)
-    writer.keep_host_tensors(FeatureStore(folder / "store").host)
+    writer.keep_ezhoi_tensors(FeatureStore(folder / "store").host)
     for batch in IMAGES:
         writer.add(batch)
     writer.flush()
@@ -228,7 +228,7 @@ def test_a_damaged_capture_does_not_go_on(made, tmp_path, name, damage, number):
     damaged(captured / name, damage, number)
     before = tree(tmp_path)
     with pytest.raises(FeatureStoreError, match=r"meta|host|shard|capture"):
-        FeatureWriter(captured, META).keep_host_tensors({"text": torch.ones(1, D)})
+        FeatureWriter(captured, META).keep_ezhoi_tensors({"text": torch.ones(1, D)})
     assert tree(tmp_path) == before
 
 
@@ -273,7 +273,7 @@ def sealed(path: Path, facts=None) -> None:
     facts = facts or {"file": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     if (index := path.parent / "index.json").exists():
         content = read_json(index, EzhoiDiffusionError, "")
-        if path.name == "host.safetensors":
+        if path.name == "ezhoi.safetensors":
             rewrite(index, host=facts)
         else:
             rewrite(index, shards=[{**s, **facts} if s["file"] == path.name else s for s in content["shards"]])
@@ -311,7 +311,7 @@ def rows(**changes):
 
 
 def host(**changes):
-    return lambda store: change(store / "host.safetensors", **changes)
+    return lambda store: change(store / "ezhoi.safetensors", **changes)
 
 
 def terabytes_sealed(name):
@@ -346,13 +346,13 @@ WRONG_STORES = {
     "pairing of one column": (rows(pairing=lambda x: x[:, :1]), "pairing"),
     "fewer boxes": (rows(boxes=lambda x: x[1:]), "boxes"),
     "other annotations": (rows(gt_hoi=lambda x: x[1:]), "gt_hoi"),
-    "NaN in the text": (host(text=put(torch.nan, 0, 0)), "host.safetensors"),
+    "NaN in the text": (host(text=put(torch.nan, 0, 0)), "ezhoi.safetensors"),
     "text of another width": (host(text=lambda x: x[:, :8].contiguous()), "adapter_feat"),
     "text of no row": (host(text=lambda x: x[:0]), "text"),
     "text of one dimension": (host(text=lambda x: x[0]), "text"),
     "text in half precision": (host(text=lambda x: x.half()), "text"),
-    "no text": (host(text=None), "host.safetensors"),
-    "a header of terabytes in the text": (terabytes_sealed("host.safetensors"), "host.safetensors"),
+    "no text": (host(text=None), "ezhoi.safetensors"),
+    "a header of terabytes in the text": (terabytes_sealed("ezhoi.safetensors"), "ezhoi.safetensors"),
     "a header of terabytes in a shard": (terabytes_sealed(SHARDS[0]), SHARDS[0]),
     "the test split": (lambda s: meta(s, split="test"), "test split"),
     "a split nobody knows": (lambda s: meta(s, split="validation"), "split"),
@@ -375,8 +375,8 @@ WRONG_STORES = {
     "rows that are not whole": (lambda s: images(s, rows=3.0), "damaged"),
     "images in another order": (lambda s: images(s, index=5), "order"),
     "an image whose name is a list": (lambda s: images(s, name=["a"]), "name"),
-    "the other store's text": (lambda s: shutil.copy(s.parent / "other" / "host.safetensors", s), "host.safetensors"),
-    "the other store's index": (lambda s: shutil.copy(s.parent / "other" / "index.json", s), "host.safetensors"),
+    "the other store's text": (lambda s: shutil.copy(s.parent / "other" / "ezhoi.safetensors", s), "ezhoi.safetensors"),
+    "the other store's index": (lambda s: shutil.copy(s.parent / "other" / "index.json", s), "ezhoi.safetensors"),
     "the other store's shard": (lambda s: shutil.copy(s / SHARDS[1], s / SHARDS[0]), SHARDS[0]),
 }  # fmt: skip
 
@@ -519,7 +519,7 @@ def write_all(folder: Path) -> torch.Tensor:
     from ezhoi_diffusion.features.writer import finish_store
 
     writer = FeatureWriter(folder, META, rows_per_shard=1)
-    writer.keep_host_tensors({"text": torch.ones(7, D), "more": torch.ones(9_000)})
+    writer.keep_ezhoi_tensors({"text": torch.ones(7, D), "more": torch.ones(9_000)})
     for batch in IMAGES:
         writer.add(batch)
     writer.flush()

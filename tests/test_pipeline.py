@@ -284,7 +284,7 @@ def test_the_pipeline_on_the_miniature(small_world, checkpoint, tmp_path):
     report = json.loads((work / "report" / "report.json").read_text())
     assert report["images"] == 12
     recipe = json.loads((work / "bridge" / "config.json").read_text())["recipe"]
-    assert (recipe["start_step"], recipe["steps"], recipe["scale"]) == (50, 50, 4)
+    assert (recipe["start_timestep"], recipe["steps"], recipe["scale_factor"]) == (50, 50, 4)
     assert (work / "test" / "diffusion_effect.png").stat().st_size > 10_000
 
     second = run("--train-steps", "10", *quick)

@@ -11,7 +11,7 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from ezhoi_diffusion import hookimpl, hookspecs, plugins
-from ezhoi_diffusion.plugins import PluginError, PluginHost
+from ezhoi_diffusion.plugins import PluginError, PluginManager
 
 
 def accept(before, after):
@@ -45,7 +45,7 @@ class Fails:
 
 @pytest.fixture
 def host():
-    return PluginHost(discover=False)
+    return PluginManager(discover=False)
 
 
 def test_fold_chains_in_the_order_of_enabling(host):
@@ -95,14 +95,14 @@ def test_disabling_errors_lets_the_value_through_once_logged_and_degraded(host, 
 
 
 def test_a_plugin_that_was_switched_off_is_still_detached(host):
-    plugin, told = Fails(), []
-    plugin.on_detach = hookimpl(lambda host: told.append(host))
+    plugin, is_significant = Fails(), []
+    plugin.on_detach = hookimpl(lambda host: is_significant.append(host))
     host.register(plugin, "fails")
     host.enable(["fails"], raise_errors=False)
     host.fold("post_adapter_feat", 3, accept, context=None)
     assert list(host.degraded) == ["fails"]
     host.notify_all("on_detach", host="run")
-    assert told == ["run"]
+    assert is_significant == ["run"]
 
 
 def test_notify_raises_but_notify_all_reaches_everyone_first(host):
@@ -180,7 +180,7 @@ def installed(tmp_path, monkeypatch):
 
 
 def test_a_broken_plugin_is_reported_and_stops_nobody(installed, caplog):
-    found = PluginHost().found
+    found = PluginManager().found
     assert (found["good"].status, found["good"].version, found["good"].source) == ("loaded", "1.2", "good_bridge")
     assert found["good"].hooks == ["on_attach"]
     assert found["bad"].status == "broken"
@@ -189,36 +189,36 @@ def test_a_broken_plugin_is_reported_and_stops_nobody(installed, caplog):
     assert found["diffusion"].status == "loaded"
     assert any("plugin 'bad' 1.2 (bad_bridge)" in record.message for record in caplog.records)
     with pytest.raises(PluginError, match=r"plugin 'bad' 1\.2 \(bad_bridge\) cannot be enabled, it is broken"):
-        PluginHost().enable(["bad"])
+        PluginManager().enable(["bad"])
 
 
 def test_blocked_means_never_imported(installed):
-    found = PluginHost(["bad"]).found
+    found = PluginManager(["bad"]).found
     assert found["bad"].status == "blocked"
     assert "bad_was_imported" not in sys.modules
-    PluginHost()
+    PluginManager()
     assert "bad_was_imported" in sys.modules
 
 
 def test_environment_variables(installed, monkeypatch):
     monkeypatch.setenv("EZHOI_DIFFUSION_DISABLE", "*")
-    found = PluginHost().found
+    found = PluginManager().found
     assert {found[name].status for name in ("good", "bad", "odd")} == {"blocked"}
     assert found["diffusion"].status == "loaded"
     monkeypatch.setenv("EZHOI_DIFFUSION_DISABLE", "diffusion")
     monkeypatch.setenv("EZHOI_DIFFUSION_ALLOW", "good")
-    found = PluginHost().found
+    found = PluginManager().found
     assert [found[n].status for n in ("good", "bad", "diffusion")] == ["loaded", "blocked", "blocked"]
     monkeypatch.delenv("EZHOI_DIFFUSION_ALLOW")
     monkeypatch.setenv("EZHOI_DIFFUSION_STRICT", "1")
     with pytest.raises(PluginError, match="'bad'"):
-        PluginHost()
+        PluginManager()
 
 
 def test_two_distributions_with_one_name_are_told_apart(installed, mocker):
     taken = EntryPoint("diffusion", "good_bridge", "ezhoi_diffusion")
     mocker.patch.object(plugins, "entry_points", return_value=[taken])
-    host = PluginHost()
+    host = PluginManager()
     assert host.found["diffusion"].source == "built in"
     assert host.found["diffusion"].status == "loaded"
 
@@ -228,7 +228,7 @@ def test_blocking_a_namesake_leaves_the_built_in_plugin(installed, monkeypatch, 
     mocker.patch.object(
         plugins, "entry_points", return_value=[EntryPoint("diffusion", "good_bridge", "ezhoi_diffusion")]
     )
-    PluginHost().enable(["diffusion"])
+    PluginManager().enable(["diffusion"])
 
 
 def test_the_command_lists_them(installed):

@@ -130,14 +130,14 @@ def test_all_five_are_fitted_and_compared_in_one_run(environment, stores, tmp_pa
     given = {name: f"{name}={tmp_path / name}" for name in NAMES}
     names = ",".join(["none", "identity", "mean_shift", "diffusion", *given.values()])
     line = ["compare", stores / "test", "--bridge", tmp_path / "diffusion", "--bridges", names, "--replicates", "100"]
-    done = environment.command(*line, "--sweep", "strength=0.5", "--report", tmp_path / "report")
+    done = environment.command(*line, "--sweep", "blend=0.5", "--report", tmp_path / "report")
     assert done.returncode == 0, done.stderr
     rows = rows_of(done.stdout)
     assert set(names.split(",")) <= set(rows)
     assert rows["identity"] == rows["none"]
     for name, variant in given.items():
         assert rows[variant] != rows["none"], name
-        assert (f"{variant}[strength=0.5]" in rows) == (name in ("flow", "procrustes"))
+        assert (f"{variant}[blend=0.5]" in rows) == (name in ("flow", "procrustes"))
     assert len({tuple(rows[variant].items()) for variant in given.values()}) == len(NAMES)
     assert "FORCED" not in done.stdout, "all were made for this host"
     controls = ["identity", "mean_shift", given["center"], given["softmax"], given["standardize"]]

@@ -16,7 +16,7 @@ from torch import Tensor
 from ezhoi_diffusion.bench.training import silently
 from ezhoi_diffusion.diffusion.bridge import Components, DiffusionBridge
 from ezhoi_diffusion.errors import EzhoiDiffusionError
-from ezhoi_diffusion.features.split import held_out
+from ezhoi_diffusion.features.split import validation_mask
 from ezhoi_diffusion.features.statistics import ModalityStatistics, unit
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.rng import generator
@@ -37,7 +37,7 @@ class BenchError(EzhoiDiffusionError):
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class BenchData:
     """Visual rows [N, D] that nothing has learned from, others that something may learn from [M, D], text rows [N_sel, D], the
     means of both sides, and where all that comes from."""
 
@@ -53,7 +53,7 @@ class Subject:
         return TrainingData(self.rows[:0], torch.zeros(0, dtype=torch.long), self.text, self.statistics)
 
 
-def made_up(*, dim: int = DIM, texts: int = TEXTS, rows: int = ROWS) -> Subject:
+def made_up(*, dim: int = DIM, texts: int = TEXTS, rows: int = ROWS) -> BenchData:
     """Rows with the geometry that CLIP's have: two narrow cones far apart, and few directions in which classes differ.
 
     A text is a verb with an object, in 64 directions around the cone's axis; the norm of the mean of unit texts is about .7. A
@@ -70,12 +70,12 @@ def made_up(*, dim: int = DIM, texts: int = TEXTS, rows: int = ROWS) -> Subject:
     count = rows + LEARNABLE
     noise = unit(torch.randn(count, dim, generator=draw))
     visual = 4 * unit(of_visual + 0.7 * code[torch.randint(texts, (count,), generator=draw)] + noise)
-    return Subject(
+    return BenchData(
         visual[:rows], visual[rows:], text, ModalityStatistics.of([visual], text), "made up, in CLIP's geometry"
     )
 
 
-def captured(store: FeatureStore) -> Subject:
+def captured(store: FeatureStore) -> BenchData:
     """Rows of a test split, or of those images of a train split that no training takes a step on, as many as are needed.
 
     Raises BenchError where there are none, and for a width that the guide's network does not take.
@@ -88,7 +88,7 @@ def captured(store: FeatureStore) -> Subject:
     apart = torch.ones(len(store.images), dtype=torch.bool)
     if store.split == "train":
         try:
-            apart = held_out(len(store.images))
+            apart = validation_mask(len(store.images))
         except ValueError as error:
             raise BenchError(f"{store.folder} has too few images: {error}. Capture more") from error
     chosen, seen = apart[store.image_index()], 0
@@ -109,7 +109,7 @@ def captured(store: FeatureStore) -> Subject:
     mixed = torch.randperm(len(found), generator=generator(0, "bench"))[
         :ROWS
     ]  # so that a part of them is of many images
-    return Subject(
+    return BenchData(
         found[mixed], others[:LEARNABLE], store.text, store.statistics(), f"{store.folder}, {store.split} split"
     )
 
@@ -122,7 +122,7 @@ class Training:
     """
 
     bridge: DiffusionBridge
-    wiener: DiffusionBridge
+    gaussian: DiffusionBridge
     bar: float
     val_loss: float
     reached: tuple[int, float] | None
@@ -143,7 +143,7 @@ class Training:
 
 
 def trained(
-    subject: Subject, steps: int, registry: Components, device: torch.device, on_step: Callable[[int], None]
+    subject: BenchData, steps: int, registry: Components, device: torch.device, on_step: Callable[[int], None]
 ) -> Training:
     """Train the default bridge for `steps` steps on the subject's texts, and fit the other to them."""
     every = min(VALIDATE_EVERY, steps)
@@ -155,23 +155,27 @@ def trained(
         on_step(step)
 
     with TemporaryDirectory() as folder, silently():
-        fitted = train(subject.data, replace(config, denoiser="wiener"), Path(folder) / "wiener", registry=registry)
+        fitted = train(subject.data, replace(config, denoiser="gaussian"), Path(folder) / "gaussian", registry=registry)
         began = time.perf_counter()
         out = train(subject.data, config, Path(folder) / "bridge", registry=registry, on_step=note)
         bar = json.loads((fitted / "training.json").read_text())["val_loss"]
         history = json.loads((out / "training.json").read_text())["history"]
-        wiener, bridge = (
+        gaussian, bridge = (
             DiffusionBridge.from_pretrained(path, registry=registry, device=device) for path in (fitted, out)
         )
     validated = [(record["step"], record["val_loss"]) for record in history if "val_loss" in record]
     first = next((step for step, loss in validated if loss < bar), None)
     reached = None if first is None else (first, stamps[first])
-    return Training(bridge, wiener, bar, min(loss for _, loss in validated), reached, steps, stamps[-1])
+    return Training(bridge, gaussian, bar, min(loss for _, loss in validated), reached, steps, stamps[-1])
 
 
-def student_of(bridge: DiffusionBridge, subject: Subject, steps: int, device: torch.device) -> DiffusionBridge | None:
+def student_of(bridge: DiffusionBridge, subject: BenchData, steps: int, device: torch.device) -> DiffusionBridge | None:
     """A student of the bridge as it is applied; None where there is nothing to distil, or no row to learn from."""
-    if bridge.config.student_of is not None or bridge.config.recipe.steps == 1 or bridge.config.denoiser == "unet1d":
+    if (
+        bridge.config.student_of is not None
+        or bridge.config.recipe.num_steps == 1
+        or bridge.config.denoiser == "unet1d"
+    ):
         return None  # the last one would take minutes an evaluation for the rows that a student learns from
     if min(len(subject.learnable), len(subject.rows)) < 2:
         return None
@@ -181,7 +185,7 @@ def student_of(bridge: DiffusionBridge, subject: Subject, steps: int, device: to
     return student.to(device)
 
 
-def require_fit(bridge: DiffusionBridge, folder: str, subject: Subject) -> None:
+def require_fit(bridge: DiffusionBridge, folder: str, subject: BenchData) -> None:
     """Raises BenchError where a bridge is for rows of another width."""
     if bridge.config.dim != subject.text.shape[1]:
         raise BenchError(

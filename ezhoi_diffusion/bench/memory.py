@@ -16,47 +16,47 @@ import torch
 from torch import Tensor
 
 from ezhoi_diffusion.bench.data import BenchError
-from ezhoi_diffusion.bench.sampling import GUIDE_TIMED, AsPublished, Contender, fresh
-from ezhoi_diffusion.bench.training import Trainee, take_steps, training
+from ezhoi_diffusion.bench.sampling import GUIDE_TIMED, AsPublished, BridgeCase, fresh
+from ezhoi_diffusion.bench.training import TrainerCase, take_steps, training
 from ezhoi_diffusion.builtin.diffusion import components
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig
 from ezhoi_diffusion.features.statistics import ModalityStatistics
-from ezhoi_diffusion.plugins import PluginHost
+from ezhoi_diffusion.plugins import PluginManager
 from ezhoi_diffusion.training.data import TrainingData
 
 STEPS = 2  # the optimizer's state is made at the end of the first
 
 
-def of_bridging(entry: Contender, rows: Tensor) -> int:
+def of_bridging(entry: BridgeCase, rows: Tensor) -> int:
     """Bytes that a bridge of this kind and bridging rows [N, D] with it add to a process."""
     config = entry.bridge.config
-    steps = min(GUIDE_TIMED, config.recipe.steps)  # memory does not grow with them
+    steps = min(GUIDE_TIMED, config.recipe.num_steps)  # memory does not grow with them
     published = isinstance(entry.bridge.denoiser, AsPublished)
     return _elsewhere(_bridge, config, entry.bridge.statistics, rows.cpu(), steps, published)
 
 
-def of_training(trainee: Trainee, data: TrainingData, batch: int) -> int:
+def of_training(trainer_case: TrainerCase, data: TrainingData, batch: int) -> int:
     """Bytes that a training adds to its process; the workers of a data loader are not counted."""
-    return _elsewhere(_train, trainee, data, batch)
+    return _elsewhere(_train, trainer_case, data, batch)
 
 
 def _bridge(config: BridgeConfig, statistics: ModalityStatistics, rows: Tensor, steps: int, published: bool) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    registry = components(PluginHost())
+    registry = components(PluginManager())
     if config.denoiser == "unet1d":
         import denoising_diffusion_pytorch  # noqa: F401, because modules are not what is measured
     with _watched(device) as grown:
         bridge = fresh(config, statistics, registry, published=published)
-        (bridge if config.student_of else bridge.override(steps=steps)).to(device)(rows.to(device))
+        (bridge if config.student_of else bridge.override(num_steps=steps)).to(device)(rows.to(device))
     return grown[0]
 
 
-def _train(trainee: Trainee, data: TrainingData, batch: int) -> int:
+def _train(trainer_case: TrainerCase, data: TrainingData, batch: int) -> int:
     import accelerate
     import denoising_diffusion_pytorch  # noqa: F401, as above
 
     device = accelerate.Accelerator().device
-    with _watched(device) as grown, training(trainee, data, batch, components(PluginHost())) as turn:
+    with _watched(device) as grown, training(trainer_case, data, batch, components(PluginManager())) as turn:
         take_steps(turn, STEPS)
     return grown[0]
 

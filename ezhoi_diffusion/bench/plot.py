@@ -26,7 +26,7 @@ def plot_bench(result: dict[str, Any], path: Path) -> None:
     for entry in result["sampler"]:
         if entry["fidelity"]:
             of = entry["name"].replace(f", S = {entry['evaluations']}", "")
-            kinds.setdefault(f"{of}, from level {entry['start_step']}", []).append(entry)
+            kinds.setdefault(f"{of}, from level {entry['start_timestep']}", []).append(entry)
     for number, (label, drawn) in enumerate(kinds.items()):
         points = [(e["ms"][pairs]["median"], max(CLOSEST, 1 - e["fidelity"]["cosine"])) for e in drawn]
         axes.plot(*zip(*points, strict=True), "o", color=f"C{number}", label=label)

@@ -25,7 +25,7 @@ THRESHOLDS = (0.99, 0.999)
 
 
 @dataclass(frozen=True, eq=False)
-class Contender:
+class BridgeCase:
     """A bridge to be measured, and the one whose result it is to come near: None where that says nothing.
 
     Of a `slow` one GUIDE_TIMED evaluations are timed, and the rest is taken to cost as much each.
@@ -39,12 +39,12 @@ class Contender:
     @property
     def timed(self) -> DiffusionBridge:
         """The bridge whose calls are timed."""
-        return self.bridge.override(steps=GUIDE_TIMED) if self.slow else self.bridge
+        return self.bridge.override(num_steps=GUIDE_TIMED) if self.slow else self.bridge
 
     @property
     def untimed(self) -> float:
         """How often the timed part goes into the whole."""
-        return self.bridge.config.recipe.steps / self.timed.config.recipe.steps
+        return self.bridge.config.recipe.num_steps / self.timed.config.recipe.num_steps
 
     def facts(self) -> dict[str, Any]:
         """What it is, as JSON."""
@@ -52,51 +52,53 @@ class Contender:
         return {
             "name": self.name,
             "denoiser": self.bridge.config.denoiser,
-            "evaluations": recipe.steps,
-            "start_step": recipe.start_step,
-            "grid": recipe.grid,
-            "timed_evaluations": self.timed.config.recipe.steps,
+            "evaluations": recipe.num_steps,
+            "start_timestep": recipe.start_timestep,
+            "spacing": recipe.spacing,
+            "timed_evaluations": self.timed.config.recipe.num_steps,
         }
 
 
-def contenders(
+def bridge_cases(
     bridge: DiffusionBridge,
     evaluations: Sequence[int],
     registry: Components,
     *,
     student: DiffusionBridge | None = None,
-    wiener: DiffusionBridge | None = None,
-) -> list[Contender]:
+    gaussian: DiffusionBridge | None = None,
+) -> list[BridgeCase]:
     """The guide's system, the bridge as it is applied, the same network with more or fewer evaluations from level 600, and what
     else there is to be had. Of a bridge that is a student itself only how it is applied."""
     start = min(START, bridge.config.timesteps)
     name, recipe = bridge.config.denoiser, bridge.config.recipe
     entries = [
-        Contender(GUIDES, guide(bridge, registry, published=True), None, slow=True),
-        Contender(OURS, guide(bridge, registry, published=False), None, slow=True),
+        BridgeCase(GUIDES, guide(bridge, registry, published=True), None, slow=True),
+        BridgeCase(OURS, guide(bridge, registry, published=False), None, slow=True),
     ]
     if bridge.config.student_of is not None:
-        return [*entries, Contender(f"{name}, a student", bridge, None)]
-    entries.append(Contender(f"{name}, recipe {recipe.name}", bridge, every(bridge)))
+        return [*entries, BridgeCase(f"{name}, a student", bridge, None)]
+    entries.append(BridgeCase(f"{name}, recipe {recipe.name}", bridge, every(bridge)))
     if student is not None:
-        entries.append(Contender(f"{name}, its student", student, bridge))
-    full = every(bridge.override(start_step=start, steps=start))
+        entries.append(BridgeCase(f"{name}, its student", student, bridge))
+    full = every(bridge.override(start_timestep=start, num_steps=start))
     if name == "unet1d":  # hours: timed on few evaluations, and not held against all of them
         return entries[:2] + [
-            Contender(f"{name}, S = {n}", full.override(steps=n), None, slow=n > GUIDE_TIMED)
-            for n in sorted({recipe.steps, *evaluations})
+            BridgeCase(f"{name}, S = {n}", full.override(num_steps=n), None, slow=n > GUIDE_TIMED)
+            for n in sorted({recipe.num_steps, *evaluations})
         ]
-    entries += [Contender(f"{name}, S = {n}", full.override(steps=n), full) for n in evaluations if n <= start]
-    entries += [Contender(f"{name}, S = {n}, cubic", full.override(steps=n, grid="cubic"), full) for n in CUBIC]
-    if wiener is not None and name != "wiener":
-        exact = every(wiener.override(start_step=start, steps=start))
-        entries += [Contender(f"wiener, S = {n}, cubic", exact.override(steps=n, grid="cubic"), exact) for n in CUBIC]
+    entries += [BridgeCase(f"{name}, S = {n}", full.override(num_steps=n), full) for n in evaluations if n <= start]
+    entries += [BridgeCase(f"{name}, S = {n}, cubic", full.override(num_steps=n, spacing="cubic"), full) for n in CUBIC]
+    if gaussian is not None and name != "gaussian":
+        exact = every(gaussian.override(start_timestep=start, num_steps=start))
+        entries += [
+            BridgeCase(f"gaussian, S = {n}, cubic", exact.override(num_steps=n, spacing="cubic"), exact) for n in CUBIC
+        ]
     return entries
 
 
 def every(bridge: DiffusionBridge) -> DiffusionBridge:
     """With an evaluation at every level below its start."""
-    return bridge.override(steps=bridge.config.recipe.start_step)
+    return bridge.override(num_steps=bridge.config.recipe.start_timestep)
 
 
 def guide(bridge: DiffusionBridge, registry: Components, *, published: bool) -> DiffusionBridge:
@@ -134,7 +136,7 @@ class AsPublished(nn.Module):
 
 
 def cost(
-    entries: Sequence[Contender], rows: Tensor, pairs: int, *, seconds: float, rounds: int
+    entries: Sequence[BridgeCase], rows: Tensor, pairs: int, *, seconds: float, rounds: int
 ) -> list[dict[str, float | int]]:
     """Milliseconds that an image of so many pairs takes, with all evaluations of each contender, in order."""
     device = entries[0].bridge.every_level.device
@@ -144,7 +146,7 @@ def cost(
     return [spread([1000 * second * entry.untimed for second in samples[entry.name]]) for entry in entries]
 
 
-def nearness(entries: Sequence[Contender], rows: Tensor, text: Tensor) -> list[Fidelity | None]:
+def nearness(entries: Sequence[BridgeCase], rows: Tensor, text: Tensor) -> list[Fidelity | None]:
     """How near each contender's result for visual rows [N, D] is to that of its reference; None where it has none.
 
     What is held against each other is what the sampler makes of a row, before it is blended and its mean given back: its
@@ -166,7 +168,7 @@ def nearness(entries: Sequence[Contender], rows: Tensor, text: Tensor) -> list[F
 
 
 def _directions(bridge: DiffusionBridge, rows: Tensor) -> Tensor:
-    found: Tensor = bridge.override(strength=1.0, output="unit")(rows.to(bridge.every_level.device))
+    found: Tensor = bridge.override(blend=1.0, output="unit_norm")(rows.to(bridge.every_level.device))
     return found
 
 
@@ -177,7 +179,8 @@ def fewest(results: Sequence[dict[str, Any]], like: BridgeConfig) -> dict[str, i
         result
         for result in results
         if result["fidelity"] is not None
-        and (result["denoiser"], result["start_step"], result["grid"]) == (like.denoiser, start, like.recipe.grid)
+        and (result["denoiser"], result["start_timestep"], result["spacing"])
+        == (like.denoiser, start, like.recipe.spacing)
     ]
     return {
         f"{least:g}": min((r["evaluations"] for r in sweep if r["fidelity"]["cosine"] >= least), default=None)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ezhoi_diffusion.bench.data import Subject, student_of, trained
+from ezhoi_diffusion.bench.data import BenchData, student_of, trained
 from ezhoi_diffusion.bench.machine import busy, machine
 from ezhoi_diffusion.bench.memory import of_bridging, of_training
-from ezhoi_diffusion.bench.sampling import contenders, cost, fewest, nearness
-from ezhoi_diffusion.bench.training import TRAINEES, speed
+from ezhoi_diffusion.bench.sampling import bridge_cases, cost, fewest, nearness
+from ezhoi_diffusion.bench.training import TRAINER_CASES, speed
 from ezhoi_diffusion.diffusion.bridge import Components, DiffusionBridge
 from ezhoi_diffusion.training.config import TrainConfig
 
@@ -24,7 +24,7 @@ STEP, STUDENT_STEP, JUDGED, TRAINED, CHILD = 0.022, 0.03, 15, 60, 10
 
 
 @dataclass(frozen=True)
-class Effort:
+class BenchConfig:
     """How much is measured. Seconds are what a part takes where its slowest contender leaves it the choice."""
 
     sizes: tuple[int, ...] = (16, 64, 256)
@@ -38,7 +38,7 @@ class Effort:
     training_seconds: float = 40.0
 
 
-QUICK = Effort(
+QUICK = BenchConfig(
     sizes=(16, 64),
     evaluations=(1, 5, 10, 20, 50),
     seconds=3.0,
@@ -51,14 +51,14 @@ QUICK = Effort(
 
 
 def measure(
-    subject: Subject, bridge: DiffusionBridge | None, effort: Effort, registry: Components, device: torch.device
+    subject: BenchData, bridge: DiffusionBridge | None, effort: BenchConfig, registry: Components, device: torch.device
 ) -> dict[str, Any]:
     """The result as JSON. Without a bridge the default one is trained first, on the subject's texts.
 
     A bar says how far it is and how long it takes. Raises what the parts raise.
     """
     began, facts = time.monotonic(), machine(device)
-    total: float = TIMED * len(effort.sizes) + JUDGED + TRAINED + CHILD * (3 + len(TRAINEES))
+    total: float = TIMED * len(effort.sizes) + JUDGED + TRAINED + CHILD * (3 + len(TRAINER_CASES))
     total += STUDENT_STEP * effort.student_steps + (0 if bridge else STEP * effort.train_steps)
     line = "{desc:26} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} to go"
     with tqdm(
@@ -71,12 +71,12 @@ def measure(
             bridge = training.bridge
         bridge = bridge.to(device)
         bar.set_description_str("distilling a student")
-        entries = contenders(
+        entries = bridge_cases(
             bridge,
             effort.evaluations,
             registry,
             student=student_of(bridge, subject, effort.student_steps, device),
-            wiener=training.wiener if training else None,
+            gaussian=training.gaussian if training else None,
         )
         bar.update(STUDENT_STEP * effort.student_steps)
         ms: dict[str, list[dict[str, float | int]]] = {}
@@ -105,10 +105,10 @@ def measure(
             taken = of_bridging(entry, sample)
             memory.append({"of": f"bridging {len(sample)} pairs", "name": entry.name, "bytes": taken})
             bar.update(CHILD)
-        for trainee in TRAINEES:
+        for trainer_case in TRAINER_CASES:
             bar.set_description_str("memory of training")
-            taken = of_training(trainee, subject.data, effort.batch)
-            memory.append({"of": f"training, batch {effort.batch}", "name": trainee.name, "bytes": taken})
+            taken = of_training(trainer_case, subject.data, effort.batch)
+            memory.append({"of": f"training, batch {effort.batch}", "name": trainer_case.name, "bytes": taken})
             bar.update(CHILD)
     sampler = []
     for number, entry in enumerate(entries):

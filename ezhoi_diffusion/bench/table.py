@@ -37,7 +37,7 @@ def _sampler(result: dict[str, Any]) -> str:
         rows.append(
             [
                 f"{entry['name']}{mark}",
-                str(entry["start_step"]),
+                str(entry["start_timestep"]),
                 str(entry["evaluations"]),
                 *(_spread(entry["ms"][str(pairs)]) for pairs in sizes),
                 *(f"{_figure(entry['ratio'][str(pairs)])}" for pairs in sizes),

@@ -39,7 +39,7 @@ class _Enough(Exception):
 
 
 @dataclass(frozen=True)
-class Trainee:
+class TrainerCase:
     """A training to be measured: a network, in our loop or in denoising-diffusion-pytorch's Trainer1D."""
 
     denoiser: str
@@ -51,8 +51,13 @@ class Trainee:
         return f"{'Trainer1D' if self.published else 'ours'}, {self.denoiser}"
 
 
-GUIDE = Trainee("unet1d", published=True)
-TRAINEES = (Trainee("mlp", published=False), Trainee("mlp", published=True), GUIDE, Trainee("unet1d", published=False))
+GUIDE = TrainerCase("unet1d", published=True)
+TRAINER_CASES = (
+    TrainerCase("mlp", published=False),
+    TrainerCase("mlp", published=True),
+    GUIDE,
+    TrainerCase("unet1d", published=False),
+)
 
 
 def speed(
@@ -66,18 +71,23 @@ def speed(
 ) -> list[dict[str, Any]]:
     """Steps a second of every trainee at this batch, taken in turn until `seconds` are over, and `rounds` times at least; and how
     many times those of the guide's that is."""
-    taken: dict[Trainee, list[float]] = {trainee: [] for trainee in TRAINEES}
+    taken: dict[TrainerCase, list[float]] = {trainer_case: [] for trainer_case in TRAINER_CASES}
     end, done = time.perf_counter() + seconds, 0
     with ExitStack() as stack:
-        turns = {trainee: stack.enter_context(training(trainee, data, batch, registry)) for trainee in TRAINEES}
+        turns = {
+            trainer_case: stack.enter_context(training(trainer_case, data, batch, registry))
+            for trainer_case in TRAINER_CASES
+        }
         while done < rounds or time.perf_counter() < end:
-            for trainee, turn in turns.items():
-                taken[trainee] += _timed(turn, device)
+            for trainer_case, turn in turns.items():
+                taken[trainer_case] += _timed(turn, device)
             done += 1
     results: list[dict[str, Any]] = []
-    for trainee, samples in taken.items():
+    for trainer_case, samples in taken.items():
         rates = spread([1 / second for second in samples])
-        results.append({"name": trainee.name, "denoiser": trainee.denoiser, "batch": batch, "steps_per_second": rates})
+        results.append(
+            {"name": trainer_case.name, "denoiser": trainer_case.denoiser, "batch": batch, "steps_per_second": rates}
+        )
     guides = next(r["steps_per_second"]["median"] for r in results if r["name"] == GUIDE.name)
     return [{**r, "ratio": r["steps_per_second"]["median"] / guides} for r in results]
 
@@ -98,11 +108,11 @@ Turn = Callable[[Callable[[], None]], None]
 
 
 @contextmanager
-def training(trainee: Trainee, data: TrainingData, batch: int, registry: Components) -> Iterator[Turn]:
+def training(trainer_case: TrainerCase, data: TrainingData, batch: int, registry: Components) -> Iterator[Turn]:
     """A training that can be gone on with, silently, in a folder that does not outlive the block."""
     config = replace(
         TrainConfig(),
-        denoiser=trainee.denoiser,
+        denoiser=trainer_case.denoiser,
         batch_size=batch,
         train_steps=FOREVER,
         val_every=FOREVER,
@@ -111,7 +121,7 @@ def training(trainee: Trainee, data: TrainingData, batch: int, registry: Compone
     with TemporaryDirectory() as folder:
         turns = (
             _published(data, config, Path(folder), registry)
-            if trainee.published
+            if trainer_case.published
             else _ours(data, config, Path(folder), registry)
         )
 
@@ -140,7 +150,7 @@ def _published(data: TrainingData, config: TrainConfig, folder: Path, registry: 
     with torch.random.fork_rng(devices=[]):
         network = build_denoiser(BridgeConfig(dim, recipe, config.denoiser), registry)
     diffusion = GaussianDiffusion1D(
-        OnChannels(network, recipe.scale),
+        OnChannels(network, recipe.scale_factor),
         seq_length=dim,
         objective="pred_x0",
         timesteps=config.timesteps,
@@ -148,7 +158,7 @@ def _published(data: TrainingData, config: TrainConfig, folder: Path, registry: 
     )
     trainer = Trainer1D(
         diffusion,
-        Endless(normalize(data.text, data.statistics.text_mean, recipe.scale)[0]),
+        Endless(normalize(data.text, data.statistics.text_mean, recipe.scale_factor)[0]),
         train_batch_size=config.batch_size,
         train_lr=config.learning_rate,
         train_num_steps=FOREVER,

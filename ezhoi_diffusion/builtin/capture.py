@@ -18,7 +18,7 @@ from ezhoi_diffusion.features.writer import FeatureWriter, finish_store
 from ezhoi_diffusion.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from ezhoi_diffusion.ezhoi.run import Host
+    from ezhoi_diffusion.ezhoi.run import EzHoiRun
 
 
 class CapturePlugin:
@@ -26,7 +26,7 @@ class CapturePlugin:
 
     def __init__(self) -> None:
         self._writer: FeatureWriter | None = None
-        self._host: Host | None = None
+        self._host: EzHoiRun | None = None
         self._text: torch.Tensor | None = None
 
     @hookimpl
@@ -39,36 +39,34 @@ class CapturePlugin:
         )  # fmt: skip
 
     @hookimpl
-    def on_attach(self, host: Host) -> None:
+    def on_attach(self, run: EzHoiRun) -> None:
         """Open the store."""
-        if not host.args.capture:
+        if not run.args.capture:
             raise FeatureStoreError("--plugin capture needs --capture DIR, the folder to write to")
-        fingerprint = host.fingerprint.to_dict()
-        split = host.args.capture_split or default_split(host.args)
-        clip = clip_folder(host, split, image_names(split_dataset(host, split))[: host.args.max_images])
+        fingerprint = run.fingerprint.to_dict()
+        split = run.args.capture_split or default_split(run.args)
+        clip = clip_folder(run, split, image_names(split_dataset(run, split))[: run.args.max_images])
         meta = {
             "split": split,
-            "max_images": host.args.max_images,
+            "max_images": run.args.max_images,
             "clip_img_file": clip and clip.name,  # the name tells the split; the path may differ when a capture goes on
-            "processes": host.world_size,
+            "processes": run.world_size,
             "package": version("ezhoi-diffusion"),
-            "interactions": interaction_names(host),
+            "interactions": interaction_names(run),
             "fingerprint": fingerprint,
         }
-        if is_captured(Path(host.args.capture), meta):
-            if host.rank == 0:
+        if is_captured(Path(run.args.capture), meta):
+            if run.rank == 0:
                 print(
-                    f"capture: {host.args.capture} holds this very capture, finished; delete it to make it anew",
+                    f"capture: {run.args.capture} holds this very capture, finished; delete it to make it anew",
                     flush=True,
                 )
             raise SystemExit(0)  # as at the end of a pass: who was killed right there gives the command again
-        self._host, self._text = host, None
-        self._writer = FeatureWriter(Path(host.args.capture), meta, rank=host.rank)
-        host.done["capture"] = self._writer.next_index
-        if self._writer.next_index and host.rank == 0:
-            print(
-                f"capture: {host.args.capture} is unfinished, going on at image {self._writer.next_index}", flush=True
-            )
+        self._host, self._text = run, None
+        self._writer = FeatureWriter(Path(run.args.capture), meta, rank=run.rank)
+        run.done["capture"] = self._writer.next_index
+        if self._writer.next_index and run.rank == 0:
+            print(f"capture: {run.args.capture} is unfinished, going on at image {self._writer.next_index}", flush=True)
 
     @hookimpl
     def on_train_batch(self, batch: FeatureBatch) -> None:
@@ -91,7 +89,7 @@ class CapturePlugin:
             return
         self._text = text.clone()
         context = {f"context/{name}": vector for name, vector in context_vectors(self._host.model).items()}
-        kept = self._writer.keep_host_tensors({**score_tables(self._host, text), **context})
+        kept = self._writer.keep_ezhoi_tensors({**score_tables(self._host, text), **context})
         stored = kept.get("text", text[:0])  # written before an interruption, or by another process
         if stored.shape != text.shape or not torch.allclose(stored, text.cpu(), rtol=1e-4, atol=1e-5):
             raise FeatureStoreError(
@@ -99,14 +97,14 @@ class CapturePlugin:
             )
 
     @hookimpl
-    def on_detach(self, host: Host) -> None:
+    def on_detach(self, run: EzHoiRun) -> None:
         """Close the store, on rank 0 once the others have closed theirs."""
         writer, self._writer = self._writer, None
         if writer is None:
             return
         try:
             writer.flush()  # whole images, whatever ended the run
-            if host.rank == 0 and not host.failed:
+            if run.rank == 0 and not run.failed:
                 store = finish_store(writer.folder)
                 print(f"captured {len(store)} pairs of {len(store.images)} images into {store.folder}", flush=True)
         finally:

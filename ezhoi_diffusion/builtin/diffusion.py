@@ -11,10 +11,10 @@ from ezhoi_diffusion.errors import EzhoiDiffusionError
 
 if TYPE_CHECKING:
     from ezhoi_diffusion.diffusion.bridge import Components, DiffusionBridge
-    from ezhoi_diffusion.plugins import PluginHost
+    from ezhoi_diffusion.plugins import PluginManager
 
 
-def components(plugins: PluginHost) -> Components:
+def components(plugins: PluginManager) -> Components:
     """The built-in denoisers and samplers, and those that plugins contribute. Raises PluginError."""
     from ezhoi_diffusion.diffusion.bridge import Components
 
@@ -24,7 +24,7 @@ def components(plugins: PluginHost) -> Components:
     return parts
 
 
-def load(folder: Path | None, plugins: PluginHost | None = None) -> DiffusionBridge:
+def load(folder: Path | None, plugins: PluginManager | None = None) -> DiffusionBridge:
     """The bridge in `folder`, made of built-in parts and those of `plugins`.
 
     Raises BridgeError, or EzhoiDiffusionError without a folder.
@@ -39,7 +39,7 @@ def load(folder: Path | None, plugins: PluginHost | None = None) -> DiffusionBri
 class DiffusionPlugin(BridgePlugin):
     """The trained diffusion bridge, whose denoiser and sampler may be a plugin's."""
 
-    def loader(self, plugins: PluginHost) -> Load:
+    def loader(self, plugins: PluginManager) -> Load:
         """`load` with what `plugins` contribute."""
         return functools.partial(load, plugins=plugins)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ezhoi_diffusion.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from ezhoi_diffusion.ezhoi.run import Host
+    from ezhoi_diffusion.ezhoi.run import EzHoiRun
     from ezhoi_diffusion.ezhoi.text_cache import TextCache
 
 log = logging.getLogger(__name__)
@@ -24,20 +24,20 @@ class TextCachePlugin:
         self._caches: dict[int, TextCache] = {}
 
     @hookimpl
-    def on_attach(self, host: Host) -> None:
+    def on_attach(self, run: EzHoiRun) -> None:
         """Put the cache into the text encoder, where this host has one."""
         from ezhoi_diffusion.ezhoi.text_cache import TextCache, find_text_encoder
 
-        encoder = find_text_encoder(host.model)
+        encoder = find_text_encoder(run.model)
         if encoder is None:
-            log.debug("text_cache is off: %s has no clip_head.text_encoder", type(host.model).__name__)
+            log.debug("text_cache is off: %s has no clip_head.text_encoder", type(run.model).__name__)
             return
-        self._caches[id(host)] = TextCache(encoder).attach()
+        self._caches[id(run)] = TextCache(encoder).attach()
 
     @hookimpl
-    def on_detach(self, host: Host) -> None:
+    def on_detach(self, run: EzHoiRun) -> None:
         """Take it out."""
-        cache = self._caches.pop(id(host), None)
+        cache = self._caches.pop(id(run), None)
         if cache is not None:
             cache.remove()
 

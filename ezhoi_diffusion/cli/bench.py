@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ezhoi_diffusion.bench.data import captured, made_up, require_fit
     from ezhoi_diffusion.bench.plot import plot_bench
-    from ezhoi_diffusion.bench.suite import QUICK, Effort, measure
+    from ezhoi_diffusion.bench.suite import QUICK, BenchConfig, measure
     from ezhoi_diffusion.bench.table import table
     from ezhoi_diffusion.builtin.diffusion import components
     from ezhoi_diffusion.cli.compare import acceptance
@@ -67,14 +67,14 @@ def run(args: argparse.Namespace) -> int:
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.files import write_json
     from ezhoi_diffusion.hub import local
-    from ezhoi_diffusion.plugins import PluginHost
+    from ezhoi_diffusion.plugins import PluginManager
     from ezhoi_diffusion.report.write import report_folder
 
     if args.bridge and not args.features:
         raise EzhoiDiffusionError(
             "--bridge needs FEATURES: a bridge is measured on rows of the host that it was made for, not on made-up ones"
         )
-    registry = components(PluginHost())
+    registry = components(PluginManager())
     store = FeatureStore(args.features) if args.features else None
     subject = captured(store) if store else made_up()
     bridge, forced = None, list[str]()
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         with report_folder(args.out):
             pass  # refused now, not after the work
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = measure(subject, bridge, QUICK if args.quick else Effort(), registry, device)
+    result = measure(subject, bridge, QUICK if args.quick else BenchConfig(), registry, device)
     result["warnings"] += forced
     print("\n" + table(result), flush=True)
     if args.out:

@@ -27,7 +27,7 @@ reading it:
 examples:
   ezhoi-diffusion run main_tip_finetune.py … --eval --resume CKPT --plugin capture --capture TEST_FEATURES
   ezhoi-diffusion compare TEST_FEATURES --bridge BRIDGE --bridges none,identity,mean_shift,diffusion --report REPORT
-  ezhoi-diffusion compare TEST_FEATURES --bridge BRIDGE --bridges none,diffusion --sweep start_step=50,100,200 --sweep strength=0.25,0.5,1
+  ezhoi-diffusion compare TEST_FEATURES --bridge BRIDGE --bridges none,diffusion --sweep start_timestep=50,100,200 --sweep blend=0.25,0.5,1
   ezhoi-diffusion compare VCOCO_FEATURES --vcoco V-COCO_CHECKOUT --bridge BRIDGE
 """
 LEAST_REPLICATES = 100
@@ -49,7 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--sweep", action="append", default=[], metavar="KEY=V,V,…",
-        help="also take every bridge that has settings at each point of a grid: start_step, steps, strength, output",
+        help="also take every bridge that has settings at each point of a grid: start_timestep, steps, strength, output",
     )  # fmt: skip
     parser.add_argument(
         "--setting", choices=("default", "known-object"), default="default",
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     from ezhoi_diffusion.evaluation.variants import parse_sweep, resolve_variants
     from ezhoi_diffusion.evaluation.vcoco import replay_roles
     from ezhoi_diffusion.features.store import FeatureStore
-    from ezhoi_diffusion.plugins import PluginHost
+    from ezhoi_diffusion.plugins import PluginManager
     from ezhoi_diffusion.report.headline import headline
     from ezhoi_diffusion.report.write import report_folder, write_report
 
@@ -91,9 +91,15 @@ def run(args: argparse.Namespace) -> int:
     forced: list[str] = []
     accept = acceptance(store, args, forced)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    plugins = PluginHost(args.no_plugin)
+    plugins = PluginManager(args.no_plugin)
     variants = resolve_variants(
-        args.bridges, plugins, args.bridge, accept, device, steps=args.inference_steps, sweep=parse_sweep(args.sweep)
+        args.bridges,
+        plugins,
+        args.bridge,
+        accept,
+        device,
+        num_steps=args.inference_steps,
+        sweep=parse_sweep(args.sweep),
     )
     if args.report:
         with report_folder(args.report):

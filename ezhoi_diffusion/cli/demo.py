@@ -22,8 +22,8 @@ two cores. It prints what it measures, gain or loss."""
 
 def run(args: argparse.Namespace) -> int:
     """Walk."""
-    from ezhoi_diffusion.demo.run_demo import walk
+    from ezhoi_diffusion.demo.run_demo import run_demo
 
     free = (Path(DEFAULT_OUT + (f"-{number}" if number > 1 else "")) for number in count(1))
-    walk(args.out or next(path for path in free if not path.exists()))
+    run_demo(args.out or next(path for path in free if not path.exists()))
     return 0

@@ -15,10 +15,10 @@ EPILOG = """\
 reading it:
   cosine is that of the student's result to the teacher's, before it is blended with the row and gets mean and norm back: the
   whole bridge differs by less. A student below --min-cosine is not written.
-  The default bridge takes 5 evaluations, which cost little: distil what takes many, e.g. recipe paper with --steps 50.
+  The default bridge takes 5 evaluations, which cost little: distil what takes many, e.g. recipe paper with --num-steps 50.
 
 example:
-  ezhoi-diffusion distill BRIDGE FEATURES --out STUDENT --start-step 600 --steps 50
+  ezhoi-diffusion distill BRIDGE FEATURES --out STUDENT --start-timestep 600 --num-steps 50
   ezhoi-diffusion compare TEST_FEATURES --bridges none,diffusion=BRIDGE,diffusion=STUDENT
 """
 
@@ -32,8 +32,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("bridge", metavar="BRIDGE", help="the teacher: a folder made by `ezhoi-diffusion train`, or hf:USER/NAME")
     add("features", type=Path, metavar="FEATURES", help="the folder of a capture of the train split")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the student")
-    add("--start-step", type=int, metavar="N", help="level at which rows enter the teacher (its own)")
-    add("--steps", type=int, metavar="N", help="evaluations of the teacher (its own)")
+    add("--start-timestep", type=int, metavar="N", help="level at which rows enter the teacher (its own)")
+    add("--num-steps", type=int, metavar="N", help="evaluations of the teacher (its own)")
     add("--train-steps", type=int, default=2000, metavar="N", help="optimizer steps (2000)")
     add("--seed", type=int, default=0, help="of rows, mixtures and order (0)")
     add(
@@ -50,11 +50,11 @@ def run(args: argparse.Namespace) -> int:
     from ezhoi_diffusion.builtin.diffusion import components
     from ezhoi_diffusion.cli.compare import acceptance
     from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
-    from ezhoi_diffusion.features.split import held_out
+    from ezhoi_diffusion.features.split import validation_mask
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.files import require_unused
     from ezhoi_diffusion.hub import local
-    from ezhoi_diffusion.plugins import PluginHost
+    from ezhoi_diffusion.plugins import PluginManager
     from ezhoi_diffusion.report.write import report_folder
     from ezhoi_diffusion.training.distillation import distill
 
@@ -65,12 +65,12 @@ def run(args: argparse.Namespace) -> int:
     require_unused(args.out, EzhoiDiffusionError)
     with report_folder(args.out):
         pass  # refused now, not after the work
-    teacher = DiffusionBridge.from_pretrained(local(args.bridge), registry=components(PluginHost()))
+    teacher = DiffusionBridge.from_pretrained(local(args.bridge), registry=components(PluginManager()))
     acceptance(store, args, [])(teacher, args.bridge)
-    changes = {name: getattr(args, name) for name in ("start_step", "steps") if getattr(args, name) is not None}
+    changes = {name: getattr(args, name) for name in ("start_timestep", "num_steps") if getattr(args, name) is not None}
     teacher = teacher.override(**changes) if changes else teacher
     try:
-        apart = held_out(len(store.images))[store.image_index()]
+        apart = validation_mask(len(store.images))[store.image_index()]
     except ValueError as error:
         raise EzhoiDiffusionError(f"{store.folder} has too few images: {error}") from error
     rows = store.adapter_feat()
@@ -79,11 +79,14 @@ def run(args: argparse.Namespace) -> int:
         teacher, rows[~apart], rows[apart], store.text, train_steps=args.train_steps, seed=args.seed, device=device
     )
     recipe = teacher.config.recipe
-    print(f"one evaluation against the teacher's {recipe.steps} from level {recipe.start_step}: {reached}", flush=True)
+    print(
+        f"one evaluation against the teacher's {recipe.num_steps} from level {recipe.start_timestep}: {reached}",
+        flush=True,
+    )
     if not reached.cosine >= args.min_cosine:
         raise EzhoiDiffusionError(
             f"the student's mean cosine to its teacher is {reached.cosine:.4f} on held-out rows, below {args.min_cosine}, so it is not "
-            f"written: give more --train-steps, features of more images, or a teacher of a lower --start-step; or --min-cosine"
+            f"written: give more --train-steps, features of more images, or a teacher of a lower --start-timestep; or --min-cosine"
         )
     student.save_pretrained(args.out)
     print(

@@ -34,10 +34,10 @@ def run(args: argparse.Namespace) -> int:
     """Print the findings."""
     from dataclasses import asdict
 
-    from ezhoi_diffusion.doctor.checks import examine
+    from ezhoi_diffusion.doctor.checks import run_checks
 
     findings = []
-    for finding in examine(args.folders, args.host_line):
+    for finding in run_checks(args.folders, args.host_line):
         findings.append(finding)
         if not args.json:
             fix = f" -> {finding.fix}" if finding.fix else ""

@@ -28,9 +28,9 @@ example:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the flags, and list what is installed."""
-    from ezhoi_diffusion.plugins import PluginHost
+    from ezhoi_diffusion.plugins import PluginManager
 
-    fits = known_fits(PluginHost())
+    fits = known_fits(PluginManager())
     listed = (
         "\n\n".join(f"  {_described(name, fits[name])}" for name in fits.names()) or "  none: install a plugin first"
     )
@@ -47,9 +47,9 @@ def run(args: argparse.Namespace) -> int:
     """Fit and write."""
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.files import require_unused
-    from ezhoi_diffusion.plugins import PluginHost
+    from ezhoi_diffusion.plugins import PluginManager
 
-    fit = known_fits(PluginHost())[args.name]
+    fit = known_fits(PluginManager())[args.name]
     options = _options(args.name, fit, args.option)
     store = FeatureStore(args.features)
     store.require_training_images("a bridge is fitted to")

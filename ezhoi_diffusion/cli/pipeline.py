@@ -53,8 +53,8 @@ def _declare(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--work", type=Path, metavar="DIR", help="folder for all results (required)")
     add("--max-images", type=int, metavar="N", help="the first N images of each split only")
-    add("--recipe", metavar="NAME", help="blend (default), paper, paired or guide; see `ezhoi-diffusion train --help`")
-    add("--denoiser", metavar="NAME", help="the network: mlp (default), unet1d, wiener, texts, or a plugin's")
+    add("--recipe", metavar="NAME", help="gentle (default), paper, paired or guide; see `ezhoi-diffusion train --help`")
+    add("--denoiser", metavar="NAME", help="the network: mlp (default), unet1d, gaussian, empirical, or a plugin's")
     add("--train-steps", type=int, metavar="N", help="optimizer steps")
     add("--scale-factor", type=float, metavar="S", help="norm of every network input (5)")
     add("--inference-steps", type=int, metavar="N", help="start level and number of evaluations, both N")
@@ -169,9 +169,9 @@ def _require_bridges(names: str, blocked: list[str]) -> list[str]:
     """Raises EzhoiDiffusionError for a name that the comparison would refuse; returns the folders that are named."""
     from ezhoi_diffusion.evaluation.variants import known_bridges
     from ezhoi_diffusion.hub import local
-    from ezhoi_diffusion.plugins import PluginHost
+    from ezhoi_diffusion.plugins import PluginManager
 
-    bridges = known_bridges(PluginHost(blocked))
+    bridges = known_bridges(PluginManager(blocked))
     parts = [part.strip().partition("=") for part in names.split(",") if part.strip()]
     for name, _, folder in parts:
         if name != "none":

@@ -34,9 +34,9 @@ def run(args: argparse.Namespace) -> int:
     """Print the list, or write a new one."""
     if args.action == "new":
         return _new(args.name, args.out)
-    from ezhoi_diffusion.plugins import PluginHost
+    from ezhoi_diffusion.plugins import PluginManager
 
-    found = list(PluginHost(args.no_plugin).found.values())
+    found = list(PluginManager(args.no_plugin).found.values())
     if args.json:
         print(json.dumps([asdict(info) for info in found], indent=2))
         return 0

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from ezhoi_diffusion.evaluation.variants import resolve_variants
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.files import write_json
-    from ezhoi_diffusion.plugins import PluginHost
+    from ezhoi_diffusion.plugins import PluginManager
     from ezhoi_diffusion.report.embedding import embed, require_library
     from ezhoi_diffusion.report.plots import plot_effect, plot_embedding
     from ezhoi_diffusion.report.write import report_folder
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         require_library(args.embedding)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     variants = resolve_variants(
-        args.name, PluginHost(), args.bridge, acceptance(store, args, forced), device, steps=args.inference_steps
+        args.name, PluginManager(), args.bridge, acceptance(store, args, forced), device, num_steps=args.inference_steps
     )
     (name, bridge), *_ = variants.items()
     chosen = choose_images(store.images, args.num_test_images, args.seed)

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from ezhoi_diffusion.training.config import TrainConfig
     from ezhoi_diffusion.training.data import TrainingData
 
-RECIPE_FLAGS = ("start_step", "steps", "grid", "strength", "output", "scale", "noise_augmentation")
+RECIPE_FLAGS = ("start_timestep", "num_steps", "spacing", "blend", "output", "scale_factor", "noise_augmentation")
 # Where the defaults, which fit few texts and the mlp, do not: rows by the ten thousand, and the reference's rate for its UNet
 ON_VISUAL_ROWS = {"train_steps": 5000, "val_every": 500, "checkpoint_every": 1000, "learning_rate": 8e-5}
 ON_PAIRS = {**ON_VISUAL_ROWS, "patience": 5}
 OF_UNET = {"learning_rate": 8e-5}
 EPILOG = """\
 recipes:
-  blend   (default) learns the text features; at eval a visual row is bridged from a low level and blended with itself
+  gentle   (default) learns the text features; at eval a visual row is bridged from a low level and blended with itself
   paper   learns the text features; starts at level 600, 5 evaluations (Diffusion Bridge, CVPR 2025)
   paired  learns from pairs (an annotated visual row, the text of its class) of seen classes, with noise augmentation, and
           stops early (--patience 5)
@@ -32,7 +32,7 @@ recipes:
 what the numbers mean:
   --inference-steps N is two things in one: a feature starts at level N of the noise schedule, which is how strongly it is
       changed, and takes N network evaluations, which is what it costs. More is not better quality: it is a stronger change.
-      --start-step and --steps set the two apart; in the small worlds measured, 5 and 600 evaluations were .02 mAP apart.
+      --start-timestep and --num-steps set the two apart; in the small worlds measured, 5 and 600 evaluations were .02 mAP apart.
   --scale-factor S is the norm of every row that the network sees, after its mean is taken off. It sets how much noise a level
       is, so training and eval need the same one: it is stored in the bridge, and eval has no flag for it.
   --train-steps counts optimizer steps. The 500,000 of the guide (8-15 hours on a GPU) are for the unet1d and visual rows; the
@@ -98,27 +98,33 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="train N bridges, with --seed and the N-1 after it, into DIR/seed-…; compare and tune take DIR as one bridge with "
         "a mean and a spread (1)",
     )  # fmt: skip
-    parser.add_argument("--recipe", metavar="NAME", help="blend (default), paper, paired or guide; see below")
-    parser.add_argument("--start-step", type=int, help="t0, the level at which a feature enters: strength (recipe's)")
-    parser.add_argument("--steps", type=int, help="S, network evaluations a feature costs at eval (recipe's)")
+    parser.add_argument("--recipe", metavar="NAME", help="gentle (default), paper, paired or guide; see below")
+    parser.add_argument(
+        "--start-timestep", type=int, help="t0, the level at which a feature enters: strength (recipe's)"
+    )
+    parser.add_argument("--num-steps", type=int, help="S, network evaluations a feature costs at eval (recipe's)")
     parser.add_argument(
         "--inference-steps",
         type=int,
         metavar="N",
-        help="the guide's: --start-step N --steps N, strength and cost in one",
+        help="the guide's: --start-timestep N --num-steps N, strength and cost in one",
     )
     parser.add_argument(
-        "--grid",
+        "--spacing",
         help="spacing of the evaluations' levels: linear, or quadratic or cubic, denser near the end (recipe's)",
     )
-    parser.add_argument("--strength", type=float, help="share of the bridged direction in the result, 0..1 (recipe's)")
-    parser.add_argument("--output-mode", dest="output", help="calibrated (keeps each row's norm) or unit (recipe's)")
+    parser.add_argument("--blend", type=float, help="share of the bridged direction in the result, 0..1 (recipe's)")
+    parser.add_argument(
+        "--output-mode", dest="output", help="keep_norm (keeps each row's norm) or unit_norm (recipe's)"
+    )
     parser.add_argument(
         "--noise-augmentation",
         type=float,
         help="noise added to visual rows of pairs, as a share of their norm (recipe's)",
     )
-    parser.add_argument("--scale-factor", dest="scale", type=float, help="norm of every network input (recipe's, 5)")
+    parser.add_argument(
+        "--scale-factor", dest="scale_factor", type=float, help="norm of every network input (recipe's, 5)"
+    )
     parser.add_argument(
         "--log-with",
         type=lambda names: names.split(","),
@@ -151,10 +157,10 @@ def run(args: argparse.Namespace) -> int:
     from ezhoi_diffusion.evaluation.variants import SEED
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.files import current
-    from ezhoi_diffusion.plugins import PluginHost
+    from ezhoi_diffusion.plugins import PluginManager
     from ezhoi_diffusion.report.plots import plot_training
     from ezhoi_diffusion.training.curve import notes
-    from ezhoi_diffusion.training.processes import part
+    from ezhoi_diffusion.training.processes import exit_distributed
     from ezhoi_diffusion.training.trainer import train
 
     config = train_config(args)
@@ -174,10 +180,10 @@ def run(args: argparse.Namespace) -> int:
         folder = args.out if args.seeds == 1 else args.out / f"{SEED}{seeded.seed}"
         try:
             out = train(
-                data, seeded, folder, registry=components(PluginHost()), resume=args.resume, log_with=args.log_with
+                data, seeded, folder, registry=components(PluginManager()), resume=args.resume, log_with=args.log_with
             )
         except Interrupted as stopped:
-            part(stopped.status, f"ezhoi-diffusion: {stopped}\n")
+            exit_distributed(stopped.status, f"ezhoi-diffusion: {stopped}\n")
             raise
         if int(os.environ.get("RANK", "0")) == 0:
             facts = json.loads((out / "training.json").read_text())
@@ -196,7 +202,7 @@ def run(args: argparse.Namespace) -> int:
             for note in notes(facts):
                 print(f"note: {note}", flush=True)
             print(f"bridge: {out}, of step {facts['best_step']}; curve: {out / 'training.png'}", flush=True)
-    part()
+    exit_distributed()
     return 0
 
 
@@ -205,7 +211,7 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     from dataclasses import fields
 
     from ezhoi_diffusion.builtin.diffusion import components
-    from ezhoi_diffusion.plugins import PluginHost
+    from ezhoi_diffusion.plugins import PluginManager
     from ezhoi_diffusion.training.config import TrainConfig
 
     given = _given(args, [f.name for f in fields(TrainConfig) if f.name != "recipe"])
@@ -213,7 +219,7 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     own: dict[str, Any] = {"text": {}, "visual": ON_VISUAL_ROWS, "pairs": ON_PAIRS}[recipe.trained_on]
     unet = OF_UNET if given.get("denoiser") == "unet1d" else {}
     config = TrainConfig(**{"recipe": recipe, **own, **unet, **given})
-    _ = components(PluginHost()).denoisers[config.denoiser]
+    _ = components(PluginManager()).denoisers[config.denoiser]
     return config
 
 
@@ -227,9 +233,9 @@ def chosen_recipe(args: argparse.Namespace) -> Recipe:
         raise EzhoiDiffusionError(f"there is no recipe '{args.recipe}'; recipes are {', '.join(RECIPES)}")
     recipe = RECIPES[args.recipe] if args.recipe else DEFAULT_RECIPE
     if args.inference_steps is not None:
-        if args.start_step is not None or args.steps is not None:
-            raise EzhoiDiffusionError("--inference-steps sets --start-step and --steps both: give it, or them")
-        args.start_step = args.steps = args.inference_steps
+        if args.start_timestep is not None or args.num_steps is not None:
+            raise EzhoiDiffusionError("--inference-steps sets --start-timestep and --num-steps both: give it, or them")
+        args.start_timestep = args.num_steps = args.inference_steps
     return replace(recipe, **_given(args, RECIPE_FLAGS))
 
 

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from ezhoi_diffusion.evaluation.variants import parse_sweep, resolve_variants
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.files import require_unused
-    from ezhoi_diffusion.plugins import PluginHost
+    from ezhoi_diffusion.plugins import PluginManager
     from ezhoi_diffusion.report.write import report_folder, write_report
 
     store = FeatureStore(args.features)
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     variants = resolve_variants(
-        args.bridges, PluginHost(args.no_plugin), args.bridge, accept, device,
+        args.bridges, PluginManager(args.no_plugin), args.bridge, accept, device,
         sweep=parse_sweep(args.sweep) if args.sweep else GRID, asked=bool(args.sweep),
     )  # fmt: skip
     comparison, candidates = tune(store, variants, device, forced)
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
             f"{best.variant}: {comparison.difference(best.variant, 'full'):+.2f} points over none, 95 % interval {lead.low:+.2f} "
             f"to {lead.high:+.2f}, p {lead.p:.3f}, adjusted for {len(variants)} variants {lead.p_adjusted:.3f}"
         )
-        if not comparison.told(best.variant, "full"):
+        if not comparison.is_significant(best.variant, "full"):
             print("That lead cannot be told from chance: expect no gain on the test split.")
     if args.report:
         write_report(comparison, args.report)

@@ -24,7 +24,7 @@ class DemoError(EzhoiDiffusionError):
     """A step of the demo failed; the message names the command and shows its last words."""
 
 
-def walk(out: Path) -> None:
+def run_demo(out: Path) -> None:
     """Make a world, train the miniature, capture, train a bridge, compare; everything lands in `out`.
 
     Raises DemoError where `out` is in use or a step fails.

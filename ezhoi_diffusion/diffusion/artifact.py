@@ -48,9 +48,9 @@ class BridgeConfig:
                 raise ValueError(f"{name} must be a whole number from 1 to {limit}, not {value!r}")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
-        if self.recipe.start_step > self.timesteps:
+        if self.recipe.start_timestep > self.timesteps:
             raise ValueError(
-                f"recipe {self.recipe.name!r} starts at {self.recipe.start_step}, beyond the schedule's "
+                f"recipe {self.recipe.name!r} starts at {self.recipe.start_timestep}, beyond the schedule's "
                 f"{self.timesteps} levels"
             )
 

@@ -19,17 +19,23 @@ from ezhoi_diffusion.diffusion.artifact import MODEL, STATISTICS, BridgeConfig, 
 from ezhoi_diffusion.diffusion.networks import DenoiserBuilder, denoisers
 from ezhoi_diffusion.diffusion.normalization import normalize, uncenter
 from ezhoi_diffusion.diffusion.recipes import Recipe, Side
-from ezhoi_diffusion.diffusion.samplers import Sampler, ddim, levels_of, samplers
+from ezhoi_diffusion.diffusion.samplers import Sampler, ddim, make_timesteps, samplers
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.features.statistics import ModalityStatistics, unit
 from ezhoi_diffusion.hub import local, push
 from ezhoi_diffusion.registry import Registry
 
-APPLICATION = ("start_step", "steps", "grid", "strength", "output")  # fields of a recipe that no weight depends on
+APPLICATION = (
+    "start_timestep",
+    "num_steps",
+    "spacing",
+    "blend",
+    "output",
+)  # fields of a recipe that no weight depends on
 __all__ = ["BridgeConfig", "BridgeError", "Components", "DiffusionBridge", "build_denoiser"]
 
 _Sampled = dict[tuple[int, int, str], tuple[weakref.ref[Tensor], Tensor]]
-"""(start_step, steps, grid) -> the rows that were sampled last, and what became of them."""
+"""(start_timestep, steps, grid) -> the rows that were sampled last, and what became of them."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +53,15 @@ def build_denoiser(config: BridgeConfig, registry: Components | None = None) -> 
     """
     build = (registry or Components()).denoisers[config.denoiser]
     try:
-        return build(config.dim, config.schedule(), config.objective, config.recipe.scale, **config.denoiser_options)
+        return build(
+            config.dim, config.schedule(), config.objective, config.recipe.scale_factor, **config.denoiser_options
+        )
     except TypeError as error:
         raise BridgeError(f"denoiser {config.denoiser!r} does not take {config.denoiser_options}: {error}") from error
 
 
 def _means_in_use(recipe: Recipe) -> set[Side]:
-    return {recipe.input_mean} | ({recipe.restored_mean} if recipe.output == "calibrated" else set())
+    return {recipe.input_mean} | ({recipe.restored_mean} if recipe.output == "keep_norm" else set())
 
 
 def _require_means(recipe: Recipe, statistics: ModalityStatistics) -> None:
@@ -122,10 +130,10 @@ class DiffusionBridge(nn.Module):
     @property
     def settings(self) -> tuple[str, ...]:
         """What `override` and `sweep` take: of a student not how its teacher's result came about."""
-        return APPLICATION if self.config.student_of is None else ("strength", "output")
+        return APPLICATION if self.config.student_of is None else ("blend", "output")
 
     def override(self, **changes: Any) -> DiffusionBridge:
-        """The same weights, applied in another way, e.g. override(start_step=100, steps=100).
+        """The same weights, applied in another way, e.g. override(start_timestep=100, num_steps=100).
 
         The change is noted in the provenance, so reports say it. Raises BridgeError for values out of range, and for what
         is part of the training.
@@ -172,13 +180,13 @@ class DiffusionBridge(nn.Module):
         if len(x) == 0:
             return x.clone()
         with torch.autocast(x.device.type, enabled=False):
-            z, norm = normalize(x.float(), self.input_mean, self.config.recipe.scale)
+            z, norm = normalize(x.float(), self.input_mean, self.config.recipe.scale_factor)
             return self._compose(x.float(), z, norm, self._bridged(x, z)).to(x.dtype)
 
     def _bridged(self, x: Tensor, z: Tensor) -> Tensor:
         """What the sampler makes of z [N, D], that is of rows x, or made of them for another point of the same sweep."""
         recipe = self.config.recipe
-        key = (recipe.start_step, recipe.steps, recipe.grid)
+        key = (recipe.start_timestep, recipe.num_steps, recipe.spacing)
         held = self._sampled.get(key) if self._sampled is not None else None
         if held is not None and held[0]() is x:
             return held[1]
@@ -204,16 +212,16 @@ class DiffusionBridge(nn.Module):
             self._predict_x0,
             z,
             schedule=self._schedule,
-            levels=levels_of(recipe.grid, recipe.steps, recipe.start_step),
-            scale=recipe.scale,
+            levels=make_timesteps(recipe.spacing, recipe.num_steps, recipe.start_timestep),
+            scale_factor=recipe.scale_factor,
         )
 
     def _compose(self, x: Tensor, z: Tensor, norm: Tensor, bridged: Tensor) -> Tensor:
         recipe = self.config.recipe
         # Unit rows on both sides: a denoiser's estimate is shorter the less it knows, and would count for
         # less.
-        direction = unit((1 - recipe.strength) * unit(z) + recipe.strength * unit(bridged))
-        result = norm * uncenter(direction, self.restored_mean) if recipe.output == "calibrated" else direction
+        direction = unit((1 - recipe.blend) * unit(z) + recipe.blend * unit(bridged))
+        result = norm * uncenter(direction, self.restored_mean) if recipe.output == "keep_norm" else direction
         return torch.where(norm > 0, result, x)
 
     def _predict_x0(self, x: Tensor, t: int) -> Tensor:
@@ -221,9 +229,9 @@ class DiffusionBridge(nn.Module):
         if self.config.objective == "pred_x0":
             return output
         # ε and v lead back to x0 only from x_t itself. Its norm was taken off for the network, and is known.
-        x_t, scale = x, self.config.recipe.scale
+        x_t, scale_factor = x, self.config.recipe.scale_factor
         if self.config.recipe.noisy_norm == "expected":
-            x_t = x * (self._schedule.expected_norm(t, self.config.dim, scale) / scale)
+            x_t = x * (self._schedule.expected_norm(t, self.config.dim, scale_factor) / scale_factor)
         return self._schedule.to_x0(self.config.objective, output, x_t, t)
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:

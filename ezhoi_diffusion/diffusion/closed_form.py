@@ -22,15 +22,15 @@ class _Levels(nn.Module):
     variance: Tensor
     norm: Tensor
 
-    def __init__(self, dim: int, schedule: Schedule, scale: float) -> None:
+    def __init__(self, dim: int, schedule: Schedule, scale_factor: float) -> None:
         super().__init__()
         alpha_bar = schedule.alphas_cumprod
-        norm = schedule.expected_norm(torch.arange(schedule.timesteps), dim, scale) / scale
+        norm = schedule.expected_norm(torch.arange(schedule.timesteps), dim, scale_factor) / scale_factor
         for name, table in (("signal", alpha_bar.sqrt()), ("variance", 1 - alpha_bar), ("norm", norm)):
             self.register_buffer(name, table.float().unsqueeze(1), persistent=False)
 
 
-class Wiener(nn.Module):
+class Gaussian(nn.Module):
     """x̂0 = m + √ᾱ·Σ(ᾱΣ + (1−ᾱ)I)⁻¹(x_t − √ᾱ·m): the posterior mean for rows from a normal distribution N(m, Σ).
 
     Wiener's filter (Bishop 2006, eq. 2.116). Σ is Ledoit & Wolf's (2004) shrunk estimate, because there are fewer rows than
@@ -41,12 +41,12 @@ class Wiener(nn.Module):
     axes: Tensor
     variances: Tensor
 
-    def __init__(self, dim: int, schedule: Schedule, scale: float) -> None:
+    def __init__(self, dim: int, schedule: Schedule, scale_factor: float) -> None:
         super().__init__()
-        self.levels = _Levels(dim, schedule, scale)
+        self.levels = _Levels(dim, schedule, scale_factor)
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("axes", torch.eye(dim))
-        self.register_buffer("variances", torch.full((dim,), scale**2 / dim))
+        self.register_buffer("variances", torch.full((dim,), scale_factor**2 / dim))
 
     def fit(self, z: Tensor) -> None:
         """Take mean and covariance of rows z [N, D]. Raises DenoiserError for fewer than two."""
@@ -68,7 +68,7 @@ class Wiener(nn.Module):
         return self.mean + (gain * (off @ self.axes)) @ self.axes.T
 
 
-class Texts(nn.Module):
+class Empirical(nn.Module):
     """x̂0 = Σ wᵢzᵢ, w = softmax(√ᾱ·x_t·zᵢ/(1−ᾱ)): the posterior mean where x0 is one of the stored rows, each as likely.
 
     An attention over them. All of them have the norm `scale`, so |zᵢ|² is the same for all and falls out.
@@ -76,9 +76,9 @@ class Texts(nn.Module):
 
     rows: Tensor
 
-    def __init__(self, dim: int, schedule: Schedule, scale: float, rows: int) -> None:
+    def __init__(self, dim: int, schedule: Schedule, scale_factor: float, rows: int) -> None:
         super().__init__()
-        self.levels = _Levels(dim, schedule, scale)
+        self.levels = _Levels(dim, schedule, scale_factor)
         self.register_buffer("rows", torch.zeros(rows, dim))
 
     def fit(self, z: Tensor) -> None:
@@ -93,18 +93,18 @@ class Texts(nn.Module):
         return torch.softmax(precision * (x @ self.rows.T), dim=1) @ self.rows
 
 
-def build_wiener(dim: int, schedule: Schedule, objective: Objective, scale: float) -> nn.Module:
+def build_gaussian(dim: int, schedule: Schedule, objective: Objective, scale_factor: float) -> nn.Module:
     """Until it is fitted, isotropic. Raises DenoiserError for another objective than pred_x0, and for D above 4096."""
-    _require("wiener", dim, objective)
-    return Wiener(dim, schedule, scale)
+    _require("gaussian", dim, objective)
+    return Gaussian(dim, schedule, scale_factor)
 
 
-def build_texts(dim: int, schedule: Schedule, objective: Objective, scale: float, *, rows: int) -> nn.Module:
+def build_empirical(dim: int, schedule: Schedule, objective: Objective, scale_factor: float, *, rows: int) -> nn.Module:
     """Room for `rows` rows. Raises DenoiserError for another objective than pred_x0, for D above 4096, for too many rows."""
-    _require("texts", dim, objective)
+    _require("empirical", dim, objective)
     if type(rows) is not int or not 1 <= rows <= MAX_ROWS:
         raise DenoiserError(f"texts: rows must be a whole number from 1 to {MAX_ROWS}, not {rows!r}")
-    return Texts(dim, schedule, scale, rows)
+    return Empirical(dim, schedule, scale_factor, rows)
 
 
 def _require(name: str, dim: int, objective: Objective) -> None:

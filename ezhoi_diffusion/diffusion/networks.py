@@ -12,13 +12,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ezhoi_diffusion.diffusion.closed_form import build_texts, build_wiener
+from ezhoi_diffusion.diffusion.closed_form import build_empirical, build_gaussian
 from ezhoi_diffusion.diffusion.schedule import Objective, Schedule, isotropic_estimate
 from ezhoi_diffusion.diffusion.unet1d import DenoiserError, build_unet1d
 from ezhoi_diffusion.registry import Registry
 
 TIME_FEATURES = 128
-CLOSED_FORMS = ("wiener", "texts")  # they are fitted, not trained
+CLOSED_FORMS = ("gaussian", "empirical")  # they are fitted, not trained
 
 
 DenoiserBuilder = Callable[..., nn.Module]
@@ -123,5 +123,5 @@ def build_mlp(
 def denoisers() -> Registry[DenoiserBuilder]:
     """A fresh registry of the denoisers that ship."""
     return Registry(
-        "denoiser", {"mlp": build_mlp, "unet1d": build_unet1d, "wiener": build_wiener, "texts": build_texts}
+        "denoiser", {"mlp": build_mlp, "unet1d": build_unet1d, "gaussian": build_gaussian, "empirical": build_empirical}
     )

@@ -11,14 +11,14 @@ from torch import Tensor
 from ezhoi_diffusion.features.statistics import unit
 
 
-def rescale(x: Tensor, scale: float) -> Tensor:
+def rescale(x: Tensor, scale_factor: float) -> Tensor:
     """Rows of x [N, D] at norm `scale`."""
-    return scale * unit(x)
+    return scale_factor * unit(x)
 
 
-def normalize(x: Tensor, mean: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def normalize(x: Tensor, mean: Tensor, scale_factor: float) -> tuple[Tensor, Tensor]:
     """z = scale · unit(unit(x) − mean) [N, D] for x [N, D] and mean [D], and the norms |x| [N, 1]."""
-    return rescale(unit(x) - mean, scale), x.norm(dim=-1, keepdim=True)
+    return rescale(unit(x) - mean, scale_factor), x.norm(dim=-1, keepdim=True)
 
 
 def uncenter(z: Tensor, mean: Tensor) -> Tensor:

@@ -70,13 +70,13 @@ class Schedule:
         return (alpha_bar / (1 - alpha_bar) if objective == "pred_x0" else alpha_bar).float()
 
     @overload
-    def expected_norm(self, t: int, dim: int, scale: float) -> float: ...
+    def expected_norm(self, t: int, dim: int, scale_factor: float) -> float: ...
     @overload
-    def expected_norm(self, t: Tensor, dim: int, scale: float) -> Tensor: ...
-    def expected_norm(self, t: Tensor | int, dim: int, scale: float) -> Tensor | float:
+    def expected_norm(self, t: Tensor, dim: int, scale_factor: float) -> Tensor: ...
+    def expected_norm(self, t: Tensor | int, dim: int, scale_factor: float) -> Tensor | float:
         """√(s²ᾱ + D(1−ᾱ)), float64: the norm of x_t for |x0| = s. Hardly varies for large D."""
         alpha_bar = self._numbers[t] if isinstance(t, int) else self.alphas_cumprod[t]
-        return (scale**2 * alpha_bar + dim * (1 - alpha_bar)) ** 0.5
+        return (scale_factor**2 * alpha_bar + dim * (1 - alpha_bar)) ** 0.5
 
     def _weights(self, t: Tensor | int, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
         if isinstance(t, int):  # plain numbers, because a tensor would have to be copied to the device of the rows
@@ -91,7 +91,9 @@ class Schedule:
         return found
 
 
-def isotropic_estimate(schedule: Schedule, objective: Objective, dim: int, scale: float) -> tuple[Tensor, Tensor]:
+def isotropic_estimate(
+    schedule: Schedule, objective: Objective, dim: int, scale_factor: float
+) -> tuple[Tensor, Tensor]:
     """What a row's direction alone says of the target, when nothing is known of the data.
 
     Returns (skip [T], residual [T]), float64. For x = scale·unit(x_t) the estimate of the target is skip_t·x,
@@ -102,10 +104,10 @@ def isotropic_estimate(schedule: Schedule, objective: Objective, dim: int, scale
     levels = torch.arange(schedule.timesteps)
     alpha_bar = schedule.alphas_cumprod
     signal, sigma, root = alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), math.sqrt(dim)
-    norm = schedule.expected_norm(levels, dim, scale)
-    c, c_noise = scale * signal / norm, root * sigma / norm
+    norm = schedule.expected_norm(levels, dim, scale_factor)
+    c, c_noise = scale_factor * signal / norm, root * sigma / norm
     none, one = torch.zeros_like(signal), torch.ones_like(signal)
     on_z, on_noise = {"pred_x0": (one, none), "pred_noise": (none, one), "pred_v": (-sigma, signal)}[objective]
-    along = scale * on_z * c + root * on_noise * c_noise
-    across = scale * on_z * c_noise - root * on_noise * c
-    return along / scale, across / root
+    along = scale_factor * on_z * c + root * on_noise * c_noise
+    across = scale_factor * on_z * c_noise - root * on_noise * c
+    return along / scale_factor, across / root

@@ -22,7 +22,7 @@ from ezhoi_diffusion.doctor.finding import TRAIN, Finding, ok
 from ezhoi_diffusion.ezhoi.fingerprint import differences
 from ezhoi_diffusion.features.statistics import ModalityStatistics, unit
 from ezhoi_diffusion.features.store import FeatureStore
-from ezhoi_diffusion.plugins import PluginHost
+from ezhoi_diffusion.plugins import PluginManager
 from ezhoi_diffusion.training.curve import unlearned
 from ezhoi_diffusion.training.distillation import LEAST_COSINE
 
@@ -35,7 +35,7 @@ WASHES_OUT = 600  # the level from which strength 1 lost most, wherever measured
 
 def load(folder: Path) -> DiffusionBridge:
     """The bridge in `folder`, with what plugins contribute. Raises BridgeError, PluginError."""
-    return DiffusionBridge.from_pretrained(folder, registry=components(PluginHost()))
+    return DiffusionBridge.from_pretrained(folder, registry=components(PluginManager()))
 
 
 def unfinished(folder: Path) -> bool:
@@ -51,12 +51,12 @@ def artefact(bridge: DiffusionBridge) -> Iterator[Finding]:
     )
     yield _recipe(config.recipe)
     yield _means(config.recipe, bridge.statistics)
-    steps = config.recipe.steps
+    steps = config.recipe.num_steps
     found = f"{steps} network evaluations a row, of {parameters:,} parameters each"
     if steps > 50:
         yield Finding(
             "bridge.cost", "note", f"{found}; beyond 20 evaluations buy almost nothing",
-            "--steps (the guide's --inference-steps) is cost, --start-step is strength: lower --steps",
+            "--num-steps (the guide's --inference-steps) is cost, --start-timestep is strength: lower --num-steps",
         )  # fmt: skip
     else:
         yield ok("bridge.cost", found)
@@ -65,26 +65,24 @@ def artefact(bridge: DiffusionBridge) -> Iterator[Finding]:
 def _recipe(recipe: Recipe) -> Finding:
     name = "bridge.recipe"
     found = (
-        f"{recipe.name}: learned {recipe.trained_on} rows; a row enters at level {recipe.start_step} (strength), takes "
-        f"{recipe.steps} evaluations (cost), {recipe.strength:.0%} of the result is bridged, output {recipe.output}"
+        f"{recipe.name}: learned {recipe.trained_on} rows; a row enters at level {recipe.start_timestep} (strength), takes "
+        f"{recipe.num_steps} evaluations (cost), {recipe.blend:.0%} of the result is bridged, output {recipe.output}"
     )
-    if recipe.input_mean == "text" or recipe.output == "unit":
+    if recipe.input_mean == "text" or recipe.output == "unit_norm":
         return Finding(
             name, "warning", f"{found}. The guide's recipe: it hurt wherever it was measured",
-            f"{TRAIN} (recipe blend), and compare with --compare none,mean_shift,diffusion",
+            f"{TRAIN} (recipe gentle), and compare with --compare none,mean_shift,diffusion",
         )  # fmt: skip
-    if recipe.start_step >= WASHES_OUT and recipe.strength == 1:
+    if recipe.start_timestep >= WASHES_OUT and recipe.blend == 1:
         return Finding(
             name, "note", f"{found}. From {WASHES_OUT} at full strength a row's identity is washed out where measured",
-            "try --recipe blend, or a --start-step of 50 to 300",
+            "try --recipe gentle, or a --start-timestep of 50 to 300",
         )  # fmt: skip
     return ok(name, found)
 
 
 def _means(recipe: Recipe, statistics: ModalityStatistics) -> Finding:
-    given_back = (
-        f"gives back the {recipe.restored_mean} mean" if recipe.output == "calibrated" else "gives no mean back"
-    )
+    given_back = f"gives back the {recipe.restored_mean} mean" if recipe.output == "keep_norm" else "gives no mean back"
     found = (
         f"takes the {recipe.input_mean} mean off visual rows, {given_back}; norms: visual "
         f"{statistics.visual_mean.norm():.4f}, text {statistics.text_mean.norm():.4f} (the guide's 0.01-0.05 is impossible), "
@@ -95,11 +93,11 @@ def _means(recipe: Recipe, statistics: ModalityStatistics) -> Finding:
             "bridge.means", "warning", f"{found}. The text mean leaves in every visual row a vector that all share",
             f"train a recipe that takes the visual mean off: {TRAIN}",
         )  # fmt: skip
-    if recipe.output == "calibrated" and recipe.restored_mean == "text":
+    if recipe.output == "keep_norm" and recipe.restored_mean == "text":
         return Finding(
             "bridge.means", "warning",
             f"{found}. EZ-HOI's score is a plain dot product that was trained with the visual mean in place",
-            "use restored_mean visual, as recipes blend and paper do",
+            "use restored_mean visual, as recipes gentle and paper do",
         )  # fmt: skip
     return ok("bridge.means", found)
 
@@ -120,7 +118,7 @@ def training(bridge: DiffusionBridge, folder: Path) -> Iterator[Finding]:
     if bridge.config.denoiser in CLOSED_FORMS:
         said = f"a closed form of {facts['rows']} rows; without the held-out ones its loss on those is {loss:.5f}, the bar {bar:.5f}"
         # of texts that it does not hold, the other closed form cannot give one back: its loss says nothing
-        bad = bridge.config.denoiser == "wiener" and loss >= bar
+        bad = bridge.config.denoiser == "gaussian" and loss >= bar
         yield (
             Finding("bridge.training", "warning", said, f"its rows have nothing in common; {TRAIN}")
             if bad
@@ -164,7 +162,7 @@ def _student(bridge: DiffusionBridge) -> Finding:
     teacher, made = bridge.config.student_of or {}, bridge.provenance.get("distilled", {})
     reached = made.get("held_out", {}).get("cosine", math.nan)
     said = (
-        f"a student of {teacher.get('denoiser')}, {teacher.get('steps')} evaluations from level {teacher.get('start_step')}; mean "
+        f"a student of {teacher.get('denoiser')}, {teacher.get('steps')} evaluations from level {teacher.get('start_timestep')}; mean "
         f"cosine to that {reached:.4f} on held-out rows"
     )
     if not reached >= LEAST_COSINE:
@@ -235,7 +233,7 @@ def effect(bridge: DiffusionBridge, sample: Tensor, text: Tensor) -> Iterator[Fi
         yield Finding(
             "bridge.effect", "note",
             f"not tried: of {len(sample)} usable rows {affordable} could be bridged here in {EFFECT_SECONDS:.0f} s",
-            "see bridge.cost: fewer --steps, or the denoiser mlp; or ask on a GPU with `ezhoi-diffusion run … --compare`",
+            "see bridge.cost: fewer --num-steps, or the denoiser mlp; or ask on a GPU with `ezhoi-diffusion run … --compare`",
         )  # fmt: skip
         return
     chosen = torch.randperm(len(sample), generator=torch.Generator().manual_seed(0))
@@ -258,12 +256,12 @@ def effect(bridge: DiffusionBridge, sample: Tensor, text: Tensor) -> Iterator[Fi
     if not 0.5 < ratio < 2:
         yield Finding(
             "bridge.effect", "warning", f"{found}. EZ-HOI does not normalise, so this change of norm rescales every score",
-            f"take a recipe with output calibrated; {measure}",
+            f"take a recipe with output keep_norm; {measure}",
         )  # fmt: skip
     elif kept < LITTLE_LEFT:
         yield Finding(
             "bridge.effect", "warning", f"{found}. Little is left of each row",
-            f"a lower --start-step or --strength; {measure}",
+            f"a lower --start-timestep or --blend; {measure}",
         )  # fmt: skip
     else:
         yield ok("bridge.effect", found)
@@ -276,7 +274,7 @@ def _affordable(bridge: DiffusionBridge) -> int:
         bridge.denoiser(rows, levels)
         begun = time.perf_counter()
         bridge.denoiser(rows, levels)
-    seconds = (time.perf_counter() - begun) / len(rows) * bridge.config.recipe.steps
+    seconds = (time.perf_counter() - begun) / len(rows) * bridge.config.recipe.num_steps
     return int(EFFECT_SECONDS / max(seconds, 1e-9))
 
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ezhoi_diffusion.doctor import environment
-from ezhoi_diffusion.doctor.finding import BRIDGE, CAPTURE, FEATURES, TRAIN, Finding, guarded
+from ezhoi_diffusion.doctor.finding import BRIDGE, CAPTURE, FEATURES, TRAIN, Finding, run_check
 
 
-def examine(folders: Sequence[Path], host_line: Sequence[str]) -> Iterator[Finding]:
+def run_checks(folders: Sequence[Path], host_line: Sequence[str]) -> Iterator[Finding]:
     """Findings as they come: environment, folders (features and a bridge, in any order), script and flags if given."""
     kinds: dict[str, Path] = {}
     strange: list[Finding] = []
@@ -24,17 +24,19 @@ def examine(folders: Sequence[Path], host_line: Sequence[str]) -> Iterator[Findi
             kinds[kind] = folder
 
     broken = set()
-    for finding in guarded("environment", lambda: environment.packages(host=bool(host_line)), "reinstall this package"):
+    for finding in run_check(
+        "environment", lambda: environment.packages(host=bool(host_line)), "reinstall this package"
+    ):
         broken |= {finding.name} if finding.level == "problem" else set()
         yield finding
     # What is broken there may end this process too, without an exception.
     torch_works, host_loads = "environment.torch" not in broken, "environment.torchvision" not in broken
     if torch_works:
-        yield from guarded(
+        yield from run_check(
             "environment.plugins", environment.plugins, "`ezhoi-diffusion plugins` lists what is installed"
         )
     here = kinds.get(FEATURES, Path())
-    yield from guarded("environment.disk", lambda: environment.space(here), "choose a folder that can be read")
+    yield from run_check("environment.disk", lambda: environment.space(here), "choose a folder that can be read")
     yield from strange
     if not torch_works:
         if kinds or host_line:
@@ -44,9 +46,9 @@ def examine(folders: Sequence[Path], host_line: Sequence[str]) -> Iterator[Findi
         fix = "mend environment.torchvision first"
         yield Finding("host.flags", "problem", "not read: EZ-HOI's scripts import torchvision", fix)
     if kinds or host_line:
-        from ezhoi_diffusion.doctor.inputs import examine_inputs
+        from ezhoi_diffusion.doctor.inputs import check_inputs
 
-        yield from examine_inputs(kinds, host_line if host_loads else ())
+        yield from check_inputs(kinds, host_line if host_loads else ())
 
 
 def kind_of(folder: Path) -> str | Finding:
@@ -61,7 +63,7 @@ def kind_of(folder: Path) -> str | Finding:
         names = {path.name for path in folder.iterdir()}
     except (OSError, ValueError) as error:
         return Finding("input", "problem", f"{folder} cannot be read ({error})", makes)
-    if names & {"meta.json", "index.json", "host.safetensors"}:
+    if names & {"meta.json", "index.json", "ezhoi.safetensors"}:
         return FEATURES
     if names & {"config.json", "model.safetensors", ".committed", "checkpoints"}:
         return BRIDGE

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ezhoi_diffusion.doctor.finding import Finding, Level, ok
-from ezhoi_diffusion.plugins import PluginHost
+from ezhoi_diffusion.plugins import PluginManager
 
 UNET1D = "denoising_diffusion_pytorch.denoising_diffusion_pytorch_1d"
 TORCHSCRIPT = "torch.load of TorchScript"
@@ -205,7 +205,7 @@ def _can_run(arch: list[str], major: int, minor: int) -> bool:
 
 def plugins() -> Iterator[Finding]:
     """Every plugin that was found and cannot take part. Raises PluginError under EZHOI_DIFFUSION_STRICT."""
-    found = PluginHost().found
+    found = PluginManager().found
     for info in found.values():
         if info.status != "loaded":
             yield Finding(

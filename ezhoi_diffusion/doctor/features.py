@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ezhoi_diffusion.doctor.finding import CAPTURE, Finding, Level, ok
 from ezhoi_diffusion.ezhoi.fingerprint import Fingerprint
-from ezhoi_diffusion.features.statistics import ModalityStatistics, shared_part, unit
+from ezhoi_diffusion.features.statistics import ModalityStatistics, mean_resultant_length, unit
 from ezhoi_diffusion.features.store import FeatureStore
 
 AGAIN = f"capture again, into a new folder: {CAPTURE}"
@@ -63,8 +63,8 @@ def scan(store: FeatureStore) -> Scan:
             yield rows
 
     with bar:
-        if "text_mean" in store.host:
-            result.statistics = ModalityStatistics.around(blocks(), store.host["text_mean"], len(store.text))
+        if "text_mean" in store.ezhoi:
+            result.statistics = ModalityStatistics.around(blocks(), store.ezhoi["text_mean"], len(store.text))
         else:
             result.statistics = ModalityStatistics.of(blocks(), store.text)
     return result
@@ -75,7 +75,7 @@ def _labelled(store: FeatureStore, shard: dict[str, Tensor]) -> set[int]:
     if store.imported is not None:
         return set()
     found = set(shard["gt_hoi"].tolist())
-    everything = store.host.get("classes/full")
+    everything = store.ezhoi.get("classes/full")
     if everything is not None and shard["labels"].shape[1:] == everything.shape:
         found |= set(shard["labels"].any(dim=0).nonzero().flatten().tolist())
     return found
@@ -194,7 +194,7 @@ def _duplicates(hashes: Tensor) -> Finding:
 
 def _labels(store: FeatureStore, labelled: set[int]) -> Finding:
     name = "features.labels"
-    unseen = set(store.host.get("classes/unseen", torch.zeros(0)).tolist())
+    unseen = set(store.ezhoi.get("classes/unseen", torch.zeros(0)).tolist())
     if store.split != "train" or not unseen:
         return ok(name, "no class is held out" if store.split == "train" else "not for training, so of all classes")
     leaked = unseen & labelled
@@ -213,7 +213,7 @@ def means(statistics: ModalityStatistics, sample: Tensor) -> Iterator[Finding]:
     yield _mean_norm("visual", visual)
     yield ok("features.gap", f"distance of the two means {statistics.gap:.3f}")
     share = {
-        side: shared_part([sample], mean)
+        side: mean_resultant_length([sample], mean)
         for side, mean in (("own", statistics.visual_mean), ("text", statistics.text_mean))
     }
     found = (
@@ -224,9 +224,7 @@ def means(statistics: ModalityStatistics, sample: Tensor) -> Iterator[Finding]:
         fix = f"a few rows far from the rest drag the mean: see features.norms and features.duplicates; else {AGAIN}"
         yield Finding("features.centring", "warning", found, fix)
     elif share["text"] > COMMON_SHARE:
-        fix = (
-            "take a recipe that takes the visual mean off (blend, paper); the guide's takes off the text mean, and hurt"
-        )
+        fix = "take a recipe that takes the visual mean off (gentle, paper); the guide's takes off the text mean, and hurt"
         yield Finding("features.centring", "note", found, fix)
     else:
         yield ok("features.centring", found)

@@ -33,7 +33,7 @@ def ok(name: str, found: str) -> Finding:
     return Finding(name, "ok", found)
 
 
-def guarded(name: str, check: Callable[[], Iterator[Finding]], fix: str) -> list[Finding]:
+def run_check(name: str, check: Callable[[], Iterator[Finding]], fix: str) -> list[Finding]:
     """The findings of a check; if it ends with an error, those before it and the error as a problem.
 
     What a check looks at comes from elsewhere and may be anything, so any error counts as a finding about it.

@@ -15,11 +15,11 @@ from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
 from ezhoi_diffusion.doctor import bridge as bridges
 from ezhoi_diffusion.doctor import ezhoi as host
 from ezhoi_diffusion.doctor import features
-from ezhoi_diffusion.doctor.finding import BRIDGE, FEATURES, TRAIN, Finding, guarded
+from ezhoi_diffusion.doctor.finding import BRIDGE, FEATURES, TRAIN, Finding, run_check
 from ezhoi_diffusion.features.store import FeatureStore
 
 
-def examine_inputs(kinds: Mapping[str, Path], host_line: Sequence[str]) -> Iterator[Finding]:
+def check_inputs(kinds: Mapping[str, Path], host_line: Sequence[str]) -> Iterator[Finding]:
     """Findings about a features folder and a bridge folder, by kind, and about a script with its flags."""
     demanded: dict[str, dict[str, Any]] = {}
     store: FeatureStore | None = None
@@ -30,9 +30,9 @@ def examine_inputs(kinds: Mapping[str, Path], host_line: Sequence[str]) -> Itera
     if store is not None:
         opened = store
         demanded[FEATURES] = opened.fingerprint
-        yield from guarded("features.text", lambda: features.text(opened), features.AGAIN)
+        yield from run_check("features.text", lambda: features.text(opened), features.AGAIN)
         scans: list[features.Scan] = []
-        yield from guarded("features.files", lambda: _rows(opened, scans), features.AGAIN)
+        yield from run_check("features.files", lambda: _rows(opened, scans), features.AGAIN)
         found = scans[0] if scans else found
     if BRIDGE in kinds:
         yield from _bridge(kinds[BRIDGE], store, found, demanded)
@@ -48,7 +48,7 @@ def _store(folder: Path) -> tuple[FeatureStore | None, list[Finding]]:
         yield from features.meta(stores[0])
 
     fix = "give the capture command again, it goes on" if features.unfinished(folder) else features.AGAIN
-    lines = guarded("features.open", opening, fix)
+    lines = run_check("features.open", opening, fix)
     return (stores[0] if stores else None), lines
 
 
@@ -75,18 +75,18 @@ def _bridge(
 
     again = f"restore it from where it came, or {TRAIN}"
     fix = "give the training command again with --resume" if bridges.unfinished(folder) else again
-    yield from guarded("bridge.open", opening, fix)
+    yield from run_check("bridge.open", opening, fix)
     if not loaded:
         return
     bridge = loaded[0]
     demanded[BRIDGE] = bridges.facts_for_host(bridge)
-    yield from guarded("bridge.training", lambda: bridges.training(bridge, folder), again)
+    yield from run_check("bridge.training", lambda: bridges.training(bridge, folder), again)
     if store is not None:
         opened = store
-        yield from guarded("bridge.features", lambda: bridges.against_features(bridge, opened, found), again)
+        yield from run_check("bridge.features", lambda: bridges.against_features(bridge, opened, found), again)
         if found.sample:
             sample = torch.cat(found.sample)
-            yield from guarded("bridge.effect", lambda: bridges.effect(bridge, sample, opened.text), again)
+            yield from run_check("bridge.effect", lambda: bridges.effect(bridge, sample, opened.text), again)
 
 
 def _host(script: Path, argv: Sequence[str], demanded: dict[str, dict[str, Any]]) -> Iterator[Finding]:
@@ -97,16 +97,16 @@ def _host(script: Path, argv: Sequence[str], demanded: dict[str, dict[str, Any]]
         read.extend([args] if args else [])
         yield line
 
-    yield from guarded("host.flags", reading, "give them as you give them to the script")
+    yield from run_check("host.flags", reading, "give them as you give them to the script")
     if not read:
         return
     flags = read[0]
     again = "see EZ-HOI's scripts/ for flags that belong together"
     strictest = demanded.get(BRIDGE) or demanded.get(FEATURES) or {}
-    yield from guarded("host.options", lambda: host.options(flags), again)
-    yield from guarded("host.paths", lambda: host.paths(flags), again)
-    yield from guarded("host.data", lambda: host.data(flags), again)
+    yield from run_check("host.options", lambda: host.options(flags), again)
+    yield from run_check("host.paths", lambda: host.paths(flags), again)
+    yield from run_check("host.data", lambda: host.data(flags), again)
     unreadable = "download or copy the checkpoint again; one that needs a pickle executed is not to be trusted"
-    yield from guarded("host.checkpoint", lambda: host.checkpoint(flags, strictest), unreadable)
+    yield from run_check("host.checkpoint", lambda: host.checkpoint(flags, strictest), unreadable)
     for what, fingerprint in demanded.items():
-        yield from guarded(f"host.{what}", lambda w=what, f=fingerprint: iter([host.fits(flags, w, f)]), again)  # type: ignore[misc]
+        yield from run_check(f"host.{what}", lambda w=what, f=fingerprint: iter([host.fits(flags, w, f)]), again)  # type: ignore[misc]

@@ -36,7 +36,7 @@ class Comparison:
 
     ap: variant -> [K] float64 AP per interaction class, in 0..1; the first variant is `none`.
     groups: group -> interaction classes whose mean AP is reported.
-    host_ms: mean time of the host's own forward pass on an image, None where the host did not run.
+    ezhoi_ms: mean time of the host's own forward pass on an image, None where the host did not run.
     bridge_ms: variant -> mean time it adds to an image.
     names: what each interaction class is called, where the host says so. annotations: [K] annotated pairs of each class.
     significance: intervals and p-values of a paired bootstrap over images. alignment: variant -> measure -> value.
@@ -49,7 +49,7 @@ class Comparison:
     groups: dict[str, Tensor]
     images: int
     pairs: int
-    host_ms: float | None
+    ezhoi_ms: float | None
     bridge_ms: dict[str, float]
     fingerprint: dict[str, Any]
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class Comparison:
     setting: str = "default"  # or known-object
     significance: Significance | None = None
     alignment: dict[str, dict[str, float | None]] = field(default_factory=dict)
-    families: dict[str, list[str]] = field(default_factory=dict)
+    seed_groups: dict[str, list[str]] = field(default_factory=dict)
     sample: Sample | None = None
     controls: list[str] = field(default_factory=list)
     caveats: list[str] = field(default_factory=list)
@@ -74,7 +74,7 @@ class Comparison:
         """Percentage points of mean AP over the bare host."""
         return self.mean_ap(variant, group) - self.mean_ap(REFERENCE, group)
 
-    def told(self, variant: str, group: str, over: str = REFERENCE) -> bool:
+    def is_significant(self, variant: str, group: str, over: str = REFERENCE) -> bool:
         """Whether the difference to the bare host, or over a control, can be told from chance: its interval excludes 0, and
         so many variants do not explain it.
         """
@@ -84,9 +84,9 @@ class Comparison:
         found = differences[variant][group]
         return found.p_adjusted < 1 - self.significance.level and not found.low <= 0 <= found.high
 
-    def spread(self, family: str, group: str) -> tuple[float, float | None]:
+    def spread(self, seed_group: str, group: str) -> tuple[float, float | None]:
         """Mean of a family's mean AP in percent, and its standard deviation over seeds (n - 1); None for one seed."""
-        values = torch.tensor([self.mean_ap(v, group) for v in self.families[family]], dtype=torch.float64)
+        values = torch.tensor([self.mean_ap(v, group) for v in self.seed_groups[seed_group]], dtype=torch.float64)
         return float(values.mean()), float(values.std()) if len(values) > 1 else None
 
     def ranked(self) -> list[str]:
@@ -114,11 +114,11 @@ class Comparison:
             "setting": self.setting,
             "significance": None if self.significance is None else self.significance.to_dict(),
             "alignment": self.alignment,
-            "families": {name: self._family(name) for name in self.families},
+            "families": {name: self._family(name) for name in self.seed_groups},
             "controls": self.controls,
             "images": self.images,
             "pairs": self.pairs,
-            "host_ms_per_image": self.host_ms,
+            "host_ms_per_image": self.ezhoi_ms,
             "bridge_ms_per_image": self.bridge_ms,
             "fingerprint": self.fingerprint,
             "provenance": self.provenance,
@@ -131,7 +131,7 @@ class Comparison:
     def _family(self, name: str) -> dict[str, Any]:
         spreads = {group: self.spread(name, group) for group in self.groups}
         return {
-            "variants": self.families[name],
+            "variants": self.seed_groups[name],
             "mean_ap": {group: {"mean": mean, "standard_deviation": sd} for group, (mean, sd) in spreads.items()},
         }
 
@@ -173,7 +173,7 @@ class Comparison:
         ]
 
     def _ms(self, variant: str) -> str:
-        return "-" if self.host_ms is None else f"{self.host_ms + self.bridge_ms.get(variant, 0.0):.2f}"
+        return "-" if self.ezhoi_ms is None else f"{self.ezhoi_ms + self.bridge_ms.get(variant, 0.0):.2f}"
 
 
 def _row(cells: list[str], widths: list[int]) -> str:

@@ -100,7 +100,7 @@ def verdict(effect: Effect, comparison: Comparison, bridge: str) -> str:
     if not 0.5 <= ratio <= 2:
         lines.append(
             f"WARNING: norms changed by a factor of {ratio:.3g} (median). The host's score is a plain dot product, so every "
-            f"score changes with the norm: use output mode calibrated, which keeps it."
+            f"score changes with the norm: use output mode keep_norm, which keeps it."
         )
     accuracy = effect.accuracy()
     if accuracy is None:

@@ -30,7 +30,7 @@ class StoredImage:
     gt_hoi: Tensor  # [G]
 
 
-Find = Callable[[StoredImage], tuple[Tensor, ...]]
+MatchFn = Callable[[StoredImage], tuple[Tensor, ...]]
 
 
 def stored_images(store: FeatureStore, chosen: set[int] | None = None) -> Iterator[StoredImage]:
@@ -70,7 +70,7 @@ class Detections:
     annotation: Tensor  # [K] … and the annotation that each belongs to
 
     @classmethod
-    def of(cls, images: Sequence[StoredImage], find: Find) -> Detections:
+    def of(cls, images: Sequence[StoredImage], find: MatchFn) -> Detections:
         """Those that an evaluation finds in each image."""
         columns: list[tuple[Tensor, ...]] = []
         rows = found = annotations = 0
@@ -103,7 +103,7 @@ class Detections:
 
 
 @dataclass(frozen=True, eq=False)
-class Evaluation:
+class EvalProtocol:
     """What a data set's own evaluation makes of a stored image, in K classes.
 
     find: image -> its M detections and candidates, as the columns of `Detections` but `image`. count: image -> [K] int64
@@ -111,14 +111,14 @@ class Evaluation:
     that the host leaves out.
     """
 
-    find: Find
+    find: MatchFn
     count: Callable[[StoredImage], Tensor]
     groups: dict[str, Tensor]
     names: list[str] | None
     elsewhere: Tensor
 
 
-def hicodet(store: FeatureStore, score: Score) -> Evaluation:
+def hicodet(store: FeatureStore, score: Score) -> EvalProtocol:
     """HICO-DET's, as the host has it. Raises ScoreError for a capture of another data set."""
     dataset = store.fingerprint.get("dataset")
     if dataset != "hicodet":
@@ -128,11 +128,11 @@ def hicodet(store: FeatureStore, score: Score) -> Evaluation:
         raise ScoreError(
             f"{store.folder} is a capture of {dataset}, for which the host has no evaluation to compare by{own}"
         )
-    classes = int(store.host["object_n_verb_to_interaction"].max()) + 1
-    return Evaluation(
+    classes = int(store.ezhoi["object_n_verb_to_interaction"].max()) + 1
+    return EvalProtocol(
         find=functools.partial(_detections, store, score),
         count=lambda image: torch.bincount(image.gt_hoi, minlength=classes),
-        groups={name: store.host[f"classes/{name}"] for name in GROUPS if f"classes/{name}" in store.host},
+        groups={name: store.ezhoi[f"classes/{name}"] for name in GROUPS if f"classes/{name}" in store.ezhoi},
         names=names_of_interactions(store),
         elsewhere=torch.zeros(0, classes, dtype=torch.long),
     )
@@ -163,7 +163,7 @@ def _detections(store: FeatureStore, score: Score, image: StoredImage) -> tuple[
 
 def annotated_objects(store: FeatureStore, annotations: Tensor) -> tuple[Tensor, Tensor]:
     """Which object classes each image has annotations of, [I, O] bool, and the object of every class, [K] int64."""
-    table = store.host["object_n_verb_to_interaction"]
+    table = store.ezhoi["object_n_verb_to_interaction"]
     objects, verbs = (table >= 0).nonzero().unbind(1)
     object_of = torch.zeros(annotations.shape[1], dtype=torch.long)
     object_of[table[objects, verbs]] = objects

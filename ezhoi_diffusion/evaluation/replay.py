@@ -20,13 +20,13 @@ from ezhoi_diffusion.evaluation.comparison import FULL, REFERENCE, Comparison, S
 from ezhoi_diffusion.evaluation.effect import Effect
 from ezhoi_diffusion.evaluation.protocols import (
     Detections,
-    Evaluation,
+    EvalProtocol,
     StoredImage,
     annotated_objects,
     hicodet,
     stored_images,
 )
-from ezhoi_diffusion.evaluation.variants import Variant, families, origins
+from ezhoi_diffusion.evaluation.variants import Variant, origins, seed_groups
 from ezhoi_diffusion.ezhoi.feature_tap import Inject
 from ezhoi_diffusion.features.score import Score, ScoreError, names_of_interactions, require_replayable
 from ezhoi_diffusion.features.store import FeatureStore
@@ -54,7 +54,7 @@ def replay(
     store: FeatureStore,
     variants: Mapping[str, Variant],
     *,
-    evaluation: Evaluation | None = None,
+    evaluation: EvalProtocol | None = None,
     chosen: set[int] | None = None,
     classes: Tensor | None = None,
     algorithm: Algorithm = "11P",
@@ -116,7 +116,7 @@ def replay(
         groups=groups,
         images=len(annotations),
         pairs=rows,
-        host_ms=None,
+        ezhoi_ms=None,
         bridge_ms={name: _milliseconds(cards[name].seconds, store, images) for name in variants},
         fingerprint=store.fingerprint,
         provenance=origins(variants),
@@ -131,14 +131,14 @@ def replay(
         if replicates
         else None,
         alignment={name: card.alignment.measures() for name, card in cards.items() if card.alignment is not None},
-        families=families(variants),
+        seed_groups=seed_groups(variants),
         controls=controls,
         sample=Sample({name: torch.cat(card.shown) for name, card in cards.items()}, score.text) if aligned else None,
     )
 
 
 def _collect(
-    evaluation: Evaluation,
+    evaluation: EvalProtocol,
     score: Score,
     images: Iterable[StoredImage],
     variants: Mapping[str, Variant],

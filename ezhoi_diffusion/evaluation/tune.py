@@ -17,16 +17,16 @@ from ezhoi_diffusion.evaluation.bootstrap import REPLICATES
 from ezhoi_diffusion.evaluation.comparison import REFERENCE, Comparison
 from ezhoi_diffusion.evaluation.replay import replay
 from ezhoi_diffusion.evaluation.variants import Variant
-from ezhoi_diffusion.features.split import FRACTION, held_out
+from ezhoi_diffusion.features.split import FRACTION, validation_mask
 from ezhoi_diffusion.features.store import FeatureStore
 
 AUTO = "auto"
 INSIDE = "bridge"  # the chosen bridge's own artefact, in the folder of the choice
 GRID: dict[str, list[Any]] = {
-    "start_step": [50, 100, 200, 400, 1000],
-    "steps": [1, 5],
-    "strength": [0.1, 0.3, 0.6, 1.0],
-    "output": ["calibrated", "unit"],
+    "start_timestep": [50, 100, 200, 400, 1000],
+    "num_steps": [1, 5],
+    "blend": [0.1, 0.3, 0.6, 1.0],
+    "output": ["keep_norm", "unit_norm"],
 }
 
 
@@ -61,7 +61,7 @@ def tune(
             f"the capture of the train split"
         )
     try:
-        apart = held_out(len(store.images))
+        apart = validation_mask(len(store.images))
     except ValueError as error:
         raise TuneError(f"{store.folder} has too few images: {error}") from error
     images = set(apart.nonzero().squeeze(1).tolist())
@@ -80,7 +80,7 @@ def tune(
     )
     members: dict[str, list[str]] = {REFERENCE: [REFERENCE]}
     for name, variant in variants.items():
-        members.setdefault(variant.family or name, []).append(name)
+        members.setdefault(variant.seed_group or name, []).append(name)
     candidates = [
         Candidate(name, fmean(comparison.mean_ap(one, "full") for one in seeds), seeds[0])
         for name, seeds in members.items()
@@ -90,10 +90,10 @@ def tune(
 
 def seen_classes(store: FeatureStore) -> Tensor:
     """[k] int64 the interaction classes whose labels may be looked at. Raises TuneError where the store does not say."""
-    if "classes/full" not in store.host:
+    if "classes/full" not in store.ezhoi:
         raise TuneError(f"{store.folder} does not say which classes there are: capture it with this version")
-    full = store.host["classes/full"]
-    return full[~torch.isin(full, store.host.get("classes/unseen", full[:0]))]
+    full = store.ezhoi["classes/full"]
+    return full[~torch.isin(full, store.ezhoi.get("classes/unseen", full[:0]))]
 
 
 def require_unseen(bridge: object, name: str, store: FeatureStore) -> None:
@@ -155,7 +155,7 @@ def write_choice(
     ).save(folder)
 
 
-class Chosen(nn.Module):
+class TunedBridge(nn.Module):
     """Another bridge as it is: what was chosen is not to be swept, nor given other steps."""
 
     def __init__(self, bridge: Any, artifact: Artifact) -> None:

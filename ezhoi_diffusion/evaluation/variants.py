@@ -21,7 +21,7 @@ from ezhoi_diffusion.ezhoi.feature_tap import Inject, check_replacement
 from ezhoi_diffusion.features.batch import Pairs
 from ezhoi_diffusion.files import current
 from ezhoi_diffusion.hub import local
-from ezhoi_diffusion.plugins import PluginHost
+from ezhoi_diffusion.plugins import PluginManager
 from ezhoi_diffusion.registry import Registry
 
 Bridge = Callable[[Tensor], Tensor]
@@ -40,32 +40,32 @@ class Variant:
 
     inject: Inject
     rows: Bridge | None = None
-    family: str | None = None
+    seed_group: str | None = None
     control: bool = False
     provenance: dict[str, Any] | None = None
     source: tuple[str, Path | None, dict[str, Any]] | None = None
 
 
-def known_bridges(plugins: PluginHost) -> Registry[Callable[[Path | None], Bridge]]:
+def known_bridges(plugins: PluginManager) -> Registry[Callable[[Path | None], Bridge]]:
     """The bridges that installed plugins contribute, by name."""
     empty: dict[str, Callable[[Path | None], Bridge]] = {}
     return plugins.collect("register_bridges", Registry("bridge", empty))
 
 
-def with_steps(bridge: Any, steps: int | None) -> Any:
+def with_steps(bridge: Any, num_steps: int | None) -> Any:
     """A bridge that can be applied so, from level `steps` with as many evaluations; None leaves it as it is."""
     override = getattr(bridge, "override", None)
-    return bridge if steps is None or override is None else override(start_step=steps, steps=steps)
+    return bridge if num_steps is None or override is None else override(start_timestep=num_steps, num_steps=num_steps)
 
 
 def parse_sweep(words: Sequence[str]) -> dict[str, list[Any]]:
-    """`start_step=50,100 strength=0.5,1` as lists of values. Raises EzhoiDiffusionError."""
+    """`start_timestep=50,100 blend=0.5,1` as lists of values. Raises EzhoiDiffusionError."""
     grid: dict[str, list[Any]] = {}
     for word in words:
         name, equals, values = word.partition("=")
         if not name or not equals or not values or name in grid:
             raise EzhoiDiffusionError(
-                f"--sweep {word}: give each setting once, as NAME=VALUE,VALUE,…, for example --sweep start_step=50,100,200"
+                f"--sweep {word}: give each setting once, as NAME=VALUE,VALUE,…, for example --sweep start_timestep=50,100,200"
             )
         grid[name.replace("-", "_")] = [parse_value(text) for text in values.split(",")]
     return grid
@@ -79,21 +79,21 @@ def parse_value(text: str) -> Any:
     return text
 
 
-def _with_steps_of(label: str, bridge: Any, steps: int | None) -> Any:
+def _with_steps_of(label: str, bridge: Any, num_steps: int | None) -> Any:
     try:
-        return with_steps(bridge, steps)
+        return with_steps(bridge, num_steps)
     except EzhoiDiffusionError as error:
-        raise EzhoiDiffusionError(f"--inference-steps {steps} cannot be used with '{label}': {error}") from error
+        raise EzhoiDiffusionError(f"--inference-steps {num_steps} cannot be used with '{label}': {error}") from error
 
 
 def resolve_variants(
     names: str,
-    plugins: PluginHost,
+    plugins: PluginManager,
     folder: str,
     accept: Callable[[object, str], None],
     device: torch.device,
     *,
-    steps: int | None = None,
+    num_steps: int | None = None,
     sweep: Mapping[str, Sequence[Any]] | None = None,
     asked: bool = True,
 ) -> dict[str, Variant]:
@@ -115,7 +115,7 @@ def resolve_variants(
             raise EzhoiDiffusionError(f"the comparison names '{item}' twice")
         if name in bridges.names():
             for label, path in _seeds(item, own_folder or folder):
-                bridge = _with_steps_of(label, _loaded(bridges[name], path, name), steps)
+                bridge = _with_steps_of(label, _loaded(bridges[name], path, name), num_steps)
                 seeded = getattr(bridge, "depends_on_seed", False)
                 label = label if seeded else item
                 accept(bridge, label)
@@ -124,8 +124,8 @@ def resolve_variants(
                 swept |= set(_settings(bridge))
                 for settings, applied in _swept(bridge, label, sweep or {}, asked):
                     point = f"[{','.join(f'{key}={value}' for key, value in settings.items())}]" if settings else ""
-                    family = item + point if label != item else None
-                    variants[label + point] = _variant(applied, label + point, family, (name, path, settings))
+                    seed_group = item + point if label != item else None
+                    variants[label + point] = _variant(applied, label + point, seed_group, (name, path, settings))
                 if not seeded:
                     break
         elif not own_folder and name in plugins.implementing("post_adapter_feat"):
@@ -152,12 +152,12 @@ def origins(variants: Mapping[str, Variant]) -> dict[str, Any]:
     return {name: variant.provenance for name, variant in variants.items() if variant.provenance is not None}
 
 
-def families(variants: Mapping[str, Variant]) -> dict[str, list[str]]:
+def seed_groups(variants: Mapping[str, Variant]) -> dict[str, list[str]]:
     """Name of a bridge that was trained with several seeds -> its variants."""
     found: dict[str, list[str]] = {}
     for name, variant in variants.items():
-        if variant.family is not None:
-            found.setdefault(variant.family, []).append(name)
+        if variant.seed_group is not None:
+            found.setdefault(variant.seed_group, []).append(name)
     return found
 
 
@@ -214,7 +214,9 @@ def _loaded(load: Callable[[Path | None], Bridge], folder: Path | None, name: st
         raise EzhoiDiffusionError(f"bridge '{name}' could not be loaded: {type(error).__name__}: {error}") from error
 
 
-def _variant(bridge: Bridge, name: str, family: str | None, source: tuple[str, Path | None, dict[str, Any]]) -> Variant:
+def _variant(
+    bridge: Bridge, name: str, seed_group: str | None, source: tuple[str, Path | None, dict[str, Any]]
+) -> Variant:
     def rows(feature: Tensor) -> Tensor:
         try:
             replaced = bridge(feature)
@@ -232,8 +234,8 @@ def _variant(bridge: Bridge, name: str, family: str | None, source: tuple[str, P
 
     by_row, control = (bool(getattr(bridge, name, False)) for name in ("row_by_row", "control"))
     provenance = getattr(bridge, "provenance", None)
-    return Variant(inject, rows if by_row else None, family, control, provenance, source)
+    return Variant(inject, rows if by_row else None, seed_group, control, provenance, source)
 
 
-def _folded(plugins: PluginHost, name: str, feature: Tensor, pairs: Pairs) -> Tensor:
+def _folded(plugins: PluginManager, name: str, feature: Tensor, pairs: Pairs) -> Tensor:
     return plugins.fold("post_adapter_feat", feature, check_replacement, only=name, context=pairs)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ezhoi_diffusion.evaluation.comparison import FULL, Comparison
-from ezhoi_diffusion.evaluation.protocols import Evaluation, StoredImage, scored_pairs
+from ezhoi_diffusion.evaluation.protocols import EvalProtocol, StoredImage, scored_pairs
 from ezhoi_diffusion.evaluation.replay import replay
 from ezhoi_diffusion.evaluation.role_ap import SCENARIOS, match_roles
 from ezhoi_diffusion.evaluation.variants import Variant
@@ -35,7 +35,7 @@ def replay_roles(store: FeatureStore, variants: Mapping[str, Variant], folder: P
     return replay(store, variants, evaluation=evaluation_of(store, data), algorithm="VOC", **options)
 
 
-def evaluation_of(store: FeatureStore, data: Vcoco) -> Evaluation:
+def evaluation_of(store: FeatureStore, data: Vcoco) -> EvalProtocol:
     """V-COCO's own, of the host's actions. Raises ScoreError where V-COCO does not know one of them."""
     role = _roles(store, data)
     count = len(data.roles)
@@ -46,7 +46,7 @@ def evaluation_of(store: FeatureStore, data: Vcoco) -> Evaluation:
     if len(own) < count:
         groups |= {f"{name} of {len(own)}": index[own] for name, index in groups.items()}
     groups = {FULL: torch.arange(2 * count), **groups}
-    return Evaluation(
+    return EvalProtocol(
         find=functools.partial(_detections, Score.of(store), data, role),
         count=lambda image: data.annotations[str(image.name)].counts(),
         groups=groups,

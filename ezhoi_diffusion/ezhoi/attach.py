@@ -21,12 +21,12 @@ from ezhoi_diffusion.evaluation.comparison import REFERENCE
 from ezhoi_diffusion.evaluation.variants import Variant, resolve_variants
 from ezhoi_diffusion.ezhoi.capture_pass import capture_pass, default_split, share_context
 from ezhoi_diffusion.ezhoi.comparison_pass import comparison_pass
-from ezhoi_diffusion.ezhoi.feature_tap import Tap, TapPoint, check_replacement, locate, unwrap
+from ezhoi_diffusion.ezhoi.feature_tap import FeatureTap, HookPoint, check_replacement, find_feature_module, unwrap
 from ezhoi_diffusion.ezhoi.flags import check_options
 from ezhoi_diffusion.ezhoi.limits import refuse_unsupported
-from ezhoi_diffusion.ezhoi.run import Host
+from ezhoi_diffusion.ezhoi.run import EzHoiRun
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
-from ezhoi_diffusion.plugins import BY_DEFAULT, PluginHost
+from ezhoi_diffusion.plugins import BY_DEFAULT, PluginManager
 from ezhoi_diffusion.report.write import report_folder, write_report
 from ezhoi_diffusion.signals import asked_to_stop
 
@@ -36,9 +36,9 @@ EVALUATIONS = ("test_hico", "cache_hico", "cache_vcoco")  # methods of the host'
 class Attachment:
     """What is attached to one host; a context manager. `detach` is idempotent and undoes everything."""
 
-    def __init__(self, host: Host) -> None:
-        self.host = host
-        self._tap: Tap | None = None
+    def __init__(self, run: EzHoiRun) -> None:
+        self.run = run
+        self._tap: FeatureTap | None = None
         self._undo: list[Callable[[], None]] = []
         self._attached = False
         self._group: Any = None
@@ -51,14 +51,14 @@ class Attachment:
         if not self._attached:
             return
         self._attached = False
-        self.host.failed = failed
-        self.host.plugins.notify_all("on_detach", host=self.host)
+        self.run.failed = failed
+        self.run.plugins.notify_all("on_detach", run=self.run)
         if not self._compared and not failed:
             raise EzhoiDiffusionError("--compare was given, and the host never evaluated: its test_hico was not called")
         if self._tap is not None and not failed:
             self._tap.require_hits()
-        if self.host.plugins.degraded and self.host.rank == 0 and not self.host.args.compare:  # else the table says it
-            for message in self.host.plugins.degraded.values():
+        if self.run.plugins.degraded and self.run.rank == 0 and not self.run.args.compare:  # else the table says it
+            for message in self.run.plugins.degraded.values():
                 print(f"DEGRADED: {message}", flush=True)
 
     def __enter__(self) -> Attachment:
@@ -70,22 +70,22 @@ class Attachment:
     # -- the three things an attachment may do -------------------------------------------------------------
 
     def _start(self) -> None:
-        host, plugins, args = self.host, self.host.plugins, self.host.args
+        run, plugins, args = self.run, self.run.plugins, self.run.args
         captures, injects = plugins.implementing("on_train_batch"), plugins.implementing("post_adapter_feat")
         compares = bool(args.compare)
-        if (captures or compares) and host.engine is None:
+        if (captures or compares) and run.engine is None:
             raise EzhoiDiffusionError(
                 "a capture pass and a comparison need the host's data sets: run main_tip_finetune.py, not a script for one image"
             )
         if args.report:
             with report_folder(Path(args.report)):
                 pass  # refused now, not after the pass
-        if host.world_size > 1 and (captures or injects or compares):
-            share_context(host.model, host.device)
+        if run.world_size > 1 and (captures or injects or compares):
+            share_context(run.model, run.device)
         self._attached = True
-        plugins.notify("on_attach", host=host)
+        plugins.notify("on_attach", run=run)
         variants = (
-            resolve_variants(args.compare, plugins, args.bridge, host.accept, host.device, steps=args.inference_steps)
+            resolve_variants(args.compare, plugins, args.bridge, run.accept, run.device, num_steps=args.inference_steps)
             if compares
             else {}
         )
@@ -96,31 +96,31 @@ class Attachment:
             self._replace("test_hico", functools.partial(self._compare, variants))
             return
         if injects:
-            if host.engine is not None and not _evaluates(args):
+            if run.engine is not None and not _evaluates(args):
                 raise EzhoiDiffusionError(
                     f"plugin '{injects[0]}' replaces adapter_feat at eval time, and this run would train: add --eval"
                 )
-            self._tap = Tap(host.model, inject=self._inject, point=host.tap_point).attach()
+            self._tap = FeatureTap(run.model, inject=self._inject, point=run.tap_point).attach()
             self._undo.append(self._tap.remove)
-        for name in EVALUATIONS if host.engine is not None else ():
+        for name in EVALUATIONS if run.engine is not None else ():
             self._replace(name, self._evaluate)
 
     def _inject(self, feature: Tensor, pairs: Pairs) -> Tensor:
-        return self.host.plugins.fold("post_adapter_feat", feature, check_replacement, context=pairs)
+        return self.run.plugins.fold("post_adapter_feat", feature, check_replacement, context=pairs)
 
     def _capture(self) -> None:
-        host, args = self.host, self.host.args
+        run, args = self.run, self.run.args
         split = args.capture_split or default_split(args)
 
         def emit(batch: FeatureBatch) -> None:
-            host.plugins.notify("on_train_batch", batch=batch)
+            run.plugins.notify("on_train_batch", batch=batch)
 
         try:
-            first = min(host.done.get(name, 0) for name in host.plugins.implementing("on_train_batch"))
+            first = min(run.done.get(name, 0) for name in run.plugins.implementing("on_train_batch"))
             with asked_to_stop() as asked:
                 self._wait_for_all(asked)  # what rank 0 opens is there before another process writes into it
-                capture_pass(host, split, args.max_images, emit, first, asked)
-                if host.rank == 0:
+                capture_pass(run, split, args.max_images, emit, first, asked)
+                if run.rank == 0:
                     self._wait_for_all(asked)
         except Interrupted as stopped:
             self.detach(failed=True)
@@ -131,7 +131,7 @@ class Attachment:
             raise
         # rank 0 is the last to detach, so that a plugin may merge there what the others have closed
         self.detach()
-        if host.rank > 0:
+        if run.rank > 0:
             self._wait_for_all()
         self._wait_for_all()
         raise SystemExit(0)  # the pass is the run: neither training nor evaluation follows
@@ -141,7 +141,7 @@ class Attachment:
 
         Raises Interrupted where this one is asked to stop meanwhile.
         """
-        if self.host.world_size > 1:
+        if self.run.world_size > 1:
             if self._group is None:
                 self._group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
             barrier = dist.barrier(self._group, async_op=True)
@@ -152,7 +152,7 @@ class Attachment:
             barrier.wait()
 
     def _replace(self, name: str, evaluate: Callable[..., Any]) -> None:
-        engine = self.host.engine
+        engine = self.run.engine
         original = getattr(engine, name, None)
         if original is not None:
             setattr(engine, name, functools.partial(evaluate, original))
@@ -165,15 +165,15 @@ class Attachment:
     def _compare(
         self, variants: dict[str, Variant], original: Callable[..., Any], loader: Any, *args: Any, **kw: Any
     ) -> Any:
-        host = self.host
+        run = self.run
         with self:
             self._compared = True
-            comparison = comparison_pass(host, loader, variants, REPLICATES if host.rank == 0 else 0)
-            if host.rank == 0:
+            comparison = comparison_pass(run, loader, variants, REPLICATES if run.rank == 0 else 0)
+            if run.rank == 0:
                 print(f"\n{comparison.table()}\n", flush=True)
-                if host.args.report:
-                    write_report(comparison, Path(host.args.report))
-                host.plugins.notify("on_comparison", comparison=comparison)
+                if run.args.report:
+                    write_report(comparison, Path(run.args.report))
+                run.plugins.notify("on_comparison", comparison=comparison)
         return comparison.ap[REFERENCE]
 
 
@@ -192,7 +192,7 @@ def attach(model: nn.Module, args: argparse.Namespace, engine: Any = None) -> At
             "attach needs our flags in `args`: call add_arguments(parser) before parser.parse_args()"
         )
     refuse_unsupported(args)
-    plugins = PluginHost(args.no_plugin)
+    plugins = PluginManager(args.no_plugin)
     plugins.enable(args.plugin, raise_errors=args.plugin_errors == "raise")
     check_options(plugins, args)
     detector = unwrap(model)
@@ -200,8 +200,8 @@ def attach(model: nn.Module, args: argparse.Namespace, engine: Any = None) -> At
     if needed or engine is None or _evaluates(args):
         plugins.enable_defaults()
     found = plugins.first("locate_adapter_feat", model=detector) if needed else None
-    point = TapPoint(*found) if found else locate(detector) if needed else TapPoint("", detector)
-    attachment = Attachment(Host(detector, args, engine, plugins, point))
+    point = HookPoint(*found) if found else find_feature_module(detector) if needed else HookPoint("", detector)
+    attachment = Attachment(EzHoiRun(detector, args, engine, plugins, point))
     if needed or plugins.enabled:
         try:
             attachment._start()

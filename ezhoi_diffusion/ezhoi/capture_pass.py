@@ -15,9 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError, Interrupted
-from ezhoi_diffusion.ezhoi.feature_tap import Tap
+from ezhoi_diffusion.ezhoi.feature_tap import FeatureTap
 from ezhoi_diffusion.ezhoi.fingerprint import context_vectors
-from ezhoi_diffusion.ezhoi.run import Host
+from ezhoi_diffusion.ezhoi.run import EzHoiRun
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
 
 
@@ -30,12 +30,12 @@ def default_split(args: Any) -> str:
     return "test" if getattr(args, "eval", False) or getattr(args, "cache", False) else "train"
 
 
-def split_dataset(host: Host, split: str) -> Any:
+def split_dataset(run: EzHoiRun, split: str) -> Any:
     """The host's dataset of a split, with the evaluation transform, and the annotations its own flags leave in it.
 
     Raises CaptureError where the host would load both partitions with its training augmentation.
     """
-    args, trainset = host.args, host.engine._train_loader.dataset
+    args, trainset = run.args, run.engine._train_loader.dataset
     if str(args.partitions[1]).startswith("train"):
         raise CaptureError(
             f"--partitions {' '.join(args.partitions)}: the host loads whatever starts with `train` with flips, crops and "
@@ -59,14 +59,14 @@ def image_names(dataset: Any) -> list[str]:
     return [str(dataset.dataset.filename(i)) for i in dataset.keep]
 
 
-def clip_folder(host: Host, split: str, names: list[str]) -> Path | None:
+def clip_folder(run: EzHoiRun, split: str, names: list[str]) -> Path | None:
     """The folder with this split's CLIP image features; None where the host reads none.
 
     Raises CaptureError where it lacks an image of the split.
     """
-    if not getattr(host.model, "img_clip_pt", False):
+    if not getattr(run.model, "img_clip_pt", False):
         return None
-    return find_clip_folder(Path(host.args.clip_img_file), split, names)
+    return find_clip_folder(Path(run.args.clip_img_file), split, names)
 
 
 def find_clip_folder(given: Path, split: str, names: list[str]) -> Path:
@@ -129,7 +129,7 @@ def share_context(model: torch.nn.Module, device: torch.device) -> None:
 
 
 def capture_pass(
-    host: Host,
+    run: EzHoiRun,
     split: str,
     max_images: int | None,
     emit: Callable[[FeatureBatch], None],
@@ -141,49 +141,49 @@ def capture_pass(
     Each process takes one contiguous block of images, from position `first` on. Raises CaptureError, TapError, and
     Interrupted after the image during which `asked` becomes true.
     """
-    dataset = split_dataset(host, split)
+    dataset = split_dataset(run, split)
     names = image_names(dataset)
     total = len(names) if max_images is None else min(max_images, len(names))
     if total == 0:
         raise CaptureError(
             f"the {split} split has no image to capture: look at --data-root, --partitions and --max-images"
         )
-    folder = clip_folder(host, split, names[:total])
-    low, high = host.rank * total // host.world_size, (host.rank + 1) * total // host.world_size
+    folder = clip_folder(run, split, names[:total])
+    low, high = run.rank * total // run.world_size, (run.rank + 1) * total // run.world_size
     start = min(max(low, first), high)
     subset = torch.utils.data.Subset(dataset, range(start, high))
     loader = torch.utils.data.DataLoader(
         subset,
         batch_size=1,
         shuffle=False,
-        num_workers=int(host.args.num_workers),
-        collate_fn=host.engine._train_loader.collate_fn,
+        num_workers=int(run.args.num_workers),
+        collate_fn=run.engine._train_loader.collate_fn,
     )
     target: dict[str, Any] = {}
     index = start
 
     def observe(pairs: Pairs, feature: Tensor, text: Tensor | None, logits: Tensor) -> None:
-        emit(_feature_batch(host.model, index, pairs, feature, text, logits, target))
+        emit(_feature_batch(run.model, index, pairs, feature, text, logits, target))
 
-    was_training = host.model.training
-    host.model.eval()
-    tap = Tap(host.model, observe=observe, point=host.tap_point)
+    was_training = run.model.training
+    run.model.eval()
+    tap = FeatureTap(run.model, observe=observe, point=run.tap_point)
     try:
         # the model itself, not DistributedDataParallel around it, whose forward waits for the other processes
-        with tap, torch.no_grad(), _reading_clip_from(host.model, folder):
+        with tap, torch.no_grad(), _reading_clip_from(run.model, folder):
             progress = tqdm(
                 loader,
                 total=high - low,
                 initial=start - low,
                 desc=f"capture {split}",
                 unit="img",
-                disable=host.rank != 0,
+                disable=run.rank != 0,
                 file=sys.stderr,
             )
             for index, (images, targets) in enumerate(progress, start):
-                images, targets = to_device(images, host.device), to_device(targets, host.device)
+                images, targets = to_device(images, run.device), to_device(targets, run.device)
                 target = dict(targets[0])  # whatever the host puts into its own
-                host.model(images, targets)
+                run.model(images, targets)
                 if asked() and index + 1 < high:
                     raise Interrupted(f"stopped after image {index + 1 - low} of {high - low}")
     except RuntimeError as error:
@@ -191,7 +191,7 @@ def capture_pass(
             raise
         raise Interrupted(f"stopped while image {index + 1 - low} of {high - low} was loaded") from error
     finally:
-        host.model.train(was_training)
+        run.model.train(was_training)
     if start == 0 and high == len(names):  # a part of a split may well hold images without pairs alone
         tap.require_hits()
 

@@ -18,17 +18,17 @@ from tqdm import tqdm
 from ezhoi_diffusion.evaluation.average_precision import Scored, associate_pairs, average_precision
 from ezhoi_diffusion.evaluation.bootstrap import paired_bootstrap
 from ezhoi_diffusion.evaluation.comparison import REFERENCE, Comparison
-from ezhoi_diffusion.evaluation.variants import Variant, families, origins
+from ezhoi_diffusion.evaluation.variants import Variant, origins, seed_groups
 from ezhoi_diffusion.ezhoi.capture_pass import to_device
-from ezhoi_diffusion.ezhoi.feature_tap import Inject, Tap
-from ezhoi_diffusion.ezhoi.run import Host
+from ezhoi_diffusion.ezhoi.feature_tap import FeatureTap, Inject
+from ezhoi_diffusion.ezhoi.run import EzHoiRun
 from ezhoi_diffusion.ezhoi.tables import class_groups, interaction_names
 from ezhoi_diffusion.features.batch import Pairs
 
 Detections = list[dict[str, Tensor]]
 
 
-def comparison_pass(host: Host, loader: Any, variants: Mapping[str, Variant], replicates: int = 0) -> Comparison:
+def comparison_pass(run: EzHoiRun, loader: Any, variants: Mapping[str, Variant], replicates: int = 0) -> Comparison:
     """Evaluate the bare host, and every variant, on the images of `loader` as the host's own `test_hico` does.
 
     Every variant is scored by the host's own methods, run again on the encodings of the bare pass. replicates: of the
@@ -40,7 +40,7 @@ def comparison_pass(host: Host, loader: Any, variants: Mapping[str, Variant], re
     associate = _association()
     found: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in (REFERENCE, *variants)}
     annotations: list[Tensor] = []
-    clock = _Clock(host.device)
+    clock = _Clock(run.device)
     images_seen = pairs_seen = 0
     inject: Inject | None = None
 
@@ -52,17 +52,17 @@ def comparison_pass(host: Host, loader: Any, variants: Mapping[str, Variant], re
 
     def add(name: str, detections: Detections) -> None:
         for image, (detected, target) in enumerate(zip(detections, targets, strict=True), images_seen):
-            scores, classes, labels = _labelled(host.model, associate, detected, target, interactions)
+            scores, classes, labels = _labelled(run.model, associate, detected, target, interactions)
             found[name].append((scores, classes, labels, torch.full_like(classes, image)))
 
-    was_training = host.model.training
-    host.model.eval()
-    tap = Tap(host.model, inject=bridge, point=host.tap_point)
+    was_training = run.model.training
+    run.model.eval()
+    tap = FeatureTap(run.model, inject=bridge, point=run.tap_point)
     try:
-        with torch.no_grad(), tap, _recording(host.model) as calls:
-            for images, targets in tqdm(loader, desc="compare", unit="img", disable=host.rank != 0, file=sys.stderr):
+        with torch.no_grad(), tap, _recording(run.model) as calls:
+            for images, targets in tqdm(loader, desc="compare", unit="img", disable=run.rank != 0, file=sys.stderr):
                 with clock.measure(REFERENCE):
-                    bare = host.model(to_device(images, host.device), to_device(targets, host.device))
+                    bare = run.model(to_device(images, run.device), to_device(targets, run.device))
                 annotations += [torch.bincount(target["hoi"].cpu(), minlength=len(num_gt)) for target in targets]
                 if bare:
                     pairs_seen += calls.pairs
@@ -73,10 +73,10 @@ def comparison_pass(host: Host, loader: Any, variants: Mapping[str, Variant], re
                     inject = None
                 images_seen += len(targets)
     finally:
-        host.model.train(was_training)
+        run.model.train(was_training)
     tap.require_hits()
     scored = {name: Scored(*map(torch.cat, zip(*parts, strict=True))) for name, parts in found.items()}
-    groups = class_groups(host)
+    groups = class_groups(run)
     controls = [name for name, variant in variants.items() if variant.control]
     per_image = 1000 / images_seen
     return Comparison(
@@ -84,20 +84,20 @@ def comparison_pass(host: Host, loader: Any, variants: Mapping[str, Variant], re
         groups=groups,
         images=images_seen,
         pairs=pairs_seen,
-        host_ms=clock.seconds[REFERENCE] * per_image,
+        ezhoi_ms=clock.seconds[REFERENCE] * per_image,
         bridge_ms={name: clock.seconds.get(name, 0.0) * per_image for name in variants},
-        fingerprint=host.fingerprint.to_dict(),
+        fingerprint=run.fingerprint.to_dict(),
         provenance=origins(variants),
-        forced=list(host.forced),
-        degraded=host.plugins.degraded,
-        names=interaction_names(host),
+        forced=list(run.forced),
+        degraded=run.plugins.degraded,
+        names=interaction_names(run),
         annotations=torch.tensor(num_gt),
         significance=paired_bootstrap(
             scored, torch.stack(annotations), groups, controls=controls, replicates=replicates
         )
         if replicates
         else None,
-        families=families(variants),
+        seed_groups=seed_groups(variants),
         controls=controls,
     )
 

@@ -18,7 +18,7 @@ Observe = Callable[[Pairs, Tensor, Tensor | None, Tensor], None]
 Inject = Callable[[Tensor, Pairs], Tensor | None]
 
 
-class TapError(EzhoiDiffusionError):
+class FeatureTapError(EzhoiDiffusionError):
     """adapter_feat cannot be read or replaced in this model; the message says why."""
 
 
@@ -31,23 +31,25 @@ def unwrap(model: nn.Module) -> nn.Module:
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
     if isinstance(model, nn.DataParallel):
-        raise TapError(
+        raise FeatureTapError(
             "the model is wrapped in DataParallel, whose replicas share one hook: use DistributedDataParallel"
         )
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        raise TapError("the model was compiled before attach, so hooks would never fire: attach first, compile then")
+        raise FeatureTapError(
+            "the model was compiled before attach, so hooks would never fire: attach first, compile then"
+        )
     return model
 
 
 @dataclass(frozen=True)
-class TapPoint:
+class HookPoint:
     """The module whose output is adapter_feat."""
 
     name: str
     module: nn.Module
 
 
-def locate(model: nn.Module) -> TapPoint:
+def find_feature_module(model: nn.Module) -> HookPoint:
     """Where the published EZ-HOI computes adapter_feat: `mem_adapter`, or `vis_fuse` without --img_align.
 
     Raises TapError where no module exists.
@@ -55,14 +57,14 @@ def locate(model: nn.Module) -> TapPoint:
     for name in ("mem_adapter", "vis_fuse"):
         module = getattr(model, name, None)
         if isinstance(module, nn.Module):
-            return TapPoint(name, module)
+            return HookPoint(name, module)
     logits = getattr(model, "logits_type", None)
     if logits is not None:
-        raise TapError(
+        raise FeatureTapError(
             f"with --logits_type {logits} and without --img_align the host computes adapter_feat inline, in no module "
             f"that a hook could see: run with --img_align, or with --logits_type HO"
         )
-    raise TapError(
+    raise FeatureTapError(
         f"{type(model).__name__} has neither mem_adapter nor vis_fuse: is this an EZ-HOI detector? A fork with other "
         f"names can say where its feature is in a plugin's locate_adapter_feat hook"
     )
@@ -93,7 +95,7 @@ def _form_pairs(model: Any, proposals: dict[str, Tensor], size: Tensor, image: s
     return Pairs(image, index, size, boxes, scores, classes, pairing)
 
 
-class Tap:
+class FeatureTap:
     """Forward hooks on one detector, in one of two roles; active while the model is in eval mode.
 
     observe(pairs, adapter_feat [P, D], text [N_sel, D] or None, logits [P, num_classes]): called for every image, in
@@ -111,12 +113,12 @@ class Tap:
         *,
         observe: Observe | None = None,
         inject: Inject | None = None,
-        point: TapPoint | None = None,
+        point: HookPoint | None = None,
     ) -> None:
         if (observe is None) == (inject is None):
             raise ValueError("a tap has one role: give it observe or inject")
         self.model: Any = unwrap(model)
-        self.point = point or locate(self.model)
+        self.point = point or find_feature_module(self.model)
         self.hits = 0
         self._observe = observe
         self._inject = inject
@@ -130,12 +132,14 @@ class Tap:
 
     # -- registering -------------------------------------------------------------------------------------
 
-    def attach(self) -> Tap:
+    def attach(self) -> FeatureTap:
         """Register the hooks. Raises TapError where the model is not the detector this was made for."""
         if self._handles:
             return self
         if not callable(getattr(self.model, "compute_roi_embeddings", None)):
-            raise TapError(f"{type(self.model).__name__} has no compute_roi_embeddings: is this an EZ-HOI detector?")
+            raise FeatureTapError(
+                f"{type(self.model).__name__} has no compute_roi_embeddings: is this an EZ-HOI detector?"
+            )
         try:
             self._handles.append(self.model.register_forward_pre_hook(self._on_forward, with_kwargs=True))
             self._handles.append(self.point.module.register_forward_hook(self._on_feature))
@@ -159,7 +163,7 @@ class Tap:
                 self.model.compute_roi_embeddings = self._shadowed
         self._method = None
 
-    def __enter__(self) -> Tap:
+    def __enter__(self) -> FeatureTap:
         return self.attach()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -208,7 +212,7 @@ class Tap:
         expected = len(self._waiting)
         result = original(features, sizes, proposals, *a, **k)
         if self._waiting:
-            raise TapError(
+            raise FeatureTapError(
                 f"{self.point.name} ran for {expected - len(self._waiting)} images of a batch in which {expected} have "
                 f"pairs: this fork forms its pairs in another way than the published EZ-HOI"
             )
@@ -234,7 +238,7 @@ class Tap:
         pairs = self._waiting.pop(0)
         feature = output.detach().reshape(-1, output.shape[-1])
         if len(feature) != len(pairs):
-            raise TapError(
+            raise FeatureTapError(
                 f"{self.point.name} gave {len(feature)} rows for image {pairs.image} where the detector formed {len(pairs)} "
                 f"pairs: this fork forms its pairs in another way than the published EZ-HOI"
             )
@@ -249,7 +253,7 @@ class Tap:
     def require_hits(self) -> None:
         """Raises TapError if adapter_feat never came by, with what usually causes that."""
         if self.hits == 0:
-            raise TapError(
+            raise FeatureTapError(
                 f"{self.point.name} never ran in eval mode, so adapter_feat was neither seen nor replaced. Likely causes: "
                 f"no image had a human and another box above the detector's threshold (wrong --pretrained?); the run "
                 f"ended before its first image; the model stayed in training mode; or this fork computes adapter_feat "

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
-from ezhoi_diffusion.plugins import PluginError, PluginHost
+from ezhoi_diffusion.plugins import PluginError, PluginManager
 
 
 def blocked_in(argv: Sequence[str]) -> list[str]:
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = 
     _say_errors_in_a_line()
     argv = sys.argv[1:] if argv is None else argv
     _refuse_flags_of_the_guide(parser, argv)
-    plugins = PluginHost(blocked_in(argv))
+    plugins = PluginManager(blocked_in(argv))
     try:
         _add_own_options(parser)
         for name in plugins.contributors():
@@ -116,14 +116,14 @@ def _add_own_options(parser: argparse.ArgumentParser) -> None:
     add("--max-images", type=int, default=None, metavar="N", help="capture the first N images of the split only")
 
 
-def _add_plugin_options(plugins: PluginHost, name: str, parser: argparse.ArgumentParser) -> None:
+def _add_plugin_options(plugins: PluginManager, name: str, parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(f"plugin {name}")
     plugins.add_options(name, group)
     if not group._group_actions:
         parser._action_groups.remove(group)
 
 
-def check_options(plugins: PluginHost, args: argparse.Namespace) -> None:
+def check_options(plugins: PluginManager, args: argparse.Namespace) -> None:
     """Refuse flags that would silently do nothing. Raises EzhoiDiffusionError, PluginError."""
     for name, actions in plugins.options().items():
         given = [a.option_strings[0] for a in actions if getattr(args, a.dest, a.default) != a.default]

@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.ezhoi import fingerprint as fp
-from ezhoi_diffusion.ezhoi.feature_tap import TapPoint
-from ezhoi_diffusion.plugins import PluginHost
+from ezhoi_diffusion.ezhoi.feature_tap import HookPoint
+from ezhoi_diffusion.plugins import PluginManager
 
 
 class FingerprintError(EzhoiDiffusionError):
@@ -21,7 +21,7 @@ class FingerprintError(EzhoiDiffusionError):
 
 
 @dataclass
-class Host:
+class EzHoiRun:
     """One EZ-HOI run, as plugins see it.
 
     model: the detector, unwrapped. args: the host's parsed flags, ours among them. engine: the host's engine, None
@@ -31,8 +31,8 @@ class Host:
     model: Any
     args: argparse.Namespace
     engine: Any
-    plugins: PluginHost
-    tap_point: TapPoint
+    plugins: PluginManager
+    tap_point: HookPoint
     failed: bool = False
     done: dict[str, int] = field(default_factory=dict)
     forced: list[str] = field(default_factory=list)

@@ -7,42 +7,42 @@ import sys
 import torch
 from torch import Tensor
 
-from ezhoi_diffusion.ezhoi.run import Host
+from ezhoi_diffusion.ezhoi.run import EzHoiRun
 
 RARE_BELOW = 10  # annotations in the training set: HICO-DET's own border
 
 
-def class_groups(host: Host) -> dict[str, Tensor]:
+def class_groups(run: EzHoiRun) -> dict[str, Tensor]:
     """Group name -> interaction classes [k]: full, and where the run knows them unseen, seen, rare, non-rare.
 
     V-COCO has actions in their place, and no groups: its data set counts no interactions, its splits hide none.
     """
-    counts = getattr(host.engine._train_loader.dataset.dataset, "anno_interaction", None)
+    counts = getattr(run.engine._train_loader.dataset.dataset, "anno_interaction", None)
     if counts is None:
-        return {"full": torch.arange(host.model.num_classes)}
+        return {"full": torch.arange(run.model.num_classes)}
     training = torch.as_tensor(counts)
     every = torch.arange(len(training))
     groups = {"full": every}
-    if getattr(host.args, "zs", False):
+    if getattr(run.args, "zs", False):
         unseen = torch.zeros(len(training), dtype=torch.bool)
-        unseen[torch.as_tensor(host.model.filtered_hoi_idx, dtype=torch.long)] = True
+        unseen[torch.as_tensor(run.model.filtered_hoi_idx, dtype=torch.long)] = True
         groups |= {"unseen": every[unseen], "seen": every[~unseen]}
     rare = training < RARE_BELOW
     groups |= {"rare": every[rare], "non-rare": every[~rare]}
     return {name: index for name, index in groups.items() if len(index)}
 
 
-def interaction_names(host: Host) -> list[str] | None:
+def interaction_names(run: EzHoiRun) -> list[str] | None:
     """What the host calls each interaction class, from its module `hico_text_label`; None where it has no such names.
 
     V-COCO's actions are called as its data set calls them, e.g. `hit instr`.
     """
-    if host.args.dataset == "vcoco":
-        return [str(name) for name in host.engine._train_loader.dataset.dataset.actions]
+    if run.args.dataset == "vcoco":
+        return [str(name) for name in run.engine._train_loader.dataset.dataset.actions]
     sentences = getattr(sys.modules.get("hico_text_label"), "hico_text_label", None)
-    if not isinstance(sentences, dict) or host.args.dataset != "hicodet":
+    if not isinstance(sentences, dict) or run.args.dataset != "hicodet":
         return None
-    table = score_lookup(host)
+    table = score_lookup(run)
     names = [""] * (int(table.max()) + 1)
     for other, verb in (table >= 0).nonzero().tolist():
         sentence = str(sentences.get((verb, other), f"verb {verb}, object {other}"))
@@ -50,22 +50,22 @@ def interaction_names(host: Host) -> list[str] | None:
     return names
 
 
-def score_lookup(host: Host) -> Tensor:
+def score_lookup(run: EzHoiRun) -> Tensor:
     """[objects, verbs] int64 interaction classes, -1 where an object has no such verb. V-COCO's are its actions."""
-    objects = len(host.model.object_class_to_target_class)
-    lookup = torch.as_tensor(host.model.object_n_verb_to_interaction)[-objects:]  # V-COCO's has a row for no object
-    classes = torch.arange(lookup.shape[1]) if host.args.dataset == "vcoco" else lookup
+    objects = len(run.model.object_class_to_target_class)
+    lookup = torch.as_tensor(run.model.object_n_verb_to_interaction)[-objects:]  # V-COCO's has a row for no object
+    classes = torch.arange(lookup.shape[1]) if run.args.dataset == "vcoco" else lookup
     return torch.where(lookup.isnan(), -1, classes).long()
 
 
-def score_tables(host: Host, text: Tensor) -> dict[str, Tensor]:
+def score_tables(run: EzHoiRun, text: Tensor) -> dict[str, Tensor]:
     """What the host multiplies and looks up to turn adapter_feat into scores.
 
     text [N_sel, D], label [N_sel, num_classes], sample_lens [num_classes], logit_scale [], hyper_lambda [],
     object_to_target [objects, num_classes] bool, object_n_verb_to_interaction [objects, verbs] with -1 for none,
     and the groups of interaction classes as `classes/NAME`.
     """
-    model = host.model
+    model = run.model
     label = model.label_HO_eval if hasattr(model, "label_HO_eval") else model.label_HO
     objects = model.object_class_to_target_class
     allowed = torch.zeros((len(objects), model.num_classes), dtype=torch.bool)
@@ -77,9 +77,9 @@ def score_tables(host: Host, text: Tensor) -> dict[str, Tensor]:
         "sample_lens": model.sample_lens_HO,
         "hyper_lambda": torch.tensor(float(model.hyper_lambda)),
         "object_to_target": allowed,
-        "object_n_verb_to_interaction": score_lookup(host),
+        "object_n_verb_to_interaction": score_lookup(run),
     }
     if hasattr(model, "logit_scale_HO"):  # absent where the host predicts weights instead
         tables["logit_scale"] = model.logit_scale_HO
-    tables |= {f"classes/{name}": index for name, index in class_groups(host).items()}
+    tables |= {f"classes/{name}": index for name, index in class_groups(run).items()}
     return {name: tensor.detach().cpu() for name, tensor in tables.items()}

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.features.score import Score, interaction_classes, targets_of
-from ezhoi_diffusion.features.split import FRACTION
-from ezhoi_diffusion.features.split import held_out as held_out_of
+from ezhoi_diffusion.features.split import FRACTION, validation_mask
 from ezhoi_diffusion.features.store import FeatureStore
 
 
@@ -51,9 +50,9 @@ def seen_pairs(store: FeatureStore, *, held_out: bool | None = False, fraction: 
         )
     store.require_captured("which pairs are annotated")
     score = Score.of(store)
-    unseen = store.host.get("classes/unseen", torch.zeros(0, dtype=torch.long))
+    unseen = store.ezhoi.get("classes/unseen", torch.zeros(0, dtype=torch.long))
     try:
-        apart = held_out_of(len(store.images), fraction)
+        apart = validation_mask(len(store.images), fraction)
     except ValueError as error:
         raise SupervisionError(f"{store.folder} has too few images: {error}") from error
     wanted = torch.ones_like(apart) if held_out is None else apart if held_out else ~apart

@@ -36,14 +36,14 @@ class Score:
     @classmethod
     def of(cls, store: FeatureStore) -> Score:
         """Raises ScoreError where the store lacks one of them."""
-        missing = [name for name in NEEDED if name not in store.host]
+        missing = [name for name in NEEDED if name not in store.ezhoi]
         if missing:
             raise ScoreError(
                 f"{store.folder} lacks {', '.join(missing)}, which the host's score needs. A host that predicts the "
                 f"logits' scale (--use_weight_pred) and features that were imported cannot be scored without the host: "
                 f"compare there, with `ezhoi-diffusion run main_tip_finetune.py … --eval --compare`"
             )
-        return cls(**{name: store.host[name] for name in NEEDED})
+        return cls(**{name: store.ezhoi[name] for name in NEEDED})
 
     @cached_property
     def class_text(self) -> Tensor:
@@ -81,18 +81,18 @@ def require_replayable(store: FeatureStore, score: Score) -> float:
 
 def interaction_classes(store: FeatureStore, objects: Tensor, targets: Tensor) -> Tensor:
     """[M] int64 interaction class of (object class [M], verb [M]); the verbs themselves where the host predicts those."""
-    table = store.host["object_n_verb_to_interaction"]
-    if store.host["label"].shape[1] != table.shape[1]:
+    table = store.ezhoi["object_n_verb_to_interaction"]
+    if store.ezhoi["label"].shape[1] != table.shape[1]:
         return targets
     return table[objects.long(), targets]
 
 
 def targets_of(store: FeatureStore) -> Tensor:
     """[K] int64 target class of each interaction class: its verb, or itself where the host predicts interactions."""
-    table = store.host["object_n_verb_to_interaction"]
+    table = store.ezhoi["object_n_verb_to_interaction"]
     objects, verbs = (table >= 0).nonzero().unbind(1)
     targets = torch.arange(int(table.max()) + 1)
-    if store.host["label"].shape[1] == table.shape[1]:
+    if store.ezhoi["label"].shape[1] == table.shape[1]:
         targets[table[objects, verbs]] = verbs
     return targets
 

@@ -10,7 +10,7 @@ from ezhoi_diffusion.rng import generator
 FRACTION = 0.1
 
 
-def held_out(count: int, fraction: float = FRACTION, seed: int = 0) -> Tensor:
+def validation_mask(count: int, fraction: float = FRACTION, seed: int = 0) -> Tensor:
     """[count] bool, True for about `fraction` of them, and for at least one. A larger fraction contains the smaller one.
 
     For images leave the seed at 0: what was learned on the others, by whatever means and seed, may then be chosen by these.

@@ -18,7 +18,7 @@ def unit(x: Tensor) -> Tensor:
     return rows
 
 
-def shared_part(blocks: Iterable[Tensor], mean: Tensor) -> float:
+def mean_resultant_length(blocks: Iterable[Tensor], mean: Tensor) -> float:
     """What all rows [n, D] have in common once `mean` [D] is taken off: the norm of the mean of unit(unit(x) − mean).
 
     0 to 1: about 0 where rows spread evenly around the mean, large where a cone is left.

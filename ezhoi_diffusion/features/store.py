@@ -1,7 +1,7 @@
 """A folder of captured features: sharded safetensors with an index.
 
     meta.json                      what was captured, from which host (written first)
-    host.safetensors               text features and tables that the host's score needs
+    ezhoi.safetensors               text features and tables that the host's score needs
     shard-000-00000.safetensors    rows of some images
     index.json                     meta, totals, the shards in order, sizes and hashes (written last: without it the
                                    store is unfinished)
@@ -26,7 +26,7 @@ from ezhoi_diffusion.features.statistics import ModalityStatistics
 from ezhoi_diffusion.files import read_json, read_tensors
 
 SCHEMA = 2
-META, INDEX, HOST = "meta.json", "index.json", "host.safetensors"
+META, INDEX, HOST = "meta.json", "index.json", "ezhoi.safetensors"
 AGAIN = "capture it again, into a new folder"
 SHARD = re.compile(r"shard-(\d{3})-(\d{5})\.safetensors")
 
@@ -73,7 +73,7 @@ class FeatureStore:
                 )
         if self.meta != self.index["meta"]:
             raise FeatureStoreError(f"{self.folder / META} belongs to another capture than {INDEX}; {AGAIN}")
-        self.host = read_tensors(self.folder / HOST, self.index["host"], FeatureStoreError, AGAIN)
+        self.ezhoi = read_tensors(self.folder / HOST, self.index["host"], FeatureStoreError, AGAIN)
         require(self.split in ("train", "test"), f"the split is {self.split!r}")
         require(isinstance(self.meta["fingerprint"], dict), "the fingerprint is no object")
         imported = self.imported is not None
@@ -107,12 +107,12 @@ class FeatureStore:
     @property
     def text(self) -> Tensor:
         """[N_sel, D] float32, the text features that the host multiplied with."""
-        return self.host["text"]
+        return self.ezhoi["text"]
 
     @property
     def context(self) -> dict[str, Tensor]:
         """The host's context vectors."""
-        return {name.removeprefix("context/"): t for name, t in self.host.items() if name.startswith("context/")}
+        return {name.removeprefix("context/"): t for name, t in self.ezhoi.items() if name.startswith("context/")}
 
     @property
     def images(self) -> list[dict[str, Any]]:
@@ -177,8 +177,8 @@ class FeatureStore:
         """Means over all rows and over the text features, as a stream. Raises FeatureStoreError without rows."""
         blocks = (shard["adapter_feat"] for shard in self.shards())
         try:
-            if "text_mean" in self.host:
-                return ModalityStatistics.around(blocks, self.host["text_mean"], len(self.text))
+            if "text_mean" in self.ezhoi:
+                return ModalityStatistics.around(blocks, self.ezhoi["text_mean"], len(self.text))
             return ModalityStatistics.of(blocks, self.text)
         except ValueError as error:
             raise FeatureStoreError(f"{self.folder}: {error}; capture a split whose images have pairs") from error

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ezhoi_diffusion.features.statistics import shared_part, unit
+from ezhoi_diffusion.features.statistics import mean_resultant_length, unit
 from ezhoi_diffusion.features.store import FeatureStore
 
 
@@ -36,8 +36,8 @@ def summarize(store: FeatureStore) -> dict[str, Any]:
         "visual_mean_norm": float(statistics.visual_mean.norm()),
         "gap": statistics.gap,
         "shared": {
-            "after_visual_mean": shared_part(_rows(store), statistics.visual_mean),
-            "after_text_mean": shared_part(_rows(store), statistics.text_mean),
+            "after_visual_mean": mean_resultant_length(_rows(store), statistics.visual_mean),
+            "after_text_mean": mean_resultant_length(_rows(store), statistics.text_mean),
         },
     }
 

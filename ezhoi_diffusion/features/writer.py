@@ -158,12 +158,12 @@ class FeatureWriter:
         self._wait()
         self._pending, self._spare = (Shard(self.rows_per_shard) for _ in range(2))  # their memory is let go
 
-    def keep_host_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def keep_ezhoi_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Write what the host's score needs, unless that is there already; returns what is there."""
         try:
             with locked(self.folder, FeatureStoreError, f"{LOCK}-host", wait=True):
                 if not os.path.lexists((self.folder / HOST).with_suffix(".json")):
-                    write_host_tensors(self.folder, tensors)
+                    write_ezhoi_tensors(self.folder, tensors)
         except OSError as error:
             raise FeatureStoreError(
                 f"{self.folder} could not take {HOST} ({error}): free space there and give the same command again"
@@ -183,7 +183,7 @@ class FeatureWriter:
             self._lock.close()
 
 
-def write_host_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+def write_ezhoi_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Write what the host's score needs beside the features. Raises OSError."""
     write_json((folder / HOST).with_suffix(".json"), write_tensors(folder / HOST, tensors))
 
@@ -239,7 +239,7 @@ def write_imported(
     try:
         with new_folder(folder) as staged:
             write_json(staged / META, {"schema": SCHEMA, **meta})
-            write_host_tensors(staged, host)
+            write_ezhoi_tensors(staged, host)
             number, shard = 0, list[int]()
             entries: list[dict[str, Any]] = []
             for index, (name, numbers) in enumerate(places.items()):

@@ -52,7 +52,7 @@ class DiffusionBridgeHOI(nn.Module):
             if text_mean_path is not None:
                 files.append(read_legacy(Path(text_mean_path)))
             bundle = Bundle.of(files)
-            bridge, notes = make_bridge(bundle, scale=scale_factor, steps=inference_steps), bundle.notes
+            bridge, notes = make_bridge(bundle, scale=scale_factor, num_steps=inference_steps), bundle.notes
         self._unregistered = (bridge,)
         if verbose:
             print("\n".join((f"DiffusionBridgeHOI: {path}", *_story(bridge), *notes)), flush=True)
@@ -74,16 +74,16 @@ class DiffusionBridgeHOI(nn.Module):
         return self
 
 
-def _from_folder(folder: Path, steps: int | None, scale: float | None) -> DiffusionBridge:
+def _from_folder(folder: Path, num_steps: int | None, scale: float | None) -> DiffusionBridge:
     bridge = DiffusionBridge.from_pretrained(folder)
     recipe = bridge.config.recipe
-    if scale is not None and not math.isclose(scale, recipe.scale, rel_tol=1e-3):
+    if scale is not None and not math.isclose(scale, recipe.scale_factor, rel_tol=1e-3):
         raise ImportFilesError(
-            f"scale_factor is {scale:g}, and the network in {folder} was trained with {recipe.scale:g}: leave scale_factor out"
+            f"scale_factor is {scale:g}, and the network in {folder} was trained with {recipe.scale_factor:g}: leave scale_factor out"
         )
-    if steps is None:
+    if num_steps is None:
         return bridge
-    return bridge.override(start_step=steps, steps=steps)
+    return bridge.override(start_timestep=num_steps, num_steps=num_steps)
 
 
 def _story(bridge: DiffusionBridge) -> list[str]:
@@ -98,6 +98,6 @@ def _story(bridge: DiffusionBridge) -> list[str]:
     return [
         f"  D = {config.dim}, {config.denoiser} {config.denoiser_options or ''}",
         f"  {config.objective}, T = {config.timesteps}, {made}",
-        f"  recipe {recipe.name}: enters at level {recipe.start_step}, {recipe.steps} evaluations, input norm {recipe.scale:g}, "
+        f"  recipe {recipe.name}: enters at level {recipe.start_timestep}, {recipe.num_steps} evaluations, input norm {recipe.scale_factor:g}, "
         f"output {recipe.output}",
     ]

@@ -21,7 +21,7 @@ from ezhoi_diffusion.features.writer import write_imported
 from ezhoi_diffusion.files import new_folder, require_unused, sha256
 from ezhoi_diffusion.guide.formats import (
     Analysis,
-    HostCheckpoint,
+    EzHoiCheckpoint,
     LegacyFile,
     ModelFile,
     TextMean,
@@ -53,7 +53,7 @@ class Bundle:
     @classmethod
     def of(cls, files: Sequence[LegacyFile], *, force: bool = False) -> Bundle:
         """Sort files. Raises ImportFilesError for two of a kind, for different D, and, unless `force`, for raw CLIP text."""
-        dims = {file.path.name: file.dim for file in files if not isinstance(file, HostCheckpoint)}
+        dims = {file.path.name: file.dim for file in files if not isinstance(file, EzHoiCheckpoint)}
         if len(set(dims.values())) > 1:
             listed = ", ".join(f"{name} has {dim}" for name, dim in dims.items())
             raise ImportFilesError(
@@ -105,7 +105,7 @@ def make_bridge(
     *,
     weights: Weights = "ema",
     scale: float | None = None,
-    steps: int | None = None,
+    num_steps: int | None = None,
     force: bool = False,
 ) -> DiffusionBridge:
     """The bridge that the guide's module would be: recipe `guide`, S = t0 = `steps` (600), of a norm `scale` that is told
@@ -124,8 +124,10 @@ def make_bridge(
             force,
         )
     timesteps = model.timesteps or GUIDE_TIMESTEPS
-    steps = min(GUIDE_STEPS, timesteps) if steps is None else steps
-    recipe = replace(RECIPES["guide"], scale=_scale(bundle, scale), steps=steps, start_step=steps)
+    num_steps = min(GUIDE_STEPS, timesteps) if num_steps is None else num_steps
+    recipe = replace(
+        RECIPES["guide"], scale_factor=_scale(bundle, scale), num_steps=num_steps, start_timestep=num_steps
+    )
     try:
         config = BridgeConfig(
             dim=model.dim,

@@ -142,7 +142,7 @@ class ModelFile(LegacyFile):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class HostCheckpoint(LegacyFile):
+class EzHoiCheckpoint(LegacyFile):
     """A checkpoint of EZ-HOI itself: nothing to import, it is what the host's --resume takes."""
 
     kind = "EZ-HOI checkpoint"
@@ -510,7 +510,7 @@ def _schedule(state: dict[str, Tensor], path: Path) -> tuple[Objective, int]:
     )
 
 
-def _host_checkpoint(value: Mapping[str, Any], path: Path) -> HostCheckpoint:
+def _host_checkpoint(value: Mapping[str, Any], path: Path) -> EzHoiCheckpoint:
     state = _state(value["model_state_dict"])
     telling = ("label_HO", "mem_adapter.down_proj_mem.weight", "vis_fuse.0.weight")
     shapes = {name: list(state[name].shape) for name in telling if name in state}
@@ -518,4 +518,4 @@ def _host_checkpoint(value: Mapping[str, Any], path: Path) -> HostCheckpoint:
     if not dim and "vis_fuse.0.weight" in shapes:
         rows, columns = shapes["vis_fuse.0.weight"]
         dim = rows if columns == 2 * rows else rows // 2
-    return HostCheckpoint(path=path, dim=dim, facts=_facts(value, ("iteration", "epoch")), shapes=shapes)
+    return EzHoiCheckpoint(path=path, dim=dim, facts=_facts(value, ("iteration", "epoch")), shapes=shapes)

@@ -140,7 +140,7 @@ def _forest(comparison: Comparison) -> list[Panel]:
             found = known.difference[v][group] if known else None
             color = UNCLEAR if found is None or found.low <= 0 <= found.high else GAIN if found.low > 0 else LOSS
             bounds = None if found is None else (found.low, found.high)
-            rows.append(_Row(v, comparison.difference(v, group), bounds, color, comparison.told(v, group)))
+            rows.append(_Row(v, comparison.difference(v, group), bounds, color, comparison.is_significant(v, group)))
         above, below = (sum(row.color == color for row in rows) for color in (GAIN, LOSS))
         alt = f"Differences to {REFERENCE} in {group} mean AP, {len(rows)} variants. " + (
             f"Intervals above 0: {above}; below 0: {below}; containing 0: {len(rows) - above - below}."

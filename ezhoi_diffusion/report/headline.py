@@ -44,7 +44,7 @@ def headline(comparison: Comparison) -> Headline:
 
 
 def _gains(comparison: Comparison, variant: str) -> bool:
-    return comparison.told(variant, FULL) and comparison.difference(variant, FULL) > 0
+    return comparison.is_significant(variant, FULL) and comparison.difference(variant, FULL) > 0
 
 
 def _rank(best: str, bridges: list[str]) -> list[str]:
@@ -65,7 +65,7 @@ def _sentence(comparison: Comparison, best: str, control: str | None) -> tuple[s
             UNKNOWN,
         )
     gains = _gains(comparison, best)
-    loses = comparison.told(best, FULL) and not gains
+    loses = comparison.is_significant(best, FULL) and not gains
     if gains:
         text = f"{best} gains {change:.2f} points of full mAP over the bare host"
     elif loses:
@@ -75,8 +75,11 @@ def _sentence(comparison: Comparison, best: str, control: str | None) -> tuple[s
     tone: Tone = "loss" if loses else UNKNOWN
     if control is None:
         return f"{text}. No control was compared, and one may do as much.", tone
-    told, over = comparison.told(best, FULL, over=control), comparison.significance.over[control][best][FULL]
-    better, worse = told and over.low > 0, told and over.high < 0
+    is_significant, over = (
+        comparison.is_significant(best, FULL, over=control),
+        comparison.significance.over[control][best][FULL],
+    )
+    better, worse = is_significant and over.low > 0, is_significant and over.high < 0
     against = "does better than" if better else "does worse than" if worse else "cannot be told from"
     joint = "but" if gains and not better else "and"
     return f"{text}, {joint} {against} the best control, {control}.", "gain" if gains and better else tone
@@ -98,7 +101,7 @@ def _over_seeds(comparison: Comparison, variant: str) -> list[str]:
     return [
         f"Over its {len(variants)} seeds, {name} has {mean:.2f} ± {deviation:.2f} (mean and standard deviation of full mAP); "
         f"the bare host has {comparison.mean_ap(REFERENCE, FULL):.2f}."
-        for name, variants in comparison.families.items()
+        for name, variants in comparison.seed_groups.items()
         for mean, deviation in [comparison.spread(name, FULL)]
         if variant in variants and deviation is not None
     ]

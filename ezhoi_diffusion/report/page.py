@@ -108,7 +108,7 @@ def _tone(comparison: Comparison, variant: str, group: str) -> str:
     if comparison.significance is None:
         return ""
     side = _side(comparison.significance.difference[variant][group])
-    return f"{side} told" if comparison.told(variant, group) else side
+    return f"{side} told" if comparison.is_significant(variant, group) else side
 
 
 def _side(bounds: Difference | Sequence[float]) -> str:

@@ -65,7 +65,7 @@ def plot_embedding(points: Sequence[Tensor], method: str, path: Path) -> None:
     """A map of both modalities: points [P, 2] of the rows before, of those after, and [N_sel, 2] of the texts."""
     figure, (axes,) = _figure(1, 7.0)
     for part, label, size, marker in zip(
-        points, ("before", "after", "texts"), (6, 6, 22), ("o", "o", "x"), strict=True
+        points, ("before", "after", "empirical"), (6, 6, 22), ("o", "o", "x"), strict=True
     ):
         axes.scatter(part[:, 0].tolist(), part[:, 1].tolist(), s=size, marker=marker, alpha=0.6, label=label)
     axes.set_title(f"{method}, cosine distances; only neighbourhoods mean something", loc="left")

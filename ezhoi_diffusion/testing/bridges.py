@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ezhoi_diffusion.bridge_plugin import Bridge, Load
 from ezhoi_diffusion.features.statistics import unit
-from ezhoi_diffusion.testing.rules import Rule, hold
+from ezhoi_diffusion.testing.rules import Rule, apply_rules
 
 ROUNDING = 1e-4  # of the largest value: more than another order of summation changes, and less than half precision
 MANY = 2500  # rows in one call: more than any comparison gives
@@ -66,7 +66,7 @@ def check_bridge(load: Load, folder: Path | None = None, *, dim: int, device: to
     before = torch.get_default_dtype(), torch.is_grad_enabled()
     try:
         with seeded(0):
-            hold("the bridge", Trial(load, folder, dim, torch.device(device)), BRIDGE_RULES, basic=BASIC)
+            apply_rules("the bridge", Trial(load, folder, dim, torch.device(device)), BRIDGE_RULES, basic=BASIC)
     finally:
         torch.set_default_dtype(before[0])
         torch.set_grad_enabled(before[1])

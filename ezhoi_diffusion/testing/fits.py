@@ -14,10 +14,10 @@ from ezhoi_diffusion.artifact import Artifact
 from ezhoi_diffusion.bridge_plugin import Fit
 from ezhoi_diffusion.features.batch import FeatureBatch
 from ezhoi_diffusion.features.score import targets_of
-from ezhoi_diffusion.features.split import held_out
+from ezhoi_diffusion.features.split import validation_mask
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.testing.bridges import seeded
-from ezhoi_diffusion.testing.rules import Rule, hold
+from ezhoi_diffusion.testing.rules import Rule, apply_rules
 from ezhoi_diffusion.testing.synthetic import synthetic_store
 
 IMAGES = 40
@@ -60,7 +60,7 @@ def check_fit(name: str, fit: Fit, folder: Path, *, dim: int = 32) -> Path:
 
     trial = FitTrial(name, fit, folder, dim)
     assert len(trial.features)  # made before the first rule, so that a folder in use is no broken rule
-    hold(f"fit '{name}'", trial, FIT_RULES, basic=("artefact",))
+    apply_rules(f"fit '{name}'", trial, FIT_RULES, basic=("artefact",))
     from_host(trial.artifact, trial.features, name, {}).save(folder / "bridge")
     return folder / "bridge"
 
@@ -90,8 +90,8 @@ def _deterministic(trial: FitTrial) -> str | None:
 
 def _unseen(trial: FitTrial) -> str | None:
     """Annotations of interactions that the split hides change nothing."""
-    table, targets = trial.features.host["object_n_verb_to_interaction"], targets_of(trial.features)
-    unseen = trial.features.host["classes/unseen"]
+    table, targets = trial.features.ezhoi["object_n_verb_to_interaction"], targets_of(trial.features)
+    unseen = trial.features.ezhoi["classes/unseen"]
 
     def alter(batch: FeatureBatch) -> FeatureBatch:
         own, secret = table[batch.pairs.objects], torch.isin(batch.gt_hoi, unseen)
@@ -110,8 +110,8 @@ def _unseen(trial: FitTrial) -> str | None:
 
 def _held_out(trial: FitTrial) -> str | None:
     """Annotations in the images that are held out, by which settings are chosen, change nothing."""
-    apart = held_out(IMAGES)
-    table = trial.features.host["object_n_verb_to_interaction"]
+    apart = validation_mask(IMAGES)
+    table = trial.features.ezhoi["object_n_verb_to_interaction"]
 
     def alter(batch: FeatureBatch) -> FeatureBatch:
         if not apart[batch.index]:

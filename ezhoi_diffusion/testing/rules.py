@@ -21,7 +21,7 @@ class ConformanceError(EzhoiDiffusionError):
         super().__init__(f"{what} breaks {len(broken)} of {len(rules)} rules:{listed}")
 
 
-def hold(what: str, tried: T, rules: Mapping[str, Rule[T]], *, basic: Iterable[str]) -> None:
+def apply_rules(what: str, tried: T, rules: Mapping[str, Rule[T]], *, basic: Iterable[str]) -> None:
     """Apply all rules to `tried`; but none after a basic one that is broken, which would only be broken in consequence.
 
     Raises ConformanceError, which lists all that are broken.

@@ -117,7 +117,7 @@ def synthetic_store(
         Path(folder), meta, rows_per_shard=max(1, images * pairs_per_image // 3), seconds_per_shard=math.inf
     )
     try:
-        writer.keep_host_tensors(host)
+        writer.keep_ezhoi_tensors(host)
         annotated = 0
         for index in range(images):
             others = 0 if index % EMPTY == EMPTY - 1 else pairs_per_image

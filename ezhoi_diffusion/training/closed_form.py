@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ezhoi_diffusion.artifact import CONFIG, Artifact
 from ezhoi_diffusion.diffusion.artifact import BRIDGE
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, Components, DiffusionBridge, build_denoiser
-from ezhoi_diffusion.diffusion.closed_form import Texts, Wiener
+from ezhoi_diffusion.diffusion.closed_form import Empirical, Gaussian
 from ezhoi_diffusion.files import current, write_json
 from ezhoi_diffusion.rng import generator
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
@@ -42,10 +42,10 @@ def fit_bridge(data: TrainingData, config: TrainConfig, out: Path, registry: Com
             f"noise: choose a recipe that learns from text, or the denoiser mlp"
         )
     text = config.recipe.trained_on == "text"
-    if config.denoiser == "texts" and not text:
+    if config.denoiser == "empirical" and not text:
         raise TrainingError(
             f"texts is the posterior mean over stored texts, and recipe {config.recipe.name!r} learns from visual rows: choose a "
-            f"recipe that learns from text, e.g. blend"
+            f"recipe that learns from text, e.g. gentle"
         )
     validation = Validation.of(rows, config.bridge_config(rows.source.shape[1]).schedule(), config)
     known = _sample(rows.training, config.seed)
@@ -78,12 +78,12 @@ def fit_bridge(data: TrainingData, config: TrainConfig, out: Path, registry: Com
 
 def _fitted(config: TrainConfig, rows: Rows, numbers: Tensor, registry: Components) -> tuple[BridgeConfig, nn.Module]:
     bridge_config = config.bridge_config(rows.source.shape[1])
-    if config.denoiser == "texts":
+    if config.denoiser == "empirical":
         if "rows" in config.denoiser_options:
             raise TrainingError("texts stores all texts there are: leave `rows` out of denoiser_options")
         bridge_config = replace(bridge_config, denoiser_options={**config.denoiser_options, "rows": len(numbers)})
     denoiser = build_denoiser(bridge_config, registry)
-    assert isinstance(denoiser, (Wiener, Texts))
+    assert isinstance(denoiser, (Gaussian, Empirical))
     denoiser.fit(rows[numbers])
     return bridge_config, denoiser
 

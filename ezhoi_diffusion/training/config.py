@@ -67,7 +67,7 @@ class TrainConfig:
     denoiser: str = field(
         default="mlp",
         metadata={
-            "help": "network, by name: mlp, unet1d, wiener or texts (closed forms, which need no training), or one that a plugin brings"
+            "help": "network, by name: mlp, unet1d, gaussian or empirical (closed forms, which need no training), or one that a plugin brings"
         },
     )
     denoiser_options: dict[str, Any] = field(
@@ -105,8 +105,8 @@ class TrainConfig:
         self._require("seed", type(self.seed) is int, "a whole number")
         self._require(
             "timesteps",
-            type(self.timesteps) is int and self.recipe.start_step <= self.timesteps <= MAX_TIMESTEPS,
-            f"from the recipe's start_step, {self.recipe.start_step}, to {MAX_TIMESTEPS}",
+            type(self.timesteps) is int and self.recipe.start_timestep <= self.timesteps <= MAX_TIMESTEPS,
+            f"from the recipe's start_timestep, {self.recipe.start_timestep}, to {MAX_TIMESTEPS}",
         )
         self._require("objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
         self._require(

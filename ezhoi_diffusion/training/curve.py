@@ -21,7 +21,7 @@ def notes(facts: Mapping[str, Any]) -> list[str]:
     if above:
         found.append(
             f"at levels {', '.join(above)} the network is no better than the isotropic estimate, which knows no data; "
-            f"this bridge uses the levels below {recipe['start_step']}"
+            f"this bridge uses the levels below {recipe['start_timestep']}"
         )
     return found
 
@@ -34,5 +34,5 @@ def unlearned(history: Sequence[Mapping[str, Any]], trained_on: str) -> tuple[st
         return "the training loss rose", "lower --learning-rate"
     if not validations or validations[-1] == min(validations):
         return "it is under-trained", "give more --train-steps; if that does not help, try another --learning-rate"
-    closed_form = ", or use --denoiser wiener, which needs no training" if trained_on != "pairs" else ""
+    closed_form = ", or use --denoiser gaussian, which needs no training" if trained_on != "pairs" else ""
     return "the network learned its rows by heart", f"capture more of them{closed_form}"

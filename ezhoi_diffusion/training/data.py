@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ezhoi_diffusion.diffusion.normalization import normalize, rescale
-from ezhoi_diffusion.features.split import held_out
+from ezhoi_diffusion.features.split import validation_mask
 from ezhoi_diffusion.features.statistics import ModalityStatistics
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
 
@@ -46,17 +46,17 @@ class Rows:
 
     source: Tensor
     mean: Tensor
-    scale: float
+    scale_factor: float
     training: Tensor
     validation: Tensor
     fingerprint: str
-    noised_to: tuple[Tensor, Tensor] | None = None
-    blur: float = 0.0
+    endpoint: tuple[Tensor, Tensor] | None = None
+    noise_scale: float = 0.0
 
     @property
     def paired(self) -> bool:
         """Whether the rows are learned from pairs."""
-        return self.noised_to is not None
+        return self.endpoint is not None
 
     def resident(self, device: torch.device) -> Tensor | None:
         """All rows normalised [N, D] on the device, where they are few or the device is not the CPU; else None.
@@ -69,21 +69,23 @@ class Rows:
 
     def __getitem__(self, numbers: Tensor) -> Tensor:
         """Normalised rows [n, D] of norm `scale`, float32."""
-        return normalize(self.source[numbers].float(), self.mean, self.scale)[0]
+        return normalize(self.source[numbers].float(), self.mean, self.scale_factor)[0]
 
     def noise(self, numbers: Tensor, gaussian: Tensor) -> Tensor:
         """What rows are mixed with [n, D]: standard normal `gaussian`, or what it makes of their visual rows."""
-        if self.noised_to is None:
+        if self.endpoint is None:
             return gaussian
-        visual, mean = self.noised_to
-        z = normalize(visual[numbers].float(), mean, self.scale)[0]
-        return rescale(z + self.blur * self.scale / gaussian.shape[1] ** 0.5 * gaussian, self.scale)
+        visual, mean = self.endpoint
+        z = normalize(visual[numbers].float(), mean, self.scale_factor)[0]
+        return rescale(
+            z + self.noise_scale * self.scale_factor / gaussian.shape[1] ** 0.5 * gaussian, self.scale_factor
+        )
 
 
 def training_rows(data: TrainingData, config: TrainConfig) -> Rows:
     """Text rows split by row, or visual rows and pairs split by image. Raises TrainingError for unusable data."""
     recipe, statistics = config.recipe, data.statistics
-    noised_to = None
+    endpoint = None
     if recipe.trained_on == "text":
         source, mean, what = data.text, statistics.text_mean, "text rows"
         groups, count, seed = torch.arange(len(data.text)), len(data.text), config.seed
@@ -97,7 +99,7 @@ def training_rows(data: TrainingData, config: TrainConfig) -> Rows:
                 raise TrainingError(
                     f"recipe {recipe.name!r} learns from pairs, and the data hold no text of a row's own class"
                 )
-            noised_to = (source, mean)
+            endpoint = (source, mean)
             source, mean = data.own_text, statistics.text_mean
     if source.ndim != 2 or source.shape[1] != statistics.dim or groups.shape != source.shape[:1]:
         raise TrainingError(
@@ -105,13 +107,13 @@ def training_rows(data: TrainingData, config: TrainConfig) -> Rows:
             f"not {list(source.shape)} with {list(groups.shape)}"
         )
     digest = hashlib.sha256()
-    for part in (source, *(noised_to or ())):
+    for part in (source, *(endpoint or ())):
         for block in (*part.split(BLOCK), mean):
             if not torch.isfinite(block).all():
                 raise TrainingError(f"{recipe.trained_on} embeddings hold NaN or infinity: capture them anew")
             digest.update(block.contiguous().numpy().tobytes())
     try:
-        apart = held_out(count, config.val_fraction, seed)[groups]
+        apart = validation_mask(count, config.val_fraction, seed)[groups]
     except ValueError as error:
         raise TrainingError(f"too few {what}: {error}") from error
     training, validation = (part.nonzero().squeeze(1) for part in (~apart, apart))
@@ -121,5 +123,5 @@ def training_rows(data: TrainingData, config: TrainConfig) -> Rows:
             f"more images, or give another --val-fraction"
         )
     return Rows(
-        source, mean, recipe.scale, training, validation, digest.hexdigest(), noised_to, recipe.noise_augmentation
+        source, mean, recipe.scale_factor, training, validation, digest.hexdigest(), endpoint, recipe.noise_augmentation
     )

@@ -44,9 +44,9 @@ def distill(
     recipe = teacher.config.recipe
     if teacher.config.student_of is not None:
         raise TrainingError("the bridge is a student already: distil its teacher")
-    if recipe.steps == 1:
+    if recipe.num_steps == 1:
         raise TrainingError(
-            "the bridge takes one evaluation already, so there is nothing to distil: give --steps for the result of more"
+            "the bridge takes one evaluation already, so there is nothing to distil: give --num-steps for the result of more"
         )
     if min(len(training), len(held_out)) < 2:
         raise TrainingError(
@@ -60,7 +60,7 @@ def distill(
     student = _fresh(teacher, seed).to(device)
     optimizer = torch.optim.Adam(student.parameters(), lr=LEARNING_RATE, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, train_steps)
-    level = torch.tensor([recipe.start_step - 1], device=device)
+    level = torch.tensor([recipe.start_timestep - 1], device=device)
     order = torch.randint(len(z), (train_steps, BATCH), generator=generator(seed, "distillation"))
     for chosen in tqdm(order.to(device), desc="distilling", unit="step"):
         loss = (1 - torch.cosine_similarity(student(z[chosen], level), target[chosen])).mean()
@@ -68,17 +68,17 @@ def distill(
         loss.backward()
         optimizer.step()
         schedule.step()
-    unseen = normalize(judged.to(device).float(), teacher.input_mean, recipe.scale)[0]
+    unseen = normalize(judged.to(device).float(), teacher.input_mean, recipe.scale_factor)[0]
     with torch.no_grad():
         found = student(unseen, level)
     centred = unit(text.to(device)) - teacher.statistics.text_mean.to(device)
     reached = fidelity(found, _taught(teacher, unseen, "held-out rows"), centred)
     config = replace(
         _config(teacher),
-        recipe=replace(recipe, steps=1, grid="linear", sampler="ddim"),
+        recipe=replace(recipe, num_steps=1, spacing="linear", sampler="ddim"),
         student_of={
             "denoiser": teacher.config.denoiser,
-            **{name: getattr(recipe, name) for name in ("start_step", "steps", "grid", "sampler")},
+            **{name: getattr(recipe, name) for name in ("start_timestep", "num_steps", "spacing", "sampler")},
         },
         provenance={
             **{name: fact for name, fact in teacher.provenance.items() if name not in ("training", "overridden")},
@@ -96,13 +96,13 @@ def distill(
 
 def _inputs(teacher: DiffusionBridge, rows: Tensor, draw: torch.Generator) -> Tensor:
     """What enters the network [ROWS, D]: captured rows, and mixtures of two where there are too few."""
-    scale = teacher.config.recipe.scale
+    scale_factor = teacher.config.recipe.scale_factor
     chosen = rows[torch.randperm(len(rows), generator=draw)[:ROWS]].float()
-    z = normalize(chosen, teacher.input_mean.cpu(), scale)[0]
+    z = normalize(chosen, teacher.input_mean.cpu(), scale_factor)[0]
     missing = ROWS - len(z)
     one, other = torch.randint(len(z), (2, missing), generator=draw)
     share = torch.rand(missing, 1, generator=draw)
-    return torch.cat([z, rescale(share * z[one] + (1 - share) * z[other], scale)])
+    return torch.cat([z, rescale(share * z[one] + (1 - share) * z[other], scale_factor)])
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from ezhoi_diffusion.training.config import TrainConfig, TrainingError
 from ezhoi_diffusion.training.data import TrainingData, training_rows
 from ezhoi_diffusion.training.loss import Validation, denoising_loss
 from ezhoi_diffusion.training.order import batch_indices, levels_and_noise
-from ezhoi_diffusion.training.processes import agreed, require_same_everywhere
+from ezhoi_diffusion.training.processes import broadcast_from_main, require_same_everywhere
 
 CHECKPOINTS = "checkpoints"
 BEST = "best"
@@ -176,7 +176,7 @@ class Run:
                 self._moved(self.rows.noise(chosen, noise[mine])),
                 self.schedule,
                 config.objective,
-                config.recipe.scale,
+                config.recipe.scale_factor,
                 paired=self.rows.paired,
             )
 
@@ -206,7 +206,7 @@ class Run:
 
     def _validate(self, record: dict[str, Any]) -> None:
         """The main process's figures count for all: another kind of processor may round otherwise."""
-        ranges = agreed(self.accelerator, lambda: self.validation.losses(self.ema.module, self.device))
+        ranges = broadcast_from_main(self.accelerator, lambda: self.validation.losses(self.ema.module, self.device))
         record["val_loss"], record["val_loss_by_range"] = fmean(ranges), ranges
         if not math.isfinite(record["val_loss"]):
             raise TrainingError(
@@ -248,7 +248,7 @@ class Run:
             **more,
         }
         self.bridge.config = replace(self.bridge_config, provenance={**self.data.provenance, "training": facts})
-        agreed(self.accelerator, lambda: self.bridge.save_pretrained(folder))
+        broadcast_from_main(self.accelerator, lambda: self.bridge.save_pretrained(folder))
 
     def _ranges(self, record: dict[str, Any]) -> dict[str, Any]:
         """What is said of the ranges of levels, in the artefact as in training.json."""
@@ -279,12 +279,14 @@ class Run:
             "data_sha256": self.rows.fingerprint,
             "scaler": scaler.state_dict() if scaler else None,
         }
-        agreed(self.accelerator, lambda: write_checkpoint(self.out / CHECKPOINTS, self.step, tensors, state))
+        broadcast_from_main(
+            self.accelerator, lambda: write_checkpoint(self.out / CHECKPOINTS, self.step, tensors, state)
+        )
         self.saved = self.step
 
     def restore(self) -> bool:
         """Take up the newest whole checkpoint; False where there is none. Raises TrainingError if it differs."""
-        found = agreed(self.accelerator, lambda: read_newest(self.out / CHECKPOINTS))
+        found = broadcast_from_main(self.accelerator, lambda: read_newest(self.out / CHECKPOINTS))
         if found is None:
             return False
         tensors, state = found
@@ -346,9 +348,9 @@ class Run:
                 "accelerate": accelerate.__version__,
             },
         }
-        agreed(self.accelerator, lambda: write_json(self.out / FACTS, facts))
+        broadcast_from_main(self.accelerator, lambda: write_json(self.out / FACTS, facts))
         self._save(self.out, best, stopped=self.stopped)
-        agreed(self.accelerator, lambda: shutil.rmtree(self.out / BEST, ignore_errors=True))
+        broadcast_from_main(self.accelerator, lambda: shutil.rmtree(self.out / BEST, ignore_errors=True))
         if self.accelerator.is_main_process:
             self.bar_display.write(f"stopped at step {self.step}: {self.stopped}")
 

@@ -27,7 +27,7 @@ def denoising_loss(
     noise: Tensor,
     schedule: Schedule,
     objective: Objective,
-    scale: float,
+    scale_factor: float,
     *,
     paired: bool = False,
 ) -> Tensor:
@@ -37,7 +37,7 @@ def denoising_loss(
     target belongs to x_t as it was. paired: every level weighs the same, because a feature enters at the last one,
     whose signal-to-noise ratio is 0.
     """
-    x = rescale(schedule.q_sample(z, t, noise), scale)
+    x = rescale(schedule.q_sample(z, t, noise), scale_factor)
     prediction = predict(x, t.to(z.device, non_blocking=True)).float()
     error = (prediction - schedule.target(objective, z, t, noise)).square().mean(dim=1)
     return error.mean() if paired else (schedule.loss_weight(objective, t).to(error) * error).mean()
@@ -53,7 +53,7 @@ class Validation:
     noise: Tensor
     schedule: Schedule
     objective: Objective
-    scale: float
+    scale_factor: float
     paired: bool
 
     @classmethod
@@ -66,7 +66,7 @@ class Validation:
         levels = (torch.arange(pairs) * schedule.timesteps) // pairs
         t = torch.cat([part[torch.randperm(len(part), generator=source)] for part in levels.split(ROWS_PER_RANGE)])
         noise = rows.noise(numbers, torch.randn(len(numbers), rows.source.shape[1], generator=source))
-        return cls(rows[numbers], t, noise, schedule, config.objective, rows.scale, rows.paired)
+        return cls(rows[numbers], t, noise, schedule, config.objective, rows.scale_factor, rows.paired)
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
@@ -86,7 +86,7 @@ class Validation:
                     noise.to(device),
                     self.schedule,
                     self.objective,
-                    self.scale,
+                    self.scale_factor,
                     paired=self.paired,
                 )
             )
@@ -95,5 +95,5 @@ class Validation:
 
     def bar(self) -> list[float]:
         """The losses of the isotropic Wiener estimate, which knows no data: a network has to be below it."""
-        skip, _ = isotropic_estimate(self.schedule, self.objective, self.z.shape[1], self.scale)
+        skip, _ = isotropic_estimate(self.schedule, self.objective, self.z.shape[1], self.scale_factor)
         return self.losses(lambda x, t: skip[t].to(x).unsqueeze(1) * x)

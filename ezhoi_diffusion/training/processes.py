@@ -50,7 +50,7 @@ def accelerator_for(config: TrainConfig, log_with: Sequence[Any], tracks: Path) 
     return accelerator
 
 
-def agreed(accelerator: accelerate.Accelerator, decide: Callable[[], T]) -> T:
+def broadcast_from_main(accelerator: accelerate.Accelerator, decide: Callable[[], T]) -> T:
     """What `decide` returns or raises in the main process, in every process. All must call it.
 
     So only the main process needs the files, and no two can come to different decisions.
@@ -80,7 +80,7 @@ def require_same_everywhere(what: dict[str, Any]) -> None:
                 )
 
 
-def part(status: int = 0, last_words: str = "") -> None:
+def exit_distributed(status: int = 0, last_words: str = "") -> None:
     """End this process, where several trained together and came to the same end; all must call it, as the last thing.
 
     Not by way of the interpreter's own end: that was seen to take a process with it (SIGABRT, in one training of ten or of

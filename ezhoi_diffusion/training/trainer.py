@@ -17,7 +17,7 @@ from ezhoi_diffusion.training.closed_form import fit_bridge
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
 from ezhoi_diffusion.training.data import TrainingData
 from ezhoi_diffusion.training.loop import CHECKPOINTS, Run
-from ezhoi_diffusion.training.processes import accelerator_for, agreed
+from ezhoi_diffusion.training.processes import accelerator_for, broadcast_from_main
 from ezhoi_diffusion.training.trackers import TRACKS, require_trackers, start_trackers
 
 __all__ = ["TrainConfig", "TrainingData", "TrainingError", "train"]
@@ -45,7 +45,7 @@ def train(
     trackers of accelerate's kind; it is no part of the run's identity. `on_step` is called after every step with
     the number of steps done.
 
-    Under torchrun or `accelerate launch`, call it in every process, and `ezhoi_diffusion.training.processes.part` after it as
+    Under torchrun or `accelerate launch`, call it in every process, and `ezhoi_diffusion.training.processes.exit_distributed` after it as
     the last thing. Only the main process reads and writes `out`.
 
     A denoiser that is a closed form is fitted instead; then there are neither checkpoints nor best/.
@@ -58,22 +58,22 @@ def train(
     out = Path(out)
     require_trackers(log_with)
     accelerator = accelerator_for(config, log_with, out / TRACKS)
-    finished = agreed(accelerator, lambda: _holds_a_bridge(out, resume))
+    finished = broadcast_from_main(accelerator, lambda: _holds_a_bridge(out, resume))
     closed_form = config.denoiser in CLOSED_FORMS
     run = None if closed_form else Run(accelerator, data, config, out, registry)
     try:
-        agreed(accelerator, lambda: out.mkdir(parents=True, exist_ok=True))
+        broadcast_from_main(accelerator, lambda: out.mkdir(parents=True, exist_ok=True))
     except OSError as error:
         raise TrainingError(f"{out} cannot be written ({error}): give another folder") from error
     held = ExitStack()
     try:
-        agreed(accelerator, lambda: _take(out, held))
+        broadcast_from_main(accelerator, lambda: _take(out, held))
         if run is None:
-            agreed(accelerator, lambda: fit_bridge(data, config, out, registry or Components()))
+            broadcast_from_main(accelerator, lambda: fit_bridge(data, config, out, registry or Components()))
             return out
         if resume and not run.restore() and finished:
             raise TrainingError(f"{out} holds a trained bridge and no checkpoint to go on from")
-        agreed(accelerator, lambda: start_trackers(accelerator, config, out))
+        broadcast_from_main(accelerator, lambda: start_trackers(accelerator, config, out))
         with run.progress(), asked_to_stop() as asked:
             while not run.stopped:
                 run.advance()

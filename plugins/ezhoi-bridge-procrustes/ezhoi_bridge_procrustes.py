@@ -31,11 +31,11 @@ class Procrustes:
     visual_mean: Tensor
     restored_mean: Tensor
     weight: Tensor
-    strength: float
+    blend: float
     provenance: dict[str, Any]
     context: dict[str, Tensor]
     row_by_row = True
-    settings = ("strength",)
+    settings = ("blend",)
 
     def __call__(self, adapter_feat: Tensor) -> Tensor:
         """Map rows, in their dtype and on their device."""
@@ -47,27 +47,25 @@ class Procrustes:
         visual_mean, restored, weight = (t.to(x.device) for t in (self.visual_mean, self.restored_mean, self.weight))
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             centred = unit(x) - visual_mean
-            rows = torch.lerp(centred, centred @ weight, self.strength) + restored
+            rows = torch.lerp(centred, centred @ weight, self.blend) + restored
             result: Tensor = (x.norm(dim=1, keepdim=True) * unit(rows)).to(adapter_feat.dtype)
         return result
 
     def sweep(self, points: Sequence[Mapping[str, Any]]) -> list[Procrustes]:
         """The same map with the strength of each point; the provenance says so. Raises BridgeError."""
         return [
-            replace(
-                self, strength=checked(point["strength"]), provenance={**self.provenance, "overridden": dict(point)}
-            )
+            replace(self, blend=checked(point["blend"]), provenance={**self.provenance, "overridden": dict(point)})
             for point in points
         ]
 
 
-def checked(strength: Any) -> float:
+def checked(blend: Any) -> float:
     """A strength as a number. Raises BridgeError unless it is one from 0 to 1."""
     from ezhoi_diffusion import BridgeError
 
-    if not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
-        raise BridgeError(f"procrustes: strength is a number from 0 (nothing changes) to 1, not {strength!r}")
-    return float(strength)
+    if not isinstance(blend, (int, float)) or not 0 <= blend <= 1:
+        raise BridgeError(f"procrustes: strength is a number from 0 (nothing changes) to 1, not {blend!r}")
+    return float(blend)
 
 
 def load(folder: Path | None) -> Procrustes:
@@ -79,13 +77,11 @@ def load(folder: Path | None) -> Procrustes:
             "procrustes is fitted first: `ezhoi-diffusion fit procrustes FEATURES --out DIR`, and then named as procrustes=DIR"
         )
     artifact = Artifact.load(folder, "procrustes")
-    strength = checked(artifact.config["strength"])
-    return Procrustes(
-        **artifact.files[TENSORS], strength=strength, provenance=artifact.provenance, context=artifact.context
-    )
+    blend = checked(artifact.config["blend"])
+    return Procrustes(**artifact.files[TENSORS], blend=blend, provenance=artifact.provenance, context=artifact.context)
 
 
-def fit(features: FeatureStore, mode: str = "orthogonal", strength: float = 1.0, mean: str = "visual") -> Artifact:
+def fit(features: FeatureStore, mode: str = "orthogonal", blend: float = 1.0, mean: str = "visual") -> Artifact:
     """A linear map from centred unit visual rows to the centred unit text of their class, on annotated pairs of seen classes.
 
     mode: `orthogonal`, of the rotations that come closest (Schönemann, Psychometrika 1966) that nearest to none; `ridge`, the
@@ -100,7 +96,7 @@ def fit(features: FeatureStore, mode: str = "orthogonal", strength: float = 1.0,
 
     if mode not in ("orthogonal", "ridge") or mean not in ("visual", "text"):
         raise BridgeError(f"procrustes: mode is orthogonal or ridge, mean is visual or text, not {mode!r} and {mean!r}")
-    config: dict[str, Any] = {"mode": mode, "strength": checked(strength), "mean": mean}
+    config: dict[str, Any] = {"mode": mode, "blend": checked(blend), "mean": mean}
     statistics = features.statistics()
     pairs = seen_pairs(features)
     visual, text = centred(pairs, statistics)

@@ -105,7 +105,7 @@ def fit(features: FeatureStore) -> Artifact:
         )
     config = {
         "temperature": temperature,
-        "negative_log_likelihood": {"as it is": loss(0.0), "calibrated": float(found.fun)},
+        "negative_log_likelihood": {"as it is": loss(0.0), "keep_norm": float(found.fun)},
         "largest_error": error,
     }
     return Artifact("softmax", config, {TENSORS: tensors}, provenance)

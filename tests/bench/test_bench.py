@@ -16,13 +16,13 @@ from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, Components, DiffusionBridge, build_denoiser
 from ezhoi_diffusion.diffusion.normalization import rescale
 from ezhoi_diffusion.diffusion.recipes import DEFAULT_RECIPE
-from ezhoi_diffusion.features.split import held_out
+from ezhoi_diffusion.features.split import validation_mask
 from ezhoi_diffusion.files import read_json
 from ezhoi_diffusion.testing import synthetic_store
 
 D = 32
 CPU = torch.device("cpu")
-TINY = suite.Effort(
+TINY = suite.BenchConfig(
     sizes=(3, 5),
     evaluations=(1, 5),
     rounds=1,
@@ -93,8 +93,10 @@ def test_the_command_writes_every_figure_and_all_are_finite_and_positive(run):
     assert guide["ratio"] == {"3": 1, "5": 1}
     assert guide["fidelity"] is ours["fidelity"] is None
     assert all(set(entry["fidelity"]) == {"cosine", "cosine_min", "top1", "rows"} for entry in others)
-    assert [entry["name"] for entry in result["training"]] == [trainee.name for trainee in training.TRAINEES]
-    assert len(result["memory"]) == 3 + len(training.TRAINEES)
+    assert [entry["name"] for entry in result["training"]] == [
+        trainer_case.name for trainer_case in training.TRAINER_CASES
+    ]
+    assert len(result["memory"]) == 3 + len(training.TRAINER_CASES)
     assert (folder / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -114,7 +116,7 @@ def test_the_table_names_all_contenders_and_says_what_was_not_timed(run):
         assert f" {entry['name']}" in printed
     names = [entry["name"] for entry in result["sampler"]]
     assert names == [
-        "the guide's unet1d", "the same, our order", "mlp, recipe blend", "mlp, its student", "mlp, S = 1", "mlp, S = 5",
+        "the guide's unet1d", "the same, our order", "mlp, recipe gentle", "mlp, its student", "mlp, S = 1", "mlp, S = 5",
         "mlp, S = 5, cubic", "mlp, S = 10, cubic", "wiener, S = 5, cubic", "wiener, S = 10, cubic",
     ]  # fmt: skip
     assert "the guide's unet1d*" in printed
@@ -134,7 +136,7 @@ def test_a_table_of_a_busy_machine_and_of_a_bridge_as_given(run):
 
 def test_all_evaluations_against_themselves_are_the_same_result_and_fewer_are_not():
     subject = made_up(dim=D, texts=20, rows=8)
-    entries = sampling.contenders(bridge(), (1, 600), Components())
+    entries = sampling.bridge_cases(bridge(), (1, 600), Components())
     found = dict(zip([e.name for e in entries], sampling.nearness(entries, subject.rows, subject.text), strict=True))
     whole = found["mlp, S = 600"]
     assert (whole.cosine, whole.cosine_min) == pytest.approx((1, 1), abs=1e-6)
@@ -154,20 +156,20 @@ def test_the_guides_network_is_computed_as_its_package_does(monkeypatch):
     with torch.no_grad():
         found = published.denoiser(x, torch.tensor([7]))
         assert torch.equal(found, ours.net(x.unsqueeze(1), torch.tensor([7, 7, 7])).squeeze(1))
-    assert published.override(steps=2)(x).isfinite().all()
+    assert published.override(num_steps=2)(x).isfinite().all()
     with pytest.raises(pytest.fail.Exception):
-        sampling.guide(bridge(), Components(), published=False).override(steps=2)(x)
+        sampling.guide(bridge(), Components(), published=False).override(num_steps=2)(x)
 
 
 def test_the_reference_has_every_level_and_the_start_of_its_contender():
-    entries = sampling.contenders(bridge(), (1, 5, 20), Components())
+    entries = sampling.bridge_cases(bridge(), (1, 5, 20), Components())
     recipes = [(e.bridge.config.recipe, e.reference.config.recipe) for e in entries if e.reference]
-    assert all(own.start_step == other.start_step == other.steps for own, other in recipes)
-    assert {own.start_step for own, _ in recipes} == {100, 600}
+    assert all(own.start_timestep == other.start_timestep == other.steps for own, other in recipes)
+    assert {own.start_timestep for own, _ in recipes} == {100, 600}
 
 
 def test_what_is_not_timed_counts_as_much_as_what_is(monkeypatch):
-    entries = sampling.contenders(bridge(), (5,), Components())
+    entries = sampling.bridge_cases(bridge(), (5,), Components())
     monkeypatch.setattr(sampling, "interleaved", lambda calls, **_: {name: [0.002, 0.004, 0.003] for name in calls})
     guide, ours, other, *_ = sampling.cost(entries, torch.randn(4, D), 16, seconds=0, rounds=1)
     assert other == {"median": pytest.approx(3), "low": pytest.approx(2.5), "high": pytest.approx(3.5), "samples": 3}
@@ -205,7 +207,7 @@ def test_the_first_steps_of_a_turn_are_not_timed_and_the_clock_is_not_asked_afte
 
 def test_a_published_trainer_goes_on_where_it_was(store):
     data = captured(store).data
-    with training.training(training.Trainee("mlp", published=True), data, 4, Components()) as turn:
+    with training.training(training.TrainerCase("mlp", published=True), data, 4, Components()) as turn:
         training.take_steps(turn, 2)
         assert len(training._timed(turn, CPU)) >= 1
 
@@ -220,7 +222,7 @@ def test_a_network_in_channels_is_the_network_at_its_norm():
 
 def test_captured_rows_are_of_images_that_nothing_learns_from(store, tmp_path):
     subject = captured(store)
-    apart = held_out(len(store.images))[store.image_index()]
+    apart = validation_mask(len(store.images))[store.image_index()]
     assert sorted(subject.rows.tolist()) == sorted(store.adapter_feat()[apart].tolist())
     assert sorted(subject.learnable.tolist()) == sorted(store.adapter_feat()[~apart].tolist())
     test = synthetic_store(tmp_path / "test", split="test", dim=D)
@@ -251,8 +253,8 @@ def test_a_training_says_when_it_was_below_the_closed_form(monkeypatch):
 
 
 def test_a_student_is_measured_as_it_is_and_has_no_student():
-    student = bridge(student_of={"steps": 5}, recipe=replace(DEFAULT_RECIPE, steps=1))
-    entries = sampling.contenders(student, (1, 5), Components())
+    student = bridge(student_of={"num_steps": 5}, recipe=replace(DEFAULT_RECIPE, num_steps=1))
+    entries = sampling.bridge_cases(student, (1, 5), Components())
     assert [e.name for e in entries] == ["the guide's unet1d", "the same, our order", "mlp, a student"]
     assert sampling.nearness(entries, torch.randn(4, D), torch.randn(4, D)) == [None] * 3
     assert student_of(student, made_up(dim=D, texts=20, rows=8), 2, CPU) is None
@@ -261,12 +263,18 @@ def test_a_student_is_measured_as_it_is_and_has_no_student():
 def test_the_fewest_are_those_of_the_same_network_grid_and_start():
     def result(evaluations, cosine, **changes):
         near = {"cosine": cosine}
-        facts = {"denoiser": "mlp", "start_step": 600, "grid": "linear", "evaluations": evaluations, "fidelity": near}
+        facts = {
+            "denoiser": "mlp",
+            "start_timestep": 600,
+            "spacing": "linear",
+            "evaluations": evaluations,
+            "fidelity": near,
+        }
         return {**facts, **changes}
 
     results = [
-        result(20, 0.9995), result(8, 0.992), result(10, 0.995), result(5, 0.98), result(1, 1.0, start_step=100),
-        result(2, 1.0, denoiser="wiener"), result(3, 1.0, grid="cubic"), result(4, None, fidelity=None),
+        result(20, 0.9995), result(8, 0.992), result(10, 0.995), result(5, 0.98), result(1, 1.0, start_timestep=100),
+        result(2, 1.0, denoiser="gaussian"), result(3, 1.0, spacing="cubic"), result(4, None, fidelity=None),
     ]  # fmt: skip
     assert sampling.fewest(results, bridge().config) == {"0.99": 8, "0.999": 20}
     assert sampling.fewest(results[3:], bridge().config) == {"0.99": None, "0.999": None}

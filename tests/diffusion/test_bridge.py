@@ -36,9 +36,9 @@ class Identity(nn.Module):
 
 
 @pytest.mark.parametrize("dim", [512, 768])
-@pytest.mark.parametrize(("recipe", "strength"), [("paper", 1.0), ("blend", 0.3), ("blend", 0.0)])
-def test_identity_denoiser_returns_the_input(dim, recipe, strength):
-    chosen = replace(RECIPES[recipe], restored_mean="visual", strength=strength)
+@pytest.mark.parametrize(("recipe", "blend"), [("paper", 1.0), ("gentle", 0.3), ("gentle", 0.0)])
+def test_identity_denoiser_returns_the_input(dim, recipe, blend):
+    chosen = replace(RECIPES[recipe], restored_mean="visual", blend=blend)
     bridge = DiffusionBridge(BridgeConfig(dim, chosen, "identity"), Identity(), statistics(dim))
     x = features(100, dim, seed=2)
     assert ((bridge(x) - x).norm(dim=1) / x.norm(dim=1)).max() < 1e-6
@@ -205,10 +205,10 @@ def test_a_fresh_mlp_is_the_isotropic_estimate():
     assert torch.equal(mlp(x, torch.full((3,), 599)), skip * x)
 
 
-@pytest.mark.parametrize("recipe", ["paper", "guide", "blend"])
+@pytest.mark.parametrize("recipe", ["paper", "guide", "gentle"])
 @pytest.mark.parametrize("objective", ["pred_x0", "pred_noise", "pred_v"])
 def test_deterministic_and_independent_of_batch_and_chunks(recipe, objective):
-    changes = {"steps": 20} if recipe == "guide" else {}
+    changes = {"num_steps": 20} if recipe == "guide" else {}
     bridge, x = make(recipe, objective, **changes), features()
     y = bridge(x)
     assert torch.isfinite(y).all()
@@ -222,8 +222,8 @@ def test_deterministic_and_independent_of_batch_and_chunks(recipe, objective):
 
 def test_outputs_of_the_two_modes():
     x = features()
-    assert torch.allclose(make("blend")(x).norm(dim=1), x.norm(dim=1), rtol=1e-5)
-    unit_rows = make("guide", steps=5)(x)
+    assert torch.allclose(make("gentle")(x).norm(dim=1), x.norm(dim=1), rtol=1e-5)
+    unit_rows = make("guide", num_steps=5)(x)
     assert torch.allclose(unit_rows.norm(dim=1), torch.ones(len(x)), rtol=1e-5)
 
 
@@ -299,8 +299,8 @@ def test_round_trip_is_bit_equal_and_draws_nothing(tmp_path):
 def test_saving_replaces_an_older_artefact_and_nothing_else(tmp_path):
     make("paper").save_pretrained(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
-    make("blend").save_pretrained(tmp_path)
-    assert DiffusionBridge.from_pretrained(tmp_path).config.recipe.name == "blend"
+    make("gentle").save_pretrained(tmp_path)
+    assert DiffusionBridge.from_pretrained(tmp_path).config.recipe.name == "gentle"
     assert {p.name for p in tmp_path.iterdir()} == {
         "notes.txt",
         "config.json",
@@ -324,8 +324,8 @@ def test_a_crash_after_the_commit_leaves_the_new_artefact(tmp_path, monkeypatch,
     with monkeypatch.context() as patch:
         patch.setattr(type(tmp_path), "replace", replace_then_die)
         with pytest.raises(KeyboardInterrupt):
-            make("blend").save_pretrained(tmp_path)
-    assert DiffusionBridge.from_pretrained(tmp_path).config.recipe.name == "blend"
+            make("gentle").save_pretrained(tmp_path)
+    assert DiffusionBridge.from_pretrained(tmp_path).config.recipe.name == "gentle"
     make("paper").save_pretrained(tmp_path)
     assert DiffusionBridge.from_pretrained(tmp_path).config.recipe.name == "paper"
     assert not (tmp_path / COMMITTED).exists()
@@ -341,7 +341,7 @@ def test_a_crash_before_the_commit_leaves_the_old_artefact(tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(artifact, dies, die)
         with pytest.raises(KeyboardInterrupt):
-            make("blend").save_pretrained(tmp_path)
+            make("gentle").save_pretrained(tmp_path)
     assert DiffusionBridge.from_pretrained(tmp_path).config.recipe.name == "paper"
 
 
@@ -427,38 +427,38 @@ def test_importing_the_bridge_stays_light():
 def test_only_what_no_weight_depends_on_is_overridden_and_all_of_it_is_noted():
     bridge, x = make("paper"), features(3)
     before = bridge(x)
-    other = bridge.override(steps=3).override(start_step=50)
-    assert other.provenance["overridden"] == {"steps": 3, "start_step": 50}
+    other = bridge.override(num_steps=3).override(start_timestep=50)
+    assert other.provenance["overridden"] == {"num_steps": 3, "start_timestep": 50}
     assert torch.equal(bridge(x), before), "the bridge itself stays what it is"
     assert not torch.equal(other(x), before)
-    assert torch.equal(other(x), make("paper", steps=3, start_step=50)(x))
-    for wrong in ({"input_mean": "text"}, {"scale": 2.0}, {"sampler": "ddim"}, {"typo": 1}):
-        with pytest.raises(BridgeError, match="cannot be overridden, only start_step"):
+    assert torch.equal(other(x), make("paper", num_steps=3, start_timestep=50)(x))
+    for wrong in ({"input_mean": "text"}, {"scale_factor": 2.0}, {"sampler": "ddim"}, {"typo": 1}):
+        with pytest.raises(BridgeError, match="cannot be overridden, only start_timestep"):
             bridge.override(**wrong)
-    with pytest.raises(BridgeError, match="need 1 <= steps <= start_step"):
-        other.override(steps=51)
+    with pytest.raises(BridgeError, match="need 1 <= num_steps <= start_timestep"):
+        other.override(num_steps=51)
 
 
 def test_a_sweep_samples_once_for_all_points_that_share_it_and_each_point_is_the_override():
     bridge, x, y = make("paper"), features(3), features(4)
-    points = [{"start_step": s, "strength": w} for s in (20, 300) for w in (0.1, 0.5, 1.0)]
+    points = [{"start_timestep": s, "blend": w} for s in (20, 300) for w in (0.1, 0.5, 1.0)]
     expected = [bridge.override(**point)(x) for point in points]
     calls = []
     bridge.denoiser.register_forward_hook(lambda *_: calls.append(1))
     swept = bridge.sweep(points)
     assert [torch.equal(other(x), wanted) for other, wanted in zip(swept, expected, strict=True)] == [True] * 6
-    assert len(calls) == 2 * bridge.config.recipe.steps
+    assert len(calls) == 2 * bridge.config.recipe.num_steps
     assert torch.equal(swept[0](y), bridge.override(**points[0])(y)), "other rows are sampled anew"
-    with pytest.raises(BridgeError, match="steps <= start_step"):
-        bridge.sweep([{"steps": 7, "start_step": 5}])
+    with pytest.raises(BridgeError, match="num_steps <= start_timestep"):
+        bridge.sweep([{"num_steps": 7, "start_timestep": 5}])
 
 
 def test_an_override_needs_the_means_that_it_uses():
     config = BridgeConfig(DIM, replace(RECIPES["guide"], restored_mean="visual"), "identity")
     bridge = DiffusionBridge(config, Identity(), ModalityStatistics.text_only(statistics().text_mean))
     with pytest.raises(BridgeError, match="uses the visual mean, which is not known"):
-        bridge.override(output="calibrated")
-    assert bridge.config.recipe.output == "unit"
+        bridge.override(output="keep_norm")
+    assert bridge.config.recipe.output == "unit_norm"
 
 
 @pytest.mark.parametrize(
@@ -478,7 +478,7 @@ def test_sealed_facts_that_are_none_are_refused(tmp_path, facts):
 
 
 def test_a_bridge_that_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
-    make(steps=2).save_pretrained(tmp_path)
+    make(num_steps=2).save_pretrained(tmp_path)
     other, calls = make("paper"), []
     nn.init.ones_(next(other.denoiser.parameters()))
     original = artifact.read_tensors

@@ -9,7 +9,7 @@ from sklearn.covariance import LedoitWolf
 
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
-from ezhoi_diffusion.diffusion.closed_form import build_texts, build_wiener
+from ezhoi_diffusion.diffusion.closed_form import build_empirical, build_gaussian
 from ezhoi_diffusion.diffusion.normalization import normalize, rescale
 from ezhoi_diffusion.diffusion.recipes import RECIPES
 from ezhoi_diffusion.diffusion.schedule import Schedule, isotropic_estimate
@@ -21,9 +21,9 @@ from ezhoi_diffusion.training.trainer import TrainingError, train
 from helpers.trainings import QUICK, low_rank
 
 SCHEDULE, SCALE, DIM = Schedule.cosine(), 5.0, 48
-WIENER, TEXTS = (
-    replace(QUICK, denoiser_options={}, denoiser="wiener"),
-    replace(QUICK, denoiser_options={}, denoiser="texts"),
+GAUSSIAN, TEXTS = (
+    replace(QUICK, denoiser_options={}, denoiser="gaussian"),
+    replace(QUICK, denoiser_options={}, denoiser="empirical"),
 )
 
 
@@ -43,7 +43,7 @@ def noisy(z: torch.Tensor, t: int) -> torch.Tensor:
 def test_wiener_is_the_conditional_mean_of_a_joint_normal(t):
     """E[x0|x_t] from the joint covariance of (x0, x_t), solved in float64; nothing of it is computed along axes."""
     z = rows(30)
-    denoiser = build_wiener(DIM, SCHEDULE, "pred_x0", SCALE)
+    denoiser = build_gaussian(DIM, SCHEDULE, "pred_x0", SCALE)
     denoiser.fit(z)
     estimate = LedoitWolf().fit(z.double().numpy())
     mean, covariance = torch.from_numpy(estimate.location_), torch.from_numpy(estimate.covariance_)
@@ -59,7 +59,7 @@ def test_wiener_is_the_conditional_mean_of_a_joint_normal(t):
 
 
 def test_wiener_misses_held_out_rows_by_less_than_the_estimate_that_knows_no_data():
-    denoiser = build_wiener(DIM, SCHEDULE, "pred_x0", SCALE)
+    denoiser = build_gaussian(DIM, SCHEDULE, "pred_x0", SCALE)
     denoiser.fit(rows(200))
     skip, _ = isotropic_estimate(SCHEDULE, "pred_x0", DIM, SCALE)
     for t in (50, 300, 700):
@@ -73,7 +73,7 @@ def test_wiener_misses_held_out_rows_by_less_than_the_estimate_that_knows_no_dat
 def test_texts_weighs_each_row_by_its_likelihood(t):
     """Bayes' rule with a normal likelihood of each stored row, written out with distances."""
     z = rows(9)
-    denoiser = build_texts(DIM, SCHEDULE, "pred_x0", SCALE, rows=9)
+    denoiser = build_empirical(DIM, SCHEDULE, "pred_x0", SCALE, rows=9)
     denoiser.fit(z)
     x = rescale(noisy(z[:5], t), SCALE)
     alpha_bar = SCHEDULE.alphas_cumprod[t]
@@ -88,7 +88,7 @@ def test_texts_weighs_each_row_by_its_likelihood(t):
 
 def test_texts_leads_a_row_to_the_text_it_is_nearest_to(tmp_path):
     data = low_rank()
-    recipe = replace(RECIPES["paper"], steps=20, start_step=300, output="unit")
+    recipe = replace(RECIPES["paper"], num_steps=20, start_timestep=300, output="unit_norm")
     bridge = DiffusionBridge.from_pretrained(train(data, replace(TEXTS, recipe=recipe), tmp_path / "out"))
     texts = normalize(data.text, data.statistics.text_mean, 1.0)[0]
     mixed = unit(0.8 * texts[:10] + 0.2 * texts[10:20])
@@ -98,7 +98,7 @@ def test_texts_leads_a_row_to_the_text_it_is_nearest_to(tmp_path):
     assert (found @ texts.T).max(1).values.mean() > nearest.max(1).values.mean()
 
 
-@pytest.mark.parametrize(("config", "known"), [(WIENER, 60), (TEXTS, 60)])
+@pytest.mark.parametrize(("config", "known"), [(GAUSSIAN, 60), (TEXTS, 60)])
 def test_a_fitted_bridge_is_an_artefact_as_any_other(tmp_path, config, known):
     """It knows all 60 texts, also those that its validation loss was without; and the folder is whole for the next step."""
     data = low_rank()
@@ -125,12 +125,12 @@ def test_what_another_training_left_is_not_replaced(tmp_path):
     data = low_rank()
     out = train(data, QUICK, tmp_path / "mlp")
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    for config in (WIENER, replace(WIENER, seed=3)):
+    for config in (GAUSSIAN, replace(GAUSSIAN, seed=3)):
         with pytest.raises(TrainingError, match="holds another training"):
             train(data, config, out, resume=True)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
-    fitted = train(data, WIENER, tmp_path / "wiener")
-    for other, config in ((data, TEXTS), (low_rank(texts=61), WIENER)):
+    fitted = train(data, GAUSSIAN, tmp_path / "gaussian")
+    for other, config in ((data, TEXTS), (low_rank(texts=61), GAUSSIAN)):
         with pytest.raises(TrainingError, match="holds another training"):
             train(other, config, fitted, resume=True)
 
@@ -138,18 +138,18 @@ def test_what_another_training_left_is_not_replaced(tmp_path):
 def test_seeds_of_a_closed_form_would_be_no_spread(tmp_path, capsys):
     synthetic_store(tmp_path / "train")
     assert (
-        main(["train", str(tmp_path / "train"), "--out", str(tmp_path / "x"), "--denoiser", "wiener", "--seeds", "3"])
+        main(["train", str(tmp_path / "train"), "--out", str(tmp_path / "x"), "--denoiser", "gaussian", "--seeds", "3"])
         == 2
     )
     assert "Leave --seeds out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("denoiser", ["wiener", "texts"])
+@pytest.mark.parametrize("denoiser", ["gaussian", "empirical"])
 def test_the_commands_know_a_closed_form(tmp_path, capsys, denoiser):
     store = synthetic_store(tmp_path / "train")
     synthetic_store(tmp_path / "test", split="test", images=8)
     assert main(["train", str(store.folder), "--out", str(tmp_path / "bridge"), "--denoiser", denoiser]) == 0
-    assert ("says nothing" in capsys.readouterr().out) == (denoiser == "texts")
+    assert ("says nothing" in capsys.readouterr().out) == (denoiser == "empirical")
     assert main(["doctor", str(store.folder), str(tmp_path / "bridge")]) in (0, 1)
     said = capsys.readouterr().out
     assert "a closed form of 24 rows" in said
@@ -161,16 +161,16 @@ def test_the_commands_know_a_closed_form(tmp_path, capsys, denoiser):
 def test_the_loss_of_a_closed_form_is_that_of_texts_it_was_not_fitted_to(tmp_path):
     """wiener learns from them what is common to all; texts cannot return what it does not hold."""
     losses = {}
-    for config in (WIENER, TEXTS):
+    for config in (GAUSSIAN, TEXTS):
         facts = json.loads((train(low_rank(), config, tmp_path / config.denoiser) / "training.json").read_text())
         losses[config.denoiser] = facts["val_loss"] / facts["isotropic_val_loss"]
-    assert losses["wiener"] < 0.8
-    assert losses["texts"] > losses["wiener"]
+    assert losses["gaussian"] < 0.8
+    assert losses["empirical"] > losses["gaussian"]
 
 
 def test_wiener_of_visual_rows_knows_the_training_images_alone(tmp_path):
     data = low_rank()
-    out = train(data, replace(WIENER, recipe=replace(RECIPES["guide"], steps=5)), tmp_path / "out")
+    out = train(data, replace(GAUSSIAN, recipe=replace(RECIPES["guide"], num_steps=5)), tmp_path / "out")
     facts = DiffusionBridge.from_pretrained(out).provenance["training"]
     assert 0 < facts["rows"] < len(data.visual)
 
@@ -179,10 +179,10 @@ def test_wiener_of_visual_rows_knows_the_training_images_alone(tmp_path):
     ("config", "says"),
     [
         (replace(TEXTS, recipe=RECIPES["guide"]), "learns from visual rows"),
-        (replace(WIENER, objective="pred_v"), "pred_x0"),
-        (replace(WIENER, denoiser_options={"width": 8}), "does not take"),
+        (replace(GAUSSIAN, objective="pred_v"), "pred_x0"),
+        (replace(GAUSSIAN, denoiser_options={"width": 8}), "does not take"),
         (replace(TEXTS, denoiser_options={"rows": 5}), "leave `rows` out"),
-        (replace(WIENER, denoiser_options={"rows": 5}), "denoiser 'wiener' does not take"),
+        (replace(GAUSSIAN, denoiser_options={"rows": 5}), "denoiser 'wiener' does not take"),
     ],
 )
 def test_what_a_closed_form_cannot_do_is_one_error_and_leaves_no_bridge(tmp_path, config, says):
@@ -195,17 +195,17 @@ def test_pairs_have_no_closed_form(tmp_path):
     data = low_rank()
     paired = replace(data, own_text=data.text[torch.arange(len(data.visual)) % len(data.text)])
     with pytest.raises(TrainingError, match="Gaussian"):
-        train(paired, replace(WIENER, recipe=RECIPES["paired"]), tmp_path / "out")
+        train(paired, replace(GAUSSIAN, recipe=RECIPES["paired"]), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     ("build", "says"),
     [
-        (lambda: build_texts(8, SCHEDULE, "pred_x0", SCALE, rows=0), "rows"),
-        (lambda: build_texts(8, SCHEDULE, "pred_x0", SCALE, rows=10**9), "rows"),
-        (lambda: build_wiener(5000, SCHEDULE, "pred_x0", SCALE), "width"),
-        (lambda: build_wiener(8, SCHEDULE, "pred_x0", SCALE).fit(torch.ones(1, 8)), "two rows"),
-        (lambda: build_texts(8, SCHEDULE, "pred_x0", SCALE, rows=2).fit(torch.ones(3, 8)), "room for 2"),
+        (lambda: build_empirical(8, SCHEDULE, "pred_x0", SCALE, rows=0), "rows"),
+        (lambda: build_empirical(8, SCHEDULE, "pred_x0", SCALE, rows=10**9), "rows"),
+        (lambda: build_gaussian(5000, SCHEDULE, "pred_x0", SCALE), "width"),
+        (lambda: build_gaussian(8, SCHEDULE, "pred_x0", SCALE).fit(torch.ones(1, 8)), "two rows"),
+        (lambda: build_empirical(8, SCHEDULE, "pred_x0", SCALE, rows=2).fit(torch.ones(3, 8)), "room for 2"),
     ],
 )
 def test_refused(build, says):

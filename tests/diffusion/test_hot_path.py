@@ -54,14 +54,14 @@ def on_a_pretended_gpu(bridge: nn.Module) -> nn.Module:
 
 
 def around(denoiser: str, options: dict, recipe: str, objective: str = "pred_x0") -> DiffusionBridge:
-    config = BridgeConfig(DIM, replace(RECIPES[recipe], steps=3), denoiser, options, objective)
+    config = BridgeConfig(DIM, replace(RECIPES[recipe], num_steps=3), denoiser, options, objective)
     return DiffusionBridge(config, build_denoiser(config), statistics())
 
 
 @pytest.mark.parametrize(
-    ("denoiser", "options"), [("mlp", MLP), ("unet1d", {"init_dim": 8}), ("wiener", {}), ("texts", {"rows": 5})]
+    ("denoiser", "options"), [("mlp", MLP), ("unet1d", {"init_dim": 8}), ("gaussian", {}), ("empirical", {"rows": 5})]
 )
-@pytest.mark.parametrize("recipe", ["blend", "guide", "paper"])
+@pytest.mark.parametrize("recipe", ["gentle", "guide", "paper"])
 def test_nothing_waits_for_a_device_or_copies_from_another(denoiser, options, recipe):
     bridge = on_a_pretended_gpu(around(denoiser, options, recipe))
     with bridge.pretended:
@@ -91,7 +91,7 @@ def test_the_pretended_device_notices_who_asks_for_a_value():
 @pytest.mark.parametrize("objective", ["pred_x0", "pred_noise", "pred_v"])
 def test_loss_and_update_wait_for_no_device_and_take_nothing_to_it_but_levels(objective, paired):
     """Rows and noise are there; what is known of a level is looked up on the CPU, and copied: a number for a row."""
-    bridge = on_a_pretended_gpu(around("mlp", MLP, "blend", objective))
+    bridge = on_a_pretended_gpu(around("mlp", MLP, "gentle", objective))
     network, t = bridge.denoiser.train().requires_grad_(True), torch.arange(16)
     with bridge.pretended as mode:
         mode.allow_non_fake_inputs = True
@@ -111,10 +111,10 @@ def test_loss_and_update_wait_for_no_device_and_take_nothing_to_it_but_levels(ob
 
 
 @pytest.mark.parametrize("objective", ["pred_x0", "pred_noise", "pred_v"])
-@pytest.mark.parametrize("grid", ["linear", "quadratic", "cubic"])
-def test_one_level_for_all_rows_is_that_level_in_every_row(objective, grid):
+@pytest.mark.parametrize("spacing", ["linear", "quadratic", "cubic"])
+def test_one_level_for_all_rows_is_that_level_in_every_row(objective, spacing):
     """The fast path computes what depends on the level once; the plain one for every row."""
-    bridge, x = make("paper", objective, grid=grid), features()
+    bridge, x = make("paper", objective, spacing=spacing), features()
     fast, plain = bridge(x), copy.deepcopy(bridge)
 
     class EveryRow(nn.Module):

@@ -9,7 +9,7 @@ import torch
 
 from ezhoi_diffusion.diffusion.normalization import normalize, uncenter
 from ezhoi_diffusion.diffusion.recipes import RECIPES, Recipe, RecipeError
-from ezhoi_diffusion.diffusion.samplers import ddim, levels_of, published
+from ezhoi_diffusion.diffusion.samplers import ddim, make_timesteps, published
 from ezhoi_diffusion.diffusion.schedule import OBJECTIVES, Schedule, isotropic_estimate
 from ezhoi_diffusion.features.statistics import unit
 
@@ -86,7 +86,7 @@ def test_isotropic_estimate_is_the_best_multiple_of_the_input(objective):
 
 
 @pytest.mark.parametrize(
-    ("steps", "start_step", "levels"),
+    ("num_steps", "start_timestep", "levels"),
     [
         (5, 600, [599, 479, 359, 239, 119, -1]),
         (600, 600, list(range(599, -2, -1))),
@@ -96,34 +96,34 @@ def test_isotropic_estimate_is_the_best_multiple_of_the_input(objective):
         (7, 10, [9, 7, 6, 4, 3, 1, 0, -1]),
     ],
 )
-def test_grid(steps, start_step, levels):
-    assert levels_of("linear", steps, start_step) == tuple(levels)
+def test_grid(num_steps, start_timestep, levels):
+    assert make_timesteps("linear", num_steps, start_timestep) == tuple(levels)
 
 
-@pytest.mark.parametrize(("steps", "start_step"), [(0, 5), (6, 5), (-1, 5), (1, 0)])
-def test_grid_refuses_repeated_levels(steps, start_step):
-    with pytest.raises(ValueError, match="steps"):
-        levels_of("linear", steps, start_step)
+@pytest.mark.parametrize(("num_steps", "start_timestep"), [(0, 5), (6, 5), (-1, 5), (1, 0)])
+def test_grid_refuses_repeated_levels(num_steps, start_timestep):
+    with pytest.raises(ValueError, match="num_steps"):
+        make_timesteps("linear", num_steps, start_timestep)
 
 
 @pytest.mark.parametrize(
-    ("grid", "steps", "levels"),
+    ("spacing", "num_steps", "levels"),
     [
         ("quadratic", 5, [599, 383, 215, 95, 23, -1]),
         ("cubic", 5, [599, 306, 128, 37, 3, -1]),
         ("cubic", 1, [599, -1]),
     ],
 )
-def test_grids_of_a_power(grid, steps, levels):
+def test_grids_of_a_power(spacing, num_steps, levels):
     """600·(i/5)^p − 1, rounded down."""
-    assert levels_of(grid, steps, 600) == tuple(levels)
+    assert make_timesteps(spacing, num_steps, 600) == tuple(levels)
 
 
-@pytest.mark.parametrize("grid", ["quadratic", "cubic"])
-@pytest.mark.parametrize(("steps", "start_step"), [(600, 600), (50, 60), (99, 100), (20, 1000), (7, 8)])
-def test_no_grid_repeats_a_level(grid, steps, start_step):
-    levels = levels_of(grid, steps, start_step)
-    assert (levels[0], levels[-1], len(levels)) == (start_step - 1, -1, steps + 1)
+@pytest.mark.parametrize("spacing", ["quadratic", "cubic"])
+@pytest.mark.parametrize(("num_steps", "start_timestep"), [(600, 600), (50, 60), (99, 100), (20, 1000), (7, 8)])
+def test_no_grid_repeats_a_level(spacing, num_steps, start_timestep):
+    levels = make_timesteps(spacing, num_steps, start_timestep)
+    assert (levels[0], levels[-1], len(levels)) == (start_timestep - 1, -1, num_steps + 1)
     assert all(after < before for before, after in pairwise(levels))
 
 
@@ -160,53 +160,53 @@ def test_ddim_with_the_exact_posterior_moves_to_the_nearer_of_two_points():
         return logits.softmax(1) @ points
 
     start = 5 * unit(torch.stack((0.6 * points[0] + 0.4 * points[1], 0.4 * points[0] + 0.6 * points[1])))
-    end = ddim(posterior_mean, start, schedule=SCHEDULE, levels=levels_of("linear", 50, 600), scale=5.0)
+    end = ddim(posterior_mean, start, schedule=SCHEDULE, levels=make_timesteps("linear", 50, 600), scale=5.0)
     assert torch.allclose(end, points, atol=1e-3)
 
 
 def test_recipes_are_the_documented_ones():
-    assert (RECIPES["paper"].steps, RECIPES["paper"].start_step, RECIPES["paper"].trained_on) == (
+    assert (RECIPES["paper"].num_steps, RECIPES["paper"].start_timestep, RECIPES["paper"].trained_on) == (
         5,
         600,
         "text",
     )
-    assert (RECIPES["guide"].steps, RECIPES["guide"].input_mean, RECIPES["guide"].output) == (
+    assert (RECIPES["guide"].num_steps, RECIPES["guide"].input_mean, RECIPES["guide"].output) == (
         600,
         "text",
-        "unit",
+        "unit_norm",
     )
-    assert (RECIPES["blend"].strength, RECIPES["blend"].restored_mean) == (0.3, "visual")
+    assert (RECIPES["gentle"].blend, RECIPES["gentle"].restored_mean) == (0.3, "visual")
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"steps": 601},
-        {"steps": 0},
-        {"steps": 5.0},
-        {"start_step": True},
-        {"strength": 1.1},
-        {"strength": math.nan},
-        {"scale": 0.0},
-        {"scale": math.inf},
+        {"num_steps": 601},
+        {"num_steps": 0},
+        {"num_steps": 5.0},
+        {"start_timestep": True},
+        {"blend": 1.1},
+        {"blend": math.nan},
+        {"scale_factor": 0.0},
+        {"scale_factor": math.inf},
         {"trained_on": "both"},
         {"input_mean": "none"},
         {"restored_mean": ""},
         {"output": "raw"},
-        {"grid": "quartic"},
+        {"spacing": "quartic"},
     ],
 )
 def test_recipe_refuses(change):
     with pytest.raises(RecipeError, match=next(iter(change))):
         replace(RECIPES["paper"], **change)
-    assert isinstance(replace(RECIPES["paper"], steps=10), Recipe)
+    assert isinstance(replace(RECIPES["paper"], num_steps=10), Recipe)
 
 
 def test_the_guide_has_the_published_levels():
     """reverse(trunc(linspace(−1, t0−1, S+1))) in float32, where that is not what whole numbers give."""
     expected = [int(v) for v in torch.linspace(-1, 59, 51).tolist()][::-1]
-    assert levels_of(RECIPES["guide"].grid, 50, 60) == tuple(expected)
-    assert levels_of("linear", 50, 60) != tuple(expected)
+    assert make_timesteps(RECIPES["guide"].spacing, 50, 60) == tuple(expected)
+    assert make_timesteps("linear", 50, 60) != tuple(expected)
 
 
 @pytest.mark.parametrize("sampler", [ddim, published])

@@ -20,7 +20,7 @@ from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge, build_denoiser
 from ezhoi_diffusion.diffusion.recipes import RECIPES
 from ezhoi_diffusion.doctor import bridge as bridges
-from ezhoi_diffusion.doctor import checks as examine
+from ezhoi_diffusion.doctor import checks as run_checks
 from ezhoi_diffusion.doctor import environment
 from ezhoi_diffusion.doctor import ezhoi as host
 from ezhoi_diffusion.doctor.finding import Finding
@@ -29,7 +29,7 @@ from ezhoi_diffusion.ezhoi.fingerprint import Fingerprint
 from ezhoi_diffusion.ezhoi.launch import LaunchError, read_flags
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
 from ezhoi_diffusion.features.statistics import unit
-from ezhoi_diffusion.features.writer import FeatureWriter, finish_store, write_host_tensors
+from ezhoi_diffusion.features.writer import FeatureWriter, finish_store, write_ezhoi_tensors
 from ezhoi_diffusion.files import read_json, write_json
 from ezhoi_diffusion.training.trainer import TrainConfig, train
 from helpers.miniature import HOST, host_flags, run_host
@@ -85,12 +85,12 @@ def write_features(folder, rows=None, text=None, hoi=(0, 1), labels=None, pairs=
         writer.flush()
     classes = {"classes/full": torch.arange(6), "classes/unseen": torch.tensor([4, 5])}
     text = cone(24, 1) if text is None else text
-    write_host_tensors(folder, {"text": text, "context/ctx.0": torch.ones(2), **classes})
+    write_ezhoi_tensors(folder, {"text": text, "context/ctx.0": torch.ones(2), **classes})
     return finish_store(folder)
 
 
 def write_bridge(
-    folder, recipe="blend", fingerprint=FINGERPRINT, dim=D, weight=None, network="mlp", training=(), **changes
+    folder, recipe="gentle", fingerprint=FINGERPRINT, dim=D, weight=None, network="mlp", training=(), **changes
 ):
     """A bridge with fresh weights, or `weight` all over its last layer."""
     chosen = replace(RECIPES[recipe], **changes)
@@ -118,7 +118,7 @@ def look(monkeypatch):
 
     def run(*folders, line=()):
         found = defaultdict(list)
-        for finding in examine.examine([Path(f) for f in folders], line):
+        for finding in run_checks.run_checks([Path(f) for f in folders], line):
             assert finding.level in ("ok", "note", "warning", "problem")
             assert finding.found
             assert (finding.fix == "") == (finding.level == "ok"), finding
@@ -299,7 +299,7 @@ def test_sound_features(look, tmp_path):
     own = unit(rows - rows.mean(0)).mean(0).norm()
     off_text = unit(rows - unit(store.text).mean(0)).mean(0).norm()
     assert off_text > 0.5 > own
-    one(found, "features.centring", "note", f"{own:.2f} with their own", f"{off_text:.2f} with the text", "blend")
+    one(found, "features.centring", "note", f"{own:.2f} with their own", f"{off_text:.2f} with the text", "gentle")
     one(found, "features.text_mean", "ok", f"{unit(store.text).mean(0).norm():.4f}", "0.01-0.05 is impossible")
     one(found, "features.rows", "ok", "192 rows of 12 images")
     one(found, "features.pairs", "ok", "16.0 pairs")
@@ -405,7 +405,7 @@ def test_the_data_of_a_visual_recipe_are_recognised_too(look, tmp_path, trained)
 
     for recipe in ("guide", "paper"):
         config = TrainConfig(
-            recipe=replace(RECIPES[recipe], steps=2), denoiser_options={"width": 8, "depth": 1}, train_steps=2
+            recipe=replace(RECIPES[recipe], num_steps=2), denoiser_options={"width": 8, "depth": 1}, train_steps=2
         )
         out = train(training_data(FeatureStore(features), config.recipe.trained_on), config, tmp_path / recipe)
         one(look(features, out), "bridge.data", "ok", "these very features")
@@ -414,8 +414,8 @@ def test_the_data_of_a_visual_recipe_are_recognised_too(look, tmp_path, trained)
 BAD_BRIDGES = [
     ({"recipe": "guide"}, "bridge.recipe", "warning", "hurt wherever it was measured"),
     ({"recipe": "guide"}, "bridge.means", "warning", "text mean leaves"),
-    ({"recipe": "guide"}, "bridge.cost", "note", "lower --steps"),
-    ({"recipe": "guide"}, "bridge.effect", "warning", "calibrated"),
+    ({"recipe": "guide"}, "bridge.cost", "note", "lower --num-steps"),
+    ({"recipe": "guide"}, "bridge.effect", "warning", "keep_norm"),
     ({"recipe": "paper"}, "bridge.recipe", "note", "washed out"),
     ({"restored_mean": "text"}, "bridge.means", "warning", "plain dot product"),
     ({"fingerprint": None}, "bridge.training", "note", "nothing is known"),
@@ -434,7 +434,7 @@ BAD_BRIDGES = [
     ({}, "bridge.data", "warning", "other features"),
     ({"dim": 40}, "bridge.effect", "problem", "D = 40"),
     ({"weight": 1e30}, "bridge.effect", "problem", "NaN"),
-    ({"recipe": "paper", "weight": 0.5}, "bridge.effect", "warning", "--start-step"),
+    ({"recipe": "paper", "weight": 0.5}, "bridge.effect", "warning", "--start-timestep"),
 ]
 
 
@@ -462,12 +462,12 @@ def test_learned_by_heart(look, tmp_path):
     folder = write_bridge(tmp_path / "b", training={"val_loss": 0.3})
     history = [{"step": step, "loss": 1.0, "val_loss": loss} for step, loss in ((1, 0.3), (2, 0.4))]
     (folder / "training.json").write_text(json.dumps({"history": history}))
-    one(look(folder), "bridge.training", "warning", "by heart", "--denoiser wiener")
+    one(look(folder), "bridge.training", "warning", "by heart", "--denoiser gaussian")
 
 
 def test_a_bridge_that_costs_too_much_is_not_tried(look, tmp_path, trained, monkeypatch):
     monkeypatch.setattr(bridges, "EFFECT_SECONDS", 0.0)
-    one(look(*trained), "bridge.effect", "note", "not tried", "fewer --steps")
+    one(look(*trained), "bridge.effect", "note", "not tried", "fewer --num-steps")
 
 
 def test_a_bridge_that_does_not_open(look, tmp_path):

@@ -12,7 +12,7 @@ from sklearn.metrics.pairwise import euclidean_distances, rbf_kernel
 
 from ezhoi_diffusion.evaluation.alignment import Alignment, disagreements
 from ezhoi_diffusion.evaluation.effect import Effect
-from ezhoi_diffusion.features.statistics import ModalityStatistics, shared_part, unit
+from ezhoi_diffusion.features.statistics import ModalityStatistics, mean_resultant_length, unit
 
 D, C, TEXTS = 16, 9, 31  # an odd number of pairs of texts: their median distance is one of them
 COUNTED = ("recall_at_1", "recall_at_5", "top1")  # shares, which no order of summing changes
@@ -119,7 +119,7 @@ def test_measures_agree_with_those_of_a_store_and_of_an_effect():
     found = measured((rows, logits, labels, possible))
     statistics = ModalityStatistics.of([rows], text)
     assert found["centroid_gap"] == pytest.approx(statistics.gap, abs=1e-6)
-    assert found["shared_part"] == pytest.approx(shared_part([rows], statistics.text_mean), abs=1e-6)
+    assert found["shared_part"] == pytest.approx(mean_resultant_length([rows], statistics.text_mean), abs=1e-6)
     effect = Effect(rows, rows, text, logits, -logits, possible, labels)
     reverse = measured((rows, -logits, labels, possible))
     assert (found["top1"], reverse["top1"]) == effect.accuracy()
@@ -329,7 +329,7 @@ def test_each_measure_of_nearness_is_held_against_mean_ap(name, nearer, farther)
 
 
 def test_what_says_nothing_of_nearness_or_hardly_changed_is_no_disagreement():
-    assert judged(30.0, top1=0.9, calibration_error=0.0, shared_part=0.0) == []
+    assert judged(30.0, top1=0.9, calibration_error=0.0, mean_resultant_length=0.0) == []
     assert judged(30.0, centroid_gap=0.795, recall_at_1=0.305) == []
     assert judged(30.0, cosine_to_own_text=None) == []
     assert disagreements({}, {"none": 1.0}) == []

@@ -61,10 +61,10 @@ def test_the_score_is_the_hosts_to_rounding_and_another_formula_is_refused(store
     assert require_replayable(store, score) < 1e-6
     rows, logits = store.rows("adapter_feat"), store.rows("logits")
     torch.testing.assert_close(score.logits(rows), logits, rtol=0, atol=1e-5)
-    mocker.patch.dict(store.host, logit_scale=store.host["logit_scale"] * 1.01)
+    mocker.patch.dict(store.ezhoi, logit_scale=store.ezhoi["logit_scale"] * 1.01)
     with pytest.raises(ScoreError, match="scores in another way"):
         replay(store, {})
-    del store.host["logit_scale"]
+    del store.ezhoi["logit_scale"]
     with pytest.raises(ScoreError, match=r"lacks logit_scale.*--use_weight_pred"):
         Score.of(store)
 

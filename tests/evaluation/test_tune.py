@@ -14,8 +14,8 @@ from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.evaluation.replay import replay
 from ezhoi_diffusion.evaluation.tune import TuneError, seen_classes, tune
 from ezhoi_diffusion.evaluation.variants import Variant, parse_sweep, resolve_variants
-from ezhoi_diffusion.features.split import held_out
-from ezhoi_diffusion.plugins import PluginHost
+from ezhoi_diffusion.features.split import validation_mask
+from ezhoi_diffusion.plugins import PluginManager
 from ezhoi_diffusion.testing import Truth, synthetic_store
 
 DIM = 32
@@ -58,7 +58,7 @@ def test_the_best_candidate_on_held_out_training_images_is_chosen(store):
     comparison, candidates = tune(store, {"nonsense": NONSENSE, "oracle": ORACLE})
     assert [candidate.name for candidate in candidates] == ["oracle", "none", "nonsense"]
     assert "no result to report" in comparison.table()
-    assert comparison.images == int(held_out(len(store.images)).sum())
+    assert comparison.images == int(validation_mask(len(store.images)).sum())
     assert (
         comparison.mean_ap("oracle", "full")
         > comparison.mean_ap("none", "full")
@@ -74,15 +74,15 @@ def test_none_is_never_beaten_by_what_is_no_better(store):
 
 
 def test_of_a_bridge_with_seeds_the_mean_counts_and_the_first_is_taken(store):
-    lucky = {f"b/seed-{k}": replace(NONSENSE if k else ORACLE, family="b") for k in range(4)}
+    lucky = {f"b/seed-{k}": replace(NONSENSE if k else ORACLE, seed_group="b") for k in range(4)}
     assert tune(store, lucky)[1][0].name == "none", "one seed of four was lucky"
-    sound = {"b/seed-0": replace(ORACLE, family="b"), "b/seed-1": replace(ORACLE, family="b")}
+    sound = {"b/seed-0": replace(ORACLE, seed_group="b"), "b/seed-1": replace(ORACLE, seed_group="b")}
     assert (found := tune(store, sound)[1][0]).variant == "b/seed-0"
     assert found.name == "b"
 
 
 def test_annotations_of_hidden_classes_do_not_move_the_choice(store, tmp_path):
-    unseen = store.host["classes/unseen"]
+    unseen = store.ezhoi["classes/unseen"]
 
     def strip(batch):
         kept = ~torch.isin(batch.gt_hoi, unseen)
@@ -103,7 +103,7 @@ def test_annotations_of_hidden_classes_do_not_move_the_choice(store, tmp_path):
 def test_the_default_grid_asks_nothing_of_bridges_without_settings(stores, bridges, tmp_path):
     line = ["tune", str(stores / "train"), "--bridges", "mean_shift", "--bridge", str(bridges / "seed-0"), "--out"]
     assert main([*line, str(tmp_path / "a")]) == 0
-    assert main([*line, str(tmp_path / "b"), "--sweep", "strength=1"]) == 2
+    assert main([*line, str(tmp_path / "b"), "--sweep", "blend=1"]) == 2
 
 
 def test_test_images_are_refused(stores):
@@ -117,7 +117,7 @@ def test_a_bridge_that_learned_from_the_held_out_images_is_refused(stores, tmp_p
     line = ["train", str(stores / "train"), "--recipe", "paired", *QUICK, "--out"]
     assert main([*line, str(tmp_path / "leaks"), "--val-fraction", "0.05"]) == 0
     assert main([*line, str(tmp_path / "fair"), "--val-fraction", "0.2"]) == 0
-    tuning = ["tune", str(stores / "train"), "--sweep", "strength=0.5", "--out"]
+    tuning = ["tune", str(stores / "train"), "--sweep", "blend=0.5", "--out"]
     assert main([*tuning, str(tmp_path / "a"), "--bridges", f"diffusion={tmp_path / 'leaks'}"]) == 2
     assert "trained on pairs with --val-fraction 0.05" in capsys.readouterr().err
     assert main([*tuning, str(tmp_path / "b"), "--bridges", f"diffusion={tmp_path / 'fair'}"]) == 0
@@ -145,7 +145,7 @@ def test_what_was_forced_stays_so_in_the_choice(stores, bridges, tmp_path, capsy
         str(tmp_path / "c"),
     ]
     assert main(line) == 2
-    assert main([*line, "--force-bridge", "--sweep", "strength=0.9,1", "--sweep", "start_step=1000"]) == 0
+    assert main([*line, "--force-bridge", "--sweep", "blend=0.9,1", "--sweep", "start_timestep=1000"]) == 0
     choice = Artifact.load(tmp_path / "c", "auto")
     assert len(choice.provenance["forced"]) == 1
     capsys.readouterr()
@@ -169,7 +169,7 @@ def test_the_choice_is_a_bridge_of_its_own(stores, bridges, tmp_path, capsys):
     seed = bridges / "seed-1"
     out = tmp_path / "choice"
     line = ["tune", str(stores / "train"), "--bridges", f"mean_shift,diffusion={seed}", "--bridge", str(seed)]
-    assert main([*line, "--sweep", "start_step=50,900", "--sweep", "strength=0.3,1", "--out", str(out)]) == 0
+    assert main([*line, "--sweep", "start_timestep=50,900", "--sweep", "blend=0.3,1", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     artifact = Artifact.load(out, "auto")
     chosen = artifact.config["chosen"]
@@ -213,7 +213,7 @@ def test_what_is_not_finite_is_not_stored(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize("settings", [None, {"strength": "much"}])
+@pytest.mark.parametrize("settings", [None, {"blend": "much"}])
 def test_a_choice_that_says_nothing_is_refused(tmp_path, bridges, settings):
     from ezhoi_diffusion.builtin.auto import load
 
@@ -238,53 +238,56 @@ def test_a_folder_of_seeds_is_one_bridge_with_a_variant_for_each(stores, bridges
         "--bridge",
         str(bridges),
     ]
-    assert main([*line, "--sweep", "strength=1", "--replicates", "0", "--report", str(tmp_path)]) == 0
+    assert main([*line, "--sweep", "blend=1", "--replicates", "0", "--report", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     seeds = [f"diffusion/seed-{k}" for k in range(3)]
-    swept = [f"{name}[strength=1]" for name in seeds]
+    swept = [f"{name}[blend=1]" for name in seeds]
     assert set(report["mean_ap"]) == {"none", "identity", "mean_shift", *seeds, *swept}
-    assert {name: family["variants"] for name, family in report["families"].items()} == {
+    assert {name: seed_group["variants"] for name, seed_group in report["families"].items()} == {
         "diffusion": seeds,
-        "diffusion[strength=1]": swept,
+        "diffusion[blend=1]": swept,
     }
     full = [report["mean_ap"][name]["full"] for name in swept]
-    family = report["families"]["diffusion[strength=1]"]
-    assert family["mean_ap"]["full"]["mean"] == pytest.approx(sum(full) / 3)
-    assert family["mean_ap"]["full"]["standard_deviation"] == pytest.approx(torch.tensor(full).double().std().item())
+    seed_group = report["families"]["diffusion[blend=1]"]
+    assert seed_group["mean_ap"]["full"]["mean"] == pytest.approx(sum(full) / 3)
+    assert seed_group["mean_ap"]["full"]["standard_deviation"] == pytest.approx(
+        torch.tensor(full).double().std().item()
+    )
     weights = [DiffusionBridge.from_pretrained(bridges / f"seed-{k}").state_dict() for k in range(3)]
     assert not torch.equal(*(next(iter(w.values())) for w in weights[:2]))
 
 
 def test_a_sweep_is_named_by_its_settings_and_needs_something_to_sweep(bridges):
-    plugins, device = PluginHost(), torch.device("cpu")
+    plugins, device = PluginManager(), torch.device("cpu")
 
     def accept(bridge, name):
         pass
 
-    grid = parse_sweep(["start-step=5,50", "output=unit,calibrated"])
-    assert grid == {"start_step": [5, 50], "output": ["unit", "calibrated"]}
-    assert parse_sweep(["strength=.3,1e-1"]) == {"strength": [0.3, 0.1]}
+    grid = parse_sweep(["start-timestep=5,50", "output=unit_norm,keep_norm"])
+    assert grid == {"start_timestep": [5, 50], "output": ["unit_norm", "keep_norm"]}
+    assert parse_sweep(["blend=.3,1e-1"]) == {"blend": [0.3, 0.1]}
     found = resolve_variants("none,diffusion", plugins, str(bridges / "seed-0"), accept, device, sweep=grid)
     assert list(found) == [
         "diffusion",
-        "diffusion[start_step=5,output=unit]",
-        "diffusion[start_step=5,output=calibrated]",
-        "diffusion[start_step=50,output=unit]",
-        "diffusion[start_step=50,output=calibrated]",
+        "diffusion[start_timestep=5,output=unit_norm]",
+        "diffusion[start_timestep=5,output=keep_norm]",
+        "diffusion[start_timestep=50,output=unit_norm]",
+        "diffusion[start_timestep=50,output=keep_norm]",
     ]
     with pytest.raises(
-        EzhoiDiffusionError, match="none of identity has a setting output, start_step to sweep; they have none"
+        EzhoiDiffusionError, match="none of identity has a setting output, start_timestep to sweep; they have none"
     ):
         resolve_variants("identity", plugins, "", accept, device, sweep=grid)
     with pytest.raises(
-        EzhoiDiffusionError, match="none of diffusion has a setting scale to sweep; they have grid, output, start_step"
+        EzhoiDiffusionError,
+        match="none of diffusion has a setting scale to sweep; they have blend, output, start_timestep",
     ):
-        resolve_variants("diffusion", plugins, str(bridges / "seed-0"), accept, device, sweep={"scale": [1]})
-    for wrong in ("start_step", "start_step=", "=5"):
+        resolve_variants("diffusion", plugins, str(bridges / "seed-0"), accept, device, sweep={"scale_factor": [1]})
+    for wrong in ("start_timestep", "start_timestep=", "=5"):
         with pytest.raises(EzhoiDiffusionError, match="give each setting once"):
             parse_sweep([wrong])
     with pytest.raises(EzhoiDiffusionError, match="give each setting once"):
-        parse_sweep(["steps=1", "steps=2"])
+        parse_sweep(["num_steps=1", "num_steps=2"])
 
 
 # what a bridge says of itself
@@ -327,7 +330,7 @@ def test_images_without_a_class_that_counts_are_refused(store):
 
 def test_a_third_partys_sweep_that_fails_is_named(bridges, mocker):
     class Odd:
-        settings = ("strength",)
+        settings = ("blend",)
 
         def __init__(self, points):
             self.sweep = points
@@ -335,19 +338,22 @@ def test_a_third_partys_sweep_that_fails_is_named(bridges, mocker):
         def __call__(self, x):
             return x
 
-    host = PluginHost(discover=False)
+    host = PluginManager(discover=False)
     host.register(BridgePlugin("raises", lambda folder: Odd(lambda points: 1 / 0)), "raises")
     host.register(BridgePlugin("short", lambda folder: Odd(lambda points: [])), "short")
     for name, words in (("raises", "ZeroDivisionError"), ("short", "ValueError")):
         with pytest.raises(EzhoiDiffusionError, match=f"bridge '{name}' cannot be swept: {words}"):
-            resolve_variants(name, host, "", lambda *_: None, torch.device("cpu"), sweep={"strength": [1]})
+            resolve_variants(name, host, "", lambda *_: None, torch.device("cpu"), sweep={"blend": [1]})
 
 
 def test_points_of_the_default_grid_that_a_bridge_refuses_are_left_out(bridges):
-    grid, line = {"start_step": [5, 2000], "steps": [5, 9]}, ("diffusion", PluginHost(), str(bridges / "seed-0"))
+    grid, line = (
+        {"start_timestep": [5, 2000], "num_steps": [5, 9]},
+        ("diffusion", PluginManager(), str(bridges / "seed-0")),
+    )
     device = torch.device("cpu")
     found = resolve_variants(*line, lambda *_: None, device, sweep=grid, asked=False)
-    assert list(found) == ["diffusion", "diffusion[start_step=5,steps=5]"]
+    assert list(found) == ["diffusion", "diffusion[start_timestep=5,num_steps=5]"]
     with pytest.raises(EzhoiDiffusionError, match="bridge 'diffusion': this bridge cannot be applied with"):
         resolve_variants(*line, lambda *_: None, device, sweep=grid)
 
@@ -367,7 +373,7 @@ def load_scaled(folder):
 
 @pytest.fixture
 def installed(mocker):
-    host = PluginHost(discover=False)
+    host = PluginManager(discover=False)
     host.register(BridgePlugin("scaled", load_scaled, scaled), "scaled")
     other = types.SimpleNamespace(
         register_fits=hookimpl(

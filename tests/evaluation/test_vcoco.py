@@ -77,7 +77,7 @@ def made(vcoco, tmp_path_factory):
         flags = [*vcoco_flags(vcoco, folder / "out", cache=True), "--plugin", "capture", "--capture-split", split]
         done = launch(*flags, "--capture", str(folder / split))
         assert done.returncode == 0, done.stderr
-    strongly = ["--start-step", "900", "--steps", "2"]  # a gentle one moves no AP after so short a training
+    strongly = ["--start-timestep", "900", "--num-steps", "2"]  # a gentle one moves no AP after so short a training
     assert (
         main(["train", str(folder / "train"), "--out", str(folder / "bridge"), "--train-steps", "20", *strongly]) == 0
     )
@@ -118,10 +118,10 @@ def test_v_coco_s_tool_prints_the_same_of_the_host_s_cache(vcoco, made, tmp_path
     assert done.returncode == 0, done.stderr
     case = annotations(vcoco)
     case.detections = json.loads((tmp_path / "cache.json").read_text())
-    told = by_tool(case, tmp_path, absent=[0.0, 0.0, 0.1, 0.1, 0.0])
+    is_significant = by_tool(case, tmp_path, absent=[0.0, 0.0, 0.1, 0.1, 0.0])
     found = replay_roles(FeatureStore(made / "test"), {}, made / "vcoco").ap["none"].tolist()
-    assert told[:11] == pytest.approx(found[:11], abs=1e-6)
-    assert all(given >= own - 1e-6 for given, own in zip(told[11:], found[11:], strict=True))
+    assert is_significant[:11] == pytest.approx(found[:11], abs=1e-6)
+    assert all(given >= own - 1e-6 for given, own in zip(is_significant[11:], found[11:], strict=True))
 
 
 def test_of_the_first_images_only_their_own_annotations_count(made, mocker):

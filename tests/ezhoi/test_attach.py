@@ -15,10 +15,10 @@ from ezhoi_diffusion.diffusion.recipes import RECIPES
 from ezhoi_diffusion.evaluation.average_precision import Scored
 from ezhoi_diffusion.evaluation.variants import resolve_variants
 from ezhoi_diffusion.ezhoi.comparison_pass import _association, _average_precision
-from ezhoi_diffusion.ezhoi.feature_tap import Tap, TapError, locate
+from ezhoi_diffusion.ezhoi.feature_tap import FeatureTap, FeatureTapError, find_feature_module
 from ezhoi_diffusion.ezhoi.fingerprint import context_vectors, differences, fingerprint, restore_context
-from ezhoi_diffusion.ezhoi.run import FingerprintError, Host
-from ezhoi_diffusion.plugins import PluginError, PluginHost
+from ezhoi_diffusion.ezhoi.run import EzHoiRun, FingerprintError
+from ezhoi_diffusion.plugins import PluginError, PluginManager
 
 
 class Echo(nn.Module):
@@ -39,7 +39,7 @@ def host(make_host):
 
 def logits_of(host, mocker, inject):
     spy = mocker.spy(type(host.model), "postprocessing")
-    with torch.no_grad(), Tap(host.model, inject=inject):
+    with torch.no_grad(), FeatureTap(host.model, inject=inject):
         for image, target in zip(host.images, host.targets, strict=True):
             host.model([image], [target])
     found = [x for call in spy.call_args_list for x in call.args[4]]
@@ -47,10 +47,10 @@ def logits_of(host, mocker, inject):
     return found
 
 
-@pytest.mark.parametrize("recipe", ["blend", "paper"])
+@pytest.mark.parametrize("recipe", ["gentle", "paper"])
 def test_with_an_identity_denoiser_the_host_s_logits_do_not_move(host, mocker, recipe):
     seen = []
-    with torch.no_grad(), Tap(host.model, observe=lambda pairs, x, text, logits: seen.append((x, text))):
+    with torch.no_grad(), FeatureTap(host.model, observe=lambda pairs, x, text, logits: seen.append((x, text))):
         for image, target in zip(host.images, host.targets, strict=True):
             host.model([image], [target])
     from ezhoi_diffusion.features.statistics import ModalityStatistics
@@ -71,7 +71,7 @@ def use(mocker):
 
     def patch(**plugins):
         def make(blocked=()):
-            host = PluginHost(discover=False)
+            host = PluginManager(discover=False)
             for name, plugin in plugins.items():
                 host.register(plugin, name)
             return host
@@ -107,10 +107,10 @@ def test_a_plugin_that_only_contributes_is_not_enabled(host, use):
 
 
 def test_plugins_are_told_of_attach_and_detach_once(host, use):
-    told = []
+    is_significant = []
     plugin = SimpleNamespace(
-        on_attach=hookimpl(lambda host: told.append(("attach", host.args.zs_type))),
-        on_detach=hookimpl(lambda host: told.append(("detach", host.failed))),
+        on_attach=hookimpl(lambda host: is_significant.append(("attach", host.args.zs_type))),
+        on_detach=hookimpl(lambda host: is_significant.append(("detach", host.failed))),
         post_adapter_feat=hookimpl(lambda adapter_feat, context: adapter_feat * 2),
     )
     use(doubles=plugin)
@@ -119,24 +119,28 @@ def test_plugins_are_told_of_attach_and_detach_once(host, use):
     with attach(host.model, host.args) as attachment:
         doubled = run(host)
     attachment.detach()
-    assert told == [("attach", "unseen_verb"), ("detach", False)]
+    assert is_significant == [("attach", "unseen_verb"), ("detach", False)]
     assert not all(torch.equal(a["scores"], b["scores"]) for a, b in zip(bare, doubled, strict=True))
     assert all(torch.equal(a["scores"], b["scores"]) for a, b in zip(bare, run(host), strict=True))
 
 
 def test_detached_after_a_failure_too(host, use):
-    told = []
-    use(p=SimpleNamespace(on_attach=hookimpl(lambda: 1 / 0), on_detach=hookimpl(lambda host: told.append(host.failed))))
+    is_significant = []
+    use(
+        p=SimpleNamespace(
+            on_attach=hookimpl(lambda: 1 / 0), on_detach=hookimpl(lambda host: is_significant.append(host.failed))
+        )
+    )
     host.args.plugin = ["p"]
     with pytest.raises(PluginError, match="ZeroDivisionError"):
         attach(host.model, host.args)
-    assert told == [True]
+    assert is_significant == [True]
 
 
 def test_an_injection_that_never_happened_is_an_error(host, use):
     use(p=SimpleNamespace(post_adapter_feat=hookimpl(lambda adapter_feat: None)))
     host.args.plugin = ["p"]
-    with pytest.raises(TapError, match="never ran in eval mode"), attach(host.model, host.args):
+    with pytest.raises(FeatureTapError, match="never ran in eval mode"), attach(host.model, host.args):
         pass
 
 
@@ -184,7 +188,7 @@ def test_only_the_first_bridge_may_restore_its_context(host):
     vectors = {name: vector.clone() for name, vector in context_vectors(host.model).items()}
     stored = fingerprint(host.model, host.args).to_dict()
     host.args.restore_context = True
-    run = Host(host.model, host.args, None, PluginHost(discover=False), locate(host.model))
+    run = EzHoiRun(host.model, host.args, None, PluginManager(discover=False), find_feature_module(host.model))
     own = SimpleNamespace(provenance={"fingerprint": stored}, context=vectors)
     other = SimpleNamespace(
         provenance={"fingerprint": {**stored, "context": "other"}}, context={n: v + 1 for n, v in vectors.items()}
@@ -197,7 +201,7 @@ def test_only_the_first_bridge_may_restore_its_context(host):
 
 @pytest.mark.parametrize("provenance", [{}, {"fingerprint": ["x"]}, "text"])
 def test_a_bridge_without_a_readable_fingerprint_is_refused(host, provenance):
-    run = Host(host.model, host.args, None, PluginHost(discover=False), locate(host.model))
+    run = EzHoiRun(host.model, host.args, None, PluginManager(discover=False), find_feature_module(host.model))
     with pytest.raises(FingerprintError, match="was made for another host"):
         run.accept(SimpleNamespace(provenance=provenance), "odd")
     run.accept(lambda x: x, "knows nothing of hosts")
@@ -213,8 +217,8 @@ def test_a_bridge_that_fails_is_named(host, use):
     )
     from ezhoi_diffusion.ezhoi import attach as module
 
-    plugins, device = module.PluginHost(), torch.device("cpu")
-    run = Host(host.model, host.args, None, plugins, locate(host.model))
+    plugins, device = module.PluginManager(), torch.device("cpu")
+    run = EzHoiRun(host.model, host.args, None, plugins, find_feature_module(host.model))
     with pytest.raises(EzhoiDiffusionError, match="bridge 'breaks' could not be loaded: ZeroDivisionError"):
         resolve_variants("breaks", plugins, "", run.accept, device)
     inject = resolve_variants("late", plugins, "", run.accept, device)["late"].inject
@@ -229,7 +233,7 @@ def test_mean_shift_needs_the_statistics_only(host, tmp_path):
 
     visual, text = torch.randn(50, 8) + 1, torch.randn(9, 8) - 1
     statistics = ModalityStatistics.of([visual], text)
-    DiffusionBridge(BridgeConfig(8, RECIPES["blend"], "echo"), Echo(), statistics).save_pretrained(tmp_path)
+    DiffusionBridge(BridgeConfig(8, RECIPES["gentle"], "echo"), Echo(), statistics).save_pretrained(tmp_path)
     shifted = load(tmp_path)(visual)
     assert torch.allclose(shifted.norm(dim=-1), visual.norm(dim=-1), atol=1e-5)
     after = ModalityStatistics.of([shifted], text)

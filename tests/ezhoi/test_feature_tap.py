@@ -7,7 +7,14 @@ import copy
 import pytest
 import torch
 
-from ezhoi_diffusion.ezhoi.feature_tap import Tap, TapError, TapPoint, check_replacement, locate, unwrap
+from ezhoi_diffusion.ezhoi.feature_tap import (
+    FeatureTap,
+    FeatureTapError,
+    HookPoint,
+    check_replacement,
+    find_feature_module,
+    unwrap,
+)
 
 
 @pytest.fixture
@@ -36,7 +43,7 @@ def hooks_of(model):
 def test_observed_rows_are_what_the_host_multiplies_with_and_pairs_are_its_own(host, batch, mocker):
     seen, logits, pairings = [], [], []
     spy = mocker.spy(type(host.model), "postprocessing")
-    with Tap(host.model, observe=lambda *event: seen.append(event)) as tap:
+    with FeatureTap(host.model, observe=lambda *event: seen.append(event)) as tap:
         detect(host, batch)
     for call in spy.call_args_list:
         _, _boxes, humans, others, logit, *_ = call.args
@@ -59,12 +66,12 @@ def test_observed_rows_are_what_the_host_multiplies_with_and_pairs_are_its_own(h
 @pytest.mark.parametrize("batch", [1, 4])
 def test_detections_are_bit_identical_under_a_tap_and_after_it(host, batch):
     bare, state = detect(host, batch), list(host.model.state_dict())
-    with Tap(host.model, observe=lambda *event: None):
+    with FeatureTap(host.model, observe=lambda *event: None):
         observed = detect(host, batch)
         assert list(host.model.state_dict()) == state
-    with Tap(host.model, inject=lambda x, pairs: None):
+    with FeatureTap(host.model, inject=lambda x, pairs: None):
         silent = detect(host, batch)
-    with Tap(host.model, inject=lambda x, pairs: x.clone()):
+    with FeatureTap(host.model, inject=lambda x, pairs: x.clone()):
         identity = detect(host, batch)
     assert same(bare, observed)
     assert same(bare, silent)
@@ -77,7 +84,7 @@ def test_detections_are_bit_identical_under_a_tap_and_after_it(host, batch):
 def test_injection_is_what_the_host_scores(host, mocker):
     spy = mocker.spy(type(host.model), "postprocessing")
     detect(host)
-    with Tap(host.model, inject=lambda x, pairs: x * 2):
+    with FeatureTap(host.model, inject=lambda x, pairs: x * 2):
         detect(host)
     calls = [call.args[4] for call in spy.call_args_list]
     half = len(calls) // 2
@@ -89,19 +96,19 @@ def test_injection_is_what_the_host_scores(host, mocker):
 def test_nothing_happens_in_training_mode(host):
     host.model.train()
     calls = []
-    with Tap(host.model, inject=lambda x, pairs: calls.append(pairs)) as tap:
+    with FeatureTap(host.model, inject=lambda x, pairs: calls.append(pairs)) as tap:
         host.model(host.images[:4], host.targets[:4])
     assert calls == []
-    with pytest.raises(TapError, match="never ran in eval mode"):
+    with pytest.raises(FeatureTapError, match="never ran in eval mode"):
         tap.require_hits()
 
 
 def test_removed_after_an_exception_and_only_what_is_its_own(host):
     others = host.model.mem_adapter.register_forward_hook(lambda *a: None)
-    with pytest.raises(RuntimeError, match="inside"), Tap(host.model, inject=lambda x, pairs: x):
+    with pytest.raises(RuntimeError, match="inside"), FeatureTap(host.model, inject=lambda x, pairs: x):
         raise RuntimeError("inside")
     assert hooks_of(host.model) == 1
-    tap = Tap(host.model, inject=lambda x, pairs: x).attach()
+    tap = FeatureTap(host.model, inject=lambda x, pairs: x).attach()
     tap.remove()
     tap.remove()
     assert hooks_of(host.model) == 1
@@ -115,7 +122,7 @@ def test_an_exception_in_a_hook_leaves_the_next_image_right(host):
         if broken.pop():
             raise ValueError("bad bridge")
 
-    with Tap(host.model, inject=inject):
+    with FeatureTap(host.model, inject=inject):
         with pytest.raises(ValueError, match="bad bridge"):
             detect(host)
         broken.extend([False] * 99)
@@ -123,15 +130,15 @@ def test_an_exception_in_a_hook_leaves_the_next_image_right(host):
 
 
 def test_registers_all_or_nothing(host, mocker):
-    mocker.patch.object(Tap, "_wrap_pairing", side_effect=RuntimeError("no"))
+    mocker.patch.object(FeatureTap, "_wrap_pairing", side_effect=RuntimeError("no"))
     with pytest.raises(RuntimeError, match="no"):
-        Tap(host.model, inject=lambda x, pairs: x).attach()
+        FeatureTap(host.model, inject=lambda x, pairs: x).attach()
     assert hooks_of(host.model) == 0
 
 
 def test_two_taps_in_any_order_of_removal(host):
     bare = detect(host)
-    outer, inner = (Tap(host.model, inject=lambda x, pairs: x + 1).attach() for _ in range(2))
+    outer, inner = (FeatureTap(host.model, inject=lambda x, pairs: x + 1).attach() for _ in range(2))
     assert not same(bare, detect(host))
     outer.remove()
     inner.remove()
@@ -140,9 +147,9 @@ def test_two_taps_in_any_order_of_removal(host):
 
 def test_without_img_align_vis_fuse_is_tapped(make_host):
     host = make_host(drop=("--img_align",))
-    assert locate(host.model).name == "vis_fuse"
+    assert find_feature_module(host.model).name == "vis_fuse"
     bare = detect(host)
-    with Tap(host.model, inject=lambda x, pairs: x.clone()) as tap:
+    with FeatureTap(host.model, inject=lambda x, pairs: x.clone()) as tap:
         assert same(bare, detect(host))
     assert tap.hits == len(bare)
 
@@ -152,7 +159,7 @@ def test_with_txt_align_the_text_is_the_one_after_it(make_host, mocker):
     torch.nn.init.normal_(host.model.txtmem_adapter.up_proj_mem.weight, std=0.1)
     spy = mocker.spy(type(host.model), "postprocessing")
     seen = []
-    with Tap(host.model, observe=lambda *event: seen.append(event)):
+    with FeatureTap(host.model, observe=lambda *event: seen.append(event)):
         detect(host)
     logits = [x for call in spy.call_args_list for x in call.args[4]]
     rows = [(x, text) for pairs, x, text, _ in seen if len(pairs)]
@@ -163,26 +170,29 @@ def test_with_txt_align_the_text_is_the_one_after_it(make_host, mocker):
 
 def test_refusals_say_why(host):
     assert unwrap(host.model) is host.model
-    with pytest.raises(TapError, match="DataParallel"):
+    with pytest.raises(FeatureTapError, match="DataParallel"):
         unwrap(torch.nn.DataParallel(host.model))
-    with pytest.raises(TapError, match="compiled before attach"):
+    with pytest.raises(FeatureTapError, match="compiled before attach"):
         unwrap(torch.compile(host.model))
     inline = copy.deepcopy(host.model)
     del inline.mem_adapter, inline.vis_fuse
     inline.logits_type = "U"
-    with pytest.raises(TapError, match=r"--logits_type U and without --img_align .* inline"):
-        locate(inline)
-    with pytest.raises(TapError, match="is this an EZ-HOI detector"):
-        locate(torch.nn.Linear(2, 2))
+    with pytest.raises(FeatureTapError, match=r"--logits_type U and without --img_align .* inline"):
+        find_feature_module(inline)
+    with pytest.raises(FeatureTapError, match="is this an EZ-HOI detector"):
+        find_feature_module(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="one role"):
-        Tap(host.model)
-    with pytest.raises(TapError, match="no compute_roi_embeddings"):
-        Tap(torch.nn.Linear(2, 2), inject=lambda x, p: x, point=TapPoint("x", torch.nn.Linear(2, 2))).attach()
+        FeatureTap(host.model)
+    with pytest.raises(FeatureTapError, match="no compute_roi_embeddings"):
+        FeatureTap(torch.nn.Linear(2, 2), inject=lambda x, p: x, point=HookPoint("x", torch.nn.Linear(2, 2))).attach()
 
 
 def test_a_fork_that_pairs_otherwise_is_refused_not_guessed(host):
-    short = TapPoint("short", torch.nn.Identity())
-    with Tap(host.model, inject=lambda x, pairs: x, point=short), pytest.raises(TapError, match="pairs in another way"):
+    short = HookPoint("short", torch.nn.Identity())
+    with (
+        FeatureTap(host.model, inject=lambda x, pairs: x, point=short),
+        pytest.raises(FeatureTapError, match="pairs in another way"),
+    ):
         detect(host)
 
 

@@ -12,17 +12,17 @@ import torch
 from ezhoi_diffusion import attach, hookimpl
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.demo import towers
-from ezhoi_diffusion.ezhoi.feature_tap import TapError
+from ezhoi_diffusion.ezhoi.feature_tap import FeatureTapError
 from ezhoi_diffusion.ezhoi.fingerprint import differences, fingerprint
 from ezhoi_diffusion.ezhoi.limits import UnsupportedError, cannot_run, refuse_unsupported
 from ezhoi_diffusion.features.store import FeatureStore
-from ezhoi_diffusion.plugins import PluginHost
+from ezhoi_diffusion.plugins import PluginManager
 from helpers.miniature import dump, host_flags, launch, printed_by_host, rows_of, run_host, same_figures, vcoco_flags
 
 
 def rebuilt(store: FeatureStore) -> torch.Tensor:
     """Logits of all captured rows, from what the store holds alone."""
-    host = store.host
+    host = store.ezhoi
     return (store.adapter_feat() @ host["text"].T) @ host["label"] / host["sample_lens"] / 2 * host["logit_scale"]
 
 
@@ -66,7 +66,7 @@ def test_what_is_captured_gives_the_host_s_logits_and_identity_changes_nothing(s
     assert done.returncode == 0, done.stderr
     store = FeatureStore(tmp_path / "f")
     assert torch.allclose(rebuilt(store), logits_in(seen), atol=1e-5)
-    assert {key.removeprefix("classes/") for key in store.host if key.startswith("classes/")} == groups | {
+    assert {key.removeprefix("classes/") for key in store.ezhoi if key.startswith("classes/")} == groups | {
         "full",
         "rare",
     }
@@ -108,8 +108,8 @@ def test_vcoco_is_captured_trained_and_injected_under_cache(vcoco, tmp_path):
     store = FeatureStore(tmp_path / "f")
     assert torch.allclose(rebuilt(store), logits_in(seen), atol=1e-5)
     assert store.images[0]["name"].startswith("COCO_train2014")
-    assert {name for name in store.host if name.startswith("classes/")} == {"classes/full"}
-    lookup, allowed = store.host["object_n_verb_to_interaction"], store.host["object_to_target"]
+    assert {name for name in store.ezhoi if name.startswith("classes/")} == {"classes/full"}
+    lookup, allowed = store.ezhoi["object_n_verb_to_interaction"], store.ezhoi["object_to_target"]
     assert lookup.shape == allowed.shape
     assert torch.equal(lookup >= 0, allowed), "both count objects as the detector does"
     assert store.rows("labels").any()
@@ -131,7 +131,7 @@ def test_vcoco_is_captured_trained_and_injected_under_cache(vcoco, tmp_path):
 def test_caching_ends_what_is_attached(make_host, mocker):
     """A run that only caches never calls test_hico; what was to be injected and never was is told at its end."""
     host = make_host()
-    plugins = PluginHost(discover=False)
+    plugins = PluginManager(discover=False)
     plugins.register(SimpleNamespace(post_adapter_feat=hookimpl(lambda adapter_feat: adapter_feat + 1)), "adds")
     mocker.patch("ezhoi_diffusion.ezhoi.attach.PluginHost", return_value=plugins)
     host.args.plugin, host.args.eval, host.args.cache = ["adds"], False, True
@@ -154,7 +154,7 @@ def test_caching_ends_what_is_attached(make_host, mocker):
     assert vars(engine) == {}
     plugins.enable([])
     attach(host.model, host.args, engine)
-    with pytest.raises(TapError, match="never ran in eval mode"):
+    with pytest.raises(FeatureTapError, match="never ran in eval mode"):
         engine.cache_vcoco([])
 
 

@@ -79,7 +79,7 @@ def test_captured_rows_are_the_host_s_own(captured):
     assert torch.equal(store.adapter_feat(), torch.cat(feats))
     assert len(store) == sum(len(feat) for feat in feats)
     logits = [seen[f"{i}.logits"] for i in range(len(feats))]
-    x, host = store.adapter_feat(), store.host
+    x, host = store.adapter_feat(), store.ezhoi
     rebuilt = (x @ host["text"].T) @ host["label"] / host["sample_lens"] / 2 * host["logit_scale"]
     assert torch.allclose(rebuilt, torch.cat(logits), atol=1e-5)
     assert any(image["rows"] == 0 for image in store.images), "the world must have images without pairs"
@@ -90,7 +90,7 @@ def test_capture_is_a_pass_in_eval_mode_over_the_train_split(captured, small_wor
     annotated = json.loads((small_world / "data" / "instances_train2015.json").read_text())
     assert store.split == "train"
     assert {image["name"] for image in store.images} <= set(annotated["filenames"])
-    unseen = set(store.host["classes/unseen"].tolist())
+    unseen = set(store.ezhoi["classes/unseen"].tolist())
     assert unseen
     assert not unseen & set(store.rows("gt_hoi").tolist()), "labels of unseen classes must not be stored for training"
     assert store.rows("labels").any()

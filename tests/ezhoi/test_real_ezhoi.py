@@ -61,7 +61,7 @@ def test_captured_rows_are_what_the_host_used(captured):
     store, seen = captured
     feats = [seen[f"{i}.feat"] for i in range(sum(key.endswith(".feat") for key in seen))]
     assert torch.equal(store.adapter_feat(), torch.cat(feats))
-    assert not set(store.host.get("classes/unseen", torch.zeros(0)).tolist()) & set(store.rows("gt_hoi").tolist())
+    assert not set(store.ezhoi.get("classes/unseen", torch.zeros(0)).tolist()) & set(store.rows("gt_hoi").tolist())
 
 
 def test_a_bridge_is_trained_injected_and_compared_and_the_checkout_stays_clean(bare, captured, tmp_path):

@@ -17,9 +17,9 @@ from torch import nn
 from ezhoi_diffusion import attach, hookimpl
 from ezhoi_diffusion.builtin.text_cache import plugin
 from ezhoi_diffusion.ezhoi import text_cache
-from ezhoi_diffusion.ezhoi.feature_tap import Tap
+from ezhoi_diffusion.ezhoi.feature_tap import FeatureTap
 from ezhoi_diffusion.ezhoi.text_cache import PATIENCE, TextCache
-from ezhoi_diffusion.plugins import PluginError, PluginHost
+from ezhoi_diffusion.plugins import PluginError, PluginManager
 from helpers.miniature import host_flags, launch
 
 
@@ -116,7 +116,7 @@ CHANGES = {
     "a plain tensor by another": lambda e: setattr(e, "attn_mask", e.attn_mask * 2),
     "a tensor in a list": lambda e: e.loose[0].mul_(2),
     "a list's tensor by another": lambda e: e.loose.__setitem__(0, e.loose[0] * 2),
-    "a number": lambda e: setattr(e, "scale", 2.0),
+    "a number": lambda e: setattr(e, "scale_factor", 2.0),
     "a function": lambda e: setattr(e, "activation", torch.sin),
     "a module": lambda e: e.layer.__setitem__(0, nn.Linear(4, 4)),
     "one more module": lambda e: e.layer.append(nn.Linear(4, 4)),
@@ -509,7 +509,7 @@ def use(mocker):
 
     def patch(**plugins):
         def make(blocked=()):
-            found = PluginHost(blocked, discover=False)
+            found = PluginManager(blocked, discover=False)
             for name, one in {"text_cache": plugin, **plugins}.items():
                 if name not in blocked:
                     found.register(one, name)
@@ -568,7 +568,7 @@ def test_replaced_features_and_captured_rows_are_what_they_are_without(host, moc
     assert equal(found[True], found[False])
     for cached in (False, True):
         events = rows.setdefault(cached, [])
-        tap = Tap(host.model, observe=lambda pairs, x, text, logits, e=events: e.extend([x, text, logits]))
+        tap = FeatureTap(host.model, observe=lambda pairs, x, text, logits, e=events: e.extend([x, text, logits]))
         with tap, TextCache(host.model.clip_head.text_encoder) if cached else tap:
             scored(host, mocker)
     assert len(rows[True]) == 3 * len(host.images)

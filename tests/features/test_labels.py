@@ -10,7 +10,7 @@ import torch
 from ezhoi_diffusion import Score, seen_pairs
 from ezhoi_diffusion.evaluation.protocols import stored_images
 from ezhoi_diffusion.features.labels import SupervisionError
-from ezhoi_diffusion.features.split import held_out
+from ezhoi_diffusion.features.split import validation_mask
 from ezhoi_diffusion.testing import synthetic_store
 
 
@@ -30,8 +30,8 @@ def by_hand(store):
 
 def test_pairs_are_annotated_rows_with_the_text_of_their_class(store):
     pairs = seen_pairs(store, held_out=None)
-    table, score = store.host["object_n_verb_to_interaction"], Score.of(store)
-    unseen = set(store.host["classes/unseen"].tolist())
+    table, score = store.ezhoi["object_n_verb_to_interaction"], Score.of(store)
+    unseen = set(store.ezhoi["classes/unseen"].tolist())
     images = list(stored_images(store))
     expected = []
     for position, row, verb in by_hand(store):
@@ -52,7 +52,7 @@ def test_pairs_are_annotated_rows_with_the_text_of_their_class(store):
 
 def test_held_out_images_are_the_others(store):
     every, training, apart = (seen_pairs(store, held_out=which) for which in (None, False, True))
-    mask = held_out(len(store.images))
+    mask = validation_mask(len(store.images))
     assert set(apart.image.tolist()) <= set(mask.nonzero().squeeze(1).tolist())
     assert not mask[training.image].any()
     assert len(training) + len(apart) == len(every)
@@ -60,8 +60,8 @@ def test_held_out_images_are_the_others(store):
 
 def test_labels_of_hidden_classes_are_not_looked_at(store, tmp_path):
     """Where every annotation and label of a hidden class says something else, the pairs are bit-equal."""
-    unseen = store.host["classes/unseen"]
-    table = store.host["object_n_verb_to_interaction"]
+    unseen = store.ezhoi["classes/unseen"]
+    table = store.ezhoi["object_n_verb_to_interaction"]
 
     def strip(batch):
         secret = torch.isin(batch.gt_hoi, unseen)

@@ -15,9 +15,9 @@ import torch
 
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.features import shard as shard_module
-from ezhoi_diffusion.features.statistics import ModalityStatistics, shared_part
+from ezhoi_diffusion.features.statistics import ModalityStatistics, mean_resultant_length
 from ezhoi_diffusion.features.store import FeatureStore, FeatureStoreError
-from ezhoi_diffusion.features.writer import FeatureWriter, finish_store, write_host_tensors
+from ezhoi_diffusion.features.writer import FeatureWriter, finish_store, write_ezhoi_tensors
 from ezhoi_diffusion.files import read_json, sealed
 from helpers.miniature import rewrite
 from helpers.stores import IMAGES, META, D, image, write
@@ -82,7 +82,7 @@ def test_processes_merge_in_the_order_of_the_split(tmp_path):
         for batch in part:
             writer.add(batch)
         writer.flush()
-    write_host_tensors(tmp_path, {"text": torch.randn(7, D)})
+    write_ezhoi_tensors(tmp_path, {"text": torch.randn(7, D)})
     assert torch.equal(finish_store(tmp_path).adapter_feat(), torch.cat([b.adapter_feat for b in IMAGES]))
 
 
@@ -129,7 +129,7 @@ def test_damaged_shards_are_never_read(tmp_path, how):
         FeatureStore(tmp_path).adapter_feat()
 
 
-@pytest.mark.parametrize("name", ["index.json", "meta.json", "host.safetensors"])
+@pytest.mark.parametrize("name", ["index.json", "meta.json", "ezhoi.safetensors"])
 @pytest.mark.parametrize("how", ["cut", "empty"])
 def test_damaged_files_are_one_typed_error(tmp_path, name, how):
     write(tmp_path)
@@ -172,11 +172,11 @@ def test_no_store_is_no_store(tmp_path):
 def test_what_rows_share_is_what_a_mean_leaves():
     a, b = 0.6, 0.8
     rows = torch.tensor([[a, b], [a, -b]]) * torch.tensor([[2.0], [5.0]])
-    assert shared_part([rows[:1], rows[1:]], torch.tensor([a, 0.0])) == pytest.approx(0, abs=1e-7)
-    assert shared_part([rows], torch.zeros(2)) == pytest.approx(a)
+    assert mean_resultant_length([rows[:1], rows[1:]], torch.tensor([a, 0.0])) == pytest.approx(0, abs=1e-7)
+    assert mean_resultant_length([rows], torch.zeros(2)) == pytest.approx(a)
     off = torch.tensor([0.0, 0.5])  # leaves (.6, .3) and (.6, -1.3)
     left = torch.stack([torch.tensor([0.6, 0.3]) / 0.45**0.5, torch.tensor([0.6, -1.3]) / 2.05**0.5])
-    assert shared_part([rows], off) == pytest.approx(float(left.mean(0).norm()))
+    assert mean_resultant_length([rows], off) == pytest.approx(float(left.mean(0).norm()))
 
 
 def test_statistics_tell_what_was_captured(tmp_path, capsys):
@@ -210,7 +210,7 @@ def test_what_was_added_is_a_copy(tmp_path):
     writer.add(replace(IMAGES[0], adapter_feat=feature))
     feature.zero_()
     writer.flush()
-    write_host_tensors(tmp_path, {"text": torch.randn(7, D)})
+    write_ezhoi_tensors(tmp_path, {"text": torch.randn(7, D)})
     assert torch.equal(finish_store(tmp_path).adapter_feat(), torch.ones(3, D))
 
 
@@ -259,7 +259,7 @@ def test_the_pass_does_not_wait_for_the_disk_until_two_shards_are_in_memory(tmp_
     works.set()
     feeding.join(PATIENCE)
     writer.flush()
-    write_host_tensors(tmp_path, {"text": torch.randn(7, D)})
+    write_ezhoi_tensors(tmp_path, {"text": torch.randn(7, D)})
     store = finish_store(tmp_path)
     assert [shard["rows"] for shard in store.index["shards"]] == [4] * 6
     assert torch.equal(store.adapter_feat(), torch.cat([b.adapter_feat for b in images]))

@@ -19,7 +19,7 @@ from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.diffusion.bridge import BridgeError
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.ezhoi.fingerprint import Fingerprint
-from ezhoi_diffusion.ezhoi.run import FingerprintError, Host
+from ezhoi_diffusion.ezhoi.run import EzHoiRun, FingerprintError
 from ezhoi_diffusion.features.statistics import ModalityStatistics
 from ezhoi_diffusion.features.store import FeatureStore, FeatureStoreError
 from ezhoi_diffusion.guide.convert import ImportFilesError
@@ -120,7 +120,13 @@ def test_model_and_mean_make_a_bridge(files, tmp_path, source, capsys):
     assert "the guide's 5 is assumed" in capsys.readouterr().out
     bridge = DiffusionBridge.from_pretrained(out)
     recipe = bridge.config.recipe
-    assert (recipe.name, recipe.steps, recipe.start_step, recipe.scale, recipe.output) == ("guide", 600, 600, 5, "unit")
+    assert (recipe.name, recipe.num_steps, recipe.start_timestep, recipe.scale_factor, recipe.output) == (
+        "guide",
+        600,
+        600,
+        5,
+        "unit_norm",
+    )
     assert torch.allclose(bridge.statistics.text_mean, MEAN, atol=1e-6)
     assert not bridge.statistics.visual_known
     averaged = unet(D, 8, (1, 2), seed=2).state_dict()
@@ -141,16 +147,16 @@ def test_online_weights_on_demand(files, tmp_path):
 
 def test_normalised_text_and_visual_rows_tell_the_scale(files, tmp_path):
     run(files.model, files.mean, files.normalised, "--out", tmp_path / "a")
-    assert DiffusionBridge.from_pretrained(tmp_path / "a").config.recipe.scale == 4.0
+    assert DiffusionBridge.from_pretrained(tmp_path / "a").config.recipe.scale_factor == 4.0
     run(files.model, files.mean, files.visual, "--out", tmp_path / "b")
     bridge = DiffusionBridge.from_pretrained(tmp_path / "b")
-    assert bridge.config.recipe.scale == 4.0
+    assert bridge.config.recipe.scale_factor == 4.0
     assert torch.allclose(bridge.statistics.visual_mean, mean_of(VISUAL), atol=1e-5)
     assert bridge.provenance["fingerprint"] == {
         "dim": D, "zs_type": "unseen_verb", "num_classes": 117, "backbone": "ViT-B-16"
     }  # fmt: skip
     run(files.model, files.mean, "--scale-factor", 3, "--out", tmp_path / "c")
-    assert DiffusionBridge.from_pretrained(tmp_path / "c").config.recipe.scale == 3.0
+    assert DiffusionBridge.from_pretrained(tmp_path / "c").config.recipe.scale_factor == 3.0
 
 
 def test_the_first_versions_mean(files, tmp_path, capsys):
@@ -344,7 +350,7 @@ def test_the_host_refuses_it_as_unknown_unless_forced(files, tmp_path, capsys):
     bridge = DiffusionBridge.from_pretrained(tmp_path / "out")
     own = Fingerprint("ViT-B-16", D, "hicodet", None, 117, 212, "HO", True, True, "aa", "bb", {})
     args = SimpleNamespace(restore_context=False, force_bridge=False, inference_steps=None)
-    host = Host(None, args, None, None, None)
+    host = EzHoiRun(None, args, None, None, None)
     host.__dict__["fingerprint"] = own
     with pytest.raises(FingerprintError) as refused:
         host.accept(bridge, "diffusion")
@@ -411,7 +417,17 @@ def test_the_guides_recipe_trains_on_it(files, tmp_path, capsys):
         "--denoiser-options",
         '{"width": 16, "depth": 1}',
     ]
-    line = ["train", str(tmp_path / "features"), "--recipe", "guide", "--start-step", "5", "--steps", "5", *small]
+    line = [
+        "train",
+        str(tmp_path / "features"),
+        "--recipe",
+        "guide",
+        "--start-timestep",
+        "5",
+        "--num-steps",
+        "5",
+        *small,
+    ]
     assert main([*line, "--out", str(tmp_path / "bridge")]) == 0
     bridge = DiffusionBridge.from_pretrained(tmp_path / "bridge")
     assert torch.equal(bridge.statistics.text_mean, FeatureStore(tmp_path / "features").statistics().text_mean)
@@ -431,7 +447,7 @@ def reference(x: torch.Tensor, checkpoint: dict, mean: torch.Tensor, steps: int,
 
 
 @pytest.mark.parametrize("objective", ["pred_x0", "pred_noise", "pred_v"])
-@pytest.mark.parametrize(("steps", "scale"), [(1, 5.0), (50, 5.0), (20, 3.0)])
+@pytest.mark.parametrize(("num_steps", "scale"), [(1, 5.0), (50, 5.0), (20, 3.0)])
 def test_drop_in_is_the_published_sampler(tmp_path, objective, steps, scale):
     checkpoint = trainer_checkpoint(objective=objective)
     torch.save(checkpoint, tmp_path / "m.pt")
@@ -444,7 +460,7 @@ def test_drop_in_is_the_published_sampler(tmp_path, objective, steps, scale):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [600, 1000])
+@pytest.mark.parametrize("num_steps", [600, 1000])
 def test_drop_in_with_the_guides_numbers_of_steps(tmp_path, steps):
     test_drop_in_is_the_published_sampler(tmp_path, "pred_x0", steps, 5.0)
 
@@ -471,7 +487,7 @@ def test_drop_in_has_the_guides_signature_and_says_what_it_loaded(files, capsys)
     for word in ("D = 32", "pred_x0", "ema weights of step 500000", "recipe guide", "600 evaluations", "output unit"):
         assert word in said
     recipe = bridge.bridge.config.recipe
-    assert (recipe.steps, recipe.start_step, recipe.scale) == (600, 600, 5.0)
+    assert (recipe.num_steps, recipe.start_timestep, recipe.scale_factor) == (600, 600, 5.0)
 
 
 def test_drop_in_takes_our_folders(files, tmp_path):
@@ -506,13 +522,13 @@ def test_drop_in_changes_nothing_of_the_module_around_it(files):
 
 
 @pytest.mark.parametrize(
-    ("model", "mean", "steps", "error", "says"),
+    ("model", "mean", "num_steps", "error", "says"),
     [
         ("model", None, 5, ImportFilesError, "the text mean is missing"),
         ("mean", "mean", 5, ImportFilesError, "both a text mean"),
         ("host", "mean", 5, ImportFilesError, "there is no model among the files"),
         ("model", "mean", 1001, ImportFilesError, "beyond the schedule's 1000 levels"),
-        ("model", "mean", 0, EzhoiDiffusionError, "steps"),
+        ("model", "mean", 0, EzhoiDiffusionError, "num_steps"),
         ("nowhere", "mean", 5, LegacyFileError, "cannot be read"),
         ("folder", None, 5, BridgeError, "config.json"),
     ],

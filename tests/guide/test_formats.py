@@ -8,7 +8,7 @@ import torch
 
 from ezhoi_diffusion.guide.formats import (
     Analysis,
-    HostCheckpoint,
+    EzHoiCheckpoint,
     ModelFile,
     TextMean,
     TextRows,
@@ -47,7 +47,7 @@ def test_raw_text(tmp_path):
     assert found.warnings == ()
 
 
-@pytest.mark.parametrize("scale", [5.0, 3.0])
+@pytest.mark.parametrize("scale_factor", [5.0, 3.0])
 def test_normalised_text_has_the_scale_of_its_rows(tmp_path, scale):
     found = read_legacy(text_file(tmp_path / "f", chain(TEXT, MEAN, scale), scale_factor=5.0))
     assert isinstance(found, TextRows)
@@ -320,6 +320,6 @@ def test_host_checkpoint(tmp_path, fuse, dim, adapter):
     extra = {"optim_state_dict": {"state": {}}, "scheduler_state_dict": {"_step_count": 1}, "scaler_state_dict": {}}
     torch.save({"iteration": 7, "epoch": 1, "model_state_dict": state, **extra}, tmp_path / "ckpt_00007_01.pt")
     found = read_legacy(tmp_path / "ckpt_00007_01.pt")
-    assert isinstance(found, HostCheckpoint)
+    assert isinstance(found, EzHoiCheckpoint)
     assert (found.dim, found.shapes["label_HO"], found.facts) == (dim, [212, 117], {"iteration": 7, "epoch": 1})
     assert "--resume" in found.contents

@@ -31,7 +31,7 @@ def statistics(dim: int = DIM) -> ModalityStatistics:
     return ModalityStatistics.of([features(dim=dim)], features(20, dim, seed=1))
 
 
-def make(recipe: str = "blend", objective: str = "pred_x0", chunk_rows: int = 1024, **changes) -> DiffusionBridge:
+def make(recipe: str = "gentle", objective: str = "pred_x0", chunk_rows: int = 1024, **changes) -> DiffusionBridge:
     """A bridge around an MLP with random weights, all the way to the last layer."""
     chosen = replace(RECIPES[recipe], **changes)
     config = BridgeConfig(DIM, chosen, "mlp", MLP, objective, provenance={"host": {"D": DIM}})  # type: ignore

@@ -119,7 +119,7 @@ def trainer_checkpoint(
     }
     averaged |= {"initted": torch.tensor(True), "step": torch.tensor(step)}
     optimizer = {"state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 8e-5}]}
-    scaler = {"scale": 65536.0, "growth_factor": 2.0}
+    scaler = {"scale_factor": 65536.0, "growth_factor": 2.0}
     return {"step": step, "model": states[0], "opt": optimizer, "ema": averaged, "scaler": scaler, "version": "2.1.1"}
 
 

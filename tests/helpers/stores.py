@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
-from ezhoi_diffusion.features.writer import FeatureWriter, finish_store, write_host_tensors
+from ezhoi_diffusion.features.writer import FeatureWriter, finish_store, write_ezhoi_tensors
 
 D, CLASSES = 16, 5
 
@@ -37,5 +37,5 @@ def write(folder, images=IMAGES, **kwargs):
     for batch in images:
         writer.add(batch)
     writer.flush()
-    write_host_tensors(folder, {"text": torch.randn(7, D), "context/ctx.0": torch.ones(2)})
+    write_ezhoi_tensors(folder, {"text": torch.randn(7, D), "context/ctx.0": torch.ones(2)})
     return finish_store(folder)

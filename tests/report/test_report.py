@@ -29,11 +29,11 @@ from helpers.miniature import rows_of
 GROUPS = ("full", "unseen", "seen", "rare", "non-rare")
 EIGHT = {
     "identity": 0.0, "mean_shift": -1.0, "class_softmax": 0.4, "diffusion=runs/blend-0": 1.6, "diffusion=runs/blend-1": 1.4,
-    "diffusion=runs/blend-2": 1.2, "wiener": 0.1, "diffusion=runs/guide": -6.0,
+    "diffusion=runs/blend-2": 1.2, "gaussian": 0.1, "diffusion=runs/guide": -6.0,
 }  # fmt: skip
 SIXTY = {
-    f"diffusion@start_step={level},strength={strength}": 1.5 - (37 * number % 60) / 14
-    for number, (level, strength) in enumerate((a, b) for a in range(50, 550, 50) for b in (0.1, 0.2, 0.3, 0.5, 0.7, 1))
+    f"diffusion@start_timestep={level},blend={blend}": 1.5 - (37 * number % 60) / 14
+    for number, (level, blend) in enumerate((a, b) for a in range(50, 550, 50) for b in (0.1, 0.2, 0.3, 0.5, 0.7, 1))
 }
 
 
@@ -100,7 +100,7 @@ def complete(effects: dict[str, float]) -> Comparison:
         v: dict(zip(measures, torch.rand(4, generator=g).tolist(), strict=True)) for v in comparison.ap
     }
     comparison.alignment["none"]["recall_at_1"] = None
-    comparison.families = {"diffusion=runs/blend": [v for v in effects if "blend" in v]} if effects is EIGHT else {}
+    comparison.seed_groups = {"diffusion=runs/blend": [v for v in effects if "gentle" in v]} if effects is EIGHT else {}
     text, rows = torch.randn(40, 16, generator=g), torch.randn(60, 16, generator=g) + 2
     comparison.sample = Sample(
         {v: rows if effects.get(v, 0) == 0 else rows - 0.1 * n for n, v in enumerate(comparison.ap)}, text
@@ -190,14 +190,16 @@ def test_the_json_has_all_that_the_page_says(reports):
     assert found["names"][3] == "a person riding animal 3"
     assert found["annotations"] == comparison.annotations.tolist()
     assert (found["algorithm"], found["setting"]) == ("11P", "default")
-    assert found["significance"]["difference"]["wiener"]["full"]["p_adjusted"] > 0.05
-    assert found["significance"]["per_class"]["wiener"][50] is None, "no annotation, no interval"
+    assert found["significance"]["difference"]["gaussian"]["full"]["p_adjusted"] > 0.05
+    assert found["significance"]["per_class"]["gaussian"][50] is None, "no annotation, no interval"
     assert found["alignment"]["none"]["recall_at_1"] is None
     assert set(found["versions"]) == {"python", "torch", "ezhoi-diffusion"}
     seeds = torch.tensor([found["mean_ap"][f"diffusion=runs/blend-{n}"]["full"] for n in range(3)], dtype=torch.float64)
-    family = found["families"]["diffusion=runs/blend"]["mean_ap"]["full"]
-    assert family["mean"] == pytest.approx(float(seeds.mean()))
-    assert family["standard_deviation"] == pytest.approx(math.sqrt(float((seeds - seeds.mean()).square().sum()) / 2))
+    seed_group = found["families"]["diffusion=runs/blend"]["mean_ap"]["full"]
+    assert seed_group["mean"] == pytest.approx(float(seeds.mean()))
+    assert seed_group["standard_deviation"] == pytest.approx(
+        math.sqrt(float((seeds - seeds.mean()).square().sum()) / 2)
+    )
 
 
 def test_the_same_comparison_gives_the_same_files(tmp_path):
@@ -296,7 +298,7 @@ def test_names_of_third_parties_are_inert(tmp_path):
     comparison.names = [f"{evil} {k}" for k in range(600)]
     comparison.provenance = {evil: {evil: [evil]}, "x": evil}
     comparison.fingerprint = {evil: evil}
-    comparison.families = {f"{evil}family": list(comparison.ap)[1:]}
+    comparison.seed_groups = {f"{evil}family": list(comparison.ap)[1:]}
     comparison.forced, comparison.degraded, comparison.caveats = [evil], {evil: evil}, [evil]
     comparison.alignment = {v: {evil: 0.5} for v in comparison.ap}
     write_report(comparison, tmp_path, [evil])

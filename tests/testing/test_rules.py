@@ -18,7 +18,7 @@ from ezhoi_diffusion.evaluation.average_precision import matches
 from ezhoi_diffusion.evaluation.variants import Variant
 from ezhoi_diffusion.features.labels import seen_pairs
 from ezhoi_diffusion.features.score import Score, require_replayable
-from ezhoi_diffusion.features.split import held_out
+from ezhoi_diffusion.features.split import validation_mask
 from ezhoi_diffusion.features.statistics import unit
 from ezhoi_diffusion.features.store import FeatureStore, FeatureStoreError
 from ezhoi_diffusion.testing import (
@@ -40,7 +40,7 @@ def test_the_same_arguments_give_the_same_store_and_splits_are_of_one_host(tmp_p
     assert (tmp_path / "a" / "index.json").read_bytes() == (tmp_path / "b" / "index.json").read_bytes()
     test = synthetic_store(tmp_path / "test", split="test")
     assert test.fingerprint == a.fingerprint
-    assert all(torch.equal(test.host[name], tensor) for name, tensor in a.host.items())
+    assert all(torch.equal(test.ezhoi[name], tensor) for name, tensor in a.host.items())
     assert (test.split, len(test)) == ("test", len(a))
     assert not torch.equal(test.adapter_feat(), b.adapter_feat())
     other = synthetic_store(tmp_path / "other", seed=1)
@@ -58,7 +58,7 @@ def test_it_is_a_capture_like_any_other(tmp_path):
     assert set(store.context) == {"ctx.0"}
     groups = {
         name.removeprefix("classes/"): set(index.tolist())
-        for name, index in store.host.items()
+        for name, index in store.ezhoi.items()
         if name.startswith("classes/")
     }
     assert groups["seen"] | groups["unseen"] == groups["rare"] | groups["non-rare"] == groups["full"] == set(range(24))
@@ -347,11 +347,11 @@ def labelled(keep):
 
 
 def in_training(features, image, objects, target):
-    return ~held_out(len(features.images))[image]
+    return ~validation_mask(len(features.images))[image]
 
 
 def seen_by_name(features):
-    assert len(features.host["classes/unseen"])
+    assert len(features.ezhoi["classes/unseen"])
     return seen_pairs(features)
 
 

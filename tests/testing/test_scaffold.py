@@ -191,23 +191,23 @@ def test_it_is_listed_fitted_compared_swept_and_held_against_the_host(environmen
     assert (listed["my_shift"]["status"], listed["my_shift"]["version"]) == ("loaded", "0.1.0")
     assert listed["my_shift"]["source"] == "my-shift"
     assert {"register_bridges", "register_fits", "post_adapter_feat"} <= set(listed["my_shift"]["hooks"])
-    assert "my_shift [strength=1.0]" in succeeds(python("-m", "ezhoi_diffusion", "fit", "--help"))
+    assert "my_shift [blend=1.0]" in succeeds(python("-m", "ezhoi_diffusion", "fit", "--help"))
 
     for split in ("train", "test"):
         synthetic_store(tmp_path / split, split=split, images=40)
     synthetic_store(tmp_path / "other", split="test", images=40, seed=1)
-    fit = ["-m", "ezhoi_diffusion", "fit", "my_shift", tmp_path / "train", "--option", "strength=0.5"]
+    fit = ["-m", "ezhoi_diffusion", "fit", "my_shift", tmp_path / "train", "--option", "blend=0.5"]
     succeeds(python(*fit, "--out", tmp_path / "bridge"))
     compare = ["--bridges", f"none,identity,my_shift={tmp_path / 'bridge'}", "--replicates", "100"]
-    table = succeeds(python("-m", "ezhoi_diffusion", "compare", tmp_path / "test", *compare, "--sweep", "strength=0,1"))
+    table = succeeds(python("-m", "ezhoi_diffusion", "compare", tmp_path / "test", *compare, "--sweep", "blend=0,1"))
     full = {
         line.split()[0]: line.split()[1]
         for line in table.splitlines()
         if re.match(r"(none|identity|my_shift)\S* +\d", line)
     }
     name = f"my_shift={tmp_path / 'bridge'}"
-    assert set(full) == {"none", "identity", name, f"{name}[strength=0]", f"{name}[strength=1]"}
-    assert full["none"] == full["identity"] == full[f"{name}[strength=0]"] != full[name]
+    assert set(full) == {"none", "identity", name, f"{name}[blend=0]", f"{name}[blend=1]"}
+    assert full["none"] == full["identity"] == full[f"{name}[blend=0]"] != full[name]
 
     refused = python("-m", "ezhoi_diffusion", "compare", tmp_path / "other", *compare)
     assert refused.returncode == 2

@@ -10,7 +10,7 @@ from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.cli.train import training_data
 from ezhoi_diffusion.diffusion.bridge import BridgeError, DiffusionBridge
 from ezhoi_diffusion.evaluation.fidelity import fidelity
-from ezhoi_diffusion.features.split import held_out
+from ezhoi_diffusion.features.split import validation_mask
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.testing import synthetic_store
 from ezhoi_diffusion.training import distillation
@@ -28,27 +28,27 @@ def few_rows(monkeypatch):
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    recipe = replace(make("paper").config.recipe, steps=10)
+    recipe = replace(make("paper").config.recipe, num_steps=10)
     config = replace(QUICK, recipe=recipe, train_steps=300, learning_rate=2e-3, val_every=300, checkpoint_every=300)
     return DiffusionBridge.from_pretrained(train(low_rank(), config, tmp_path_factory.mktemp("teacher") / "out"))
 
 
-def taught(teacher, steps=400, seed=0):
+def taught(teacher, train_steps=400, seed=0):
     data = low_rank(visuals=240)
-    return distill(teacher, data.visual[:200], data.visual[200:], data.text, train_steps=steps, seed=seed)
+    return distill(teacher, data.visual[:200], data.visual[200:], data.text, train_steps=train_steps, seed=seed)
 
 
 def direction(bridge, x):
     """Before blending, mean and norm: what is distilled."""
-    return bridge.override(strength=1.0, output="unit")(x)
+    return bridge.override(blend=1.0, output="unit_norm")(x)
 
 
 def test_one_evaluation_gives_what_ten_give(teacher):
     student, reached = taught(teacher)
     unseen = low_rank(visuals=240).visual[200:]
     cosine = torch.cosine_similarity(direction(student, unseen), direction(teacher, unseen))
-    one = torch.cosine_similarity(direction(teacher.override(steps=1), unseen), direction(teacher, unseen))
-    assert student.config.recipe.steps == 1
+    one = torch.cosine_similarity(direction(teacher.override(num_steps=1), unseen), direction(teacher, unseen))
+    assert student.config.recipe.num_steps == 1
     assert reached.cosine == pytest.approx(float(cosine.mean()), abs=1e-5)
     assert reached.cosine_min == pytest.approx(float(cosine.min()), abs=1e-5)
     assert reached.rows == 40
@@ -57,13 +57,13 @@ def test_one_evaluation_gives_what_ten_give(teacher):
 
 
 def test_it_is_stored_with_how_near_it_comes(teacher, tmp_path):
-    student, reached = taught(teacher, steps=20)
+    student, reached = taught(teacher, train_steps=20)
     student.save_pretrained(tmp_path)
     again = DiffusionBridge.from_pretrained(tmp_path)
     x = low_rank().visual
     assert torch.equal(again(x), student(x))
     assert again.provenance["distilled"]["held_out"] == vars(reached)
-    assert (again.config.student_of["start_step"], again.config.student_of["steps"]) == (600, 10)
+    assert (again.config.student_of["start_timestep"], again.config.student_of["num_steps"]) == (600, 10)
     assert again.provenance["distilled"]["teacher"] == teacher.provenance["training"]
     assert again.provenance["host"] == teacher.provenance["host"]
     assert "training" not in again.provenance
@@ -72,7 +72,7 @@ def test_it_is_stored_with_how_near_it_comes(teacher, tmp_path):
 
 def test_it_is_no_teacher_in_disguise(teacher):
     """Reports and cards tell bridges apart by where they come from, and say what is applied otherwise than it is stored."""
-    applied = teacher.override(steps=7)
+    applied = teacher.override(num_steps=7)
     student, _ = distill(applied, low_rank().visual[:60], low_rank().visual[60:], low_rank().text, train_steps=2)
     origins = [{k: v for k, v in bridge.provenance.items() if k != "overridden"} for bridge in (applied, student)]
     assert origins[0] != origins[1]
@@ -92,16 +92,16 @@ def test_it_starts_from_the_weights_of_its_teacher(teacher):
 
 def test_of_many_held_out_rows_a_part_is_bridged(teacher, monkeypatch):
     monkeypatch.setattr(distillation, "JUDGED", 5)
-    assert taught(teacher, steps=1)[1].rows == 5
+    assert taught(teacher, train_steps=1)[1].rows == 5
 
 
 def test_its_teachers_settings_are_fixed_and_the_others_are_not(teacher):
-    student, _ = taught(teacher, steps=5)
-    for fixed in ({"start_step": 100}, {"steps": 2}, {"grid": "cubic"}):
+    student, _ = taught(teacher, train_steps=5)
+    for fixed in ({"start_timestep": 100}, {"num_steps": 2}, {"spacing": "cubic"}):
         with pytest.raises(BridgeError, match="student"):
             student.override(**fixed)
     x = low_rank().visual
-    gentle, strong = student.sweep([{"strength": 0.0}, {"strength": 1.0}])
+    gentle, strong = student.sweep([{"blend": 0.0}, {"blend": 1.0}])
     assert torch.allclose(gentle(x), x, rtol=1e-4, atol=1e-3)
     assert not torch.allclose(strong(x), x, rtol=1e-2)
 
@@ -124,19 +124,19 @@ def test_nothing_is_learned_from_held_out_rows(teacher):
 
 def test_a_teacher_of_any_denoiser_has_an_mlp_as_student(tmp_path):
     data = low_rank()
-    recipe = replace(make("paper").config.recipe, steps=10, grid="cubic")
-    out = train(data, replace(QUICK, denoiser="texts", denoiser_options={}, recipe=recipe), tmp_path / "out")
+    recipe = replace(make("paper").config.recipe, num_steps=10, spacing="cubic")
+    out = train(data, replace(QUICK, denoiser="empirical", denoiser_options={}, recipe=recipe), tmp_path / "out")
     student, _ = distill(
         DiffusionBridge.from_pretrained(out), data.visual[:60], data.visual[60:], data.text, train_steps=3
     )
-    assert (student.config.denoiser, student.config.student_of["denoiser"]) == ("mlp", "texts")
-    assert (student.config.recipe.grid, student.config.student_of["grid"]) == ("linear", "cubic")
+    assert (student.config.denoiser, student.config.student_of["denoiser"]) == ("mlp", "empirical")
+    assert (student.config.recipe.spacing, student.config.student_of["spacing"]) == ("linear", "cubic")
 
 
 def test_what_cannot_be_distilled(teacher):
     data = low_rank()
     with pytest.raises(TrainingError, match="one evaluation already"):
-        distill(teacher.override(steps=1), data.visual, data.visual, data.text)
+        distill(teacher.override(num_steps=1), data.visual, data.visual, data.text)
     with pytest.raises(TrainingError, match="too few"):
         distill(teacher, data.visual[:1], data.visual, data.text)
 
@@ -156,7 +156,7 @@ def test_fidelity_against_cosines_written_out():
 def stores(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stores")
     store = synthetic_store(folder / "train", images=40)
-    recipe = replace(make("paper").config.recipe, steps=10)
+    recipe = replace(make("paper").config.recipe, num_steps=10)
     config = replace(QUICK, recipe=recipe, train_steps=100, learning_rate=2e-3)
     bridge = train(training_data(store, "text"), config, folder / "bridge")
     synthetic_store(folder / "test", split="test", images=8)
@@ -187,7 +187,7 @@ def test_the_command_learns_from_images_that_are_not_held_out(stores, tmp_path, 
     monkeypatch.setattr(distillation, "distill", stop)
     assert main(["distill", str(bridge), str(folder / "train"), "--out", str(tmp_path / "x")]) == 2
     store = FeatureStore(folder / "train")
-    apart = held_out(len(store.images))[store.image_index()]
+    apart = validation_mask(len(store.images))[store.image_index()]
     assert torch.equal(given[0][0], store.adapter_feat()[~apart])
     assert torch.equal(given[0][1], store.adapter_feat()[apart])
 
@@ -211,8 +211,8 @@ def test_steps_for_all_name_the_student_that_cannot_take_them(stores, tmp_path, 
     [
         (["--min-cosine", "1.1"], "so it is not written"),
         (["--train-steps", "0"], "--train-steps"),
-        (["--steps", "601"], "steps"),
-        (["--steps", "1"], "one evaluation already"),
+        (["--num-steps", "601"], "num_steps"),
+        (["--num-steps", "1"], "one evaluation already"),
     ],
 )
 def test_what_the_command_refuses_it_does_not_write(stores, tmp_path, capsys, changes, says):

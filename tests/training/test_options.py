@@ -219,7 +219,7 @@ def test_a_training_from_before_recipes_had_a_grid_may_go_on():
     for recipe in RECIPES.values():
         config = TrainConfig(recipe=recipe, train_steps=5000)
         old = config.to_dict()
-        del old["recipe"]["grid"]
+        del old["recipe"]["spacing"]
         assert config.departures(old) == []
         assert TrainConfig.from_dict(old) == config
 
@@ -309,7 +309,7 @@ def test_ranges_are_in_the_files_and_in_the_picture(tmp_path, monkeypatch):
 
 def test_what_was_not_learned_is_said():
     found = {
-        "config": {"recipe": {"trained_on": "text", "start_step": 100}},
+        "config": {"recipe": {"trained_on": "text", "start_timestep": 100}},
         "history": [{"loss": 2.0, "val_loss": 0.4}, {"loss": 1.0, "val_loss": 0.2}],
         "best_val_loss": 0.2,
         "isotropic_val_loss": 0.3,
@@ -324,11 +324,11 @@ def test_what_was_not_learned_is_said():
     assert "0.2000, is not below that of the closed-form isotropic estimate, 0.1000" in notes(nothing)[0]
     assert "more --train-steps" in notes(nothing)[0]
     turned = [*found["history"], {"loss": 0.5, "val_loss": 0.3}]
-    assert "--denoiser wiener" in notes({**nothing, "history": turned})[0]
-    of_pairs = {"recipe": {"trained_on": "pairs", "start_step": 100}}
+    assert "--denoiser gaussian" in notes({**nothing, "history": turned})[0]
+    of_pairs = {"recipe": {"trained_on": "pairs", "start_timestep": 100}}
     said = notes({**nothing, "history": turned, "config": of_pairs})[0]
     assert "by heart" in said
-    assert "wiener" not in said, "pairs have no closed form"
+    assert "gaussian" not in said, "pairs have no closed form"
     assert "lower --learning-rate" in notes({**nothing, "history": [*turned, {"loss": 3.0, "val_loss": 5.0}]})[0]
     assert notes({**found, "isotropic_val_loss_by_range": [0.5, 0.2]}) == []
 
@@ -363,7 +363,7 @@ def test_a_tracker_gets_what_the_history_has_and_is_no_part_of_the_run(tmp_path)
     with pytest.raises(Stop):
         train(low_rank(), QUICK, tmp_path / "out", log_with=[notes], on_step=stop_at(6))
     assert notes.finished == 1
-    assert notes.config["recipe.name"] == "blend"
+    assert notes.config["recipe.name"] == "gentle"
     assert notes.config["denoiser_options.width"] == 16
     out = train(low_rank(), QUICK, tmp_path / "out", log_with=[more], resume=True)
     assert more.config is None  # the same run goes on
@@ -431,11 +431,11 @@ def parsed(*flags):
 
 def test_inference_steps_are_strength_and_cost():
     recipe = chosen_recipe(parsed("--recipe", "guide", "--inference-steps", "300", "--scale-factor", "7"))
-    assert recipe == replace(RECIPES["guide"], start_step=300, steps=300, scale=7.0)
-    for flag in ("--start-step", "--steps"):
+    assert recipe == replace(RECIPES["guide"], start_timestep=300, num_steps=300, scale=7.0)
+    for flag in ("--start-timestep", "--num-steps"):
         with pytest.raises(EzhoiDiffusionError, match="--inference-steps sets"):
             chosen_recipe(parsed("--inference-steps", "300", flag, "5"))
-    with pytest.raises(RecipeError, match="steps"):
+    with pytest.raises(RecipeError, match="num_steps"):
         chosen_recipe(parsed("--inference-steps", "0"))
 
 
@@ -495,14 +495,14 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from ezhoi_diffusion.errors import EzhoiDiffusionError
-from ezhoi_diffusion.training.processes import part
+from ezhoi_diffusion.training.processes import exit_distributed
 from ezhoi_diffusion.training.trainer import train
 from helpers.trainings import OVERFIT, few
 torch.set_num_threads(1)
 out, resume, change = json.loads(sys.argv[1])
 try:
     train(few(), replace(OVERFIT, **change), Path(out), resume=resume)
-    part()
+    exit_distributed()
 except EzhoiDiffusionError as error:
     sys.exit(f"refused: {error}")
 """

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ezhoi_diffusion.diffusion.recipes import RECIPES
-from ezhoi_diffusion.features.split import held_out
+from ezhoi_diffusion.features.split import validation_mask
 from ezhoi_diffusion.rng import generator
 from ezhoi_diffusion.training.checkpoint import flat, nested, read_newest, write_checkpoint
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
@@ -53,18 +53,18 @@ def test_noise_is_a_function_of_seed_and_batch_and_draws_nothing_global():
 
 
 def test_what_is_held_out_is_a_function_of_the_count_and_a_larger_share_contains_a_smaller():
-    tenth, third = held_out(40, 0.1), held_out(40, 0.33)
+    tenth, third = validation_mask(40, 0.1), validation_mask(40, 0.33)
     assert (int(tenth.sum()), int(third.sum())) == (4, 13)
-    assert torch.equal(tenth, held_out(40, 0.1))
+    assert torch.equal(tenth, validation_mask(40, 0.1))
     assert not (tenth & ~third).any()
-    assert not torch.equal(tenth, held_out(40, 0.1, seed=1))
+    assert not torch.equal(tenth, validation_mask(40, 0.1, seed=1))
 
 
 def test_something_is_held_out_and_something_is_left():
-    assert held_out(2, 0.01).sum() == 1
-    assert held_out(2, 0.99).sum() == 1
+    assert validation_mask(2, 0.01).sum() == 1
+    assert validation_mask(2, 0.99).sum() == 1
     with pytest.raises(ValueError, match="at least 2"):
-        held_out(1, 0.5)
+        validation_mask(1, 0.5)
 
 
 def test_configuration_is_its_json():

@@ -20,7 +20,7 @@ from ezhoi_diffusion.diffusion.recipes import RECIPES
 from ezhoi_diffusion.errors import EzhoiDiffusionError, Interrupted
 from ezhoi_diffusion.features.statistics import ModalityStatistics
 from ezhoi_diffusion.training.data import training_rows
-from ezhoi_diffusion.training.processes import part
+from ezhoi_diffusion.training.processes import exit_distributed
 from ezhoi_diffusion.training.trainer import TrainingData, TrainingError, train
 from helpers import TESTS
 from helpers.trainings import DIM, QUICK, Stop, asked_to_end_at, equal, low_rank, stop_at, weights
@@ -122,7 +122,7 @@ def test_pairs_are_mixed_from_the_text_to_the_blurred_visual_row():
 
 def test_a_bridge_trained_on_pairs_leads_rows_of_held_out_images_to_their_own_text(tmp_path):
     data = rotated()
-    recipe = replace(RECIPES["paired"], strength=1.0)
+    recipe = replace(RECIPES["paired"], blend=1.0)
     config = replace(
         QUICK, recipe=recipe, train_steps=600, learning_rate=2e-3, val_every=50, checkpoint_every=600, patience=3,
         denoiser_options={"width": 64, "depth": 2},
@@ -150,7 +150,7 @@ def test_pairs_need_texts_and_the_objective_that_fits():
 
 
 def test_a_visual_trained_recipe_runs(tmp_path):
-    recipe = replace(RECIPES["guide"], steps=5)
+    recipe = replace(RECIPES["guide"], num_steps=5)
     out = train(low_rank(), replace(QUICK, recipe=recipe), tmp_path / "out")
     assert DiffusionBridge.from_pretrained(out).config.recipe == recipe
 
@@ -225,7 +225,7 @@ def test_resuming_refuses_another_run(tmp_path):
     before = weights(out)
     for config, says in (
         (replace(QUICK, learning_rate=1e-3, seed=1), r"learning_rate \(was 0.0003, is 0.001\), seed"),
-        (replace(QUICK, recipe=replace(QUICK.recipe, strength=0.5)), "recipe"),
+        (replace(QUICK, recipe=replace(QUICK.recipe, blend=0.5)), "recipe"),
         (replace(QUICK, train_steps=4), "beyond train_steps 4"),
     ):
         with pytest.raises(TrainingError, match=says):
@@ -331,7 +331,7 @@ def main(out: str) -> None:
     """What each of two processes runs."""
     torch.set_num_threads(1)
     train(low_rank(), replace(QUICK, gradient_accumulate=2), Path(out))
-    part()
+    exit_distributed()
 
 
 @pytest.mark.slow

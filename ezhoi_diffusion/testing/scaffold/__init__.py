@@ -59,13 +59,13 @@ def _taken(module: str, distribution: str) -> str | None:
     """What speaks against a name, or None."""
     from ezhoi_diffusion.evaluation.comparison import REFERENCE
     from ezhoi_diffusion.evaluation.variants import known_bridges
-    from ezhoi_diffusion.plugins import PluginHost
+    from ezhoi_diffusion.plugins import PluginManager
 
     if not module.isidentifier() or keyword.iskeyword(module):
         return f"a module cannot be called {module!r} in Python"
     if module == REFERENCE:
         return f"in a comparison {REFERENCE!r} is the host without a bridge"
-    plugins = PluginHost()
+    plugins = PluginManager()
     if module in {*plugins.found, *known_bridges(plugins).names()}:
         return f"an installed plugin is called, or brings a bridge called {module!r}"
     found = find_spec(module)

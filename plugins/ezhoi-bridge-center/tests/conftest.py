@@ -18,7 +18,7 @@ class Relabelled(FeatureStore):
 
     def __init__(self, store, relabel):
         super().__init__(store.folder)
-        self.host, self.relabel = store.host, relabel
+        self.host, self.relabel = store.ezhoi, relabel
 
     def shards(self):
         for shard in super().shards():
@@ -32,7 +32,7 @@ def independent():
     def changed(store):
         draw = torch.Generator().manual_seed(0)
         other = FeatureStore(store.folder)
-        other.host["text"] = store.text + 0.1 * torch.randn(store.text.shape, generator=draw)
+        other.ezhoi["text"] = store.text + 0.1 * torch.randn(store.text.shape, generator=draw)
         return other
 
     return changed

@@ -36,7 +36,7 @@ def fit(
     width: int = 512,
     blocks: int = 2,
     steps: int = 4,
-    strength: float = 1.0,
+    blend: float = 1.0,
     mean: str = "visual",
 ) -> Artifact:
     """A velocity that takes centred unit visual rows to the centred unit text of their class, learned from annotated pairs.
@@ -57,7 +57,7 @@ def fit(
     from ezhoi_bridge_flow.training import Training, train
 
     training = Training(train_steps, batch_size, learning_rate, noise, patience, seed)
-    return train(features, Options(width, blocks, steps, strength, mean), training)
+    return train(features, Options(width, blocks, steps, blend, mean), training)
 
 
 plugin = BridgePlugin("flow", load, fit)

@@ -25,7 +25,7 @@ class Options:
     width: int = 512
     blocks: int = 2
     steps: int = 4
-    strength: float = 1.0
+    blend: float = 1.0
     mean: str = "visual"
 
     def __post_init__(self) -> None:
@@ -33,8 +33,8 @@ class Options:
         for name, value in whole.items():
             if type(value) is not int or not 1 <= value <= 4096:
                 raise BridgeError(f"flow: {name} is a whole number from 1 to 4096, not {value!r}")
-        if not isinstance(self.strength, (int, float)) or not 0 <= self.strength <= 1:
-            raise BridgeError(f"flow: strength is a number from 0 (nothing changes) to 1, not {self.strength!r}")
+        if not isinstance(self.blend, (int, float)) or not 0 <= self.blend <= 1:
+            raise BridgeError(f"flow: strength is a number from 0 (nothing changes) to 1, not {self.blend!r}")
         if self.mean not in ("visual", "text"):
             raise BridgeError(f"flow: mean is visual or text, not {self.mean!r}")
 
@@ -76,7 +76,7 @@ class Flow(nn.Module):
 
     row_by_row = True
     depends_on_seed = True
-    settings = ("strength", "steps")
+    settings = ("blend", "steps")
     visual_mean: Tensor
     text_mean: Tensor
     scale: Tensor
@@ -105,7 +105,7 @@ class Flow(nn.Module):
 
     def artifact(self, facts: dict[str, Any], provenance: dict[str, Any]) -> Artifact:
         """What `of` reads, with facts of the training beside it."""
-        means = {"visual_mean": self.visual_mean, "text_mean": self.text_mean, "scale": self.scale}
+        means = {"visual_mean": self.visual_mean, "text_mean": self.text_mean, "scale_factor": self.scale}
         files = {MODEL: self.velocity.state_dict(), MEANS: means}
         return Artifact("flow", {"options": asdict(self.options), **facts}, files, provenance)
 
@@ -116,7 +116,7 @@ class Flow(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             centred = unit(x) - self.visual_mean
             restored = self.text_mean if self.options.mean == "text" else self.visual_mean
-            rows = torch.lerp(centred, self.arrived(centred), self.options.strength) + restored
+            rows = torch.lerp(centred, self.arrived(centred), self.options.blend) + restored
             result: Tensor = (x.norm(dim=1, keepdim=True) * unit(rows)).to(adapter_feat.dtype)
         return result
 

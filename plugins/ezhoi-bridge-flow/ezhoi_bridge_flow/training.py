@@ -51,7 +51,7 @@ def train(features: FeatureStore, options: Options, training: Training) -> Artif
     visual, text = unit(pairs.visual) - statistics.visual_mean, unit(pairs.text) - statistics.text_mean
     start, end = visual[learned_from], text[learned_from]
     scale = start.square().mean().rsqrt()
-    means = {"visual_mean": statistics.visual_mean, "text_mean": statistics.text_mean, "scale": scale}
+    means = {"visual_mean": statistics.visual_mean, "text_mean": statistics.text_mean, "scale_factor": scale}
     progress = tqdm(range(training.train_steps + 1), desc="flow", unit="step", file=sys.stderr, mininterval=1)
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), progress:
         torch.default_generator.manual_seed(training.seed)  # torch.manual_seed would seed other devices too

@@ -80,7 +80,7 @@ def test_the_same_seed_is_the_same_flow_and_no_random_number_is_drawn(store, art
 @pytest.mark.parametrize("mean", ["visual", "text"])
 def test_rows_are_blended_and_get_a_mean_and_their_norm_back(store, reloaded, mean):
     x = store.adapter_feat()
-    bridge = reloaded(fit(store, **{**SMALL, "train_steps": 50}, strength=0.3, mean=mean))
+    bridge = reloaded(fit(store, **{**SMALL, "train_steps": 50}, blend=0.3, mean=mean))
     visual_mean, text_mean = (normalize(rows, dim=1).mean(0) for rows in (x, store.text))
     c = normalize(x, dim=1) - visual_mean
     rows = 0.7 * c + 0.3 * bridge.arrived(c) + (visual_mean if mean == "visual" else text_mean)
@@ -89,13 +89,13 @@ def test_rows_are_blended_and_get_a_mean_and_their_norm_back(store, reloaded, me
 
 def test_a_sweep_is_the_flow_applied_so(store, artifact, reloaded):
     x, bridge = store.adapter_feat(), reloaded(artifact)
-    whole, half, fine = bridge.sweep([{"strength": 1}, {"strength": 0.5}, {"strength": 1.0, "steps": 32}])
+    whole, half, fine = bridge.sweep([{"blend": 1}, {"blend": 0.5}, {"blend": 1.0, "steps": 32}])
     assert torch.equal(whole(x), bridge(x))
     assert torch.cosine_similarity(half(x), x).mean() > torch.cosine_similarity(whole(x), x).mean() + 0.01
     assert 0 < (fine(x) - whole(x)).norm() < 0.1 * (whole(x) - x).norm(), "the steps are a matter of precision"
-    assert half.provenance["overridden"] == {"strength": 0.5}
+    assert half.provenance["overridden"] == {"blend": 0.5}
     assert "overridden" not in bridge.provenance
-    for point in ({"strength": 2}, {"steps": 0}):
+    for point in ({"blend": 2}, {"steps": 0}):
         with pytest.raises(BridgeError):
             bridge.sweep([point])
 
@@ -124,7 +124,7 @@ def test_features_without_labels_and_of_test_images_are_refused(store, relabelle
     "options",
     [
         {"train_steps": 0}, {"batch_size": 1.5}, {"learning_rate": "fast"}, {"noise": -1}, {"patience": 0}, {"seed": -1},
-        {"width": 0}, {"blocks": "two"}, {"steps": 0}, {"strength": 1.5}, {"mean": "none"},
+        {"width": 0}, {"blocks": "two"}, {"steps": 0}, {"blend": 1.5}, {"mean": "none"},
     ],
 )  # fmt: skip
 def test_other_options_are_refused(store, options):

@@ -18,7 +18,7 @@ class Relabelled(FeatureStore):
 
     def __init__(self, store, relabel):
         super().__init__(store.folder)
-        self.host, self.relabel = store.host, relabel
+        self.host, self.relabel = store.ezhoi, relabel
 
     def shards(self):
         for shard in super().shards():
@@ -39,8 +39,8 @@ def relabelled(store):
 @pytest.fixture(scope="session")
 def unseen(store):
     """unseen(shard) [rows, C]: which labels would say that a pair is of an unseen class."""
-    table = store.host["object_n_verb_to_interaction"]
-    return lambda shard: torch.isin(table[shard["objects"].long()], store.host["classes/unseen"])
+    table = store.ezhoi["object_n_verb_to_interaction"]
+    return lambda shard: torch.isin(table[shard["objects"].long()], store.ezhoi["classes/unseen"])
 
 
 @pytest.fixture(scope="session")

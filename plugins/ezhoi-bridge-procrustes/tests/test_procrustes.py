@@ -65,26 +65,26 @@ def test_ridge_has_the_penalty_that_is_best_on_a_tenth_of_the_images(store, relo
 
 
 @pytest.mark.parametrize("mean", ["visual", "text"])
-@pytest.mark.parametrize("strength", [0.0, 0.3, 1])
-def test_rows_are_blended_and_get_a_mean_and_their_norm_back(store, reloaded, mean, strength):
+@pytest.mark.parametrize("blend", [0.0, 0.3, 1])
+def test_rows_are_blended_and_get_a_mean_and_their_norm_back(store, reloaded, mean, blend):
     x = store.adapter_feat()
-    bridge = reloaded(fit(store, strength=strength, mean=mean))
+    bridge = reloaded(fit(store, blend=blend, mean=mean))
     visual_mean, text_mean = (normalize(rows, dim=1).mean(0) for rows in (x, store.text))
     c = normalize(x, dim=1) - visual_mean
-    rows = (1 - strength) * c + strength * c @ bridge.weight + (visual_mean if mean == "visual" else text_mean)
+    rows = (1 - blend) * c + blend * c @ bridge.weight + (visual_mean if mean == "visual" else text_mean)
     torch.testing.assert_close(bridge(x), x.norm(dim=1, keepdim=True) * normalize(rows, dim=1), rtol=1e-4, atol=1e-4)
-    if strength == 0 and mean == "visual":
+    if blend == 0 and mean == "visual":
         torch.testing.assert_close(bridge(x), x, rtol=1e-5, atol=1e-5)
 
 
 def test_a_sweep_is_the_fit_at_each_strength(store, reloaded):
     x = store.adapter_feat()
-    points = [{"strength": value} for value in (0, 0.25, 1)]
-    for point, swept in zip(points, reloaded(fit(store, strength=0.5)).sweep(points), strict=True):
+    points = [{"blend": value} for value in (0, 0.25, 1)]
+    for point, swept in zip(points, reloaded(fit(store, blend=0.5)).sweep(points), strict=True):
         assert torch.equal(swept(x), reloaded(fit(store, **point))(x))
         assert swept.provenance["overridden"] == point
     with pytest.raises(BridgeError, match="from 0"):
-        swept.sweep([{"strength": 2}])
+        swept.sweep([{"blend": 2}])
 
 
 @pytest.mark.parametrize("mode", ["orthogonal", "ridge"])
@@ -109,7 +109,7 @@ def test_features_without_labels_and_of_test_images_are_refused(store, relabelle
         fit(synthetic_store(tmp_path / "test", split="test"))
 
 
-@pytest.mark.parametrize("options", [{"mode": "affine"}, {"mean": "none"}, {"strength": 1.5}, {"strength": "much"}])
+@pytest.mark.parametrize("options", [{"mode": "affine"}, {"mean": "none"}, {"blend": 1.5}, {"blend": "much"}])
 def test_other_options_are_refused(store, options):
     with pytest.raises(BridgeError, match="procrustes: "):
         fit(store, **options)
@@ -127,6 +127,6 @@ def test_what_is_stored_comes_back_to_the_bit(store, tmp_path, load, equal):
         load(None)
 
 
-@pytest.mark.parametrize("options", [{}, {"mode": "ridge", "strength": 0.5, "mean": "text"}])
+@pytest.mark.parametrize("options", [{}, {"mode": "ridge", "blend": 0.5, "mean": "text"}])
 def test_it_keeps_all_rules_for_fits_and_bridges(tmp_path, load, options):
     check_bridge(load, check_fit("procrustes", functools.partial(fit, **options), tmp_path), dim=32)

@@ -18,7 +18,7 @@ class Relabelled(FeatureStore):
 
     def __init__(self, store, relabel):
         super().__init__(store.folder)
-        self.host, self.relabel = store.host, relabel
+        self.host, self.relabel = store.ezhoi, relabel
 
     def shards(self):
         for shard in super().shards():
@@ -32,7 +32,7 @@ def independent():
     def changed(store):
         draw = torch.Generator().manual_seed(0)
         other = FeatureStore(store.folder)
-        other.host["text"] = store.text + 0.1 * torch.randn(store.text.shape, generator=draw)
+        other.ezhoi["text"] = store.text + 0.1 * torch.randn(store.text.shape, generator=draw)
         return other
 
     return changed
@@ -52,8 +52,8 @@ def relabelled(store):
 @pytest.fixture(scope="session")
 def unseen(store):
     """unseen(shard) [rows, C]: which labels would say that a pair is of an unseen class."""
-    table = store.host["object_n_verb_to_interaction"]
-    return lambda shard: torch.isin(table[shard["objects"].long()], store.host["classes/unseen"])
+    table = store.ezhoi["object_n_verb_to_interaction"]
+    return lambda shard: torch.isin(table[shard["objects"].long()], store.ezhoi["classes/unseen"])
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ def test_no_other_temperature_is_more_likely(store):
 
     best = config["temperature"]
     found = config["negative_log_likelihood"]
-    assert found["calibrated"] == pytest.approx(loss(best), abs=1e-5)
+    assert found["keep_norm"] == pytest.approx(loss(best), abs=1e-5)
     assert found["as it is"] == pytest.approx(loss(1.0), abs=1e-5)
     tried = [loss(best * math.exp(step / 20)) for step in range(-60, 61)]
     assert min(tried) == pytest.approx(tried[60], abs=1e-5)

@@ -18,7 +18,7 @@ class Relabelled(FeatureStore):
 
     def __init__(self, store, relabel):
         super().__init__(store.folder)
-        self.host, self.relabel = store.host, relabel
+        self.host, self.relabel = store.ezhoi, relabel
 
     def shards(self):
         for shard in super().shards():

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from ezhoi_diffusion.demo import world
 from ezhoi_diffusion.features.store import FeatureStore
 from helpers.miniature import (
-    HOST,
+    MINIATURE,
     VCOCO_ACTIONS,
     dump,
-    host_flags,
-    parse_host_flags,
+    ezhoi_flags,
+    parse_ezhoi_flags,
 )
 
 
@@ -77,9 +77,9 @@ def vcoco(small_world, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def host_modules():
+def ezhoi_modules():
     """The miniature's modules, importable by the names of the real host's."""
-    sys.path.insert(0, str(HOST))
+    sys.path.insert(0, str(MINIATURE))
     import upt_tip_cache_model_free_finetune_distillself as upt
     import utils_tip_cache_and_union_finetune as utils
 
@@ -87,17 +87,17 @@ def host_modules():
 
 
 @pytest.fixture
-def make_host(small_world, host_modules):
-    """Build a miniature detector in this process: make_host(*flags) -> model, args, images, targets."""
+def make_ezhoi(small_world, ezhoi_modules):
+    """Build a miniature detector in this process: make_ezhoi(*flags) -> model, args, images, targets."""
 
     def make(*flags: str, zs_type: str | None = "unseen_verb", drop: tuple[str, ...] = ()):
-        line = [f for f in host_flags(small_world, evaluate=True, zs_type=zs_type) if f not in drop]
-        args = parse_host_flags([*line, *flags])
+        line = [f for f in ezhoi_flags(small_world, evaluate=True, zs_type=zs_type) if f not in drop]
+        args = parse_ezhoi_flags([*line, *flags])
         args.clip_model_name, args.human_idx = "ViT-B/16", 0
-        factory = host_modules.utils.DataFactory
+        factory = ezhoi_modules.utils.DataFactory
         testset = factory("hicodet", "test2015", args.data_root, args.clip_model_name)
         torch.manual_seed(args.seed)
-        model = host_modules.upt.build_detector(
+        model = ezhoi_modules.upt.build_detector(
             args, testset.dataset.object_to_verb, testset.dataset.object_n_verb_to_interaction, args.clip_dir_vit
         ).eval()
         # a fresh mem_adapter is the identity, which would hide a mistake
@@ -113,7 +113,7 @@ def make_host(small_world, host_modules):
 def captured(small_world, tmp_path_factory):
     """The train split's features, and what the host computed while they were captured."""
     folder = tmp_path_factory.mktemp("captured")
-    flags = [*host_flags(small_world, evaluate=False), "--plugin", "capture", "--capture", str(folder / "features")]
+    flags = [*ezhoi_flags(small_world, evaluate=False), "--plugin", "capture", "--capture", str(folder / "features")]
     done, tensors = dump(folder / "seen.safetensors", "launched", *flags)
     assert done.returncode == 0, done.stderr
     assert "Epoch" not in done.stdout, "the run must end without training"

@@ -29,14 +29,14 @@ from helpers.bridges import features, make
 from helpers.miniature import free_port, rewrite
 from helpers.stores import write
 
-HOST = {
+MINIATURE = {
     "backbone": "ViT-B-16",
     "dataset": "hicodet",
     "zs_type": "unseen_verb",
     "weights": "a1b2" * 16,
     "options": {"vlmtxt": None},
 }
-PROVENANCE = {"fingerprint": HOST, "training": {"step": 5000, "val_loss": 0.0123}}
+PROVENANCE = {"fingerprint": MINIATURE, "training": {"step": 5000, "val_loss": 0.0123}}
 
 
 # The Hub's client reads its environment when it is imported, so it lives in processes of its own, which are kept.
@@ -190,7 +190,7 @@ def comparison(provenance=PROVENANCE, **changes) -> dict:
     }
     groups = {"full": torch.tensor([0, 1]), "rare": torch.tensor([1])}
     result = Comparison(
-        ap, groups, 9658, 123456, None, dict.fromkeys(POINTS, 0.1), HOST, dict.fromkeys(POINTS, provenance)
+        ap, groups, 9658, 123456, None, dict.fromkeys(POINTS, 0.1), MINIATURE, dict.fromkeys(POINTS, provenance)
     )
     return {**result.to_dict(), **changes}
 
@@ -528,7 +528,7 @@ def test_the_card_names_the_host_the_recipe_and_the_training(bridge):
     card = model_card(bridge, None, repo_id="user/name", license="mit")
     host, applied, made = (table(card, s) for s in ("The host it is for", "How it is applied", "How it was made"))
     assert host["`backbone`"] == ["`ViT-B-16`"]
-    assert host["`weights`"] == [f"`{HOST['weights']}`"]
+    assert host["`weights`"] == [f"`{MINIATURE['weights']}`"]
     assert host["`options.vlmtxt`"] == ["`null`"]
     assert "any other, be it in a flag, a weight or a context vector, is refused" in card
     assert "--restore-context" in card

@@ -30,7 +30,7 @@ from ezhoi_diffusion.training.checkpoint import read_newest
 from ezhoi_diffusion.training.processes import exit_distributed
 from ezhoi_diffusion.training.trainer import TrainingError, train
 from helpers import TESTS, crash
-from helpers.miniature import HOST, free_port, host_flags, launch
+from helpers.miniature import MINIATURE, ezhoi_flags, free_port, launch
 from helpers.stores import META, D, image
 from helpers.trainings import QUICK, equal, low_rank, weights
 
@@ -335,7 +335,7 @@ def test_two_processes_stop_at_the_same_step_when_one_is_asked(tmp_path):
 
 
 def test_a_capture_through_the_launcher_is_killed_and_asked_to_end(small_world, tmp_path):
-    flags = [*host_flags(small_world, evaluate=True), "--capture-split", "train", "--plugin", "capture", "--capture"]
+    flags = [*ezhoi_flags(small_world, evaluate=True), "--capture-split", "train", "--plugin", "capture", "--capture"]
     whole = launch(*flags, str(tmp_path / "whole"))
     assert whole.returncode == 0, whole.stderr
     seam = "import sys, ezhoi_diffusion.features.writer as w; w.FeatureWriter.__init__.__kwdefaults__['seconds_per_shard'] = 0.0"
@@ -345,7 +345,7 @@ def test_a_capture_through_the_launcher_is_killed_and_asked_to_end(small_world, 
         wanted = len(list(folder.glob("shard-*.json"))) + 3
         process = subprocess.Popen(
             [sys.executable, "-c", command, "run", "main_tip_finetune.py", *flags, str(folder)],
-            cwd=HOST, stderr=subprocess.PIPE, text=True,
+            cwd=MINIATURE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         wait_until(lambda wanted=wanted: len(list(folder.glob("shard-*.json"))) >= wanted, process)
@@ -367,14 +367,14 @@ def spawned_by(pid: int) -> list[int]:
 
 def test_two_processes_of_a_capture_are_asked_to_end_through_their_parent(small_world, tmp_path):
     """And one of them is killed; with another number of processes the capture is refused."""
-    flags = [*host_flags(small_world, evaluate=False), "--plugin", "capture", "--capture"]
+    flags = [*ezhoi_flags(small_world, evaluate=False), "--plugin", "capture", "--capture"]
     whole = launch(*flags, str(tmp_path / "whole"))
     assert whole.returncode == 0, whole.stderr
     folder = tmp_path / "cut"
     for number in (signal.SIGTERM, signal.SIGKILL):
         process = subprocess.Popen(
             [sys.executable, "-m", "ezhoi_diffusion", "run", "main_tip_finetune.py", *flags, str(folder), "--world-size", "2"],
-            cwd=HOST, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            cwd=MINIATURE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         wait_until(lambda: (folder / "host.json").exists() and list(folder.glob(".lock-001")), process)
         if number == signal.SIGTERM:

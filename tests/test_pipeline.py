@@ -14,7 +14,7 @@ from ezhoi_diffusion import files, pipeline
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.errors import Interrupted
 from ezhoi_diffusion.pipeline import PipelineError, Step, StepFailed, run_steps
-from helpers.miniature import HOST, host_flags, run_host
+from helpers.miniature import MINIATURE, ezhoi_flags, run_in_miniature
 
 
 @pytest.fixture
@@ -237,9 +237,9 @@ def test_flags_that_the_pipeline_sets_itself_are_refused(tmp_path, capsys):
 
 
 @pytest.fixture
-def checkpoint(make_host, tmp_path):
+def checkpoint(make_ezhoi, tmp_path):
     """A checkpoint of the miniature."""
-    torch.save({"model_state_dict": make_host().model.state_dict()}, tmp_path / "ckpt.pt")
+    torch.save({"model_state_dict": make_ezhoi().model.state_dict()}, tmp_path / "ckpt.pt")
     return ["--resume", str(tmp_path / "ckpt.pt")]
 
 
@@ -261,8 +261,8 @@ def checkpoint(make_host, tmp_path):
 def test_what_a_later_step_would_refuse_is_refused_at_once(
     small_world, checkpoint, tmp_path, capsys, monkeypatch, flags, message
 ):
-    monkeypatch.chdir(HOST)
-    line = [*host_flags(small_world, evaluate=True), *checkpoint, "--work", str(tmp_path / "w"), *flags]
+    monkeypatch.chdir(MINIATURE)
+    line = [*ezhoi_flags(small_world, evaluate=True), *checkpoint, "--work", str(tmp_path / "w"), *flags]
     assert main(["pipeline", "main_tip_finetune.py", *line]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "w").exists()
@@ -272,10 +272,12 @@ def test_what_a_later_step_would_refuse_is_refused_at_once(
 def test_the_pipeline_on_the_miniature(small_world, checkpoint, tmp_path):
     """Twice, then with more steps, then with a step that cannot succeed."""
     work = tmp_path / "work"
-    flags = [*host_flags(small_world, evaluate=True), *checkpoint]
+    flags = [*ezhoi_flags(small_world, evaluate=True), *checkpoint]
 
     def run(*ours):
-        return run_host("-m", "ezhoi_diffusion", "pipeline", "main_tip_finetune.py", *flags, "--work", str(work), *ours)
+        return run_in_miniature(
+            "-m", "ezhoi_diffusion", "pipeline", "main_tip_finetune.py", *flags, "--work", str(work), *ours
+        )
 
     quick = ["--max-images", "12", "--num-test-images", "3", "--inference-steps", "50", "--scale-factor", "4"]
     first = run("--train-steps", "10", *quick)

@@ -14,7 +14,7 @@ import pytest
 
 from ezhoi_diffusion.cli import main
 from helpers import TESTS
-from helpers.miniature import host_flags, launch, rows_of
+from helpers.miniature import ezhoi_flags, launch, rows_of
 
 pytestmark = pytest.mark.slow
 
@@ -72,7 +72,7 @@ def stores(small_world, tmp_path_factory):
     """Captures of both splits of one miniature host."""
     folder = tmp_path_factory.mktemp("stores")
     for split in ("train", "test"):
-        flags = host_flags(small_world, evaluate=True)
+        flags = ezhoi_flags(small_world, evaluate=True)
         done = launch(*flags, "--plugin", "capture", "--capture", str(folder / split), "--capture-split", split)
         assert done.returncode == 0, done.stderr
     return folder

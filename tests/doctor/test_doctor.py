@@ -32,7 +32,7 @@ from ezhoi_diffusion.features.statistics import unit
 from ezhoi_diffusion.features.writer import FeatureWriter, finish_store, write_ezhoi_tensors
 from ezhoi_diffusion.files import read_json, write_json
 from ezhoi_diffusion.training.trainer import TrainConfig, train
-from helpers.miniature import HOST, host_flags, run_host
+from helpers.miniature import MINIATURE, ezhoi_flags, run_in_miniature
 
 D, PAIRS, IMAGES = 32, 16, 12
 FINGERPRINT = asdict(
@@ -53,7 +53,7 @@ FINGERPRINT = asdict(
 )
 META = {"split": "train", "max_images": None, "clip_img_file": "clip_img_hicodet_train", "fingerprint": FINGERPRINT}
 ROOT = Path(ezhoi_diffusion.__file__).parent.parent
-SCRIPT = str(HOST / "main_tip_finetune.py")
+SCRIPT = str(MINIATURE / "main_tip_finetune.py")
 
 
 def cone(rows: int, seed: int, share: float = 0.8) -> torch.Tensor:
@@ -212,7 +212,7 @@ def test_a_torch_that_refuses_torchscript_is_a_problem_for_the_host_only(monkeyp
 
 def test_a_broken_torch(tmp_path, trained):
     package(tmp_path, "torch.__init__", "raise OSError('libcudart.so.12: cannot open shared object file')")
-    done = run_host("-m", "ezhoi_diffusion", "doctor", str(trained[0]), PYTHONPATH=f"{tmp_path}:{ROOT}")
+    done = run_in_miniature("-m", "ezhoi_diffusion", "doctor", str(trained[0]), PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr + done.stdout
     assert re.search("problem +environment.torch .*libcudart.* -> .*pip install --upgrade torch", done.stdout)
@@ -489,7 +489,7 @@ def test_a_bridge_that_does_not_open(look, tmp_path):
 @pytest.fixture
 def line(small_world):
     """The miniature's script and its flags for evaluation."""
-    return [SCRIPT, *host_flags(small_world, evaluate=True)]
+    return [SCRIPT, *ezhoi_flags(small_world, evaluate=True)]
 
 
 def checkpoint(path: Path, **changes) -> Path:
@@ -752,7 +752,7 @@ def test_the_command_prints_lines_or_json_and_says_by_status_whether_there_is_a_
 
 @pytest.mark.slow
 def test_the_command_in_a_process_of_its_own(trained, line, tmp_path):
-    done = run_host("-m", "ezhoi_diffusion", "doctor", str(tmp_path), *map(str, trained), "--", *line)
+    done = run_in_miniature("-m", "ezhoi_diffusion", "doctor", str(tmp_path), *map(str, trained), "--", *line)
     assert done.returncode == 1
     assert "holds neither" in done.stdout
     assert "environment.torchvision" in done.stdout

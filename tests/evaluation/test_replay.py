@@ -15,7 +15,7 @@ from ezhoi_diffusion.evaluation.replay import effect_of, replay
 from ezhoi_diffusion.evaluation.variants import Variant
 from ezhoi_diffusion.features.score import Score, ScoreError, require_replayable
 from ezhoi_diffusion.features.store import FeatureStore
-from helpers.miniature import host_flags, launch, rows_of
+from helpers.miniature import ezhoi_flags, launch, rows_of
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def stores(small_world, tmp_path_factory):
     """Captures of both splits of one miniature host."""
     folder = tmp_path_factory.mktemp("stores")
     for split in ("train", "test"):
-        flags = host_flags(small_world, evaluate=True)
+        flags = ezhoi_flags(small_world, evaluate=True)
         done = launch(*flags, "--plugin", "capture", "--capture", str(folder / split), "--capture-split", split)
         assert done.returncode == 0, done.stderr
     return folder
@@ -46,7 +46,7 @@ def test_replayed_tables_are_those_of_the_host(small_world, stores, bridge, caps
         "--inference-steps",
         "600",
     ]  # after 20 steps of training a gentle one moves no mAP
-    live = launch(*host_flags(small_world, evaluate=True), *strongly, "--compare", names)
+    live = launch(*ezhoi_flags(small_world, evaluate=True), *strongly, "--compare", names)
     assert live.returncode == 0, live.stderr
     assert main(["compare", str(stores / "test"), *strongly, "--bridges", names]) == 0
     replayed = rows_of(capsys.readouterr().out)

@@ -33,8 +33,8 @@ class Echo(nn.Module):
 
 
 @pytest.fixture
-def host(make_host):
-    return make_host()
+def host(make_ezhoi):
+    return make_ezhoi()
 
 
 def logits_of(host, mocker, inject):
@@ -271,7 +271,7 @@ def test_the_host_s_own_meter_is_used_where_it_brings_one(mocker):
 # -- fingerprint -----------------------------------------------------------------------------------------------
 
 
-def test_a_fingerprint_changes_with_weights_context_and_split(host, make_host):
+def test_a_fingerprint_changes_with_weights_context_and_split(host, make_ezhoi):
     own = fingerprint(host.model, host.args)
     assert differences(own.to_dict(), fingerprint(host.model, host.args).to_dict()) == {}
     stored = {name: vector.clone() for name, vector in context_vectors(host.model).items()}
@@ -284,7 +284,7 @@ def test_a_fingerprint_changes_with_weights_context_and_split(host, make_host):
     with torch.no_grad():
         host.model.vis_fuse[0].bias[0] += 1e-6
     assert set(differences(own.to_dict(), fingerprint(host.model, host.args).to_dict())) == {"weights"}
-    other = make_host(zs_type="rare_first")
+    other = make_ezhoi(zs_type="rare_first")
     assert {"zs_type", "weights"} <= set(differences(own.to_dict(), fingerprint(other.model, other.args).to_dict()))
     with pytest.raises(ValueError, match="do not fit"):
         restore_context(host.model, {})

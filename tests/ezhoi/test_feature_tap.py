@@ -18,8 +18,8 @@ from ezhoi_diffusion.ezhoi.feature_tap import (
 
 
 @pytest.fixture
-def host(make_host):
-    return make_host()
+def host(make_ezhoi):
+    return make_ezhoi()
 
 
 def detect(host, batch=1):
@@ -145,8 +145,8 @@ def test_two_taps_in_any_order_of_removal(host):
     assert same(bare, detect(host))
 
 
-def test_without_img_align_vis_fuse_is_tapped(make_host):
-    host = make_host(drop=("--img_align",))
+def test_without_img_align_vis_fuse_is_tapped(make_ezhoi):
+    host = make_ezhoi(drop=("--img_align",))
     assert find_feature_module(host.model).name == "vis_fuse"
     bare = detect(host)
     with FeatureTap(host.model, inject=lambda x, pairs: x.clone()) as tap:
@@ -154,8 +154,8 @@ def test_without_img_align_vis_fuse_is_tapped(make_host):
     assert tap.hits == len(bare)
 
 
-def test_with_txt_align_the_text_is_the_one_after_it(make_host, mocker):
-    host = make_host("--txt_align")
+def test_with_txt_align_the_text_is_the_one_after_it(make_ezhoi, mocker):
+    host = make_ezhoi("--txt_align")
     torch.nn.init.normal_(host.model.txtmem_adapter.up_proj_mem.weight, std=0.1)
     spy = mocker.spy(type(host.model), "postprocessing")
     seen = []

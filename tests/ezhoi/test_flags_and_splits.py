@@ -17,7 +17,16 @@ from ezhoi_diffusion.ezhoi.fingerprint import differences, fingerprint
 from ezhoi_diffusion.ezhoi.limits import UnsupportedError, cannot_run, refuse_unsupported
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.plugins import PluginManager
-from helpers.miniature import dump, host_flags, launch, printed_by_host, rows_of, run_host, same_figures, vcoco_flags
+from helpers.miniature import (
+    dump,
+    ezhoi_flags,
+    launch,
+    printed_by_ezhoi,
+    rows_of,
+    run_in_miniature,
+    same_figures,
+    vcoco_flags,
+)
 
 
 def rebuilt(store: FeatureStore) -> torch.Tensor:
@@ -59,7 +68,7 @@ def checkpoint(tmp_path_factory):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_what_is_captured_gives_the_host_s_logits_and_identity_changes_nothing(small_world, checkpoint, name, tmp_path):
     extra, left_out, split, groups = VARIANTS[name]
-    flags = [f for f in host_flags(small_world, evaluate=True, zs_type=split) if f not in left_out]
+    flags = [f for f in ezhoi_flags(small_world, evaluate=True, zs_type=split) if f not in left_out]
     flags += [*extra, "--resume", str(checkpoint)]
     capture = ["--plugin", "capture", "--capture", str(tmp_path / "f"), "--capture-split", "train"]
     done, seen = dump(tmp_path / "c.safetensors", "launched", *flags, *capture, "--max-images", "6")
@@ -74,13 +83,13 @@ def test_what_is_captured_gives_the_host_s_logits_and_identity_changes_nothing(s
     compared = launch(*flags, "--compare", "none,identity")
     assert compared.returncode == 0, compared.stderr
     rows = rows_of(compared.stdout)
-    printed = printed_by_host(bare.stdout + ("nan nan nan" if split is None else ""))
+    printed = printed_by_ezhoi(bare.stdout + ("nan nan nan" if split is None else ""))
     assert same_figures(rows["none"], printed)
     assert rows["identity"] == rows["none"]
 
 
-def test_flags_that_leave_no_trace_in_the_weights_are_in_the_fingerprint(make_host):
-    host = make_host()
+def test_flags_that_leave_no_trace_in_the_weights_are_in_the_fingerprint(make_ezhoi):
+    host = make_ezhoi()
     own = fingerprint(host.model, host.args)
     for name, value in (("act_descriptor", True), ("without_unseen_name", True), ("vlmtxt", "fix")):
         other = fingerprint(host.model, Namespace(**{**vars(host.args), name: value}))
@@ -120,7 +129,7 @@ def test_vcoco_is_captured_trained_and_injected_under_cache(vcoco, tmp_path):
     for name, ours in (("bare", None), ("off", []), ("on", ["--plugin", "diffusion", "--bridge", str(bridge)])):
         out = tmp_path / name
         command = ["main_tip_finetune.py", *vcoco_flags(vcoco, out, cache=True)]
-        done = run_host(*command) if ours is None else launch(*command[1:], *ours)
+        done = run_in_miniature(*command) if ours is None else launch(*command[1:], *ours)
         assert done.returncode == 0, done.stderr
         run[name] = json.loads((out / "cache.json").read_text())
     assert run["off"] == run["bare"]
@@ -128,9 +137,9 @@ def test_vcoco_is_captured_trained_and_injected_under_cache(vcoco, tmp_path):
     assert run["on"] != run["bare"]
 
 
-def test_caching_ends_what_is_attached(make_host, mocker):
+def test_caching_ends_what_is_attached(make_ezhoi, mocker):
     """A run that only caches never calls test_hico; what was to be injected and never was is told at its end."""
-    host = make_host()
+    host = make_ezhoi()
     plugins = PluginManager(discover=False)
     plugins.register(SimpleNamespace(post_adapter_feat=hookimpl(lambda adapter_feat: adapter_feat + 1)), "adds")
     mocker.patch("ezhoi_diffusion.ezhoi.attach.PluginHost", return_value=plugins)
@@ -174,7 +183,7 @@ def test_what_vcoco_cannot_do_is_refused_with_the_way(vcoco, tmp_path, flags, me
 
 
 def test_a_pass_with_the_training_augmentation_is_refused(small_world, tmp_path):
-    flags = [*host_flags(small_world, evaluate=False), "--plugin", "capture", "--capture", str(tmp_path / "f")]
+    flags = [*ezhoi_flags(small_world, evaluate=False), "--plugin", "capture", "--capture", str(tmp_path / "f")]
     done = launch(*flags, "--partitions", "train2015", "train2015")
     assert done.returncode == 2
     assert "--partitions train2015 train2015: the host loads whatever starts with `train`" in done.stderr
@@ -189,7 +198,7 @@ def test_processes_share_images_without_padding(small_world, tmp_path):
     stores = {}
     for processes in (1, 2, 3):
         capture = ["--plugin", "capture", "--capture", str(tmp_path / str(processes)), "--max-images", "5"]
-        done = launch(*host_flags(small_world, evaluate=False), *capture, "--world-size", str(processes))
+        done = launch(*ezhoi_flags(small_world, evaluate=False), *capture, "--world-size", str(processes))
         assert done.returncode == 0, done.stderr
         stores[processes] = FeatureStore(tmp_path / str(processes))
     one = stores.pop(1)
@@ -276,8 +285,8 @@ def test_what_upstream_cannot_run_is_named_with_reason_and_way(flags, named, rea
     assert f"{named}: {found[named]}" in str(refused.value)
 
 
-def test_a_fork_that_attaches_is_refused_too(make_host):
-    host = make_host()
+def test_a_fork_that_attaches_is_refused_too(make_ezhoi):
+    host = make_ezhoi()
     host.args.plugin, host.args.fix_txt_pt = ["diffusion"], True
     with pytest.raises(UnsupportedError, match=r"--fix_txt_pt: forward\(\) uses origin_ctx"):
         attach(host.model, host.args)

@@ -13,13 +13,13 @@ from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.ezhoi.launch import LaunchError, _imported_modules
 from ezhoi_diffusion.features.store import FeatureStore
 from helpers.miniature import (
-    HOST,
+    MINIATURE,
     dump,
-    host_flags,
+    ezhoi_flags,
     launch,
-    printed_by_host,
+    printed_by_ezhoi,
     rows_of,
-    run_host,
+    run_in_miniature,
     same,
     same_figures,
 )
@@ -29,7 +29,7 @@ from helpers.miniature import (
 def evaluated(small_world, tmp_path_factory):
     """What the bare script computes and prints, without this package."""
     done, tensors = dump(
-        tmp_path_factory.mktemp("bare") / "bare.safetensors", "bare", *host_flags(small_world, evaluate=True)
+        tmp_path_factory.mktemp("bare") / "bare.safetensors", "bare", *ezhoi_flags(small_world, evaluate=True)
     )
     assert done.returncode == 0, done.stderr
     return done.stdout, tensors
@@ -47,10 +47,10 @@ def bridge(captured, tmp_path_factory):
 
 def test_a_launched_run_is_the_bare_run(small_world, evaluated, tmp_path):
     printed, bare = evaluated
-    done, tensors = dump(tmp_path / "x.safetensors", "launched", *host_flags(small_world, evaluate=True))
+    done, tensors = dump(tmp_path / "x.safetensors", "launched", *ezhoi_flags(small_world, evaluate=True))
     assert done.returncode == 0, done.stderr
     assert same(bare, tensors), "logits, detections and context vectors must be bit-identical"
-    assert printed_by_host(done.stdout) == printed_by_host(printed)
+    assert printed_by_ezhoi(done.stdout) == printed_by_ezhoi(printed)
     assert any(key.startswith("context.") for key in bare)
 
 
@@ -62,8 +62,8 @@ def test_the_host_lists_our_flags_beside_its_own():
 
 
 def test_training_gets_past_the_file_names(small_world, tmp_path):
-    flags = [*host_flags(small_world, evaluate=False), "--epochs", "1", "--output-dir", str(tmp_path)]
-    bare = run_host("main_tip_finetune.py", *flags)
+    flags = [*ezhoi_flags(small_world, evaluate=False), "--epochs", "1", "--output-dir", str(tmp_path)]
+    bare = run_in_miniature("main_tip_finetune.py", *flags)
     assert "Unsupported type of data" in bare.stderr
     done = launch(*flags)
     assert done.returncode == 0, done.stderr
@@ -99,7 +99,7 @@ def test_capture_is_a_pass_in_eval_mode_over_the_train_split(captured, small_wor
 
 
 def test_capture_without_augmentation_is_repeatable_and_resumable(small_world, captured, tmp_path):
-    flags = [*host_flags(small_world, evaluate=True), "--capture-split", "train", "--plugin", "capture"]
+    flags = [*ezhoi_flags(small_world, evaluate=True), "--capture-split", "train", "--plugin", "capture"]
     done = launch(*flags, "--capture", str(tmp_path / "again"))
     assert done.returncode == 0, done.stderr
     again = FeatureStore(tmp_path / "again")
@@ -116,7 +116,7 @@ def test_capture_without_augmentation_is_repeatable_and_resumable(small_world, c
 
 def test_max_images_and_the_test_split(small_world, tmp_path):
     flags = ["--plugin", "capture", "--capture", str(tmp_path / "f"), "--max-images", "5"]
-    done = launch(*host_flags(small_world, evaluate=True), *flags)
+    done = launch(*ezhoi_flags(small_world, evaluate=True), *flags)
     assert done.returncode == 0, done.stderr
     store = FeatureStore(tmp_path / "f")
     assert (store.split, len(store.images)) == ("test", 5)
@@ -126,7 +126,7 @@ def test_max_images_and_the_test_split(small_world, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_capture_what_one_does(small_world, captured, tmp_path):
-    flags = [*host_flags(small_world, evaluate=False), "--plugin", "capture", "--capture", str(tmp_path / "f")]
+    flags = [*ezhoi_flags(small_world, evaluate=False), "--plugin", "capture", "--capture", str(tmp_path / "f")]
     done = launch(*flags, "--world-size", "2")
     assert done.returncode == 0, done.stderr
     store = FeatureStore(tmp_path / "f")
@@ -136,10 +136,10 @@ def test_two_processes_capture_what_one_does(small_world, captured, tmp_path):
     assert store.fingerprint == captured[0].fingerprint
     out = tmp_path / "bridge"
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "ezhoi_diffusion", "train"]
-    trained = run_host(*torchrun, str(store.folder), "--out", str(out), "--train-steps", "20")
+    trained = run_in_miniature(*torchrun, str(store.folder), "--out", str(out), "--train-steps", "20")
     assert trained.returncode == 0, trained.stderr
     compared = launch(
-        *host_flags(small_world, evaluate=True),
+        *ezhoi_flags(small_world, evaluate=True),
         "--bridge",
         str(out),
         "--compare",
@@ -152,7 +152,7 @@ def test_two_processes_capture_what_one_does(small_world, captured, tmp_path):
 
 
 def test_the_wrong_split_s_clip_features_are_refused(small_world, tmp_path):
-    flags = host_flags(small_world, evaluate=False)
+    flags = ezhoi_flags(small_world, evaluate=False)
     flags[flags.index("--clip_img_file") + 1] = str(tmp_path)
     done = launch(*flags, "--plugin", "capture", "--capture", str(tmp_path / "f"))
     assert done.returncode == 2
@@ -165,12 +165,12 @@ def test_the_wrong_split_s_clip_features_are_refused(small_world, tmp_path):
 def test_compare_scores_all_variants_on_the_same_pairs(small_world, evaluated, bridge, tmp_path):
     printed, bare = evaluated
     flags = ["--bridge", str(bridge), "--compare", "none,identity,mean_shift,diffusion", "--report", str(tmp_path)]
-    done, tensors = dump(tmp_path / "x.safetensors", "launched", *host_flags(small_world, evaluate=True), *flags)
+    done, tensors = dump(tmp_path / "x.safetensors", "launched", *ezhoi_flags(small_world, evaluate=True), *flags)
     assert done.returncode == 0, done.stderr
     rows = rows_of(done.stdout)
-    assert same_figures(rows["none"], printed_by_host(printed))
+    assert same_figures(rows["none"], printed_by_ezhoi(printed))
     assert rows["identity"] == rows["none"]
-    assert printed_by_host(done.stdout) == printed_by_host(printed), "the host prints what it would print alone"
+    assert printed_by_ezhoi(done.stdout) == printed_by_ezhoi(printed), "the host prints what it would print alone"
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["difference"]["identity"]["full"] == 0
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
@@ -184,17 +184,17 @@ def test_compare_scores_all_variants_on_the_same_pairs(small_world, evaluated, b
 
 
 def test_an_injected_run_gives_what_the_comparison_says(small_world, evaluated, bridge, tmp_path):
-    table = launch(*host_flags(small_world, evaluate=True), "--bridge", str(bridge), "--compare", "diffusion").stdout
+    table = launch(*ezhoi_flags(small_world, evaluate=True), "--bridge", str(bridge), "--compare", "diffusion").stdout
     done, tensors = dump(
-        tmp_path / "x.safetensors", "launched", *host_flags(small_world, evaluate=True), "--plugin", "diffusion", "--bridge", str(bridge)
+        tmp_path / "x.safetensors", "launched", *ezhoi_flags(small_world, evaluate=True), "--plugin", "diffusion", "--bridge", str(bridge)
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert not same(evaluated[1], tensors)
-    assert same_figures(rows_of(table)["diffusion"], printed_by_host(done.stdout))
+    assert same_figures(rows_of(table)["diffusion"], printed_by_ezhoi(done.stdout))
 
 
 def test_a_bridge_of_another_host_is_refused_unless_forced(small_world, bridge):
-    flags = [*host_flags(small_world, evaluate=True), "--bridge", str(bridge), "--compare", "diffusion"]
+    flags = [*ezhoi_flags(small_world, evaluate=True), "--bridge", str(bridge), "--compare", "diffusion"]
     other = launch(*flags, "--zs_type", "rare_first")
     assert other.returncode == 2
     assert "zs_type is 'rare_first' here, 'unseen_verb' there" in other.stderr
@@ -205,7 +205,7 @@ def test_a_bridge_of_another_host_is_refused_unless_forced(small_world, bridge):
 
 def test_other_context_vectors_are_told_apart_and_can_be_restored(small_world, evaluated, bridge):
     # the checkpoint makes the weights equal, as in a real run; the seed then changes the context vectors alone
-    flags = [*host_flags(small_world, evaluate=True), "--bridge", str(bridge), "--compare", "identity,diffusion"]
+    flags = [*ezhoi_flags(small_world, evaluate=True), "--bridge", str(bridge), "--compare", "identity,diffusion"]
     refused = launch(*flags, "--seed", "1")
     assert refused.returncode == 2
     assert "context is" in refused.stderr
@@ -218,7 +218,7 @@ def test_a_script_without_an_engine_is_joined_at_its_first_image(small_world, br
     script = tmp_path / "inference.py"
     script.write_text(
         "import runpy, sys\n"
-        f"sys.path.insert(0, {str(HOST)!r})\n"
+        f"sys.path.insert(0, {str(MINIATURE)!r})\n"
         "from main_tip_finetune import command_line\n"
         "from upt_tip_cache_model_free_finetune_distillself import build_detector as build\n"
         "from utils_tip_cache_and_union_finetune import DataFactory\n"
@@ -235,24 +235,24 @@ def test_a_script_without_an_engine_is_joined_at_its_first_image(small_world, br
         "            found = upt([data[i][0]], [data[i][1]])\n"
         "    print('tapped while running:', 'compute_roi_embeddings' in vars(upt))\n"
     )
-    environment = {"PYTHONPATH": os.pathsep.join([str(HOST), os.environ.get("PYTHONPATH", "")])}
-    run = ["-m", "ezhoi_diffusion", "run", str(script), *host_flags(small_world, evaluate=True)]
-    bare = run_host(*run, **environment)
+    environment = {"PYTHONPATH": os.pathsep.join([str(MINIATURE), os.environ.get("PYTHONPATH", "")])}
+    run = ["-m", "ezhoi_diffusion", "run", str(script), *ezhoi_flags(small_world, evaluate=True)]
+    bare = run_in_miniature(*run, **environment)
     assert bare.returncode == 0, bare.stderr
     assert "tapped while running: False" in bare.stdout
-    injected = run_host(
+    injected = run_in_miniature(
         *run, "--plugin", "diffusion", "--bridge", str(bridge), "--restore-context", "--force-bridge", **environment
     )
     assert injected.returncode == 0, injected.stderr
     assert "tapped while running: True" in injected.stdout
-    refused = run_host(*run, "--compare", "none,identity", **environment)
+    refused = run_in_miniature(*run, "--compare", "none,identity", **environment)
     assert refused.returncode == 2
     assert "need the host's data sets: run main_tip_finetune.py" in refused.stderr
 
 
 def test_a_fork_with_three_lines_runs_by_itself(small_world, bridge, tmp_path):
     fork = tmp_path / "fork"
-    shutil.copytree(HOST, fork, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(MINIATURE, fork, ignore=shutil.ignore_patterns("__pycache__"))
     script = fork / "main_tip_finetune.py"
     lines = script.read_text()
     for old, new in (
@@ -266,17 +266,17 @@ def test_a_fork_with_three_lines_runs_by_itself(small_world, bridge, tmp_path):
         assert lines.count(old) == 1
         lines = lines.replace(old, new)
     script.write_text(lines)
-    flags = [*host_flags(small_world, evaluate=True), "--bridge", str(bridge)]
-    injected = run_host(str(script), *flags, "--plugin", "diffusion")
+    flags = [*ezhoi_flags(small_world, evaluate=True), "--bridge", str(bridge)]
+    injected = run_in_miniature(str(script), *flags, "--plugin", "diffusion")
     assert injected.returncode == 0, injected.stderr
-    compared = run_host(str(script), *flags, "--compare", "none,diffusion")
+    compared = run_in_miniature(str(script), *flags, "--compare", "none,diffusion")
     assert compared.returncode == 0, compared.stderr
     rows = rows_of(compared.stdout)
-    assert same_figures(rows["diffusion"], printed_by_host(injected.stdout))
-    assert same_figures(rows["none"], printed_by_host(compared.stdout))
-    launched = run_host("-m", "ezhoi_diffusion", "run", str(script), *flags, "--plugin", "diffusion")
+    assert same_figures(rows["diffusion"], printed_by_ezhoi(injected.stdout))
+    assert same_figures(rows["none"], printed_by_ezhoi(compared.stdout))
+    launched = run_in_miniature("-m", "ezhoi_diffusion", "run", str(script), *flags, "--plugin", "diffusion")
     assert launched.returncode == 0, launched.stderr
-    assert printed_by_host(launched.stdout) == printed_by_host(injected.stdout)
+    assert printed_by_ezhoi(launched.stdout) == printed_by_ezhoi(injected.stdout)
 
 
 # -- errors ------------------------------------------------------------------------------------------------------
@@ -305,7 +305,7 @@ def test_a_fork_with_three_lines_runs_by_itself(small_world, bridge, tmp_path):
     ],
 )
 def test_flags_that_cannot_work_are_one_line(small_world, flags, message):
-    done = launch(*host_flags(small_world, evaluate=True), *flags)
+    done = launch(*ezhoi_flags(small_world, evaluate=True), *flags)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -335,18 +335,18 @@ def test_a_script_s_own_flag_of_our_name_is_an_error_that_says_so(tmp_path):
         "import argparse\nfrom factory import build_detector\n"
         "parser = argparse.ArgumentParser()\nparser.add_argument('--plugin')\nparser.parse_args()\n"
     )
-    done = run_host("-m", "ezhoi_diffusion", "run", str(script))
+    done = run_in_miniature("-m", "ezhoi_diffusion", "run", str(script))
     assert done.returncode == 2
     assert "conflicting option string: --plugin): rename that flag in the script" in done.stderr
 
 
 def test_a_bare_run_may_name_a_checkpoint_that_is_not_there(small_world):
-    done = launch(*host_flags(small_world, evaluate=True), "--resume", "gone.pt")
+    done = launch(*ezhoi_flags(small_world, evaluate=True), "--resume", "gone.pt")
     assert done.returncode == 0, done.stderr
 
 
 def test_injection_in_a_training_run_is_refused(small_world, bridge):
-    done = launch(*host_flags(small_world, evaluate=False), "--plugin", "diffusion", "--bridge", str(bridge))
+    done = launch(*ezhoi_flags(small_world, evaluate=False), "--plugin", "diffusion", "--bridge", str(bridge))
     assert done.returncode == 2
     assert "this run would train: add --eval" in done.stderr
 
@@ -362,17 +362,21 @@ def test_scripts_that_are_not_the_host_s(tmp_path):
     ):
         with pytest.raises(LaunchError, match=message):
             _imported_modules(tmp_path / name)
-    done = run_host("-m", "ezhoi_diffusion", "run", str(tmp_path / "elsewhere.py"))
+    done = run_in_miniature("-m", "ezhoi_diffusion", "run", str(tmp_path / "elsewhere.py"))
     assert done.returncode == 2
     assert "imports nowhere_at_all, and that failed" in done.stderr
-    assert _imported_modules(HOST / "main_tip_finetune.py").keys() == {"build_detector", "CustomisedDLE", "DataFactory"}
+    assert _imported_modules(MINIATURE / "main_tip_finetune.py").keys() == {
+        "build_detector",
+        "CustomisedDLE",
+        "DataFactory",
+    }
 
 
 def test_a_debugger_of_the_host_ends_the_run(tmp_path):
     (tmp_path / "factory.py").write_text("def build_detector(): pass\n")
     script = tmp_path / "stops.py"
     script.write_text("from factory import build_detector\nimport pdb\npdb.set_trace()\nprint('went', 'on')\n")
-    done = run_host("-m", "ezhoi_diffusion", "run", str(script), timeout=60)
+    done = run_in_miniature("-m", "ezhoi_diffusion", "run", str(script), timeout=60)
     assert done.returncode == 2
     assert "stopped in its debugger" in done.stderr
     assert "stops.py:" in done.stderr

@@ -19,10 +19,10 @@ import ezhoi_diffusion
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.ezhoi.patch import MARK, PatchError, patched, reverted, write_script
 from ezhoi_diffusion.features.store import FeatureStore
-from helpers.miniature import HOST, HOSTDUMP, host_flags, run_host
+from helpers.miniature import DUMP_SCRIPT, MINIATURE, ezhoi_flags, run_in_miniature
 
 NAME = "main_tip_finetune.py"
-MINIATURE = (HOST / NAME).read_bytes()
+MINIATURE_SCRIPT = (MINIATURE / NAME).read_bytes()
 # what the description is about, and little else
 SCRIPT = b"""\
 import argparse
@@ -62,7 +62,7 @@ def ours(data: bytes) -> list[str]:
 def fork(tmp_path):
     """A copy of the miniature, to patch."""
     folder = tmp_path / "fork"
-    shutil.copytree(HOST, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(MINIATURE, folder, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
 
@@ -103,7 +103,7 @@ VARIANTS = {
     "two imports on a line": SCRIPT.replace(b"build_detector\n", b"build_detector; import os\n", 1),
     "the flags in a function": SCRIPT.replace(b"if __name__ == '__main__':", b"def start():"),
     "two line endings": SCRIPT.replace(b"\n", b"\r\n", 8),
-    "the miniature": MINIATURE,
+    "the miniature": MINIATURE_SCRIPT,
 }
 
 
@@ -234,7 +234,7 @@ def test_the_command_shows_the_change_and_tells_what_is_the_case(fork, capsys):
     script = fork / NAME
     assert main(["patch", str(fork), "--check"]) == 1
     assert "not patched" in capsys.readouterr().out
-    assert script.read_bytes() == MINIATURE
+    assert script.read_bytes() == MINIATURE_SCRIPT
     assert main(["patch", str(fork)]) == 0
     shown = capsys.readouterr().out
     assert [line for line in shown.splitlines() if re.match(r"\+[^+]|-[^-]", line)] == [
@@ -246,7 +246,7 @@ def test_the_command_shows_the_change_and_tells_what_is_the_case(fork, capsys):
     assert main(["patch", str(fork), "--check"]) == 0
     assert main(["patch", str(fork), "--revert"]) == 0
     assert "-    attach(upt, args, engine)" in capsys.readouterr().out
-    assert script.read_bytes() == MINIATURE != after
+    assert script.read_bytes() == MINIATURE_SCRIPT != after
     assert main(["patch", str(fork), "--revert"]) == 0
     assert "has no line of ours" in capsys.readouterr().out
 
@@ -260,7 +260,7 @@ def test_only_the_script_changes_and_mode_and_link_stay(fork, tmp_path):
     assert main(["patch", str(fork)]) == 0
     assert (fork / NAME).is_symlink()
     assert stat.S_IMODE(real.stat().st_mode) == 0o751
-    assert real.read_bytes() == patched(MINIATURE)
+    assert real.read_bytes() == patched(MINIATURE_SCRIPT)
     assert {path: path.read_bytes() for path in fork.iterdir() if path.name != NAME} == others
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fork", "kept.py"]
 
@@ -270,7 +270,7 @@ def test_a_write_that_fails_leaves_the_script_as_it_was(fork, mocker, capsys):
     before = sorted(path.name for path in fork.iterdir())
     assert main(["patch", str(fork)]) == 2
     assert "No space left on device" in capsys.readouterr().err
-    assert (fork / NAME).read_bytes() == MINIATURE
+    assert (fork / NAME).read_bytes() == MINIATURE_SCRIPT
     assert sorted(path.name for path in fork.iterdir()) == before
 
 
@@ -306,7 +306,7 @@ def test_the_package_takes_its_description_and_every_folder_along():
 
 
 def dump(script: Path, out: Path, *flags: str):
-    done = run_host(str(HOSTDUMP), str(out), "bare", str(script), *flags)
+    done = run_in_miniature(str(DUMP_SCRIPT), str(out), "bare", str(script), *flags)
     assert done.returncode == 0, done.stderr
     return done.stdout, load_file(out)
 
@@ -318,14 +318,14 @@ def printed(text: str) -> str:
 @pytest.fixture(scope="module")
 def patched_fork(tmp_path_factory):
     folder = tmp_path_factory.mktemp("patched") / "fork"
-    shutil.copytree(HOST, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(MINIATURE, folder, ignore=shutil.ignore_patterns("__pycache__"))
     assert main(["patch", str(folder)]) == 0
     return folder / NAME
 
 
 def test_without_our_flags_a_patched_run_is_the_run_it_was(patched_fork, small_world, tmp_path):
-    flags = host_flags(small_world, evaluate=True)
-    before, bare = dump(HOST / NAME, tmp_path / "bare.safetensors", *flags)
+    flags = ezhoi_flags(small_world, evaluate=True)
+    before, bare = dump(MINIATURE / NAME, tmp_path / "bare.safetensors", *flags)
     after, same = dump(patched_fork, tmp_path / "patched.safetensors", *flags)
     assert bare.keys() == same.keys()
     assert all(torch.equal(bare[key], same[key]) for key in bare)
@@ -336,8 +336,8 @@ def test_without_our_flags_a_patched_run_is_the_run_it_was(patched_fork, small_w
 def bridge(patched_fork, small_world, tmp_path_factory):
     """Captured by the patched script itself, and trained."""
     folder = tmp_path_factory.mktemp("bridge")
-    flags = host_flags(small_world, evaluate=False)
-    done = run_host(str(patched_fork), *flags, "--plugin", "capture", "--capture", str(folder / "features"))
+    flags = ezhoi_flags(small_world, evaluate=False)
+    done = run_in_miniature(str(patched_fork), *flags, "--plugin", "capture", "--capture", str(folder / "features"))
     assert done.returncode == 0, done.stderr
     assert (
         main(
@@ -358,34 +358,34 @@ def bridge(patched_fork, small_world, tmp_path_factory):
 
 
 def test_with_our_flags_it_captures_injects_and_compares(patched_fork, small_world, bridge):
-    flags = [*host_flags(small_world, evaluate=True), "--bridge", str(bridge)]
-    bare = run_host(str(HOST / NAME), *flags[:-2])
-    compared = run_host(str(patched_fork), *flags, "--compare", "none,identity,diffusion")
+    flags = [*ezhoi_flags(small_world, evaluate=True), "--bridge", str(bridge)]
+    bare = run_in_miniature(str(MINIATURE / NAME), *flags[:-2])
+    compared = run_in_miniature(str(patched_fork), *flags, "--compare", "none,identity,diffusion")
     assert compared.returncode == 0, compared.stderr
     assert "diffusion - none" in compared.stdout
     assert printed(compared.stdout) == printed(bare.stdout), "the host prints what it would print alone"
-    injected = run_host(str(patched_fork), *flags, "--plugin", "diffusion")
+    injected = run_in_miniature(str(patched_fork), *flags, "--plugin", "diffusion")
     assert injected.returncode == 0, injected.stderr
     assert printed(injected.stdout) != printed(bare.stdout)
 
 
 @pytest.mark.slow
 def test_two_processes_that_the_patched_script_spawns(patched_fork, small_world, bridge):
-    flags = [*host_flags(small_world, evaluate=True), "--bridge", str(bridge)]
-    one = run_host(str(patched_fork), *flags, "--plugin", "diffusion")
-    two = run_host(str(patched_fork), *flags, "--plugin", "diffusion", "--world-size", "2")
+    flags = [*ezhoi_flags(small_world, evaluate=True), "--bridge", str(bridge)]
+    one = run_in_miniature(str(patched_fork), *flags, "--plugin", "diffusion")
+    two = run_in_miniature(str(patched_fork), *flags, "--plugin", "diffusion", "--world-size", "2")
     assert two.returncode == 0, two.stderr
     # both write to one pipe: a line of the one may end behind a line of the other
     assert two.stdout.count(printed(one.stdout).splitlines()[0]) == 2
 
 
 def launched(script: Path, *flags: str):
-    return run_host("-m", "ezhoi_diffusion", "run", str(script), *flags)
+    return run_in_miniature("-m", "ezhoi_diffusion", "run", str(script), *flags)
 
 
 def test_the_launcher_runs_a_patched_script_as_the_one_it_was(patched_fork, small_world, bridge, tmp_path):
-    train, flags = (host_flags(small_world, evaluate=evaluate) for evaluate in (False, True))
-    for script, name in ((HOST / NAME, "stock"), (patched_fork, "patched")):
+    train, flags = (ezhoi_flags(small_world, evaluate=evaluate) for evaluate in (False, True))
+    for script, name in ((MINIATURE / NAME, "stock"), (patched_fork, "patched")):
         done = launched(script, *train, "--plugin", "capture", "--capture", str(tmp_path / name))
         assert done.returncode == 0, done.stderr
     stock, same = (FeatureStore(tmp_path / name) for name in ("stock", "patched"))
@@ -393,19 +393,21 @@ def test_the_launcher_runs_a_patched_script_as_the_one_it_was(patched_fork, smal
     assert torch.equal(stock.text, same.text)
     assert torch.equal(stock.adapter_feat(), same.adapter_feat())
     inject = ["--plugin", "diffusion", "--bridge", str(bridge)]
-    found = [launched(script, *flags, *inject) for script in (HOST / NAME, patched_fork)]
+    found = [launched(script, *flags, *inject) for script in (MINIATURE / NAME, patched_fork)]
     assert found[0].returncode == found[1].returncode == 0, found[1].stderr
     assert printed(found[0].stdout) == printed(found[1].stdout)
 
 
 def test_the_launcher_helps_a_patched_script_to_train(patched_fork, small_world):
-    flags = [*host_flags(small_world, evaluate=False), "--epochs", "1"]
+    flags = [*ezhoi_flags(small_world, evaluate=False), "--epochs", "1"]
     done = launched(patched_fork, *flags)
     assert done.returncode == 0, done.stderr
 
 
 def test_errors_in_processes_of_a_patched_script_are_a_line_under_the_launcher(patched_fork, small_world):
-    done = launched(patched_fork, *host_flags(small_world, evaluate=True), "--world-size", "2", "--plugin", "diffusion")
+    done = launched(
+        patched_fork, *ezhoi_flags(small_world, evaluate=True), "--world-size", "2", "--plugin", "diffusion"
+    )
     assert done.returncode == 2
     assert "needs --bridge DIR" in done.stderr
     assert "Traceback" not in done.stderr
@@ -420,7 +422,7 @@ def test_errors_in_processes_of_a_patched_script_are_a_line_under_the_launcher(p
     ],
 )
 def test_plain_python_says_a_user_s_error_in_a_line(patched_fork, small_world, flags, message):
-    done = run_host(str(patched_fork), *host_flags(small_world, evaluate=True), *flags)
+    done = run_in_miniature(str(patched_fork), *ezhoi_flags(small_world, evaluate=True), *flags)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     # inside a process group, torch puts [rank0] before each line
@@ -428,14 +430,14 @@ def test_plain_python_says_a_user_s_error_in_a_line(patched_fork, small_world, f
 
 
 def test_plain_python_shows_other_errors_in_full(patched_fork, small_world):
-    done = run_host(str(patched_fork), *host_flags(small_world, evaluate=True), "--data-root", "nowhere")
+    done = run_in_miniature(str(patched_fork), *ezhoi_flags(small_world, evaluate=True), "--data-root", "nowhere")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "ezhoi-diffusion: error" not in done.stderr
 
 
 def test_doctor_reads_the_flags_of_a_patched_script(patched_fork, small_world, capsys):
-    line = [str(patched_fork), *host_flags(small_world, evaluate=True)]
+    line = [str(patched_fork), *ezhoi_flags(small_world, evaluate=True)]
     main(["doctor", "--json", "--", *line, "--plugin", "diffusion"])
     found = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
     assert found["host.flags"]["level"] == "ok"

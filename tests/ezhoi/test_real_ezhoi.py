@@ -1,6 +1,6 @@
 """The same proofs on the real EZ-HOI, for whoever has a checkout and data; skipped for all others.
 
-    EZHOI_ROOT=…/EZ-HOI EZHOI_EVAL_FLAGS="… --eval --resume CKPT" EZHOI_TRAIN_FLAGS="… --resume CKPT" pytest -m realhost
+    EZHOI_ROOT=…/EZ-HOI EZHOI_EVAL_FLAGS="… --eval --resume CKPT" EZHOI_TRAIN_FLAGS="… --resume CKPT" pytest -m real_ezhoi
 
 The flags are those of the host's own scripts; a few images are enough. Python is the one that runs the tests.
 """
@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.features.store import FeatureStore
-from helpers.miniature import HOSTDUMP, printed_by_host, rows_of, same, same_figures
+from helpers.miniature import DUMP_SCRIPT, printed_by_ezhoi, rows_of, same, same_figures
 
 ROOT, EVAL, TRAIN = (os.environ.get(name) for name in ("EZHOI_ROOT", "EZHOI_EVAL_FLAGS", "EZHOI_TRAIN_FLAGS"))
 pytestmark = [
-    pytest.mark.realhost,
+    pytest.mark.real_ezhoi,
     pytest.mark.skipif(
         not (ROOT and EVAL and TRAIN), reason="EZHOI_ROOT, EZHOI_EVAL_FLAGS, EZHOI_TRAIN_FLAGS are not set"
     ),
@@ -32,7 +32,7 @@ pytestmark = [
 
 def dump(out: Path, how: str, flags: str | None, *ours: str, script: str = "main_tip_finetune.py"):
     done = subprocess.run(
-        [sys.executable, str(HOSTDUMP), str(out), how, script, *shlex.split(flags or ""), *ours],
+        [sys.executable, str(DUMP_SCRIPT), str(out), how, script, *shlex.split(flags or ""), *ours],
         cwd=ROOT, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -74,12 +74,12 @@ def test_a_bridge_is_trained_injected_and_compared_and_the_checkout_stays_clean(
         tmp_path / "c.safetensors", "launched", EVAL, "--bridge", str(bridge), "--compare", "none,identity,diffusion"
     )
     rows = rows_of(table)
-    assert same_figures(rows["none"], printed_by_host(bare[0]))
+    assert same_figures(rows["none"], printed_by_ezhoi(bare[0]))
     assert rows["identity"] == rows["none"]
     printed, injected = dump(
         tmp_path / "i.safetensors", "launched", EVAL, "--plugin", "diffusion", "--bridge", str(bridge)
     )
-    assert same_figures(rows["diffusion"], printed_by_host(printed))
+    assert same_figures(rows["diffusion"], printed_by_ezhoi(printed))
     for i in range(sum(key.endswith(".scores") for key in bare[1])):
         assert torch.equal(compared[f"{3 * i}.logits"], bare[1][f"{i}.logits"])
         assert torch.equal(compared[f"{3 * i + 1}.logits"], bare[1][f"{i}.logits"])
@@ -109,7 +109,7 @@ def test_one_image_scores_as_the_evaluation_does(captured, tmp_path):
     # nothing scores above 2, so that the script draws no picture
     flags = [*shlex.split(EVAL or ""), "--action-score-thresh", "2", *ours, "--restore-context"]
     subprocess.run(
-        [sys.executable, str(HOSTDUMP), str(tmp_path / "i.safetensors"), "launched", "inference.py", *flags],
+        [sys.executable, str(DUMP_SCRIPT), str(tmp_path / "i.safetensors"), "launched", "inference.py", *flags],
         cwd=ROOT, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}, check=False,
     )  # fmt: skip
     alone = load_file(tmp_path / "i.safetensors")

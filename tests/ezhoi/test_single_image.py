@@ -14,7 +14,7 @@ from ezhoi_diffusion import EzhoiDiffusionError, add_arguments
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.ezhoi.launch import ENGINE, _imported_modules
 from ezhoi_diffusion.ezhoi.single_image import SingleImageError, check_flags, single_images
-from helpers.miniature import HOST, HOSTDUMP, host_flags, launch, run_host
+from helpers.miniature import DUMP_SCRIPT, MINIATURE, ezhoi_flags, launch, run_in_miniature
 
 # seeds nothing, passes no targets, loads strictly, imports an engine and makes none
 INFERENCE = """\
@@ -52,29 +52,29 @@ def script(tmp_path_factory):
 
 
 @pytest.fixture
-def checkpoint(make_host, tmp_path):
+def checkpoint(make_ezhoi, tmp_path):
     """Weights as a fine-tuned host's would be: other than a fresh model's."""
     path = tmp_path / "ckpt.pt"
-    torch.save({"model_state_dict": make_host().model.state_dict()}, path)
+    torch.save({"model_state_dict": make_ezhoi().model.state_dict()}, path)
     return path
 
 
 def infer(script, *flags: str):
-    return run_host("-m", "ezhoi_diffusion", "run", str(script), *flags, PYTHONPATH=environment())
+    return run_in_miniature("-m", "ezhoi_diffusion", "run", str(script), *flags, PYTHONPATH=environment())
 
 
 def environment() -> str:
-    return os.pathsep.join([str(HOST), os.environ.get("PYTHONPATH", "")])
+    return os.pathsep.join([str(MINIATURE), os.environ.get("PYTHONPATH", "")])
 
 
 def test_one_image_scores_as_the_evaluation_does(script, small_world, checkpoint, tmp_path):
-    flags = [*host_flags(small_world, evaluate=True), "--resume", str(checkpoint)]
+    flags = [*ezhoi_flags(small_world, evaluate=True), "--resume", str(checkpoint)]
     captured = launch(*flags, "--capture-split", "train", "--plugin", "capture", "--capture", str(tmp_path / "f"))
     assert captured.returncode == 0, captured.stderr
     assert main(["train", str(tmp_path / "f"), "--out", str(tmp_path / "b"), "--train-steps", "20"]) == 0
     bridged = [*flags, "--plugin", "diffusion", "--bridge", str(tmp_path / "b")]
 
-    bare = run_host(str(script), *flags, PYTHONPATH=environment())
+    bare = run_in_miniature(str(script), *flags, PYTHONPATH=environment())
     assert "TypeError: 'NoneType' object is not iterable" in bare.stderr, "the quirk is there"
     refused = infer(script, *bridged)
     assert refused.returncode == 2
@@ -83,7 +83,7 @@ def test_one_image_scores_as_the_evaluation_does(script, small_world, checkpoint
     outputs = {}
     for name, more in (("main_tip_finetune.py", []), (str(script), ["--restore-context"])):
         out = tmp_path / f"{len(outputs)}.safetensors"
-        done = run_host(str(HOSTDUMP), str(out), "launched", name, *bridged, *more, PYTHONPATH=environment())
+        done = run_in_miniature(str(DUMP_SCRIPT), str(out), "launched", name, *bridged, *more, PYTHONPATH=environment())
         assert done.returncode == 0, done.stderr
         outputs[name] = load_file(out)
     evaluated, alone = outputs.values()
@@ -95,7 +95,7 @@ def test_one_image_scores_as_the_evaluation_does(script, small_world, checkpoint
 def test_a_checkpoint_of_other_flags_and_a_missing_feature_file_are_explained(
     script, small_world, checkpoint, tmp_path
 ):
-    flags = [*host_flags(small_world, evaluate=True), "--resume", str(checkpoint)]
+    flags = [*ezhoi_flags(small_world, evaluate=True), "--resume", str(checkpoint)]
     other = infer(script, *[flag for flag in flags if flag != "--img_clip_pt"])
     assert other.returncode == 2
     assert "the checkpoint does not fit the model that these flags build" in other.stderr
@@ -220,7 +220,7 @@ def test_flags_on_which_upstream_hangs_or_fails_are_refused(tmp_path):
 
 def test_an_engine_that_is_imported_and_not_used_is_none(script, tmp_path):
     assert ENGINE not in _imported_modules(script)
-    assert ENGINE in _imported_modules(HOST / "main_tip_finetune.py")
+    assert ENGINE in _imported_modules(MINIATURE / "main_tip_finetune.py")
     own = tmp_path / "own.py"
     own.write_text("from m import build_detector, CustomisedDLE as E\nclass Mine(E): pass\n")
     assert _imported_modules(own)[ENGINE] == "m"

@@ -20,7 +20,7 @@ from ezhoi_diffusion.ezhoi import text_cache
 from ezhoi_diffusion.ezhoi.feature_tap import FeatureTap
 from ezhoi_diffusion.ezhoi.text_cache import PATIENCE, TextCache
 from ezhoi_diffusion.plugins import PluginError, PluginManager
-from helpers.miniature import host_flags, launch
+from helpers.miniature import ezhoi_flags, launch
 
 
 class Encoder(nn.Module):
@@ -493,8 +493,8 @@ def test_what_is_traced_through_it_is_no_constant(encoder, given):
 
 
 @pytest.fixture
-def host(make_host):
-    return make_host()
+def host(make_ezhoi):
+    return make_ezhoi()
 
 
 @pytest.fixture
@@ -539,8 +539,8 @@ def equal(a, b):
 
 @pytest.mark.parametrize("flags", [(), ("--txt_align", "--act_descriptor")], ids=["", "more text modules"])
 @pytest.mark.parametrize("batch", [1, 4])
-def test_detections_and_logits_are_the_bare_host_s(make_host, mocker, batch, flags):
-    host = make_host(*flags)
+def test_detections_and_logits_are_the_bare_host_s(make_ezhoi, mocker, batch, flags):
+    host = make_ezhoi(*flags)
     bare, state = scored(host, mocker, batch), list(host.model.state_dict())
     runs = mocker.spy(type(host.model.clip_head.text_encoder), "forward")
     modules = [id(m) for m in host.model.modules()]
@@ -575,10 +575,10 @@ def test_replaced_features_and_captured_rows_are_what_they_are_without(host, moc
     assert equal([t for t in rows[True] if t is not None], [t for t in rows[False] if t is not None])
 
 
-def test_a_capture_pass_encodes_once_and_writes_the_same(host, use, runs, mocker, host_modules):
+def test_a_capture_pass_encodes_once_and_writes_the_same(host, use, runs, mocker, ezhoi_modules):
     batches = []
     use(rows=SimpleNamespace(on_train_batch=hookimpl(lambda batch: batches.append(batch))))
-    collate = host_modules.utils.custom_collate
+    collate = ezhoi_modules.utils.custom_collate
     loader = SimpleNamespace(dataset=host.dataset, collate_fn=collate)
     engine = SimpleNamespace(_train_loader=loader)
     host.args.plugin, host.args.max_images = ["rows"], 6
@@ -659,8 +659,8 @@ def test_it_ends_with_the_host_s_evaluation(host, runs):
     assert vars(engine) == {}
 
 
-def test_two_hosts_at_once(host, make_host, mocker):
-    other = make_host(zs_type="rare_first")
+def test_two_hosts_at_once(host, make_ezhoi, mocker):
+    other = make_ezhoi(zs_type="rare_first")
     bare = scored(other, mocker)
     first, second = attach(host.model, host.args), attach(other.model, other.args)
     first.detach()
@@ -703,7 +703,7 @@ def test_a_launched_evaluation_encodes_once_a_process(small_world, tmp_path, fla
     (tmp_path / "sitecustomize.py").write_text(COUNTING)  # processes that the host spawns import it, too
     count = tmp_path / "runs"
     path = os.pathsep.join([str(tmp_path), *sys.path])
-    done = launch(*host_flags(small_world, evaluate=True), *flags, PYTHONPATH=path, ENCODER_RUNS=str(count))
+    done = launch(*ezhoi_flags(small_world, evaluate=True), *flags, PYTHONPATH=path, ENCODER_RUNS=str(count))
     assert done.returncode == 0, done.stderr
     assert "The mAP is" in done.stdout
     encoded = len(count.read_text())

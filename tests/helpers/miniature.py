@@ -19,10 +19,10 @@ from ezhoi_diffusion.demo import world
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.files import read_json, write_json
 
-HOST = Path(ezhoi_diffusion.demo.__file__).parent / "miniature"
+MINIATURE = Path(ezhoi_diffusion.demo.__file__).parent / "miniature"
 
 
-HOSTDUMP = Path(__file__).with_name("hostdump.py")
+DUMP_SCRIPT = Path(__file__).with_name("dump.py")
 
 
 VCOCO_ACTIONS = [f"{verb} {('obj', 'instr')[i % 2]}" for i, verb in enumerate(world.VERBS)]
@@ -34,7 +34,7 @@ def free_port() -> str:
         return str(s.getsockname()[1])
 
 
-def host_flags(folder: Path, *, evaluate: bool, **kwargs) -> list[str]:
+def ezhoi_flags(folder: Path, *, evaluate: bool, **kwargs) -> list[str]:
     """The miniature's command line, with an output folder and a port of its own."""
     return [
         *world.host_args(folder, evaluate=evaluate, **kwargs),
@@ -48,18 +48,18 @@ def host_flags(folder: Path, *, evaluate: bool, **kwargs) -> list[str]:
 def vcoco_flags(folder: Path, out: Path, *, cache: bool) -> list[str]:
     clip = folder / "data" / f"clip_img_vcoco_{'val' if cache else 'train'}"
     return [
-        *host_flags(folder, evaluate=False, zs_type=None),
+        *ezhoi_flags(folder, evaluate=False, zs_type=None),
         "--dataset", "vcoco", "--partitions", "trainval", "test", "--clip_img_file", str(clip),
         "--output-dir", str(out), *(["--cache"] if cache else []),
     ]  # fmt: skip
 
 
-def run_host(*command: str, timeout: int = 240, **env: str) -> subprocess.CompletedProcess[str]:
+def run_in_miniature(*command: str, timeout: int = 240, **env: str) -> subprocess.CompletedProcess[str]:
     """Run python with `command` in the miniature's folder."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **env}
     return subprocess.run(
         [sys.executable, *command],
-        cwd=HOST,
+        cwd=MINIATURE,
         env=environment,
         capture_output=True,
         text=True,
@@ -70,7 +70,7 @@ def run_host(*command: str, timeout: int = 240, **env: str) -> subprocess.Comple
 
 def launch(*flags: str, **kwargs) -> subprocess.CompletedProcess[str]:
     """`ezhoi-diffusion run main_tip_finetune.py flags…` on the miniature."""
-    return run_host("-m", "ezhoi_diffusion", "run", "main_tip_finetune.py", *flags, **kwargs)
+    return run_in_miniature("-m", "ezhoi_diffusion", "run", "main_tip_finetune.py", *flags, **kwargs)
 
 
 def rewrite(path: Path, **changes) -> None:
@@ -83,7 +83,7 @@ class _Parsed(Exception):
     pass
 
 
-def parse_host_flags(flags: list[str]) -> argparse.Namespace:
+def parse_ezhoi_flags(flags: list[str]) -> argparse.Namespace:
     """What the miniature's own parser makes of `flags`, ours included."""
     from ezhoi_diffusion import add_arguments
 
@@ -96,7 +96,7 @@ def parse_host_flags(flags: list[str]) -> argparse.Namespace:
 
     argparse.ArgumentParser.parse_args = parse_args
     try:
-        runpy.run_path(str(HOST / "main_tip_finetune.py"), run_name="__main__")
+        runpy.run_path(str(MINIATURE / "main_tip_finetune.py"), run_name="__main__")
     except _Parsed:
         return found[0]
     finally:
@@ -105,7 +105,7 @@ def parse_host_flags(flags: list[str]) -> argparse.Namespace:
 
 
 def dump(out: Path, how: str, *flags: str):
-    done = run_host(str(HOSTDUMP), str(out), how, "main_tip_finetune.py", *flags)
+    done = run_in_miniature(str(DUMP_SCRIPT), str(out), how, "main_tip_finetune.py", *flags)
     return done, load_file(out) if out.exists() else {}
 
 
@@ -113,7 +113,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def printed_by_host(text: str) -> dict[str, str]:
+def printed_by_ezhoi(text: str) -> dict[str, str]:
     """What the script prints at its end, by group."""
     full, rare, non_rare, _, unseen, seen = re.findall(r"\d+\.\d\d|nan", text[text.index("The mAP is") :])
     return {"full": full, "rare": rare, "non-rare": non_rare, "unseen": unseen, "seen": seen}

@@ -1,6 +1,6 @@
 """Runs an EZ-HOI script and writes down what it computed, by means that share nothing with the package.
 
-    python hostdump.py OUT.safetensors bare|launched SCRIPT FLAGS…
+    python dump.py OUT.safetensors bare|launched SCRIPT FLAGS…
 
 Keys: `{image}.logits|scores|boxes|pairing|labels`, `{image}.feat` (output of mem_adapter or vis_fuse), `context.{i}`.
 """

@@ -15,8 +15,8 @@ import torch
 import ezhoi_diffusion
 from ezhoi_diffusion import testing
 from ezhoi_diffusion.artifact import Artifact
-from ezhoi_diffusion.builtin.diffusion import components
 from ezhoi_diffusion.cli import COMMANDS
+from ezhoi_diffusion.diffusion.components import components
 from ezhoi_diffusion.evaluation.comparison import Comparison
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
 from ezhoi_diffusion.features.store import FeatureStore

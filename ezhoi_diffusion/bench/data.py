@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ezhoi_diffusion.bench.training import silently
-from ezhoi_diffusion.diffusion.bridge import Components, DiffusionBridge
+from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
+from ezhoi_diffusion.diffusion.components import Components
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.features.split import validation_mask
 from ezhoi_diffusion.features.statistics import ModalityStatistics, unit

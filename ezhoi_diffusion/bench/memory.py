@@ -18,8 +18,8 @@ from torch import Tensor
 from ezhoi_diffusion.bench.data import BenchError
 from ezhoi_diffusion.bench.sampling import GUIDE_TIMED, AsPublished, BridgeCase, fresh
 from ezhoi_diffusion.bench.training import TrainerCase, take_steps, training
-from ezhoi_diffusion.builtin.diffusion import components
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig
+from ezhoi_diffusion.diffusion.components import components
 from ezhoi_diffusion.features.statistics import ModalityStatistics
 from ezhoi_diffusion.plugins import PluginManager
 from ezhoi_diffusion.training.data import TrainingData

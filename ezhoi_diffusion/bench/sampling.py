@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ezhoi_diffusion.bench.timing import interleaved, spread
-from ezhoi_diffusion.diffusion.bridge import BridgeConfig, Components, DiffusionBridge, build_denoiser
+from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge, build_denoiser
+from ezhoi_diffusion.diffusion.components import Components
 from ezhoi_diffusion.diffusion.recipes import RECIPES
 from ezhoi_diffusion.diffusion.unet1d import Unet1dDenoiser
 from ezhoi_diffusion.evaluation.fidelity import Fidelity, fidelity

@@ -16,7 +16,8 @@ from ezhoi_diffusion.bench.machine import busy, machine
 from ezhoi_diffusion.bench.memory import of_bridging, of_training
 from ezhoi_diffusion.bench.sampling import bridge_cases, cost, fewest, nearness
 from ezhoi_diffusion.bench.training import TRAINER_CASES, speed
-from ezhoi_diffusion.diffusion.bridge import Components, DiffusionBridge
+from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
+from ezhoi_diffusion.diffusion.components import Components
 from ezhoi_diffusion.training.config import TrainConfig
 
 TIMED = 20  # seconds that bridging one size takes on two idle cores, and the others likewise: the bar counts these

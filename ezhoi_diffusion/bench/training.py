@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ezhoi_diffusion.bench.timing import now, spread
-from ezhoi_diffusion.diffusion.bridge import BridgeConfig, Components, build_denoiser
+from ezhoi_diffusion.diffusion.bridge import BridgeConfig, build_denoiser
+from ezhoi_diffusion.diffusion.components import Components
 from ezhoi_diffusion.diffusion.normalization import normalize, rescale
 from ezhoi_diffusion.errors import Interrupted
 from ezhoi_diffusion.training.config import TrainConfig

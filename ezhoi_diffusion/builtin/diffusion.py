@@ -10,18 +10,8 @@ from ezhoi_diffusion.bridge_plugin import BridgePlugin, Load
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 
 if TYPE_CHECKING:
-    from ezhoi_diffusion.diffusion.bridge import Components, DiffusionBridge
+    from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
     from ezhoi_diffusion.plugins import PluginManager
-
-
-def components(plugins: PluginManager) -> Components:
-    """The built-in denoisers and samplers, and those that plugins contribute. Raises PluginError."""
-    from ezhoi_diffusion.diffusion.bridge import Components
-
-    parts = Components()
-    plugins.collect("register_denoisers", parts.denoisers)
-    plugins.collect("register_samplers", parts.samplers)
-    return parts
 
 
 def load(folder: Path | None, plugins: PluginManager | None = None) -> DiffusionBridge:
@@ -30,6 +20,7 @@ def load(folder: Path | None, plugins: PluginManager | None = None) -> Diffusion
     Raises BridgeError, or EzhoiDiffusionError without a folder.
     """
     from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
+    from ezhoi_diffusion.diffusion.components import components
 
     if folder is None:
         raise EzhoiDiffusionError("the diffusion bridge needs --bridge DIR, a folder made by `ezhoi-diffusion train`")

@@ -61,9 +61,9 @@ def run(args: argparse.Namespace) -> int:
     from ezhoi_diffusion.bench.plot import plot_bench
     from ezhoi_diffusion.bench.suite import QUICK, BenchConfig, measure
     from ezhoi_diffusion.bench.table import table
-    from ezhoi_diffusion.builtin.diffusion import components
     from ezhoi_diffusion.cli.compare import acceptance
     from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
+    from ezhoi_diffusion.diffusion.components import components
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.files import write_json
     from ezhoi_diffusion.hub import local

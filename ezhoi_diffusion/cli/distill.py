@@ -47,9 +47,9 @@ def run(args: argparse.Namespace) -> int:
     """Distil, judge, write."""
     import torch
 
-    from ezhoi_diffusion.builtin.diffusion import components
     from ezhoi_diffusion.cli.compare import acceptance
     from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
+    from ezhoi_diffusion.diffusion.components import components
     from ezhoi_diffusion.features.split import validation_mask
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.files import require_unused

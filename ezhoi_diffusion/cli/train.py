@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from ezhoi_diffusion.artifact import CONFIG
-    from ezhoi_diffusion.builtin.diffusion import components
+    from ezhoi_diffusion.diffusion.components import components
     from ezhoi_diffusion.diffusion.networks import CLOSED_FORMS
     from ezhoi_diffusion.evaluation.variants import SEED
     from ezhoi_diffusion.features.store import FeatureStore
@@ -210,7 +210,7 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     """What the flags say. Raises EzhoiDiffusionError for values that cannot be meant, names that nobody knows."""
     from dataclasses import fields
 
-    from ezhoi_diffusion.builtin.diffusion import components
+    from ezhoi_diffusion.diffusion.components import components
     from ezhoi_diffusion.plugins import PluginManager
     from ezhoi_diffusion.training.config import TrainConfig
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,14 +16,13 @@ from torch import Tensor, nn
 
 from ezhoi_diffusion.artifact import CONTEXT, BridgeError
 from ezhoi_diffusion.diffusion.artifact import MODEL, STATISTICS, BridgeConfig, read_artifact, write_artifact
-from ezhoi_diffusion.diffusion.networks import DenoiserBuilder, denoisers
+from ezhoi_diffusion.diffusion.components import Components
 from ezhoi_diffusion.diffusion.normalization import normalize, uncenter
 from ezhoi_diffusion.diffusion.recipes import Recipe, Side
-from ezhoi_diffusion.diffusion.samplers import Sampler, ddim, make_timesteps, samplers
+from ezhoi_diffusion.diffusion.samplers import Sampler, ddim, make_timesteps
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.features.statistics import ModalityStatistics, unit
 from ezhoi_diffusion.hub import local, push
-from ezhoi_diffusion.registry import Registry
 
 APPLICATION = (
     "start_timestep",
@@ -32,18 +31,10 @@ APPLICATION = (
     "blend",
     "output",
 )  # fields of a recipe that no weight depends on
-__all__ = ["BridgeConfig", "BridgeError", "Components", "DiffusionBridge", "build_denoiser"]
+__all__ = ["BridgeConfig", "BridgeError", "DiffusionBridge", "build_denoiser"]
 
 _Sampled = dict[tuple[int, int, str], tuple[weakref.ref[Tensor], Tensor]]
 """(start_timestep, steps, grid) -> the rows that were sampled last, and what became of them."""
-
-
-@dataclass(frozen=True)
-class Components:
-    """The named parts a bridge may be made of: the built-in ones, and what plugins added."""
-
-    denoisers: Registry[DenoiserBuilder] = field(default_factory=denoisers)
-    samplers: Registry[Sampler] = field(default_factory=samplers)
 
 
 def build_denoiser(config: BridgeConfig, registry: Components | None = None) -> nn.Module:

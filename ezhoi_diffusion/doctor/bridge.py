@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ezhoi_diffusion.builtin.diffusion import components
 from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
+from ezhoi_diffusion.diffusion.components import components
 from ezhoi_diffusion.diffusion.networks import CLOSED_FORMS
 from ezhoi_diffusion.diffusion.recipes import Recipe
 from ezhoi_diffusion.doctor.features import Scan

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ezhoi_diffusion.artifact import CONFIG, Artifact
 from ezhoi_diffusion.diffusion.artifact import BRIDGE
-from ezhoi_diffusion.diffusion.bridge import BridgeConfig, Components, DiffusionBridge, build_denoiser
+from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge, build_denoiser
 from ezhoi_diffusion.diffusion.closed_form import Empirical, Gaussian
+from ezhoi_diffusion.diffusion.components import Components
 from ezhoi_diffusion.files import current, write_json
 from ezhoi_diffusion.rng import generator
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError

@@ -20,7 +20,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from ezhoi_diffusion.diffusion.bridge import Components, DiffusionBridge, build_denoiser
+from ezhoi_diffusion.diffusion.bridge import DiffusionBridge, build_denoiser
+from ezhoi_diffusion.diffusion.components import Components
 from ezhoi_diffusion.files import write_json
 from ezhoi_diffusion.training.checkpoint import flat, nested, read_newest, require_same_run, write_checkpoint
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError

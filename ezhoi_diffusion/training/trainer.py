@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ezhoi_diffusion.artifact import CONFIG
-from ezhoi_diffusion.diffusion.bridge import Components
+from ezhoi_diffusion.diffusion.components import Components
 from ezhoi_diffusion.diffusion.networks import CLOSED_FORMS
 from ezhoi_diffusion.errors import Interrupted
 from ezhoi_diffusion.files import current, leftovers, locked

@@ -13,7 +13,8 @@ from ezhoi_diffusion.bench.data import BenchError, captured, made_up, student_of
 from ezhoi_diffusion.bench.machine import busy
 from ezhoi_diffusion.bench.table import table
 from ezhoi_diffusion.cli import main
-from ezhoi_diffusion.diffusion.bridge import BridgeConfig, Components, DiffusionBridge, build_denoiser
+from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge, build_denoiser
+from ezhoi_diffusion.diffusion.components import Components
 from ezhoi_diffusion.diffusion.normalization import rescale
 from ezhoi_diffusion.diffusion.recipes import DEFAULT_RECIPE
 from ezhoi_diffusion.features.split import validation_mask

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ezhoi_diffusion.diffusion.bridge import Components, DiffusionBridge
+from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
+from ezhoi_diffusion.diffusion.components import Components
 from ezhoi_diffusion.diffusion.normalization import normalize
 from ezhoi_diffusion.diffusion.recipes import RECIPES
 from ezhoi_diffusion.errors import EzhoiDiffusionError, Interrupted

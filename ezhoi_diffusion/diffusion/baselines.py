@@ -1,0 +1,54 @@
+"""Bridges without a network: a gain of any other bridge counts over the best of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ezhoi_diffusion.bridge import Bridge
+
+if TYPE_CHECKING:
+    from ezhoi_diffusion.features.batch import Pairs
+    from ezhoi_diffusion.features.statistics import ModalityStatistics
+
+
+class Identity(Bridge):
+    """Returns the features as they are. A comparison in which it differs from `none` is broken."""
+
+    row_by_row = True
+    baseline = True
+
+    def forward(self, adapter_feat: Tensor, pairs: Pairs | None = None) -> Tensor:
+        """Return `adapter_feat` [P, D] itself."""
+        return adapter_feat
+
+
+class MeanShift(Bridge):
+    """Exchanges the visual mean for the text mean and keeps the norm: |x| · unit(unit(x) − visual mean + text mean).
+
+    Source: Liang et al., "Mind the gap", NeurIPS 2022; there without the norm.
+    """
+
+    row_by_row = True
+    baseline = True
+    shift: Tensor
+
+    def __init__(
+        self, statistics: ModalityStatistics, provenance: dict[str, Any], context: Mapping[str, Tensor]
+    ) -> None:
+        super().__init__()
+        self.provenance = provenance
+        self.context = context
+        self.register_buffer("shift", statistics.text_mean - statistics.visual_mean, persistent=False)
+
+    @torch.no_grad()
+    def forward(self, adapter_feat: Tensor, pairs: Pairs | None = None) -> Tensor:
+        """Shift features [P, D]."""
+        x = adapter_feat.float()
+        shifted = F.normalize(F.normalize(x, dim=-1) + self.shift.to(x.device), dim=-1)
+        result: Tensor = shifted * x.norm(dim=-1, keepdim=True)
+        return result.to(adapter_feat.dtype)

@@ -448,12 +448,12 @@ def reference(x: torch.Tensor, checkpoint: dict, mean: torch.Tensor, steps: int,
 
 @pytest.mark.parametrize("objective", ["pred_x0", "pred_noise", "pred_v"])
 @pytest.mark.parametrize(("num_steps", "scale"), [(1, 5.0), (50, 5.0), (20, 3.0)])
-def test_drop_in_is_the_published_sampler(tmp_path, objective, steps, scale):
+def test_drop_in_is_the_published_sampler(tmp_path, objective, num_steps, scale):
     checkpoint = trainer_checkpoint(objective=objective)
     torch.save(checkpoint, tmp_path / "m.pt")
     mean = dump(MEAN, tmp_path / "mean.pkl")
-    bridge = DiffusionBridgeHOI(tmp_path / "m.pt", mean, inference_steps=steps, scale_factor=scale)
-    expected = reference(VISUAL[:6], checkpoint, MEAN, steps, objective, scale, unet(D, 8, (1, 2), seed=2))
+    bridge = DiffusionBridgeHOI(tmp_path / "m.pt", mean, inference_steps=num_steps, scale_factor=scale)
+    expected = reference(VISUAL[:6], checkpoint, MEAN, num_steps, objective, scale, unet(D, 8, (1, 2), seed=2))
     found = bridge(VISUAL[:6])
     assert torch.isfinite(expected).all()
     assert (found - expected).abs().max() <= 1e-5
@@ -461,8 +461,8 @@ def test_drop_in_is_the_published_sampler(tmp_path, objective, steps, scale):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_steps", [600, 1000])
-def test_drop_in_with_the_guides_numbers_of_steps(tmp_path, steps):
-    test_drop_in_is_the_published_sampler(tmp_path, "pred_x0", steps, 5.0)
+def test_drop_in_with_the_guides_numbers_of_steps(tmp_path, num_steps):
+    test_drop_in_is_the_published_sampler(tmp_path, "pred_x0", num_steps, 5.0)
 
 
 @pytest.mark.slow
@@ -533,10 +533,10 @@ def test_drop_in_changes_nothing_of_the_module_around_it(files):
         ("folder", None, 5, BridgeError, "config.json"),
     ],
 )
-def test_drop_in_refuses(files, model, mean, steps, error, says):
+def test_drop_in_refuses(files, model, mean, num_steps, error, says):
     path = getattr(files, model, files.folder / "nowhere")
     with pytest.raises(error, match=says):
-        DiffusionBridgeHOI(path, mean and getattr(files, mean), inference_steps=steps)
+        DiffusionBridgeHOI(path, mean and getattr(files, mean), inference_steps=num_steps)
 
 
 def test_drop_in_runs_no_program(files, tmp_path):

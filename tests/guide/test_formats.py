@@ -47,7 +47,7 @@ def test_raw_text(tmp_path):
     assert found.warnings == ()
 
 
-@pytest.mark.parametrize("scale_factor", [5.0, 3.0])
+@pytest.mark.parametrize("scale", [5.0, 3.0])
 def test_normalised_text_has_the_scale_of_its_rows(tmp_path, scale):
     found = read_legacy(text_file(tmp_path / "f", chain(TEXT, MEAN, scale), scale_factor=5.0))
     assert isinstance(found, TextRows)

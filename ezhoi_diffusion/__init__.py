@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ezhoi_diffusion.artifact import Artifact as Artifact
     from ezhoi_diffusion.artifact import BridgeError as BridgeError
-    from ezhoi_diffusion.bridge_plugin import BridgePlugin as BridgePlugin
+    from ezhoi_diffusion.builtin.bridge_plugin import BridgePlugin as BridgePlugin
     from ezhoi_diffusion.diffusion.bridge import DiffusionBridge as DiffusionBridge
     from ezhoi_diffusion.errors import EzhoiDiffusionError as EzhoiDiffusionError
     from ezhoi_diffusion.evaluation.comparison import Comparison as Comparison
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "Artifact": "artifact",
     "BridgeError": "artifact",
-    "BridgePlugin": "bridge_plugin",
+    "BridgePlugin": "builtin.bridge_plugin",
     "Comparison": "evaluation.comparison",
     "DiffusionBridge": "diffusion.bridge",
     "DiffusionBridgeHOI": "guide.bridge_hoi",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -115,6 +116,18 @@ def as_bridge(value: object) -> Bridge:
         forgot = ": forgot the ()?" if isinstance(value, type) else ""
         raise BridgeError(f"{value!r:.100} is no bridge: return a Bridge, or a function on features [P, D]{forgot}")
     return FunctionBridge(value)
+
+
+def replacement_problem(before: Tensor, after: object) -> str | None:
+    """What is wrong with `after` as a replacement of the pair features `before` [P, D], or None."""
+    if not isinstance(after, Tensor):
+        return f"returned {type(after).__name__}, not a tensor"
+    for what in ("shape", "dtype", "device"):
+        if getattr(before, what) != getattr(after, what):
+            return f"returned {what} {getattr(after, what)} for {what} {getattr(before, what)}"
+    if not torch.isfinite(after).all():
+        return f"returned {int((~torch.isfinite(after)).sum())} values that are not finite"
+    return None
 
 
 # -- fingerprints ------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ below. A function may ask for fewer arguments than the hook offers; all of them 
     from ezhoi_diffusion import hookimpl
 
     @hookimpl
-    def post_adapter_feat(adapter_feat, context):
+    def post_adapter_feat(adapter_feat, pairs):
         return adapter_feat - adapter_feat.mean(0)
 
 `register_*` contributes: it is called on every installed plugin. `locate_*` answers, `on_*` observes and `post_*`
@@ -156,7 +156,7 @@ def on_train_batch(batch: FeatureBatch) -> None:
 
 
 @hookspec
-def post_adapter_feat(adapter_feat: Tensor, context: Pairs) -> Tensor | None:
+def post_adapter_feat(adapter_feat: Tensor, pairs: Pairs) -> Tensor | None:
     """Replace the visual feature of one image, at eval time.
 
     Since: 0.1. Mode: fold: each plugin gets what the one before returned. When: once for every image that

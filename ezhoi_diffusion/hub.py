@@ -72,7 +72,7 @@ def package(
     if not REPOSITORY.fullmatch(repo_id):
         raise SharingError(f"{repo_id!r} names no repository of the Hub: give USER/NAME")
     config = describe(folder)
-    if config["bridge"] == "auto":
+    if config["bridge"] == "tuned":
         raise SharingError(
             f"{folder} is a choice, not a bridge: push the bridge in {folder / 'bridge'}, and say with which settings it was chosen"
         )

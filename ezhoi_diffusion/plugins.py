@@ -29,11 +29,11 @@ T = TypeVar("T")
 
 ENTRY_POINT_GROUP = "ezhoi_diffusion"
 BUILTIN = {
-    "auto": "ezhoi_diffusion.builtin.auto:plugin",
     "capture": "ezhoi_diffusion.builtin.capture:plugin",
     "diffusion": "ezhoi_diffusion.builtin.diffusion:plugin",
     "identity": "ezhoi_diffusion.builtin.identity:plugin",
     "mean_shift": "ezhoi_diffusion.builtin.mean_shift:plugin",
+    "tuned": "ezhoi_diffusion.builtin.tuned:plugin",
     "text_cache": "ezhoi_diffusion.builtin.text_cache:plugin",
 }
 BY_DEFAULT = ("text_cache",)  # built-in plugins that change no result, and take part in every evaluation unless blocked

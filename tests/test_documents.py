@@ -130,9 +130,9 @@ def test_on_train_batch(plugin, capsys):
 
 @pytest.mark.parametrize("plugin", ["post_adapter_feat"], indirect=True)
 def test_post_adapter_feat(plugin):
-    from ezhoi_diffusion.ezhoi.feature_tap import check_replacement
+    from ezhoi_diffusion.bridge import replacement_problem
 
-    replaced = plugin.fold("post_adapter_feat", torch.ones(2, 3), check_replacement, context=pairs())
+    replaced = plugin.fold("post_adapter_feat", torch.ones(2, 3), replacement_problem, pairs=pairs())
     assert replaced.tolist() == [[1, 1, 1], [0, 0, 0]]
 
 

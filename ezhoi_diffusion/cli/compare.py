@@ -11,6 +11,7 @@ from ezhoi_diffusion.errors import EzhoiDiffusionError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ezhoi_diffusion.bridge import Bridge
     from ezhoi_diffusion.features.store import FeatureStore
 
 DESCRIPTION = """\
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ezhoi_diffusion.evaluation.alignment import disagreements
     from ezhoi_diffusion.evaluation.replay import replay
-    from ezhoi_diffusion.evaluation.variants import parse_sweep, resolve_variants
+    from ezhoi_diffusion.evaluation.variants import parse_settings, parse_sweep, resolve_variants
     from ezhoi_diffusion.evaluation.vcoco import replay_roles
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.plugins import PluginManager
@@ -95,10 +96,10 @@ def run(args: argparse.Namespace) -> int:
     variants = resolve_variants(
         args.bridges,
         plugins,
-        args.bridge,
-        accept,
-        device,
-        num_steps=args.inference_steps,
+        folder=args.bridge,
+        check=accept,
+        device=device,
+        settings=parse_settings((), args.inference_steps),
         sweep=parse_sweep(args.sweep),
     )
     if args.report:
@@ -143,19 +144,19 @@ def declare_force(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def acceptance(store: FeatureStore, args: argparse.Namespace, forced: list[str]) -> Callable[[object, str], None]:
+def acceptance(store: FeatureStore, args: argparse.Namespace, forced: list[str]) -> Callable[[Bridge, str], None]:
     """Holds a bridge against the host that the features came from, as the host itself does: see Host.accept."""
-    from ezhoi_diffusion.ezhoi.fingerprint import foreign
+    from ezhoi_diffusion.bridge import fingerprint_mismatch
 
-    def accept(bridge: object, name: str) -> None:
-        difference = foreign(bridge, name, store.fingerprint)
+    def accept(bridge: Bridge, name: str) -> None:
+        difference = fingerprint_mismatch(bridge, name, store.fingerprint)
         if difference is None:
             return
         if not args.force_bridge:
             raise EzhoiDiffusionError(
-                f"{difference[1]} (here: the host of {store.folder}). Capture both splits from one host, with the same "
+                f"{difference.message} (here: the host of {store.folder}). Capture both splits from one host, with the same "
                 f"--seed, and train on its features; or add --force-bridge to use it all the same"
             )
-        forced.append(difference[1])
+        forced.append(difference.message)
 
     return accept

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from ezhoi_diffusion.cli.compare import acceptance
     from ezhoi_diffusion.evaluation.effect import verdict
     from ezhoi_diffusion.evaluation.replay import effect_of, replay
-    from ezhoi_diffusion.evaluation.variants import resolve_variants
+    from ezhoi_diffusion.evaluation.variants import parse_settings, resolve_variants
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.files import write_json
     from ezhoi_diffusion.plugins import PluginManager
@@ -67,12 +67,17 @@ def run(args: argparse.Namespace) -> int:
         require_library(args.embedding)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     variants = resolve_variants(
-        args.name, PluginManager(), args.bridge, acceptance(store, args, forced), device, num_steps=args.inference_steps
+        args.name,
+        PluginManager(),
+        folder=args.bridge,
+        check=acceptance(store, args, forced),
+        device=device,
+        settings=parse_settings((), args.inference_steps),
     )
     (name, bridge), *_ = variants.items()
     chosen = choose_images(store.images, args.num_test_images, args.seed)
     with report_folder(args.out):
-        effect = effect_of(store, bridge.inject, chosen, TOP, device)
+        effect = effect_of(store, bridge.apply, chosen, TOP, device)
         comparison = replay(store, variants, chosen=chosen, device=device, forced=forced)
         words = verdict(effect, comparison, name)
         facts = {

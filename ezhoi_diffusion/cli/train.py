@@ -154,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
     from ezhoi_diffusion.artifact import CONFIG
     from ezhoi_diffusion.diffusion.components import components
     from ezhoi_diffusion.diffusion.networks import CLOSED_FORMS
-    from ezhoi_diffusion.evaluation.variants import SEED
+    from ezhoi_diffusion.evaluation.variants import SEED_PREFIX
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.files import current
     from ezhoi_diffusion.plugins import PluginManager
@@ -177,7 +177,7 @@ def run(args: argparse.Namespace) -> int:
     data = training_data(FeatureStore(args.features), config.recipe.trained_on)
     for number in range(args.seeds):
         seeded = replace(config, seed=config.seed + number)
-        folder = args.out if args.seeds == 1 else args.out / f"{SEED}{seeded.seed}"
+        folder = args.out if args.seeds == 1 else args.out / f"{SEED_PREFIX}{seeded.seed}"
         try:
             out = train(
                 data, seeded, folder, registry=components(PluginManager()), resume=args.resume, log_with=args.log_with

@@ -11,7 +11,7 @@ DESCRIPTION = """\
 Choose a bridge, its start step, steps, strength and output mode by mAP on a validation split of the *training* images: the
 tenth of them that no training and no fit takes a step on (paired stops early by it), seen classes only. Labels of unseen classes are not read, and the test
 split is not touched. `none` is among the candidates, so the choice is never worse than no bridge on these images. The choice
-and what speaks for it are written as a bridge of its own, `auto`."""
+and what speaks for it are written as a bridge of its own, `tuned`."""
 EPILOG = """\
 reading it:
   the best of many candidates looks better than it is. The interval and the adjusted p-value say how much of its lead is
@@ -20,8 +20,8 @@ reading it:
 
 example:
   ezhoi-diffusion tune FEATURES --bridges mean_shift,diffusion,diffusion=PAIRED --bridge BRIDGE --out CHOICE
-  ezhoi-diffusion compare TEST_FEATURES --bridges none,identity,mean_shift,diffusion,auto=CHOICE --bridge BRIDGE --report R
-  ezhoi-diffusion run main_tip_finetune.py … --eval --resume CKPT --plugin auto --bridge CHOICE
+  ezhoi-diffusion compare TEST_FEATURES --bridges none,identity,mean_shift,diffusion,tuned=CHOICE --bridge BRIDGE --report R
+  ezhoi-diffusion run main_tip_finetune.py … --eval --resume CKPT --plugin tuned --bridge CHOICE
 """
 SHOWN = 10
 
@@ -29,10 +29,10 @@ SHOWN = 10
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     from ezhoi_diffusion.cli.compare import declare_force
-    from ezhoi_diffusion.evaluation.tune import GRID
+    from ezhoi_diffusion.evaluation.tune import DEFAULT_SWEEP
 
     parser.description, parser.epilog = DESCRIPTION, EPILOG
-    grid = " ".join(f"{key}={','.join(str(value) for value in values)}" for key, values in GRID.items())
+    grid = " ".join(f"{key}={','.join(str(value) for value in values)}" for key, values in DEFAULT_SWEEP.items())
     parser.add_argument("features", type=Path, metavar="FEATURES", help="the folder of a capture of the train split")
     parser.add_argument(
         "--bridges", default="mean_shift,diffusion", metavar="NAME[=DIR],…",
@@ -53,9 +53,10 @@ def run(args: argparse.Namespace) -> int:
     """Score the candidates, choose, and write."""
     import torch
 
+    from ezhoi_diffusion.bridge import Bridge
     from ezhoi_diffusion.cli.compare import acceptance
     from ezhoi_diffusion.evaluation.comparison import REFERENCE
-    from ezhoi_diffusion.evaluation.tune import AUTO, GRID, require_unseen, tune, write_choice
+    from ezhoi_diffusion.evaluation.tune import DEFAULT_SWEEP, TUNED, require_labels_unseen, tune, write_choice
     from ezhoi_diffusion.evaluation.variants import parse_sweep, resolve_variants
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.files import require_unused
@@ -67,22 +68,27 @@ def run(args: argparse.Namespace) -> int:
     if args.report:
         with report_folder(args.report):
             pass  # refused now, not after the work
-    if AUTO in [part.partition("=")[0].strip() for part in args.bridges.split(",")]:
-        raise EzhoiDiffusionError("--bridges: auto is what tune makes; name the bridges themselves")
+    if TUNED in [part.partition("=")[0].strip() for part in args.bridges.split(",")]:
+        raise EzhoiDiffusionError("--bridges: tuned is what tune makes; name the bridges themselves")
     with report_folder(args.out):
         pass
     forced: list[str] = []
     accepted = acceptance(store, args, forced)
 
-    def accept(bridge: object, name: str) -> None:
+    def accept(bridge: Bridge, name: str) -> None:
         accepted(bridge, name)
-        require_unseen(bridge, name, store)
+        require_labels_unseen(bridge, name, store)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     variants = resolve_variants(
-        args.bridges, PluginManager(args.no_plugin), args.bridge, accept, device,
-        sweep=parse_sweep(args.sweep) if args.sweep else GRID, asked=bool(args.sweep),
-    )  # fmt: skip
+        args.bridges,
+        PluginManager(args.no_plugin),
+        folder=args.bridge,
+        check=accept,
+        device=device,
+        sweep=parse_sweep(args.sweep) if args.sweep else DEFAULT_SWEEP,
+        skip_refused=not args.sweep,
+    )
     comparison, candidates = tune(store, variants, device, forced)
     best, host = candidates[0], comparison.mean_ap(REFERENCE, "full")
     print(
@@ -105,6 +111,6 @@ def run(args: argparse.Namespace) -> int:
         write_report(comparison, args.report)
     write_choice(args.out, comparison, candidates, variants, store)
     print(
-        f"choice: {args.out}; now score it once on the test split: ezhoi-diffusion compare TEST_FEATURES --bridges none,identity,auto={args.out}"
+        f"choice: {args.out}; now score it once on the test split: ezhoi-diffusion compare TEST_FEATURES --bridges none,identity,tuned={args.out}"
     )
     return 0

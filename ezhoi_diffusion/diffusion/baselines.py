@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ezhoi_diffusion.bridge import Bridge
+from ezhoi_diffusion.artifact import CONTEXT
+from ezhoi_diffusion.bridge import Bridge, BridgeError
+from ezhoi_diffusion.diffusion.artifact import STATISTICS, read_artifact
+from ezhoi_diffusion.features.statistics import ModalityStatistics
 
 if TYPE_CHECKING:
     from ezhoi_diffusion.features.batch import Pairs
-    from ezhoi_diffusion.features.statistics import ModalityStatistics
 
 
 class Identity(Bridge):
@@ -52,3 +55,18 @@ class MeanShift(Bridge):
         shifted = F.normalize(F.normalize(x, dim=-1) + self.shift.to(x.device), dim=-1)
         result: Tensor = shifted * x.norm(dim=-1, keepdim=True)
         return result.to(adapter_feat.dtype)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> MeanShift:
+        """The shift between the means stored with the diffusion bridge in `folder`. Raises BridgeError."""
+        config, files = read_artifact(folder)
+        try:
+            statistics = ModalityStatistics.from_tensors(files[STATISTICS])
+        except (KeyError, TypeError, ValueError) as error:
+            raise BridgeError(f"{folder / STATISTICS} holds no statistics ({error}): train the bridge again") from error
+        if not statistics.visual_known:
+            raise BridgeError(
+                f"mean_shift needs the visual mean, and {folder} was imported without one: import it together with the file "
+                f"of visual embeddings, or take a bridge that was trained on captured features"
+            )
+        return cls(statistics, config.provenance, files.get(CONTEXT, {}))

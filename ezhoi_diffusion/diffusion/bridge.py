@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ezhoi_diffusion.artifact import CONTEXT, BridgeError
+from ezhoi_diffusion.artifact import CONTEXT
+from ezhoi_diffusion.bridge import Bridge, BridgeError
 from ezhoi_diffusion.diffusion.artifact import MODEL, STATISTICS, BridgeConfig, read_artifact, write_artifact
 from ezhoi_diffusion.diffusion.components import Components
 from ezhoi_diffusion.diffusion.normalization import normalize, uncenter
 from ezhoi_diffusion.diffusion.recipes import Recipe, Side
 from ezhoi_diffusion.diffusion.samplers import Sampler, ddim, make_timesteps
 from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.features.batch import Pairs
 from ezhoi_diffusion.features.statistics import ModalityStatistics, unit
 from ezhoi_diffusion.hub import local, push
 
@@ -63,7 +64,7 @@ def _require_means(recipe: Recipe, statistics: ModalityStatistics) -> None:
         )
 
 
-class DiffusionBridge(nn.Module):
+class DiffusionBridge(Bridge):
     """Bridges visual features [N, D]: deterministic, row by row, in float32, without gradient.
 
     With a denoiser that returns its input, and the input mean given back, the result is the input to
@@ -71,7 +72,7 @@ class DiffusionBridge(nn.Module):
     """
 
     row_by_row = True  # many images may be bridged in one call
-    depends_on_seed = True  # a training with another seed is another bridge
+    seeded = True
     input_mean: Tensor
     restored_mean: Tensor
     every_level: Tensor
@@ -83,7 +84,7 @@ class DiffusionBridge(nn.Module):
         statistics: ModalityStatistics,
         *,
         sampler: Sampler = ddim,
-        context: dict[str, Tensor] | None = None,
+        context: Mapping[str, Tensor] | None = None,
         chunk_rows: int = 1024,
     ) -> None:
         """`context` holds the host's context vectors; it is stored with the bridge and not used by it.
@@ -104,6 +105,8 @@ class DiffusionBridge(nn.Module):
         self.statistics = statistics
         self.sampler = sampler
         self.context = context or {}
+        self.provenance: dict[str, Any] = dict(config.provenance)
+        self.settings = APPLICATION if config.student_of is None else ("blend", "output")
         self.chunk_rows = chunk_rows
         self._sampled: _Sampled | None = None
         self._schedule = config.schedule()
@@ -113,54 +116,38 @@ class DiffusionBridge(nn.Module):
         # on the device once: a level made there in every evaluation would be a copy that waits
         self.register_buffer("every_level", torch.arange(config.timesteps), persistent=False)
 
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """Where the bridge comes from: the host's fingerprint, the training's facts, as JSON."""
-        return self.config.provenance
+    def apply_settings(self, settings: Mapping[str, Any]) -> None:
+        """Apply the same weights in another way.
 
-    @property
-    def settings(self) -> tuple[str, ...]:
-        """What `override` and `sweep` take: of a student not how its teacher's result came about."""
-        return APPLICATION if self.config.student_of is None else ("blend", "output")
-
-    def override(self, **changes: Any) -> DiffusionBridge:
-        """The same weights, applied in another way, e.g. override(start_timestep=100, num_steps=100).
-
-        The change is noted in the provenance, so reports say it. Raises BridgeError for values out of range, and for what
-        is part of the training.
+        Raises:
+            BridgeError: A value is out of range, or needs a mean that is not known.
         """
-        fixed = sorted(set(changes) - set(self.settings))
-        if fixed:
-            why = "" if self.config.student_of is None else " of a student, which has learned one result of its teacher"
-            raise BridgeError(f"{', '.join(fixed)} cannot be overridden{why}, only {', '.join(self.settings)}")
         try:
-            recipe = replace(self.config.recipe, **changes)
-            noted = {**self.config.provenance.get("overridden", {}), **changes}
-            config = replace(self.config, recipe=recipe, provenance={**self.config.provenance, "overridden": noted})
+            config = replace(self.config, recipe=replace(self.config.recipe, **settings))
         except (TypeError, ValueError) as error:
-            raise BridgeError(f"this bridge cannot be applied with {changes}: {error}") from error
-        _require_means(recipe, self.statistics)
-        other = copy.copy(self)
-        other.config, other._sampled = config, None
-        return other
+            raise BridgeError(f"this bridge cannot be applied with {dict(settings)}: {error}") from error
+        _require_means(config.recipe, self.statistics)
+        self.config, self._sampled = config, None
 
     def sweep(self, points: Sequence[Mapping[str, Any]]) -> list[DiffusionBridge]:
-        """One override for each point. Given the same tensor one after the other, those that differ in strength and output
-        alone sample once for all; the tensor must not be written into meanwhile. Raises BridgeError as `override` does.
+        """One `override` for each point; points that differ in blend and output alone sample once for all.
+
+        The tensor they are given one after the other must not be written into meanwhile.
         """
         shared: _Sampled = {}
-        bridges = [self.override(**point) for point in points]
+        bridges = super().sweep(points)
         for bridge in bridges:
             bridge._sampled = shared
         return bridges
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, adapter_feat: Tensor, pairs: Pairs | None = None) -> Tensor:
         """Bridged rows [N, D] of x [N, D], in its dtype and on its device; rows of norm zero stay.
 
         Nothing in it waits for a device. Raises BridgeError unless x is a floating-point matrix of width D, and on a CPU
         where it is not finite; on another device such rows come back without a finite value, and nothing is said.
         """
+        x = adapter_feat
         if x.ndim != 2 or x.shape[1] != self.config.dim or not x.is_floating_point():
             raise BridgeError(
                 f"the bridge takes floating-point rows [N, {self.config.dim}], not {x.dtype} of shape {list(x.shape)}"
@@ -229,8 +216,8 @@ class DiffusionBridge(nn.Module):
         """Write the artefact into `folder`, all of it or nothing; an older one goes, other files stay."""
         files = {MODEL: self.denoiser.state_dict(), STATISTICS: self.statistics.tensors()}
         if self.context:
-            files[CONTEXT] = self.context
-        write_artifact(Path(folder), self.config, files)
+            files[CONTEXT] = dict(self.context)
+        write_artifact(Path(folder), replace(self.config, provenance=self.provenance), files)
 
     def push_to_hub(
         self, repo_id: str, *, comparison: Path | None = None, private: bool = False, license: str | None = None

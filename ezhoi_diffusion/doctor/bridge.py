@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ezhoi_diffusion.bridge import fingerprint_differences
 from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
 from ezhoi_diffusion.diffusion.components import components
 from ezhoi_diffusion.diffusion.networks import CLOSED_FORMS
 from ezhoi_diffusion.diffusion.recipes import Recipe
 from ezhoi_diffusion.doctor.features import Scan
 from ezhoi_diffusion.doctor.finding import TRAIN, Finding, ok
-from ezhoi_diffusion.ezhoi.fingerprint import differences
 from ezhoi_diffusion.features.statistics import ModalityStatistics, unit
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.plugins import PluginManager
@@ -185,7 +185,7 @@ def against_features(bridge: DiffusionBridge, store: FeatureStore, found: Scan) 
     """Whether the bridge was made from these features, and for the host that they came from."""
     theirs, own = bridge.provenance.get("fingerprint"), store.fingerprint
     theirs = theirs if isinstance(theirs, dict) else {}
-    differing = differences(own, theirs)
+    differing = fingerprint_differences(own, theirs)
     if differing:
         listed = "; ".join(f"{key} {here!s:.40} here, {there!s:.40} there" for key, (here, there) in differing.items())
         yield Finding(

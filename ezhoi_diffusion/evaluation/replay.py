@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -26,8 +26,8 @@ from ezhoi_diffusion.evaluation.protocols import (
     hicodet,
     stored_images,
 )
-from ezhoi_diffusion.evaluation.variants import Variant, origins, seed_groups
-from ezhoi_diffusion.ezhoi.feature_tap import Inject
+from ezhoi_diffusion.evaluation.variants import Variant, seed_groups
+from ezhoi_diffusion.features.batch import Pairs
 from ezhoi_diffusion.features.score import Score, ScoreError, names_of_interactions, require_replayable
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.rng import generator
@@ -106,7 +106,7 @@ def replay(
     if part:
         # of a few images most classes have no annotation, and would only thin the mean
         groups = {name: index[num_gt[index] > 0] for name, index in groups.items() if (num_gt[index] > 0).any()}
-    controls = [name for name, variant in variants.items() if variant.control]
+    controls = [name for name, variant in variants.items() if variant.bridge.baseline]
     if FULL not in groups:
         raise ScoreError(
             f"{store.folder}: none of these {len(images)} images has an annotation of a class that counts: capture more images"
@@ -119,7 +119,7 @@ def replay(
         ezhoi_ms=None,
         bridge_ms={name: _milliseconds(cards[name].seconds, store, images) for name in variants},
         fingerprint=store.fingerprint,
-        provenance=origins(variants),
+        provenance={name: v.bridge.provenance for name, v in variants.items() if v.bridge.provenance is not None},
         forced=forced or [],
         names=evaluation.names,
         annotations=num_gt,
@@ -223,14 +223,14 @@ def _bridged(
     if len(features) == 0:
         return None
     parts: list[Tensor] = list(features.split([len(image.pairs) for image in batch]))
-    together = variant.rows(features).cpu() if variant.rows is not None else None
+    together = variant.apply(features, None).cpu() if variant.takes_many_images else None
     single: list[Tensor | None] = []
     for image, part in zip(batch, parts, strict=True):
         if together is not None and (len(seconds) >= singly or sum(seconds) >= TIMED_SECONDS):
             break
         rows = part.clone()  # a tensor of its own, so that no bridge knows it already
         begin = time.perf_counter()
-        one = variant.inject(rows, image.pairs) if len(image.pairs) else None
+        one = variant.apply(rows, image.pairs) if len(image.pairs) else None
         single.append(None if one is None else one.cpu())  # which waits for the device
         if len(image.pairs):
             seconds.append(time.perf_counter() - begin)
@@ -254,7 +254,11 @@ def _milliseconds(seconds: list[float], store: FeatureStore, images: list[int]) 
 
 
 def effect_of(
-    store: FeatureStore, bridge: Inject, chosen: set[int], top: int, device: torch.device | str = "cpu"
+    store: FeatureStore,
+    bridge: Callable[[Tensor, Pairs], Tensor],
+    chosen: set[int],
+    top: int,
+    device: torch.device | str = "cpu",
 ) -> Effect:
     """What `bridge` does to the pairs of the images at `chosen` positions; each image's `top` best interactions.
 

@@ -1,4 +1,4 @@
-"""Chooses how to bridge by mAP on training images that nothing was learned from."""
+"""Choose a bridge and its settings by mAP on held-out training images."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ezhoi_diffusion.artifact import Artifact, BridgeError
+from ezhoi_diffusion.artifact import Artifact
+from ezhoi_diffusion.bridge import Bridge, BridgeError
+from ezhoi_diffusion.diffusion.baselines import Identity
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.bootstrap import REPLICATES
 from ezhoi_diffusion.evaluation.comparison import REFERENCE, Comparison
 from ezhoi_diffusion.evaluation.replay import replay
-from ezhoi_diffusion.evaluation.variants import Variant
+from ezhoi_diffusion.evaluation.variants import Variant, load_bridge
+from ezhoi_diffusion.features.batch import Pairs
 from ezhoi_diffusion.features.split import FRACTION, validation_mask
 from ezhoi_diffusion.features.store import FeatureStore
+from ezhoi_diffusion.plugins import PluginManager
 
-AUTO = "auto"
-INSIDE = "bridge"  # the chosen bridge's own artefact, in the folder of the choice
-GRID: dict[str, list[Any]] = {
+TUNED = "tuned"
+CHOSEN_FOLDER = "bridge"  # the chosen bridge's own artefact, inside the folder of the choice
+DEFAULT_SWEEP: dict[str, list[Any]] = {
     "start_timestep": [50, 100, 200, 400, 1000],
     "num_steps": [1, 5],
     "blend": [0.1, 0.3, 0.6, 1.0],
@@ -30,17 +34,23 @@ GRID: dict[str, list[Any]] = {
 }
 
 
+class TuneError(EzhoiDiffusionError):
+    """A choice cannot be made, or would not be a fair one."""
+
+
 @dataclass(frozen=True)
 class Candidate:
-    """A bridge at one point of the grid: its mean AP in percent, over seeds where it has several, and its first variant."""
+    """A bridge at one point of the sweep.
+
+    Attributes:
+        name: Its name; that of the seed group where it has several seeds.
+        mean_ap: Mean AP in percent, over its seeds.
+        variant: The name of its first variant.
+    """
 
     name: str
     mean_ap: float
     variant: str
-
-
-class TuneError(EzhoiDiffusionError):
-    """A choice cannot be made, or would not be a fair one."""
 
 
 def tune(
@@ -49,22 +59,32 @@ def tune(
     device: torch.device | str = "cpu",
     forced: list[str] | None = None,
 ) -> tuple[Comparison, list[Candidate]]:
-    """The comparison of `none` and all variants on held-out training images, and the candidates, the best first.
+    """Compare `none` and all variants on held-out training images.
 
-    Scored are seen classes alone; annotations of unseen ones are dropped before anything looks at them. Of a bridge with
-    several seeds the mean counts, and the first seed is taken. `none` wins ties, so the choice is never worse than no
-    bridge on these images. Raises TuneError for test images, and where a variant learned from the held-out ones.
+    Only seen classes are scored: annotations of unseen ones are dropped before anything looks at them. `none` wins ties.
+
+    Args:
+        store: A capture of the train split.
+        variants: The candidates. Each passed `require_labels_unseen`.
+        device: Where the variants are.
+        forced: Messages of fingerprint checks that were forced.
+
+    Returns:
+        The comparison, and the candidates, best first.
+
+    Raises:
+        TuneError: The store holds test images, or too few images.
     """
     if store.split != "train":
         raise TuneError(
-            f"{store.folder} holds the {store.split} split: what is chosen by test images cannot be tested on them. Give "
-            f"the capture of the train split"
+            f"{store.folder} holds the {store.split} split. What is chosen on test images cannot be tested on them: give the "
+            f"capture of the train split"
         )
     try:
-        apart = validation_mask(len(store.images))
+        held_out = validation_mask(len(store.images))
     except ValueError as error:
         raise TuneError(f"{store.folder} has too few images: {error}") from error
-    images = set(apart.nonzero().squeeze(1).tolist())
+    images = set(held_out.nonzero().squeeze(1).tolist())
     comparison = replay(
         store,
         variants,
@@ -76,7 +96,7 @@ def tune(
         forced=forced,
     )
     comparison.caveats.append(
-        f"These are {len(images)} held-out images of the train split, and seen classes alone: to choose by, no result to report."
+        f"Chosen on {len(images)} held-out images of the train split, seen classes only. This is no result to report."
     )
     members: dict[str, list[str]] = {REFERENCE: [REFERENCE]}
     for name, variant in variants.items():
@@ -89,29 +109,29 @@ def tune(
 
 
 def seen_classes(store: FeatureStore) -> Tensor:
-    """[k] int64 the interaction classes whose labels may be looked at. Raises TuneError where the store does not say."""
+    """Interaction classes [k] int64 whose labels may be used. Raises TuneError where the store does not say."""
     if "classes/full" not in store.ezhoi:
-        raise TuneError(f"{store.folder} does not say which classes there are: capture it with this version")
+        raise TuneError(f"{store.folder} does not say which classes there are: capture it again, into a new folder")
     full = store.ezhoi["classes/full"]
     return full[~torch.isin(full, store.ezhoi.get("classes/unseen", full[:0]))]
 
 
-def require_unseen(bridge: object, name: str, store: FeatureStore) -> None:
-    """Raise TuneError where a bridge was trained with labels of images that `tune` chooses by, or may have been."""
-    provenance = _dict(getattr(bridge, "provenance", None))
+def require_labels_unseen(bridge: Bridge, name: str, store: FeatureStore) -> None:
+    """Raise TuneError where a bridge learned from labels of the images that `tune` chooses by, or may have."""
+    provenance = bridge.provenance or {}
     trained = provenance.get("training") or _dict(provenance.get("distilled")).get("teacher")
     config = _dict(_dict(trained).get("config"))
     labelled = "fit" in provenance or _dict(config.get("recipe")).get("trained_on") == "pairs"
     images = _dict(provenance.get("features")).get("images")
     if labelled and images is not None and images != len(store.images):
         raise TuneError(
-            f"bridge '{name}' was made from a capture of {images} images, and {store.folder} has {len(store.images)}: which are "
-            f"held out depends on that number, so it may have seen the labels that the choice is made by. Make it from this capture"
+            f"bridge '{name}' was made from a capture of {images} images, and {store.folder} has {len(store.images)}. The "
+            f"number decides which images are held out, so the bridge may know their labels: make it from this capture"
         )
     if labelled and config.get("val_fraction", FRACTION) < FRACTION:
         raise TuneError(
-            f"bridge '{name}' was trained on pairs with --val-fraction {config['val_fraction']}, so on images that the choice "
-            f"is made by: train it with {FRACTION} or more"
+            f"bridge '{name}' was trained on pairs with --val-fraction {config['val_fraction']}, so it knows labels of the "
+            f"images that decide: train it with {FRACTION} or more"
         )
 
 
@@ -126,23 +146,25 @@ def write_choice(
     variants: Mapping[str, Variant],
     store: FeatureStore,
 ) -> None:
-    """Write the first candidate, with what speaks for it, as an artefact that the bridge `auto` loads.
+    """Write the best candidate and its evidence as an artefact that the bridge `tuned` loads.
 
-    Raises TuneError where the bridge's own folder is no artefact, BridgeError where the disk refuses.
+    Raises:
+        TuneError: The chosen bridge cannot be stored.
+        BridgeError: The disk refuses.
     """
     name, chosen, settings = candidates[0].variant, REFERENCE, dict[str, Any]()
     if name != REFERENCE:
         source = variants[name].source
         if source is None:
             raise TuneError(f"'{name}' is a plugin, not a bridge that can be stored: enable it with --plugin instead")
-        chosen, origin, settings = source
-        if origin is not None:
+        chosen, settings = source.name, source.settings
+        if source.folder is not None:
             try:
-                Artifact.load(origin).save(folder / INSIDE)
+                Artifact.load(source.folder).save(folder / CHOSEN_FOLDER)
             except BridgeError as error:
                 raise TuneError(f"the choice is '{name}', which cannot be stored: {error}") from error
     Artifact(
-        AUTO,
+        TUNED,
         {
             "chosen": {"bridge": chosen, "settings": settings, "variant": name},
             "evidence": evidence(comparison, candidates),
@@ -155,26 +177,8 @@ def write_choice(
     ).save(folder)
 
 
-class TunedBridge(nn.Module):
-    """Another bridge as it is: what was chosen is not to be swept, nor given other steps."""
-
-    def __init__(self, bridge: Any, artifact: Artifact) -> None:
-        super().__init__()
-        chosen = artifact.config["chosen"]
-        self._bridge = bridge
-        self.row_by_row = bool(getattr(bridge, "row_by_row", False))
-        # what the bridge says of its host counts; one that claims none was chosen for the host of the features
-        self.provenance = {**artifact.provenance, **_dict(getattr(bridge, "provenance", None)), "chosen": chosen}
-        self.context: dict[str, Tensor] = getattr(bridge, "context", None) or {}
-
-    def forward(self, adapter_feat: Tensor) -> Tensor:
-        """[P, D] -> [P, D]."""
-        bridged: Tensor = self._bridge(adapter_feat)
-        return bridged
-
-
 def evidence(comparison: Comparison, candidates: Sequence[Candidate]) -> dict[str, Any]:
-    """What the choice rests on, as JSON: mean AP of candidates, and every variant's difference to `none`."""
+    """What the choice rests on, as JSON: mean AP of the candidates, and every variant's difference to `none`."""
     found = comparison.significance
     return {
         "images": comparison.images,
@@ -184,3 +188,41 @@ def evidence(comparison: Comparison, candidates: Sequence[Candidate]) -> dict[st
             name: asdict(groups["full"]) for name, groups in (found.difference.items() if found is not None else ())
         },
     }
+
+
+class TunedBridge(Bridge):
+    """The bridge that `tune` chose, as it was chosen: it has no settings."""
+
+    def __init__(self, bridge: Bridge, artifact: Artifact) -> None:
+        super().__init__()
+        self.bridge = bridge
+        self.row_by_row, self.needs_pairs = bridge.row_by_row, bridge.needs_pairs
+        # The bridge's own fingerprint counts. One without was chosen for the run of the features.
+        self.provenance = {
+            **artifact.provenance, **(bridge.provenance or {}), "chosen": artifact.config["chosen"]
+        }  # fmt: skip
+        self.context = bridge.context
+
+    def forward(self, adapter_feat: Tensor, pairs: Pairs | None = None) -> Tensor:
+        """Bridge features [P, D] with what was chosen."""
+        bridged: Tensor = self.bridge(adapter_feat, pairs)
+        return bridged
+
+
+def load_choice(folder: Path | None, plugins: PluginManager) -> TunedBridge:
+    """Load what `tune` wrote into `folder`. Raises BridgeError, or EzhoiDiffusionError without a folder."""
+    if folder is None:
+        raise EzhoiDiffusionError("tuned needs the folder of a choice: run `ezhoi-diffusion tune`, then give tuned=DIR")
+    artifact = Artifact.load(folder, TUNED)
+    try:
+        chosen = artifact.config["chosen"]
+        name, settings = chosen["bridge"], dict(chosen["settings"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise BridgeError(
+            f"{folder} does not say what was chosen ({error}): run `ezhoi-diffusion tune` again"
+        ) from error
+    if name == REFERENCE:
+        return TunedBridge(Identity(), artifact)
+    inside = folder / CHOSEN_FOLDER
+    bridge = load_bridge(plugins, name, inside if inside.exists() else None)
+    return TunedBridge(bridge.override(**settings), artifact)

@@ -1,241 +1,301 @@
-"""What a comparison names, as callables on features."""
+"""The bridges that a command names, loaded and ready to apply."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ezhoi_diffusion.artifact import CONFIG
-from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.bridge import Bridge, BridgeError, as_bridge, replacement_problem
+from ezhoi_diffusion.errors import EzhoiDiffusionError, attributed_to
 from ezhoi_diffusion.evaluation.comparison import REFERENCE
-from ezhoi_diffusion.ezhoi.feature_tap import Inject, check_replacement
 from ezhoi_diffusion.features.batch import Pairs
 from ezhoi_diffusion.files import current
 from ezhoi_diffusion.hub import local
 from ezhoi_diffusion.plugins import PluginManager
 from ezhoi_diffusion.registry import Registry
 
-Bridge = Callable[[Tensor], Tensor]
-SEED = "seed-"  # folders of a bridge that was trained with several seeds
+Load = Callable[[Path | None], object]
+SEED_PREFIX = "seed-"  # folders of a bridge that was trained with several seeds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Where a variant comes from: registered name, folder, and the settings of its point of a sweep."""
+
+    name: str
+    folder: Path | None
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
 class Variant:
-    """One way of replacing adapter_feat.
+    """One bridge of a comparison.
 
-    inject: one image's features [P, D] and its pairs -> their replacement, None for no change. rows: the same for rows
-    [N, D] of many images, where the bridge takes each row by itself. family: what it is one seed of. control: it is
-    there to be beaten. provenance: where it comes from, and how it is applied. source: the bridge's
-    registered name, the folder it was loaded from, and the settings of a sweep that it is applied with.
+    Attributes:
+        name: What the command and its tables call it.
+        bridge: The bridge, on its device.
+        seed_group: The variant's name without its seed, where a training has several seeds.
+        source: Where it was loaded from; None for a plugin that only has `post_adapter_feat`.
     """
 
-    inject: Inject
-    rows: Bridge | None = None
+    name: str
+    bridge: Bridge
     seed_group: str | None = None
-    control: bool = False
-    provenance: dict[str, Any] | None = None
-    source: tuple[str, Path | None, dict[str, Any]] | None = None
+    source: Source | None = None
+
+    @property
+    def takes_many_images(self) -> bool:
+        """Whether features of many images may come in one call."""
+        return self.bridge.row_by_row and not self.bridge.needs_pairs
+
+    def apply(self, features: Tensor, pairs: Pairs | None) -> Tensor:
+        """Bridge features [P, D], those of one image with its pairs.
+
+        Raises:
+            BridgeError: The bridge raises something, or returns no finite [P, D] of the same dtype and device.
+        """
+        with attributed_to(f"bridge '{self.name}'", BridgeError):
+            bridged: Tensor = self.bridge(features, pairs)
+        problem = replacement_problem(features, bridged)
+        if problem:
+            raise BridgeError(f"bridge '{self.name}' {problem}")
+        return bridged
 
 
-def known_bridges(plugins: PluginManager) -> Registry[Callable[[Path | None], Bridge]]:
-    """The bridges that installed plugins contribute, by name."""
-    empty: dict[str, Callable[[Path | None], Bridge]] = {}
+class _PluginBridge(Bridge):
+    """An enabled plugin that has `post_adapter_feat` and registers no bridge."""
+
+    needs_pairs = True
+
+    def __init__(self, plugins: PluginManager, name: str) -> None:
+        super().__init__()
+        self._plugins, self._name = plugins, name
+
+    def forward(self, adapter_feat: Tensor, pairs: Pairs | None = None) -> Tensor:
+        return self._plugins.fold("post_adapter_feat", adapter_feat, replacement_problem, only=self._name, pairs=pairs)
+
+
+def known_bridges(plugins: PluginManager) -> Registry[Load]:
+    """The loaders of all bridges that installed plugins register, by name."""
+    empty: dict[str, Load] = {}
     return plugins.collect("register_bridges", Registry("bridge", empty))
 
 
-def with_steps(bridge: Any, num_steps: int | None) -> Any:
-    """A bridge that can be applied so, from level `steps` with as many evaluations; None leaves it as it is."""
-    override = getattr(bridge, "override", None)
-    return bridge if num_steps is None or override is None else override(start_timestep=num_steps, num_steps=num_steps)
+def load_bridge(plugins: PluginManager, name: str, folder: Path | None) -> Bridge:
+    """Load one registered bridge. Raises EzhoiDiffusionError for an unknown name, BridgeError where loading fails."""
+    load = known_bridges(plugins)[name]
+    with attributed_to(f"loading bridge '{name}'", BridgeError):
+        return as_bridge(load(folder))
 
 
-def parse_sweep(words: Sequence[str]) -> dict[str, list[Any]]:
-    """`start_timestep=50,100 blend=0.5,1` as lists of values. Raises EzhoiDiffusionError."""
-    grid: dict[str, list[Any]] = {}
-    for word in words:
-        name, equals, values = word.partition("=")
-        if not name or not equals or not values or name in grid:
-            raise EzhoiDiffusionError(
-                f"--sweep {word}: give each setting once, as NAME=VALUE,VALUE,…, for example --sweep start_timestep=50,100,200"
-            )
-        grid[name.replace("-", "_")] = [parse_value(text) for text in values.split(",")]
-    return grid
+# -- values on the command line ------------------------------------------------------------------------------------
 
 
 def parse_value(text: str) -> Any:
-    """A value on the command line: JSON or a number where it is one, else the text itself."""
+    """JSON or a number where `text` is one, else the text itself."""
     for parse in (json.loads, float):
         with suppress(ValueError):
             return parse(text)
     return text
 
 
-def _with_steps_of(label: str, bridge: Any, num_steps: int | None) -> Any:
-    try:
-        return with_steps(bridge, num_steps)
-    except EzhoiDiffusionError as error:
-        raise EzhoiDiffusionError(f"--inference-steps {num_steps} cannot be used with '{label}': {error}") from error
+def parse_settings(words: Sequence[str], inference_steps: int | None = None) -> dict[str, Any]:
+    """`--set` words such as `blend=0.3` as a dictionary.
+
+    Args:
+        words: KEY=VALUE each; dashes in KEY become underscores.
+        inference_steps: N of `--inference-steps`, which sets start_timestep and num_steps to N.
+
+    Raises:
+        EzhoiDiffusionError: A word has no value, or a key comes twice.
+    """
+    settings: dict[str, Any] = {}
+    if inference_steps is not None:
+        settings = {"start_timestep": inference_steps, "num_steps": inference_steps}
+    for word in words:
+        key, equals, value = word.partition("=")
+        key = key.replace("-", "_")
+        if not key or not equals or not value:
+            raise EzhoiDiffusionError(f"--set {word}: write KEY=VALUE, for example --set blend=0.3")
+        if key in settings:
+            raise EzhoiDiffusionError(f"--set {word}: {key} is set twice (--inference-steps sets two); set it once")
+        settings[key] = parse_value(value)
+    return settings
+
+
+def parse_sweep(words: Sequence[str]) -> dict[str, list[Any]]:
+    """`--sweep` words such as `blend=0.3,1` as lists of values. Raises EzhoiDiffusionError."""
+    points: dict[str, list[Any]] = {}
+    for word in words:
+        key, equals, values = word.partition("=")
+        key = key.replace("-", "_")
+        if not key or not equals or not values or key in points:
+            raise EzhoiDiffusionError(
+                f"--sweep {word}: write each setting once, as KEY=VALUE,VALUE,…, for example --sweep start_timestep=50,100"
+            )
+        points[key] = [parse_value(text) for text in values.split(",")]
+    return points
+
+
+# -- names as variants -----------------------------------------------------------------------------------------------
 
 
 def resolve_variants(
-    names: str,
+    spec: str,
     plugins: PluginManager,
-    folder: str,
-    accept: Callable[[object, str], None],
-    device: torch.device,
     *,
-    num_steps: int | None = None,
+    folder: str = "",
+    check: Callable[[Bridge, str], None],
+    device: torch.device | str,
+    settings: Mapping[str, Any] | None = None,
     sweep: Mapping[str, Sequence[Any]] | None = None,
-    asked: bool = True,
+    skip_refused: bool = False,
 ) -> dict[str, Variant]:
-    """`none,NAME,NAME=DIR,…` as variants by name. Raises EzhoiDiffusionError for an unknown name.
+    """Load the bridges that `none,NAME,NAME=DIR,…` names.
 
-    NAME is a registered bridge, loaded from DIR or from `folder`, either of which may be the Hub's hf:USER/NAME[@REVISION];
-    or an enabled plugin with post_adapter_feat. A DIR that holds the seeds of one training gives a variant for each. accept(bridge, name) raises where a bridge is not for this
-    host. steps: see `with_steps`. sweep: every bridge is also taken at each point of what this grid has of its `settings`; asked: by
-    the user, who is told where no bridge has one of them.
+    Args:
+        spec: NAME is a registered bridge, or an enabled plugin with `post_adapter_feat`. DIR is a folder or
+            hf:USER/NAME[@REVISION]; a folder with `seed-*` folders gives one variant for each.
+        plugins: The plugin manager.
+        folder: DIR for names without one of their own.
+        check: Called as check(bridge, name); raises where the bridge does not fit the run.
+        device: Where the bridges go.
+        settings: Applied to every bridge that has them.
+        sweep: Every bridge is also taken at each point of what this has of its settings.
+        skip_refused: Leave out settings that no bridge has and points that a bridge refuses, as for a default grid.
+
+    Returns:
+        Variants by name, without `none`.
+
+    Raises:
+        EzhoiDiffusionError: A name is unknown or comes twice, there is none, or no bridge has a setting.
     """
+    settings, sweep = settings or {}, sweep or {}
     bridges = known_bridges(plugins)
     variants: dict[str, Variant] = {}
-    swept: set[str] = set()
-    for item in filter(None, (part.strip() for part in names.split(","))):
+    for item in filter(None, (part.strip() for part in spec.split(","))):
         name, _, own_folder = item.partition("=")
         if name == REFERENCE:
             continue
         if item in variants:
-            raise EzhoiDiffusionError(f"the comparison names '{item}' twice")
+            raise EzhoiDiffusionError(f"'{item}' is named twice; name it once")
         if name in bridges.names():
-            for label, path in _seeds(item, own_folder or folder):
-                bridge = _with_steps_of(label, _loaded(bridges[name], path, name), num_steps)
-                seeded = getattr(bridge, "depends_on_seed", False)
-                label = label if seeded else item
-                accept(bridge, label)
-                if isinstance(bridge, nn.Module):
-                    bridge.to(device)
-                swept |= set(_settings(bridge))
-                for settings, applied in _swept(bridge, label, sweep or {}, asked):
-                    point = f"[{','.join(f'{key}={value}' for key, value in settings.items())}]" if settings else ""
-                    seed_group = item + point if label != item else None
-                    variants[label + point] = _variant(applied, label + point, seed_group, (name, path, settings))
-                if not seeded:
-                    break
+            for variant in _loaded(item, name, own_folder or folder, plugins, settings, sweep, skip_refused, check):
+                variant.bridge.to(device)
+                variants[variant.name] = variant
         elif not own_folder and name in plugins.implementing("post_adapter_feat"):
-            variants[item] = Variant(functools.partial(_folded, plugins, name))
+            variants[item] = Variant(item, _PluginBridge(plugins, name))
         else:
             known = ", ".join([REFERENCE, *bridges.names()])
             raise EzhoiDiffusionError(
-                f"there is no bridge '{name}'; known are {known}, and in a run of the host plugins with post_adapter_feat that "
-                f"are enabled with --plugin"
+                f"there is no bridge '{name}'. Known bridges: {known}; in a run of EZ-HOI also plugins with post_adapter_feat "
+                f"that --plugin enables. `ezhoi-diffusion plugins` lists what is installed"
             )
     if not variants:
-        raise EzhoiDiffusionError("a comparison needs a bridge beside `none`, e.g. none,diffusion and --bridge DIR")
-    unknown = sorted(set(sweep or {}) - swept)
-    if asked and unknown:
         raise EzhoiDiffusionError(
-            f"none of {', '.join(variants)} has a setting {', '.join(unknown)} to sweep; they have "
-            f"{', '.join(sorted(swept)) or 'none'}"
+            "only `none` is named; name a bridge beside it, e.g. none,diffusion with --bridge DIR"
         )
+    if not skip_refused:
+        _require_known({*settings, *sweep}, variants)
     return variants
 
 
-def origins(variants: Mapping[str, Variant]) -> dict[str, Any]:
-    """Name -> provenance of every variant that has one."""
-    return {name: variant.provenance for name, variant in variants.items() if variant.provenance is not None}
+def _loaded(
+    item: str,
+    name: str,
+    where: str,
+    plugins: PluginManager,
+    settings: Mapping[str, Any],
+    sweep: Mapping[str, Sequence[Any]],
+    skip_refused: bool,
+    check: Callable[[Bridge, str], None],
+) -> Iterator[Variant]:
+    """The variants of one name: its seeds, each as it is and at every point of the sweep."""
+    for label, path in _seeds(item, where):
+        bridge = load_bridge(plugins, name, path)
+        label = label if bridge.seeded else item
+        chosen = {key: value for key, value in settings.items() if key in bridge.settings}
+        if chosen:
+            bridge = _overridden(bridge, label, chosen)
+        check(bridge, label)
+        for point, applied in _points(bridge, label, sweep, skip_refused):
+            suffix = f"[{','.join(f'{key}={value}' for key, value in point.items())}]" if point else ""
+            group = item + suffix if label != item else None
+            yield Variant(label + suffix, applied, group, Source(name, path, {**chosen, **point}))
+        if not bridge.seeded:
+            return
 
 
-def seed_groups(variants: Mapping[str, Variant]) -> dict[str, list[str]]:
-    """Name of a bridge that was trained with several seeds -> its variants."""
-    found: dict[str, list[str]] = {}
-    for name, variant in variants.items():
-        if variant.seed_group is not None:
-            found.setdefault(variant.seed_group, []).append(name)
-    return found
+def _points(
+    bridge: Bridge, label: str, sweep: Mapping[str, Sequence[Any]], skip_refused: bool
+) -> list[tuple[dict[str, Any], Bridge]]:
+    """The bridge as it is, and at every point of what the sweep has of its settings."""
+    own = {key: values for key, values in sweep.items() if key in bridge.settings}
+    points = [dict(zip(own, values, strict=True)) for values in itertools.product(*own.values())] if own else []
+    if skip_refused:
+        points = [point for point in points if _accepts(bridge, point)]
+    with _naming(label):
+        swept = bridge.sweep(points)
+    return [({}, bridge), *zip(points, swept, strict=True)]
 
 
-def _seeds(item: str, folder: str) -> list[tuple[str, Path | None]]:
-    """(name, folder) of every seed of a training in `folder`; of the bridge in it where it is one."""
-    if not folder:
+def _accepts(bridge: Bridge, point: Mapping[str, Any]) -> bool:
+    try:
+        bridge.override(**point)
+    except EzhoiDiffusionError:
+        return False
+    return True
+
+
+def _overridden(bridge: Bridge, label: str, settings: Mapping[str, Any]) -> Bridge:
+    with _naming(label):
+        return bridge.override(**settings)
+
+
+@contextmanager
+def _naming(label: str) -> Iterator[None]:
+    """Errors inside name the bridge."""
+    try:
+        with attributed_to("a setting", BridgeError):
+            yield
+    except EzhoiDiffusionError as error:
+        raise BridgeError(f"bridge '{label}': {error}") from error
+
+
+def _seeds(item: str, where: str) -> list[tuple[str, Path | None]]:
+    """(name, folder) of every seed of the training in a folder, or of the one bridge in it."""
+    if not where:
         return [(item, None)]
-    path = local(folder)
-    seeds = sorted(path.glob(f"{SEED}*/"), key=lambda seed: (len(seed.name), seed.name))
+    path = local(where)
+    seeds = sorted(path.glob(f"{SEED_PREFIX}*/"), key=lambda seed: (len(seed.name), seed.name))
     if not seeds or current(path, CONFIG).exists():
         return [(item, path)]
     return [(f"{item}/{seed.name}", seed) for seed in seeds]
 
 
-def _settings(bridge: object) -> tuple[str, ...]:
-    return tuple(getattr(bridge, "settings", ())) if hasattr(bridge, "sweep") else ()
+def _require_known(names: set[str], variants: Mapping[str, Variant]) -> None:
+    known = {setting for variant in variants.values() for setting in variant.bridge.settings}
+    unknown = sorted(names - known)
+    if unknown:
+        raise EzhoiDiffusionError(
+            f"none of {', '.join(variants)} has a setting {', '.join(unknown)}; they have "
+            f"{', '.join(sorted(known)) or 'none'}"
+        )
 
 
-def _swept(
-    bridge: Any, label: str, grid: Mapping[str, Sequence[Any]], asked: bool
-) -> list[tuple[dict[str, Any], Bridge]]:
-    """The bridge as it is, and at every point of what the grid has of its settings; what it refuses is an error if asked for."""
-    own = {name: values for name, values in grid.items() if name in _settings(bridge)}
-    if not own:
-        return [({}, bridge)]
-    points = [dict(zip(own, values, strict=True)) for values in itertools.product(*own.values())]
-
-    def sweep(chosen: list[dict[str, Any]]) -> list[tuple[dict[str, Any], Bridge]]:
-        try:
-            return list(zip(chosen, bridge.sweep(chosen), strict=True))
-        except EzhoiDiffusionError as error:
-            raise EzhoiDiffusionError(f"bridge '{label}': {error}") from error
-        except Exception as error:  # a third party's, which may raise anything
-            raise EzhoiDiffusionError(f"bridge '{label}' cannot be swept: {type(error).__name__}: {error}") from error
-
-    def possible(point: dict[str, Any]) -> bool:
-        try:
-            bridge.sweep([point])
-        except EzhoiDiffusionError:
-            return False
-        except Exception:  # no refusal: the sweep below tells of it
-            return True
-        return True
-
-    return [({}, bridge), *sweep(points if asked else [point for point in points if possible(point)])]
-
-
-def _loaded(load: Callable[[Path | None], Bridge], folder: Path | None, name: str) -> Bridge:
-    try:
-        return load(folder)
-    except EzhoiDiffusionError:
-        raise
-    except Exception as error:  # a third party's, which may raise anything
-        raise EzhoiDiffusionError(f"bridge '{name}' could not be loaded: {type(error).__name__}: {error}") from error
-
-
-def _variant(
-    bridge: Bridge, name: str, seed_group: str | None, source: tuple[str, Path | None, dict[str, Any]]
-) -> Variant:
-    def rows(feature: Tensor) -> Tensor:
-        try:
-            replaced = bridge(feature)
-        except EzhoiDiffusionError:
-            raise
-        except Exception as error:
-            raise EzhoiDiffusionError(f"bridge '{name}' raised {type(error).__name__}: {error}") from error
-        problem = check_replacement(feature, replaced)
-        if problem:
-            raise EzhoiDiffusionError(f"bridge '{name}' {problem}")
-        return replaced
-
-    def inject(feature: Tensor, pairs: Pairs) -> Tensor:
-        return rows(feature)
-
-    by_row, control = (bool(getattr(bridge, name, False)) for name in ("row_by_row", "control"))
-    provenance = getattr(bridge, "provenance", None)
-    return Variant(inject, rows if by_row else None, seed_group, control, provenance, source)
-
-
-def _folded(plugins: PluginManager, name: str, feature: Tensor, pairs: Pairs) -> Tensor:
-    return plugins.fold("post_adapter_feat", feature, check_replacement, only=name, context=pairs)
+def seed_groups(variants: Mapping[str, Variant]) -> dict[str, list[str]]:
+    """Name of a bridge that was trained with several seeds -> names of its variants."""
+    groups: dict[str, list[str]] = {}
+    for name, variant in variants.items():
+        if variant.seed_group is not None:
+            groups.setdefault(variant.seed_group, []).append(name)
+    return groups

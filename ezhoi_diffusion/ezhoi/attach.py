@@ -15,13 +15,14 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ezhoi_diffusion.bridge import replacement_problem
 from ezhoi_diffusion.errors import EzhoiDiffusionError, Interrupted
 from ezhoi_diffusion.evaluation.bootstrap import REPLICATES
 from ezhoi_diffusion.evaluation.comparison import REFERENCE
-from ezhoi_diffusion.evaluation.variants import Variant, resolve_variants
+from ezhoi_diffusion.evaluation.variants import Variant, parse_settings, resolve_variants
 from ezhoi_diffusion.ezhoi.capture_pass import capture_pass, default_split, share_context
 from ezhoi_diffusion.ezhoi.comparison_pass import comparison_pass
-from ezhoi_diffusion.ezhoi.feature_tap import FeatureTap, HookPoint, check_replacement, find_feature_module, unwrap
+from ezhoi_diffusion.ezhoi.feature_tap import FeatureTap, HookPoint, find_feature_module, unwrap
 from ezhoi_diffusion.ezhoi.flags import check_options
 from ezhoi_diffusion.ezhoi.limits import refuse_unsupported
 from ezhoi_diffusion.ezhoi.run import EzHoiRun
@@ -85,7 +86,14 @@ class Attachment:
         self._attached = True
         plugins.notify("on_attach", run=run)
         variants = (
-            resolve_variants(args.compare, plugins, args.bridge, run.accept, run.device, num_steps=args.inference_steps)
+            resolve_variants(
+                args.compare,
+                plugins,
+                folder=args.bridge,
+                check=run.check_fingerprint,
+                device=run.device,
+                settings=parse_settings(args.set, args.inference_steps),
+            )
             if compares
             else {}
         )
@@ -106,7 +114,7 @@ class Attachment:
             self._replace(name, self._evaluate)
 
     def _inject(self, feature: Tensor, pairs: Pairs) -> Tensor:
-        return self.run.plugins.fold("post_adapter_feat", feature, check_replacement, context=pairs)
+        return self.run.plugins.fold("post_adapter_feat", feature, replacement_problem, pairs=pairs)
 
     def _capture(self) -> None:
         run, args = self.run, self.run.args

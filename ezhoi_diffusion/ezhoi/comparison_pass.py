@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ezhoi_diffusion.evaluation.average_precision import Scored, associate_pairs, average_precision
 from ezhoi_diffusion.evaluation.bootstrap import paired_bootstrap
 from ezhoi_diffusion.evaluation.comparison import REFERENCE, Comparison
-from ezhoi_diffusion.evaluation.variants import Variant, origins, seed_groups
+from ezhoi_diffusion.evaluation.variants import Variant, seed_groups
 from ezhoi_diffusion.ezhoi.capture_pass import to_device
 from ezhoi_diffusion.ezhoi.feature_tap import FeatureTap, Inject
 from ezhoi_diffusion.ezhoi.run import EzHoiRun
@@ -68,7 +68,7 @@ def comparison_pass(run: EzHoiRun, loader: Any, variants: Mapping[str, Variant],
                     pairs_seen += calls.pairs
                     add(REFERENCE, bare)
                     for variant, chosen in variants.items():
-                        inject = chosen.inject
+                        inject = chosen.apply
                         add(variant, calls.again())
                     inject = None
                 images_seen += len(targets)
@@ -77,7 +77,7 @@ def comparison_pass(run: EzHoiRun, loader: Any, variants: Mapping[str, Variant],
     tap.require_hits()
     scored = {name: Scored(*map(torch.cat, zip(*parts, strict=True))) for name, parts in found.items()}
     groups = class_groups(run)
-    controls = [name for name, variant in variants.items() if variant.control]
+    controls = [name for name, variant in variants.items() if variant.bridge.baseline]
     per_image = 1000 / images_seen
     return Comparison(
         ap={name: _average_precision(one, num_gt) for name, one in scored.items()},
@@ -87,7 +87,7 @@ def comparison_pass(run: EzHoiRun, loader: Any, variants: Mapping[str, Variant],
         ezhoi_ms=clock.seconds[REFERENCE] * per_image,
         bridge_ms={name: clock.seconds.get(name, 0.0) * per_image for name in variants},
         fingerprint=run.fingerprint.to_dict(),
-        provenance=origins(variants),
+        provenance={name: v.bridge.provenance for name, v in variants.items() if v.bridge.provenance is not None},
         forced=list(run.forced),
         degraded=run.plugins.degraded,
         names=interaction_names(run),

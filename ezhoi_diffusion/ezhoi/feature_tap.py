@@ -259,15 +259,3 @@ class FeatureTap:
                 f"ended before its first image; the model stayed in training mode; or this fork computes adapter_feat "
                 f"elsewhere (see the locate_adapter_feat hook)"
             )
-
-
-def check_replacement(before: Tensor, after: Any) -> str | None:
-    """What is wrong with a plugin's replacement of adapter_feat, or None."""
-    if not isinstance(after, Tensor):
-        return f"returned {type(after).__name__}, not a tensor"
-    for what in ("shape", "dtype", "device"):
-        if getattr(before, what) != getattr(after, what):
-            return f"returned {what} {getattr(after, what)} for {what} {getattr(before, what)}"
-    if not torch.isfinite(after).all():
-        return f"returned {int((~torch.isfinite(after)).sum())} values that are not finite"
-    return None

@@ -39,38 +39,6 @@ class Fingerprint:
         return asdict(self)
 
 
-def foreign(bridge: object, name: str, here: dict[str, Any]) -> tuple[set[str], str] | None:
-    """Which fields of a bridge's fingerprint are not those of the host `here`, and a sentence with both values.
-
-    A bridge that knows where it comes from has `provenance["fingerprint"]`. None where nothing differs, or where the
-    bridge claims no origin.
-    """
-    provenance = getattr(bridge, "provenance", None)
-    if provenance is None:
-        return None
-    found = provenance.get("fingerprint") if isinstance(provenance, dict) else None
-    there = found if isinstance(found, dict) else {}
-    known = _flat(there)
-    differing = differences(here, there)
-    listed = "; ".join(
-        f"{key} is {own!r} here, {repr(other) if key in known else 'unknown'} there"
-        for key, (own, other) in differing.items()
-    )
-    return (set(differing), f"bridge '{name}' was made for another host: {listed}") if differing else None
-
-
-def differences(here: dict[str, Any], there: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Field or option of a fingerprint as JSON -> (value here, value there), where they are not equal."""
-    here, there = _flat(here), _flat(there)
-    return {key: (here[key], there.get(key)) for key in here if here[key] != there.get(key)}
-
-
-def _flat(fingerprint: dict[str, Any]) -> dict[str, Any]:
-    options = fingerprint.get("options")
-    named = {key: value for key, value in fingerprint.items() if key != "options"}
-    return named | (options if isinstance(options, dict) else {})
-
-
 def context_vectors(model: nn.Module) -> dict[str, Tensor]:
     """The learned vectors that the prompt learner keeps in plain lists, by `name.index`.
 

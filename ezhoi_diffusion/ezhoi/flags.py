@@ -107,6 +107,13 @@ def _add_own_options(parser: argparse.ArgumentParser) -> None:
         help="apply diffusion bridges from level N with N evaluations, whatever their recipe says: the level is how strongly a "
         "feature is bridged, the evaluations are what that costs",
     )  # fmt: skip
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="apply bridges with this setting, e.g. blend=0.3",
+    )
     add("--force-bridge", action="store_true", help="use a bridge made for another host; every report then says so")
     add("--restore-context", action="store_true", help="put the context vectors stored with the bridge into the host")
     add(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ezhoi_diffusion.bridge import Bridge, fingerprint_mismatch
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.ezhoi import fingerprint as fp
 from ezhoi_diffusion.ezhoi.feature_tap import HookPoint
@@ -59,30 +60,30 @@ class EzHoiRun:
         """What has to be equal for a bridge to be valid here."""
         return fp.fingerprint(self.model, self.args)
 
-    def accept(self, bridge: object, name: str) -> None:
+    def check_fingerprint(self, bridge: Bridge, name: str) -> None:
         """Hold a bridge's fingerprint against this host's.
 
         A bridge that knows where it comes from has `provenance["fingerprint"]`, and `context`, the context vectors it
         was captured with; `--restore-context` puts those into the model. Raises FingerprintError with both values where
         something differs, unless `--force-bridge`, which every report of the run then says.
         """
-        provenance = getattr(bridge, "provenance", None)
+        provenance = bridge.provenance
         if provenance is None:
             return
         first = not self.provenance  # only the first may change the host: the others are scored on the same pass
         self.provenance[name] = provenance
-        found = provenance.get("fingerprint") if isinstance(provenance, dict) else None
+        found = provenance.get("fingerprint")
         stored = found if isinstance(found, dict) else {}
         if self.args.restore_context and first and stored.get("context") != self.fingerprint.context:
             try:
-                fp.restore_context(self.model, getattr(bridge, "context", None) or {})
+                fp.restore_context(self.model, dict(bridge.context))
             except ValueError as error:
                 raise FingerprintError(f"--restore-context cannot be done for bridge '{name}': {error}") from error
             del self.fingerprint
-        difference = fp.foreign(bridge, name, self.fingerprint.to_dict())
-        if difference is None:
+        mismatch = fingerprint_mismatch(bridge, name, self.fingerprint.to_dict())
+        if mismatch is None:
             return
-        fields, message = difference
+        fields, message = mismatch.fields, mismatch.message
         if self.args.force_bridge:
             self.forced.append(message)
             if self.rank == 0:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ezhoi_diffusion.artifact import Artifact
-from ezhoi_diffusion.bridge_plugin import Fit
+from ezhoi_diffusion.builtin.bridge_plugin import Fit
 from ezhoi_diffusion.features.batch import FeatureBatch
 from ezhoi_diffusion.features.score import targets_of
 from ezhoi_diffusion.features.split import validation_mask

@@ -8,7 +8,6 @@ import shutil
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -248,7 +247,7 @@ class Run:
             "data_sha256": self.rows.fingerprint,
             **more,
         }
-        self.bridge.config = replace(self.bridge_config, provenance={**self.data.provenance, "training": facts})
+        self.bridge.provenance = {**self.data.provenance, "training": facts}
         broadcast_from_main(self.accelerator, lambda: self.bridge.save_pretrained(folder))
 
     def _ranges(self, record: dict[str, Any]) -> dict[str, Any]:

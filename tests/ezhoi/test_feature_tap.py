@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 
+from ezhoi_diffusion.bridge import replacement_problem
 from ezhoi_diffusion.ezhoi.feature_tap import (
     FeatureTap,
     FeatureTapError,
     HookPoint,
-    check_replacement,
     find_feature_module,
     unwrap,
 )
@@ -210,6 +210,6 @@ def test_a_fork_that_pairs_otherwise_is_refused_not_guessed(host):
 def test_replacements_are_checked(after, problem):
     import re
 
-    found = check_replacement(torch.ones(2, 2), after)
+    found = replacement_problem(torch.ones(2, 2), after)
     assert (found is None) == (problem is None)
     assert problem is None or re.search(problem, found)

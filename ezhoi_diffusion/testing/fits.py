@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from ezhoi_diffusion.artifact import Artifact
-from ezhoi_diffusion.builtin.bridge_plugin import Fit
 from ezhoi_diffusion.features.batch import FeatureBatch
 from ezhoi_diffusion.features.score import targets_of
 from ezhoi_diffusion.features.split import validation_mask
@@ -20,6 +19,7 @@ from ezhoi_diffusion.testing.bridges import seeded
 from ezhoi_diffusion.testing.rules import Rule, apply_rules
 from ezhoi_diffusion.testing.synthetic import synthetic_store
 
+Fit = Callable[..., Artifact]
 IMAGES = 40
 
 

@@ -78,7 +78,7 @@ def vcoco(small_world, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def ezhoi_modules():
-    """The miniature's modules, importable by the names of the real host's."""
+    """The miniature's modules, importable by the names of EZ-HOI's."""
     sys.path.insert(0, str(MINIATURE))
     import upt_tip_cache_model_free_finetune_distillself as upt
     import utils_tip_cache_and_union_finetune as utils
@@ -111,7 +111,7 @@ def make_ezhoi(small_world, ezhoi_modules):
 
 @pytest.fixture(scope="session")
 def captured(small_world, tmp_path_factory):
-    """The train split's features, and what the host computed while they were captured."""
+    """The train split's features, and what EZ-HOI computed while they were captured."""
     folder = tmp_path_factory.mktemp("captured")
     flags = [*ezhoi_flags(small_world, evaluate=False), "--plugin", "capture", "--capture", str(folder / "features")]
     done, tensors = dump(folder / "seen.safetensors", "launched", *flags)

@@ -64,7 +64,7 @@ class CapturePlugin:
             raise SystemExit(0)  # as at the end of a pass: who was killed right there gives the command again
         self._host, self._text = run, None
         self._writer = FeatureWriter(Path(run.args.capture), meta, rank=run.rank)
-        run.done["capture"] = self._writer.next_index
+        run.images_done["capture"] = self._writer.next_index
         if self._writer.next_index and run.rank == 0:
             print(f"capture: {run.args.capture} is unfinished, going on at image {self._writer.next_index}", flush=True)
 

@@ -108,7 +108,7 @@ class Attachment:
                 raise EzhoiDiffusionError(
                     f"plugin '{injects[0]}' replaces adapter_feat at eval time, and this run would train: add --eval"
                 )
-            self._tap = FeatureTap(run.model, inject=self._inject, point=run.tap_point).attach()
+            self._tap = FeatureTap(run.model, inject=self._inject, point=run.hook_point).attach()
             self._undo.append(self._tap.remove)
         for name in EVALUATIONS if run.engine is not None else ():
             self._replace(name, self._evaluate)
@@ -124,7 +124,7 @@ class Attachment:
             run.plugins.notify("on_train_batch", batch=batch)
 
         try:
-            first = min(run.done.get(name, 0) for name in run.plugins.implementing("on_train_batch"))
+            first = min(run.images_done.get(name, 0) for name in run.plugins.implementing("on_train_batch"))
             with asked_to_stop() as asked:
                 self._wait_for_all(asked)  # what rank 0 opens is there before another process writes into it
                 capture_pass(run, split, args.max_images, emit, first, asked)

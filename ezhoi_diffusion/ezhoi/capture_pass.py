@@ -38,7 +38,7 @@ def split_dataset(run: EzHoiRun, split: str) -> Any:
     args, trainset = run.args, run.engine._train_loader.dataset
     if str(args.partitions[1]).startswith("train"):
         raise CaptureError(
-            f"--partitions {' '.join(args.partitions)}: the host loads whatever starts with `train` with flips, crops and "
+            f"--partitions {' '.join(args.partitions)}: EZ-HOI loads whatever starts with `train` with flips, crops and "
             f"colour jitter, so the second must be a test split, e.g. test2015 for HICO-DET, test for V-COCO"
         )
     factory = type(trainset)
@@ -167,7 +167,7 @@ def capture_pass(
 
     was_training = run.model.training
     run.model.eval()
-    tap = FeatureTap(run.model, observe=observe, point=run.tap_point)
+    tap = FeatureTap(run.model, observe=observe, point=run.hook_point)
     try:
         # the model itself, not DistributedDataParallel around it, whose forward waits for the other processes
         with tap, torch.no_grad(), _reading_clip_from(run.model, folder):

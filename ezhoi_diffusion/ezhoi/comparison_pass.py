@@ -57,7 +57,7 @@ def comparison_pass(run: EzHoiRun, loader: Any, variants: Mapping[str, Variant],
 
     was_training = run.model.training
     run.model.eval()
-    tap = FeatureTap(run.model, inject=bridge, point=run.tap_point)
+    tap = FeatureTap(run.model, inject=bridge, point=run.hook_point)
     try:
         with torch.no_grad(), tap, _recording(run.model) as calls:
             for images, targets in tqdm(loader, desc="compare", unit="img", disable=run.rank != 0, file=sys.stderr):

@@ -18,87 +18,94 @@ from ezhoi_diffusion.plugins import PluginManager
 
 
 class FingerprintError(EzhoiDiffusionError):
-    """A bridge was made for another host than this one."""
+    """A bridge was made for another EZ-HOI run than this one."""
 
 
 @dataclass
 class EzHoiRun:
-    """One EZ-HOI run, as plugins see it.
-
-    model: the detector, unwrapped. args: the host's parsed flags, ours among them. engine: the host's engine, None
-    under inference.py.
-    """
+    """One EZ-HOI run; the argument `run` of `on_attach` and `on_detach`."""
 
     model: Any
+    """The detector, unwrapped."""
     args: argparse.Namespace
+    """EZ-HOI's parsed flags, with ours."""
     engine: Any
+    """EZ-HOI's engine; None in a script for one image."""
     plugins: PluginManager
-    tap_point: HookPoint
+    hook_point: HookPoint
+    """The module whose output is adapter_feat."""
     failed: bool = False
-    done: dict[str, int] = field(default_factory=dict)
+    """The run ended with an error; set before `on_detach`."""
+    images_done: dict[str, int] = field(default_factory=dict)
+    """Plugin -> number of images that it has from an earlier capture. The pass starts at the smallest."""
     forced: list[str] = field(default_factory=list)
-    provenance: dict[str, Any] = field(default_factory=dict)
+    """Fingerprint mismatches that --force-bridge let through, for the report."""
+    _checked_a_bridge: bool = field(default=False, repr=False)
 
     @property
     def rank(self) -> int:
-        """This process among `world_size`."""
+        """Index of this process, 0 to `world_size` - 1."""
         return dist.get_rank() if dist.is_initialized() else 0
 
     @property
     def world_size(self) -> int:
-        """Number of the host's processes."""
+        """Number of EZ-HOI's processes."""
         return dist.get_world_size() if dist.is_initialized() else 1
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         found: torch.device = next(self.model.parameters()).device
         return found
 
     @cached_property
     def fingerprint(self) -> fp.Fingerprint:
-        """What has to be equal for a bridge to be valid here."""
+        """What a bridge must have been made for to be valid in this run."""
         return fp.fingerprint(self.model, self.args)
 
     def check_fingerprint(self, bridge: Bridge, name: str) -> None:
-        """Hold a bridge's fingerprint against this host's.
+        """Refuse a bridge that was made for another run; --force-bridge lets it pass, and the report says so.
 
-        A bridge that knows where it comes from has `provenance["fingerprint"]`, and `context`, the context vectors it
-        was captured with; `--restore-context` puts those into the model. Raises FingerprintError with both values where
-        something differs, unless `--force-bridge`, which every report of the run then says.
+        `--restore-context` first copies the context vectors of the bridge into the model. Only the first bridge may do
+        that, because all variants of a comparison are scored in one pass.
+
+        Args:
+            bridge: Checked by `provenance["fingerprint"]`; one without provenance fits every run.
+            name: Its name in messages.
+
+        Raises:
+            FingerprintError: Something differs; the message has both values.
         """
-        provenance = bridge.provenance
-        if provenance is None:
+        if bridge.provenance is None:
             return
-        first = not self.provenance  # only the first may change the host: the others are scored on the same pass
-        self.provenance[name] = provenance
-        found = provenance.get("fingerprint")
-        stored = found if isinstance(found, dict) else {}
-        if self.args.restore_context and first and stored.get("context") != self.fingerprint.context:
-            try:
-                fp.restore_context(self.model, dict(bridge.context))
-            except ValueError as error:
-                raise FingerprintError(f"--restore-context cannot be done for bridge '{name}': {error}") from error
-            del self.fingerprint
+        is_first, self._checked_a_bridge = not self._checked_a_bridge, True
         mismatch = fingerprint_mismatch(bridge, name, self.fingerprint.to_dict())
+        if mismatch and "context" in mismatch.fields and self.args.restore_context and is_first:
+            try:
+                fp.restore_context(self.model, bridge.context)
+            except ValueError as error:
+                raise FingerprintError(
+                    f"--restore-context cannot use the vectors of bridge '{name}': {error}"
+                ) from error
+            del self.fingerprint
+            mismatch = fingerprint_mismatch(bridge, name, self.fingerprint.to_dict())
         if mismatch is None:
             return
-        fields, message = mismatch.fields, mismatch.message
         if self.args.force_bridge:
-            self.forced.append(message)
+            self.forced.append(mismatch.message)
             if self.rank == 0:
-                print(f"FORCED: {message}", flush=True)
+                print(f"FORCED: {mismatch.message}", flush=True)
             return
-        if fields == {"context"} and self.engine is None:
+        if mismatch.fields != {"context"}:
             raise FingerprintError(
-                f"{message}. The host never saves its context vectors, and a script for one image draws others every time, "
-                f"whatever its --seed: add --restore-context to use the vectors stored with the bridge"
+                f"{mismatch.message}. Capture and train for this run, or add --force-bridge to use the bridge anyway"
             )
-        if fields == {"context"}:
+        if self.engine is None:
             raise FingerprintError(
-                f"{message}. The host never saves its context vectors, so another seed or script draws others: run with "
-                f"the seed of the capture, or add --restore-context to use the vectors stored with the bridge"
+                f"{mismatch.message}. EZ-HOI does not save its context vectors, and a script for one image draws new ones "
+                f"every time, whatever its --seed: add --restore-context to use the vectors stored with the bridge"
             )
         raise FingerprintError(
-            f"{message}. Capture and train for this host, or add --force-bridge to use it all the same"
+            f"{mismatch.message}. EZ-HOI does not save its context vectors, and another seed or script draws others: use "
+            f"the seed of the capture, or add --restore-context to use the vectors stored with the bridge"
         )

@@ -136,7 +136,7 @@ class TextCache:
     def _say(self, why: str) -> None:
         if why not in self._said:
             self._said.add(why)
-            log.info("text_cache: the text encoder runs for every image, as in the bare host: %s", why)
+            log.info("text_cache: the text encoder runs for every image, as in a bare run: %s", why)
 
 
 def _traced() -> bool:

@@ -1,4 +1,4 @@
-"""Taps on the miniature host: what they see is what the host uses, and they leave nothing behind."""
+"""The feature tap sees what the model uses, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ezhoi_diffusion.ezhoi.feature_tap import (
 
 
 @pytest.fixture
-def host(make_ezhoi):
+def ezhoi(make_ezhoi):
     return make_ezhoi()
 
 
-def detect(host, batch=1):
+def detect(ezhoi, batch=1):
     """Detections of all images, `batch` at a time; images without pairs give nothing when they stand alone."""
     found = []
     with torch.no_grad():
-        for i in range(0, len(host.images), batch):
-            found += host.model(host.images[i : i + batch], host.targets[i : i + batch]) or []
+        for i in range(0, len(ezhoi.images), batch):
+            found += ezhoi.model(ezhoi.images[i : i + batch], ezhoi.targets[i : i + batch]) or []
     return [d for d in found if len(d["scores"])]
 
 
@@ -40,52 +40,52 @@ def hooks_of(model):
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_observed_rows_are_what_the_host_multiplies_with_and_pairs_are_its_own(host, batch, mocker):
+def test_observed_rows_are_what_ezhoi_multiplies_with_and_pairs_are_its_own(ezhoi, batch, mocker):
     seen, logits, pairings = [], [], []
-    spy = mocker.spy(type(host.model), "postprocessing")
-    with FeatureTap(host.model, observe=lambda *event: seen.append(event)) as tap:
-        detect(host, batch)
+    spy = mocker.spy(type(ezhoi.model), "postprocessing")
+    with FeatureTap(ezhoi.model, observe=lambda *event: seen.append(event)) as tap:
+        detect(ezhoi, batch)
     for call in spy.call_args_list:
         _, _boxes, humans, others, logit, *_ = call.args
         logits += logit
         pairings += [torch.stack(p) for p in zip(humans, others, strict=True)]
     with_pairs = [event for event in seen if len(event[0])]
     assert len(with_pairs) == len(logits) == tap.hits
-    assert len(seen) == len(host.images)
+    assert len(seen) == len(ezhoi.images)
     assert len(with_pairs) < len(seen), "the world must have images without pairs"
-    label, lens, scale = host.model.label_HO, host.model.sample_lens_HO, host.model.logit_scale_HO
+    label, lens, scale = ezhoi.model.label_HO, ezhoi.model.sample_lens_HO, ezhoi.model.logit_scale_HO
     for (_, x, text, own), expected in zip(with_pairs, logits, strict=True):
         assert torch.equal((x @ text.T) @ label / lens / 2 * scale, expected)
         assert torch.equal(own, expected)
     assert sum(len(x) for _, x, *_ in seen) == sum(p.shape[1] for p in pairings)
     for (pairs, *_), pairing in zip(with_pairs, [p for p in pairings if p.shape[1]], strict=True):
         assert torch.equal(pairs.pairing, pairing)
-    assert [pairs.image for pairs, *_ in seen] == [target["filename"] for target in host.targets]
+    assert [pairs.image for pairs, *_ in seen] == [target["filename"] for target in ezhoi.targets]
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_detections_are_bit_identical_under_a_tap_and_after_it(host, batch):
-    bare, state = detect(host, batch), list(host.model.state_dict())
-    with FeatureTap(host.model, observe=lambda *event: None):
-        observed = detect(host, batch)
-        assert list(host.model.state_dict()) == state
-    with FeatureTap(host.model, inject=lambda x, pairs: None):
-        silent = detect(host, batch)
-    with FeatureTap(host.model, inject=lambda x, pairs: x.clone()):
-        identity = detect(host, batch)
+def test_detections_are_bit_identical_under_a_tap_and_after_it(ezhoi, batch):
+    bare, state = detect(ezhoi, batch), list(ezhoi.model.state_dict())
+    with FeatureTap(ezhoi.model, observe=lambda *event: None):
+        observed = detect(ezhoi, batch)
+        assert list(ezhoi.model.state_dict()) == state
+    with FeatureTap(ezhoi.model, inject=lambda x, pairs: None):
+        silent = detect(ezhoi, batch)
+    with FeatureTap(ezhoi.model, inject=lambda x, pairs: x.clone()):
+        identity = detect(ezhoi, batch)
     assert same(bare, observed)
     assert same(bare, silent)
     assert same(bare, identity)
-    assert same(bare, detect(host, batch))
-    assert hooks_of(host.model) == 0
-    assert "compute_roi_embeddings" not in vars(host.model)
+    assert same(bare, detect(ezhoi, batch))
+    assert hooks_of(ezhoi.model) == 0
+    assert "compute_roi_embeddings" not in vars(ezhoi.model)
 
 
-def test_injection_is_what_the_host_scores(host, mocker):
-    spy = mocker.spy(type(host.model), "postprocessing")
-    detect(host)
-    with FeatureTap(host.model, inject=lambda x, pairs: x * 2):
-        detect(host)
+def test_injection_is_what_ezhoi_scores(ezhoi, mocker):
+    spy = mocker.spy(type(ezhoi.model), "postprocessing")
+    detect(ezhoi)
+    with FeatureTap(ezhoi.model, inject=lambda x, pairs: x * 2):
+        detect(ezhoi)
     calls = [call.args[4] for call in spy.call_args_list]
     half = len(calls) // 2
     assert half
@@ -93,88 +93,88 @@ def test_injection_is_what_the_host_scores(host, mocker):
         assert all(torch.equal(a * 2, b) for a, b in zip(bare, doubled, strict=True))
 
 
-def test_nothing_happens_in_training_mode(host):
-    host.model.train()
+def test_nothing_happens_in_training_mode(ezhoi):
+    ezhoi.model.train()
     calls = []
-    with FeatureTap(host.model, inject=lambda x, pairs: calls.append(pairs)) as tap:
-        host.model(host.images[:4], host.targets[:4])
+    with FeatureTap(ezhoi.model, inject=lambda x, pairs: calls.append(pairs)) as tap:
+        ezhoi.model(ezhoi.images[:4], ezhoi.targets[:4])
     assert calls == []
     with pytest.raises(FeatureTapError, match="never ran in eval mode"):
         tap.require_hits()
 
 
-def test_removed_after_an_exception_and_only_what_is_its_own(host):
-    others = host.model.mem_adapter.register_forward_hook(lambda *a: None)
-    with pytest.raises(RuntimeError, match="inside"), FeatureTap(host.model, inject=lambda x, pairs: x):
+def test_removed_after_an_exception_and_only_what_is_its_own(ezhoi):
+    others = ezhoi.model.mem_adapter.register_forward_hook(lambda *a: None)
+    with pytest.raises(RuntimeError, match="inside"), FeatureTap(ezhoi.model, inject=lambda x, pairs: x):
         raise RuntimeError("inside")
-    assert hooks_of(host.model) == 1
-    tap = FeatureTap(host.model, inject=lambda x, pairs: x).attach()
+    assert hooks_of(ezhoi.model) == 1
+    tap = FeatureTap(ezhoi.model, inject=lambda x, pairs: x).attach()
     tap.remove()
     tap.remove()
-    assert hooks_of(host.model) == 1
+    assert hooks_of(ezhoi.model) == 1
     others.remove()
 
 
-def test_an_exception_in_a_hook_leaves_the_next_image_right(host):
-    bare, broken = detect(host), [True]
+def test_an_exception_in_a_hook_leaves_the_next_image_right(ezhoi):
+    bare, broken = detect(ezhoi), [True]
 
     def inject(x, pairs):
         if broken.pop():
             raise ValueError("bad bridge")
 
-    with FeatureTap(host.model, inject=inject):
+    with FeatureTap(ezhoi.model, inject=inject):
         with pytest.raises(ValueError, match="bad bridge"):
-            detect(host)
+            detect(ezhoi)
         broken.extend([False] * 99)
-        assert same(bare, detect(host))
+        assert same(bare, detect(ezhoi))
 
 
-def test_registers_all_or_nothing(host, mocker):
+def test_registers_all_or_nothing(ezhoi, mocker):
     mocker.patch.object(FeatureTap, "_wrap_pairing", side_effect=RuntimeError("no"))
     with pytest.raises(RuntimeError, match="no"):
-        FeatureTap(host.model, inject=lambda x, pairs: x).attach()
-    assert hooks_of(host.model) == 0
+        FeatureTap(ezhoi.model, inject=lambda x, pairs: x).attach()
+    assert hooks_of(ezhoi.model) == 0
 
 
-def test_two_taps_in_any_order_of_removal(host):
-    bare = detect(host)
-    outer, inner = (FeatureTap(host.model, inject=lambda x, pairs: x + 1).attach() for _ in range(2))
-    assert not same(bare, detect(host))
+def test_two_taps_in_any_order_of_removal(ezhoi):
+    bare = detect(ezhoi)
+    outer, inner = (FeatureTap(ezhoi.model, inject=lambda x, pairs: x + 1).attach() for _ in range(2))
+    assert not same(bare, detect(ezhoi))
     outer.remove()
     inner.remove()
-    assert same(bare, detect(host))
+    assert same(bare, detect(ezhoi))
 
 
 def test_without_img_align_vis_fuse_is_tapped(make_ezhoi):
-    host = make_ezhoi(drop=("--img_align",))
-    assert find_feature_module(host.model).name == "vis_fuse"
-    bare = detect(host)
-    with FeatureTap(host.model, inject=lambda x, pairs: x.clone()) as tap:
-        assert same(bare, detect(host))
+    ezhoi = make_ezhoi(drop=("--img_align",))
+    assert find_feature_module(ezhoi.model).name == "vis_fuse"
+    bare = detect(ezhoi)
+    with FeatureTap(ezhoi.model, inject=lambda x, pairs: x.clone()) as tap:
+        assert same(bare, detect(ezhoi))
     assert tap.hits == len(bare)
 
 
 def test_with_txt_align_the_text_is_the_one_after_it(make_ezhoi, mocker):
-    host = make_ezhoi("--txt_align")
-    torch.nn.init.normal_(host.model.txtmem_adapter.up_proj_mem.weight, std=0.1)
-    spy = mocker.spy(type(host.model), "postprocessing")
+    ezhoi = make_ezhoi("--txt_align")
+    torch.nn.init.normal_(ezhoi.model.txtmem_adapter.up_proj_mem.weight, std=0.1)
+    spy = mocker.spy(type(ezhoi.model), "postprocessing")
     seen = []
-    with FeatureTap(host.model, observe=lambda *event: seen.append(event)):
-        detect(host)
+    with FeatureTap(ezhoi.model, observe=lambda *event: seen.append(event)):
+        detect(ezhoi)
     logits = [x for call in spy.call_args_list for x in call.args[4]]
     rows = [(x, text) for pairs, x, text, _ in seen if len(pairs)]
-    m = host.model
+    m = ezhoi.model
     for (x, text), expected in zip(rows, logits, strict=True):
         assert torch.equal((x @ text.T) @ m.label_HO / m.sample_lens_HO / 2 * m.logit_scale_HO, expected)
 
 
-def test_refusals_say_why(host):
-    assert unwrap(host.model) is host.model
+def test_refusals_say_why(ezhoi):
+    assert unwrap(ezhoi.model) is ezhoi.model
     with pytest.raises(FeatureTapError, match="DataParallel"):
-        unwrap(torch.nn.DataParallel(host.model))
+        unwrap(torch.nn.DataParallel(ezhoi.model))
     with pytest.raises(FeatureTapError, match="compiled before attach"):
-        unwrap(torch.compile(host.model))
-    inline = copy.deepcopy(host.model)
+        unwrap(torch.compile(ezhoi.model))
+    inline = copy.deepcopy(ezhoi.model)
     del inline.mem_adapter, inline.vis_fuse
     inline.logits_type = "U"
     with pytest.raises(FeatureTapError, match=r"--logits_type U and without --img_align .* inline"):
@@ -182,18 +182,18 @@ def test_refusals_say_why(host):
     with pytest.raises(FeatureTapError, match="is this an EZ-HOI detector"):
         find_feature_module(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="one role"):
-        FeatureTap(host.model)
+        FeatureTap(ezhoi.model)
     with pytest.raises(FeatureTapError, match="no compute_roi_embeddings"):
         FeatureTap(torch.nn.Linear(2, 2), inject=lambda x, p: x, point=HookPoint("x", torch.nn.Linear(2, 2))).attach()
 
 
-def test_a_fork_that_pairs_otherwise_is_refused_not_guessed(host):
+def test_a_fork_that_pairs_otherwise_is_refused_not_guessed(ezhoi):
     short = HookPoint("short", torch.nn.Identity())
     with (
-        FeatureTap(host.model, inject=lambda x, pairs: x, point=short),
+        FeatureTap(ezhoi.model, inject=lambda x, pairs: x, point=short),
         pytest.raises(FeatureTapError, match="pairs in another way"),
     ):
-        detect(host)
+        detect(ezhoi)
 
 
 @pytest.mark.parametrize(

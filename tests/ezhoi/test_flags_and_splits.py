@@ -1,4 +1,4 @@
-"""Kinds of host beside the usual one: other flags, V-COCO, odd numbers of images, and what upstream cannot run."""
+"""Other kinds of run: other flags, V-COCO, odd numbers of images, and what upstream cannot run."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from ezhoi_diffusion import attach, hookimpl
+from ezhoi_diffusion.bridge import fingerprint_differences
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.demo import towers
 from ezhoi_diffusion.ezhoi.feature_tap import FeatureTapError
-from ezhoi_diffusion.ezhoi.fingerprint import differences, fingerprint
+from ezhoi_diffusion.ezhoi.fingerprint import fingerprint
 from ezhoi_diffusion.ezhoi.limits import UnsupportedError, cannot_run, refuse_unsupported
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.plugins import PluginManager
@@ -31,8 +32,8 @@ from helpers.miniature import (
 
 def rebuilt(store: FeatureStore) -> torch.Tensor:
     """Logits of all captured rows, from what the store holds alone."""
-    host = store.ezhoi
-    return (store.adapter_feat() @ host["text"].T) @ host["label"] / host["sample_lens"] / 2 * host["logit_scale"]
+    ezhoi = store.ezhoi
+    return (store.adapter_feat() @ ezhoi["text"].T) @ ezhoi["label"] / ezhoi["sample_lens"] / 2 * ezhoi["logit_scale"]
 
 
 def logits_in(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -66,7 +67,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
-def test_what_is_captured_gives_the_host_s_logits_and_identity_changes_nothing(small_world, checkpoint, name, tmp_path):
+def test_what_is_captured_gives_ezhoi_s_logits_and_identity_changes_nothing(small_world, checkpoint, name, tmp_path):
     extra, left_out, split, groups = VARIANTS[name]
     flags = [f for f in ezhoi_flags(small_world, evaluate=True, zs_type=split) if f not in left_out]
     flags += [*extra, "--resume", str(checkpoint)]
@@ -89,19 +90,21 @@ def test_what_is_captured_gives_the_host_s_logits_and_identity_changes_nothing(s
 
 
 def test_flags_that_leave_no_trace_in_the_weights_are_in_the_fingerprint(make_ezhoi):
-    host = make_ezhoi()
-    own = fingerprint(host.model, host.args)
+    ezhoi = make_ezhoi()
+    own = fingerprint(ezhoi.model, ezhoi.args)
     for name, value in (("act_descriptor", True), ("without_unseen_name", True), ("vlmtxt", "fix")):
-        other = fingerprint(host.model, Namespace(**{**vars(host.args), name: value}))
-        assert differences(own.to_dict(), other.to_dict()) == {name: (getattr(host.args, name, None), value)}
+        other = fingerprint(ezhoi.model, Namespace(**{**vars(ezhoi.args), name: value}))
+        assert fingerprint_differences(own.to_dict(), other.to_dict()) == {
+            name: (getattr(ezhoi.args, name, None), value)
+        }
     # without --zs too, the split chooses whose prompts the unseen classes borrow
     here, there = (
-        fingerprint(host.model, Namespace(**{**vars(host.args), "zs": False, "unseen_pt_inj": True, "zs_type": kind}))
+        fingerprint(ezhoi.model, Namespace(**{**vars(ezhoi.args), "zs": False, "unseen_pt_inj": True, "zs_type": kind}))
         for kind in ("rare_first", "unseen_verb")
     )
-    assert differences(here.to_dict(), there.to_dict()) == {"unseen_pt_inj": ("rare_first", "unseen_verb")}
+    assert fingerprint_differences(here.to_dict(), there.to_dict()) == {"unseen_pt_inj": ("rare_first", "unseen_verb")}
     older = {key: value for key, value in own.to_dict().items() if key != "options"}
-    assert "act_descriptor" in differences(own.to_dict(), older), "what does not say is not taken for equal"
+    assert "act_descriptor" in fingerprint_differences(own.to_dict(), older), "what does not say is not taken for equal"
 
 
 # -- V-COCO ------------------------------------------------------------------------------------------------------
@@ -139,30 +142,30 @@ def test_vcoco_is_captured_trained_and_injected_under_cache(vcoco, tmp_path):
 
 def test_caching_ends_what_is_attached(make_ezhoi, mocker):
     """A run that only caches never calls test_hico; what was to be injected and never was is told at its end."""
-    host = make_ezhoi()
+    ezhoi = make_ezhoi()
     plugins = PluginManager(discover=False)
     plugins.register(SimpleNamespace(post_adapter_feat=hookimpl(lambda adapter_feat: adapter_feat + 1)), "adds")
-    mocker.patch("ezhoi_diffusion.ezhoi.attach.PluginHost", return_value=plugins)
-    host.args.plugin, host.args.eval, host.args.cache = ["adds"], False, True
-    host.args.img_clip_pt = False  # cache_hico would have no file names
+    mocker.patch("ezhoi_diffusion.ezhoi.attach.PluginManager", return_value=plugins)
+    ezhoi.args.plugin, ezhoi.args.eval, ezhoi.args.cache = ["adds"], False, True
+    ezhoi.args.img_clip_pt = False  # cache_hico would have no file names
 
     class Engine:
         def cache_vcoco(self, images):
             with torch.no_grad():
-                return [host.model([image], [host.targets[0]]) for image in images]
+                return [ezhoi.model([image], [ezhoi.targets[0]]) for image in images]
 
     engine = Engine()
-    before = engine.cache_vcoco(host.images[:3])
-    attach(host.model, host.args, engine)
-    changed = engine.cache_vcoco(host.images[:3])
-    after = engine.cache_vcoco(host.images[:3])
+    before = engine.cache_vcoco(ezhoi.images[:3])
+    attach(ezhoi.model, ezhoi.args, engine)
+    changed = engine.cache_vcoco(ezhoi.images[:3])
+    after = engine.cache_vcoco(ezhoi.images[:3])
     for bare, added, again in zip(before, changed, after, strict=True):
         for was, shifted, now in zip(bare or [], added or [], again or [], strict=True):
             assert torch.equal(was["scores"], now["scores"])
             assert not torch.equal(was["scores"], shifted["scores"])
     assert vars(engine) == {}
     plugins.enable([])
-    attach(host.model, host.args, engine)
+    attach(ezhoi.model, ezhoi.args, engine)
     with pytest.raises(FeatureTapError, match="never ran in eval mode"):
         engine.cache_vcoco([])
 
@@ -186,7 +189,7 @@ def test_a_pass_with_the_training_augmentation_is_refused(small_world, tmp_path)
     flags = [*ezhoi_flags(small_world, evaluate=False), "--plugin", "capture", "--capture", str(tmp_path / "f")]
     done = launch(*flags, "--partitions", "train2015", "train2015")
     assert done.returncode == 2
-    assert "--partitions train2015 train2015: the host loads whatever starts with `train`" in done.stderr
+    assert "--partitions train2015 train2015: EZ-HOI loads whatever starts with `train`" in done.stderr
 
 
 # -- odd numbers of images and processes ---------------------------------------------------------------------------
@@ -278,7 +281,7 @@ def test_what_upstream_cannot_run_is_named_with_reason_and_way(flags, named, rea
     assert list(found) == [named]
     assert reason in found[named]
     if not args.plugin:
-        refuse_unsupported(args)  # the bare host is left alone
+        refuse_unsupported(args)  # a bare run is left alone
         args.plugin = ["diffusion"]
     with pytest.raises(UnsupportedError) as refused:
         refuse_unsupported(args)
@@ -286,9 +289,9 @@ def test_what_upstream_cannot_run_is_named_with_reason_and_way(flags, named, rea
 
 
 def test_a_fork_that_attaches_is_refused_too(make_ezhoi):
-    host = make_ezhoi()
-    host.args.plugin, host.args.fix_txt_pt = ["diffusion"], True
+    ezhoi = make_ezhoi()
+    ezhoi.args.plugin, ezhoi.args.fix_txt_pt = ["diffusion"], True
     with pytest.raises(UnsupportedError, match=r"--fix_txt_pt: forward\(\) uses origin_ctx"):
-        attach(host.model, host.args)
-    host.args.plugin = []
-    attach(host.model, host.args).detach()
+        attach(ezhoi.model, ezhoi.args)
+    ezhoi.args.plugin = []
+    attach(ezhoi.model, ezhoi.args).detach()

@@ -54,7 +54,7 @@ def test_a_launched_run_is_the_bare_run(small_world, evaluated, tmp_path):
     assert any(key.startswith("context.") for key in bare)
 
 
-def test_the_host_lists_our_flags_beside_its_own():
+def test_ezhoi_lists_our_flags_beside_its_own():
     done = launch("--help")
     assert done.returncode == 0, done.stderr
     for flag in ("--img_align", "--plugin", "--compare", "--capture DIR", "plugin capture"):
@@ -73,14 +73,14 @@ def test_training_gets_past_the_file_names(small_world, tmp_path):
 # -- capture ---------------------------------------------------------------------------------------------------
 
 
-def test_captured_rows_are_the_host_s_own(captured):
+def test_captured_rows_are_ezhoi_s_own(captured):
     store, seen = captured
     feats = [seen[f"{i}.feat"] for i in range(sum(key.endswith(".feat") for key in seen))]
     assert torch.equal(store.adapter_feat(), torch.cat(feats))
     assert len(store) == sum(len(feat) for feat in feats)
     logits = [seen[f"{i}.logits"] for i in range(len(feats))]
-    x, host = store.adapter_feat(), store.ezhoi
-    rebuilt = (x @ host["text"].T) @ host["label"] / host["sample_lens"] / 2 * host["logit_scale"]
+    x, ezhoi = store.adapter_feat(), store.ezhoi
+    rebuilt = (x @ ezhoi["text"].T) @ ezhoi["label"] / ezhoi["sample_lens"] / 2 * ezhoi["logit_scale"]
     assert torch.allclose(rebuilt, torch.cat(logits), atol=1e-5)
     assert any(image["rows"] == 0 for image in store.images), "the world must have images without pairs"
 
@@ -170,7 +170,7 @@ def test_compare_scores_all_variants_on_the_same_pairs(small_world, evaluated, b
     rows = rows_of(done.stdout)
     assert same_figures(rows["none"], printed_by_ezhoi(printed))
     assert rows["identity"] == rows["none"]
-    assert printed_by_ezhoi(done.stdout) == printed_by_ezhoi(printed), "the host prints what it would print alone"
+    assert printed_by_ezhoi(done.stdout) == printed_by_ezhoi(printed), "EZ-HOI prints what it would print alone"
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["difference"]["identity"]["full"] == 0
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
@@ -193,14 +193,14 @@ def test_an_injected_run_gives_what_the_comparison_says(small_world, evaluated, 
     assert same_figures(rows_of(table)["diffusion"], printed_by_ezhoi(done.stdout))
 
 
-def test_a_bridge_of_another_host_is_refused_unless_forced(small_world, bridge):
+def test_a_bridge_of_another_run_is_refused_unless_forced(small_world, bridge):
     flags = [*ezhoi_flags(small_world, evaluate=True), "--bridge", str(bridge), "--compare", "diffusion"]
     other = launch(*flags, "--zs_type", "rare_first")
     assert other.returncode == 2
     assert "zs_type is 'rare_first' here, 'unseen_verb' there" in other.stderr
     forced = launch(*flags, "--zs_type", "rare_first", "--force-bridge")
     assert forced.returncode == 0, forced.stderr
-    assert "FORCED: bridge 'diffusion' was made for another host" in forced.stdout
+    assert "FORCED: bridge 'diffusion' was made for another EZ-HOI run" in forced.stdout
 
 
 def test_other_context_vectors_are_told_apart_and_can_be_restored(small_world, evaluated, bridge):
@@ -247,7 +247,7 @@ def test_a_script_without_an_engine_is_joined_at_its_first_image(small_world, br
     assert "tapped while running: True" in injected.stdout
     refused = run_in_miniature(*run, "--compare", "none,identity", **environment)
     assert refused.returncode == 2
-    assert "need the host's data sets: run main_tip_finetune.py" in refused.stderr
+    assert "need EZ-HOI's data sets: run main_tip_finetune.py" in refused.stderr
 
 
 def test_a_fork_with_three_lines_runs_by_itself(small_world, bridge, tmp_path):
@@ -351,7 +351,7 @@ def test_injection_in_a_training_run_is_refused(small_world, bridge):
     assert "this run would train: add --eval" in done.stderr
 
 
-def test_scripts_that_are_not_the_host_s(tmp_path):
+def test_scripts_that_are_not_ezhoi_s(tmp_path):
     (tmp_path / "other.py").write_text("print(1)\n")
     (tmp_path / "broken.py").write_text("def (\n")
     (tmp_path / "elsewhere.py").write_text("from nowhere_at_all import build_detector\n")
@@ -372,7 +372,7 @@ def test_scripts_that_are_not_the_host_s(tmp_path):
     }
 
 
-def test_a_debugger_of_the_host_ends_the_run(tmp_path):
+def test_a_debugger_of_ezhoi_ends_the_run(tmp_path):
     (tmp_path / "factory.py").write_text("def build_detector(): pass\n")
     script = tmp_path / "stops.py"
     script.write_text("from factory import build_detector\nimport pdb\npdb.set_trace()\nprint('went', 'on')\n")

@@ -363,7 +363,7 @@ def test_with_our_flags_it_captures_injects_and_compares(patched_fork, small_wor
     compared = run_in_miniature(str(patched_fork), *flags, "--compare", "none,identity,diffusion")
     assert compared.returncode == 0, compared.stderr
     assert "diffusion - none" in compared.stdout
-    assert printed(compared.stdout) == printed(bare.stdout), "the host prints what it would print alone"
+    assert printed(compared.stdout) == printed(bare.stdout), "EZ-HOI prints what it would print alone"
     injected = run_in_miniature(str(patched_fork), *flags, "--plugin", "diffusion")
     assert injected.returncode == 0, injected.stderr
     assert printed(injected.stdout) != printed(bare.stdout)
@@ -440,7 +440,7 @@ def test_doctor_reads_the_flags_of_a_patched_script(patched_fork, small_world, c
     line = [str(patched_fork), *ezhoi_flags(small_world, evaluate=True)]
     main(["doctor", "--json", "--", *line, "--plugin", "diffusion"])
     found = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
-    assert found["host.flags"]["level"] == "ok"
+    assert found["ezhoi.flags"]["level"] == "ok"
     assert main(["doctor", "--json", "--", *line, "--diffusion_bridge", "x"]) == 1
     found = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
-    assert "flags of the guide's edited EZ-HOI" in found["host.flags"]["found"]
+    assert "flags of the guide's edited EZ-HOI" in found["ezhoi.flags"]["found"]

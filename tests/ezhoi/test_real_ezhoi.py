@@ -2,7 +2,7 @@
 
     EZHOI_ROOT=…/EZ-HOI EZHOI_EVAL_FLAGS="… --eval --resume CKPT" EZHOI_TRAIN_FLAGS="… --resume CKPT" pytest -m real_ezhoi
 
-The flags are those of the host's own scripts; a few images are enough. Python is the one that runs the tests.
+The flags are those of EZ-HOI's own scripts; a few images are enough. Python is the one that runs the tests.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def test_a_launched_run_is_the_bare_run(bare, tmp_path):
     assert same(bare[1], launched)
 
 
-def test_captured_rows_are_what_the_host_used(captured):
+def test_captured_rows_are_what_ezhoi_used(captured):
     store, seen = captured
     feats = [seen[f"{i}.feat"] for i in range(sum(key.endswith(".feat") for key in seen))]
     assert torch.equal(store.adapter_feat(), torch.cat(feats))
@@ -102,7 +102,7 @@ def test_a_patched_script_is_as_before_without_our_flags_and_after_revert(bare, 
 
 
 def test_one_image_scores_as_the_evaluation_does(captured, tmp_path):
-    """inference.py over the test split; it ends at the first image in which the host finds no pair."""
+    """inference.py over the test split; it ends at the first image in which EZ-HOI finds no pair."""
     bridge, ours = tmp_path / "bridge", ["--plugin", "diffusion", "--bridge", str(tmp_path / "bridge")]
     assert main(["train", str(captured[0].folder), "--out", str(bridge), "--train-steps", "20"]) == 0
     _, evaluated = dump(tmp_path / "e.safetensors", "launched", EVAL, *ours)

@@ -53,7 +53,7 @@ def script(tmp_path_factory):
 
 @pytest.fixture
 def checkpoint(make_ezhoi, tmp_path):
-    """Weights as a fine-tuned host's would be: other than a fresh model's."""
+    """Weights as a fine-tuned detector's would be: other than a fresh model's."""
     path = tmp_path / "ckpt.pt"
     torch.save({"model_state_dict": make_ezhoi().model.state_dict()}, path)
     return path
@@ -118,7 +118,7 @@ class Data:
 
 
 class Model(nn.Module):
-    """What the host does with its arguments, and no more."""
+    """What EZ-HOI does with its arguments, and no more."""
 
     img_clip_pt, self_image_path = True, None
 
@@ -168,7 +168,7 @@ def test_an_image_without_pairs_is_named():
 
 
 class PromptAdapter(nn.Module):
-    """Cross-attention of prompts [n_ctx, B, C] to CLIP features [B, n, D], as the host's adapter."""
+    """Cross-attention of prompts [n_ctx, B, C] to CLIP features [B, n, D], as EZ-HOI's adapter."""
 
     def __init__(self):
         super().__init__()
@@ -180,7 +180,7 @@ class PromptAdapter(nn.Module):
         return x + self.attention(x, context, context, key_padding_mask=mask)[0]
 
 
-def test_an_own_image_is_read_as_the_host_reads_its_files():
+def test_an_own_image_is_read_as_ezhoi_reads_its_files():
     model = Model()
     model.self_image_path = "own.jpg"
     model.clip_head = nn.Module()

@@ -116,7 +116,7 @@ CHANGES = {
     "a plain tensor by another": lambda e: setattr(e, "attn_mask", e.attn_mask * 2),
     "a tensor in a list": lambda e: e.loose[0].mul_(2),
     "a list's tensor by another": lambda e: e.loose.__setitem__(0, e.loose[0] * 2),
-    "a number": lambda e: setattr(e, "scale_factor", 2.0),
+    "a number": lambda e: setattr(e, "scale", 2.0),
     "a function": lambda e: setattr(e, "activation", torch.sin),
     "a module": lambda e: e.layer.__setitem__(0, nn.Linear(4, 4)),
     "one more module": lambda e: e.layer.append(nn.Linear(4, 4)),
@@ -231,7 +231,7 @@ def test_inputs_that_keep_changing_end_the_checks(encoder, given, mocker, caplog
         assert cache._kept is None
     assert len(RUNS) == 10
     assert [r.message for r in caplog.records] == [
-        "text_cache: the text encoder runs for every image, as in the bare host: what it depends on changes from image to image"
+        "text_cache: the text encoder runs for every image, as in a bare run: what it depends on changes from image to image"
     ]
 
 
@@ -489,18 +489,18 @@ def test_what_is_traced_through_it_is_no_constant(encoder, given):
         assert torch.equal(traced(prompts + 1), layer(prompts + 1))
 
 
-# -- in the host -----------------------------------------------------------------------------------------------------
+# -- in EZ-HOI -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def host(make_ezhoi):
+def ezhoi(make_ezhoi):
     return make_ezhoi()
 
 
 @pytest.fixture
-def runs(host, mocker):
+def runs(ezhoi, mocker):
     """The calls of the real encoder."""
-    return mocker.spy(type(host.model.clip_head.text_encoder), "forward")
+    return mocker.spy(type(ezhoi.model.clip_head.text_encoder), "forward")
 
 
 @pytest.fixture
@@ -515,18 +515,18 @@ def use(mocker):
                     found.register(one, name)
             return found
 
-        mocker.patch("ezhoi_diffusion.ezhoi.attach.PluginHost", make)
+        mocker.patch("ezhoi_diffusion.ezhoi.attach.PluginManager", make)
 
     return patch
 
 
-def scored(host, mocker, batch=1):
+def scored(ezhoi, mocker, batch=1):
     """Detections and logits of all images."""
-    spy = mocker.spy(type(host.model), "postprocessing")
+    spy = mocker.spy(type(ezhoi.model), "postprocessing")
     detections = []
     with torch.no_grad():
-        for i in range(0, len(host.images), batch):
-            detections += host.model(host.images[i : i + batch], host.targets[i : i + batch]) or []
+        for i in range(0, len(ezhoi.images), batch):
+            detections += ezhoi.model(ezhoi.images[i : i + batch], ezhoi.targets[i : i + batch]) or []
     logits = [logit for call in spy.call_args_list for logit in call.args[4]]
     mocker.stop(spy)
     assert len(logits) > 5
@@ -539,130 +539,130 @@ def equal(a, b):
 
 @pytest.mark.parametrize("flags", [(), ("--txt_align", "--act_descriptor")], ids=["", "more text modules"])
 @pytest.mark.parametrize("batch", [1, 4])
-def test_detections_and_logits_are_the_bare_host_s(make_ezhoi, mocker, batch, flags):
-    host = make_ezhoi(*flags)
-    bare, state = scored(host, mocker, batch), list(host.model.state_dict())
-    runs = mocker.spy(type(host.model.clip_head.text_encoder), "forward")
-    modules = [id(m) for m in host.model.modules()]
-    with attach(host.model, host.args):
-        cached = scored(host, mocker, batch)
+def test_detections_and_logits_are_the_bare_run_s(make_ezhoi, mocker, batch, flags):
+    ezhoi = make_ezhoi(*flags)
+    bare, state = scored(ezhoi, mocker, batch), list(ezhoi.model.state_dict())
+    runs = mocker.spy(type(ezhoi.model.clip_head.text_encoder), "forward")
+    modules = [id(m) for m in ezhoi.model.modules()]
+    with attach(ezhoi.model, ezhoi.args):
+        cached = scored(ezhoi, mocker, batch)
         assert runs.call_count == 1
-        assert list(host.model.state_dict()) == state
-        assert [id(m) for m in host.model.modules()] == modules
+        assert list(ezhoi.model.state_dict()) == state
+        assert [id(m) for m in ezhoi.model.modules()] == modules
     assert equal(bare, cached)
-    assert "forward" not in vars(host.model.clip_head.text_encoder)
-    assert equal(bare, scored(host, mocker, batch))
+    assert "forward" not in vars(ezhoi.model.clip_head.text_encoder)
+    assert equal(bare, scored(ezhoi, mocker, batch))
 
 
-def test_replaced_features_and_captured_rows_are_what_they_are_without(host, mocker, runs, use):
+def test_replaced_features_and_captured_rows_are_what_they_are_without(ezhoi, mocker, runs, use):
     double = SimpleNamespace(post_adapter_feat=hookimpl(lambda adapter_feat: adapter_feat * 2))
     use(double=double)
-    host.args.plugin = ["double"]
+    ezhoi.args.plugin = ["double"]
     found, rows = {}, {}
     for blocked in (["text_cache"], []):
-        host.args.no_plugin = blocked
+        ezhoi.args.no_plugin = blocked
         before = runs.call_count
-        with attach(host.model, host.args):
-            found[bool(blocked)] = scored(host, mocker)
-        assert runs.call_count - before == (len(host.images) if blocked else 1)
+        with attach(ezhoi.model, ezhoi.args):
+            found[bool(blocked)] = scored(ezhoi, mocker)
+        assert runs.call_count - before == (len(ezhoi.images) if blocked else 1)
     assert equal(found[True], found[False])
     for cached in (False, True):
         events = rows.setdefault(cached, [])
-        tap = FeatureTap(host.model, observe=lambda pairs, x, text, logits, e=events: e.extend([x, text, logits]))
-        with tap, TextCache(host.model.clip_head.text_encoder) if cached else tap:
-            scored(host, mocker)
-    assert len(rows[True]) == 3 * len(host.images)
+        tap = FeatureTap(ezhoi.model, observe=lambda pairs, x, text, logits, e=events: e.extend([x, text, logits]))
+        with tap, TextCache(ezhoi.model.clip_head.text_encoder) if cached else tap:
+            scored(ezhoi, mocker)
+    assert len(rows[True]) == 3 * len(ezhoi.images)
     assert equal([t for t in rows[True] if t is not None], [t for t in rows[False] if t is not None])
 
 
-def test_a_capture_pass_encodes_once_and_writes_the_same(host, use, runs, mocker, ezhoi_modules):
+def test_a_capture_pass_encodes_once_and_writes_the_same(ezhoi, use, runs, mocker, ezhoi_modules):
     batches = []
     use(rows=SimpleNamespace(on_train_batch=hookimpl(lambda batch: batches.append(batch))))
     collate = ezhoi_modules.utils.custom_collate
-    loader = SimpleNamespace(dataset=host.dataset, collate_fn=collate)
+    loader = SimpleNamespace(dataset=ezhoi.dataset, collate_fn=collate)
     engine = SimpleNamespace(_train_loader=loader)
-    host.args.plugin, host.args.max_images = ["rows"], 6
+    ezhoi.args.plugin, ezhoi.args.max_images = ["rows"], 6
     found = {}
     for blocked in (["text_cache"], []):
-        host.args.no_plugin = blocked
+        ezhoi.args.no_plugin = blocked
         batches.clear()
         before = runs.call_count
         with pytest.raises(SystemExit):
-            attach(host.model, host.args, engine)
+            attach(ezhoi.model, ezhoi.args, engine)
         assert runs.call_count - before == (6 if blocked else 1)
         found[bool(blocked)] = [t for b in batches for t in (b.adapter_feat, b.logits, b.labels)]
     assert equal(found[True], found[False])
-    assert "forward" not in vars(host.model.clip_head.text_encoder)
+    assert "forward" not in vars(ezhoi.model.clip_head.text_encoder)
 
 
-def test_other_context_vectors_are_seen(host, mocker, runs):
-    vectors = host.model.clip_head.prompt_learner.txtcls_ctx_pt
-    with attach(host.model, host.args), torch.no_grad():
-        first = scored(host, mocker)
+def test_other_context_vectors_are_seen(ezhoi, mocker, runs):
+    vectors = ezhoi.model.clip_head.prompt_learner.txtcls_ctx_pt
+    with attach(ezhoi.model, ezhoi.args), torch.no_grad():
+        first = scored(ezhoi, mocker)
         vectors[0].add_(1)
-        changed = scored(host, mocker)
+        changed = scored(ezhoi, mocker)
     assert runs.call_count == 2
     assert not equal(first, changed)
-    assert equal(changed, scored(host, mocker))
+    assert equal(changed, scored(ezhoi, mocker))
 
 
-def test_training_is_the_bare_host_s(host):
+def test_training_is_the_bare_run_s(ezhoi):
     def losses():
         torch.manual_seed(5)
-        host.model.train()
-        result = host.model(host.images[:4], host.targets[:4])
+        ezhoi.model.train()
+        result = ezhoi.model(ezhoi.images[:4], ezhoi.targets[:4])
         return [result["interaction_loss"], result["sem_loss"]]
 
     bare = losses()
-    with attach(host.model, host.args):
+    with attach(ezhoi.model, ezhoi.args):
         assert equal(bare, losses())
-        host.model.zero_grad()
+        ezhoi.model.zero_grad()
         losses()[1].backward()
-        assert host.model.clip_head.text_encoder.text_projection.grad is not None
+        assert ezhoi.model.clip_head.text_encoder.text_projection.grad is not None
 
 
-def test_blocked_absent_or_in_a_training_run_nothing_is_touched(host, mocker, use):
-    encoder, engine = host.model.clip_head.text_encoder, SimpleNamespace(test_hico=None)
-    with attach(host.model, Namespace(**{**vars(host.args), "no_plugin": ["text_cache"]})):
+def test_blocked_absent_or_in_a_training_run_nothing_is_touched(ezhoi, mocker, use):
+    encoder, engine = ezhoi.model.clip_head.text_encoder, SimpleNamespace(test_hico=None)
+    with attach(ezhoi.model, Namespace(**{**vars(ezhoi.args), "no_plugin": ["text_cache"]})):
         assert "forward" not in vars(encoder)
-    with attach(host.model, Namespace(**{**vars(host.args), "eval": False}), engine) as attachment:
+    with attach(ezhoi.model, Namespace(**{**vars(ezhoi.args), "eval": False}), engine) as attachment:
         assert "forward" not in vars(encoder)
-        assert attachment.host.plugins.enabled == []
-    with attach(host.model, host.args, engine):
+        assert attachment.run.plugins.enabled == []
+    with attach(ezhoi.model, ezhoi.args, engine):
         assert "forward" in vars(encoder)
-    del host.model.clip_head
-    with attach(host.model, host.args, engine):
+    del ezhoi.model.clip_head
+    with attach(ezhoi.model, ezhoi.args, engine):
         pass
 
 
-def test_a_host_without_a_place_for_a_tap_is_not_asked_for_one(host, mocker):
-    del host.model.mem_adapter, host.model.vis_fuse
+def test_a_detector_without_a_place_for_a_tap_is_not_asked_for_one(ezhoi, mocker):
+    del ezhoi.model.mem_adapter, ezhoi.model.vis_fuse
     for named in ([], ["text_cache"]):
-        with attach(host.model, Namespace(**{**vars(host.args), "plugin": named})):
-            assert "forward" in vars(host.model.clip_head.text_encoder)
-    assert "forward" not in vars(host.model.clip_head.text_encoder)
+        with attach(ezhoi.model, Namespace(**{**vars(ezhoi.args), "plugin": named})):
+            assert "forward" in vars(ezhoi.model.clip_head.text_encoder)
+    assert "forward" not in vars(ezhoi.model.clip_head.text_encoder)
 
 
-def test_it_ends_with_the_host_s_evaluation(host, runs):
+def test_it_ends_with_ezhoi_s_evaluation(ezhoi, runs):
     class Engine:
         def test_hico(self):
             with torch.no_grad():
-                for image, target in zip(host.images[:3], host.targets[:3], strict=True):
-                    host.model([image], [target])
+                for image, target in zip(ezhoi.images[:3], ezhoi.targets[:3], strict=True):
+                    ezhoi.model([image], [target])
             return "mAP"
 
     engine = Engine()
-    attach(host.model, host.args, engine)
+    attach(ezhoi.model, ezhoi.args, engine)
     assert engine.test_hico() == "mAP"
     assert runs.call_count == 1
-    assert "forward" not in vars(host.model.clip_head.text_encoder)
+    assert "forward" not in vars(ezhoi.model.clip_head.text_encoder)
     assert vars(engine) == {}
 
 
-def test_two_hosts_at_once(host, make_ezhoi, mocker):
+def test_two_detectors_at_once(ezhoi, make_ezhoi, mocker):
     other = make_ezhoi(zs_type="rare_first")
     bare = scored(other, mocker)
-    first, second = attach(host.model, host.args), attach(other.model, other.args)
+    first, second = attach(ezhoi.model, ezhoi.args), attach(other.model, other.args)
     first.detach()
     assert equal(bare, scored(other, mocker))
     assert "forward" in vars(other.model.clip_head.text_encoder)
@@ -670,16 +670,16 @@ def test_two_hosts_at_once(host, make_ezhoi, mocker):
     assert "forward" not in vars(other.model.clip_head.text_encoder)
 
 
-def test_plugins_are_on_by_default_after_those_that_are_named(host, use):
-    named = SimpleNamespace(on_attach=hookimpl(lambda host: None))
+def test_plugins_are_on_by_default_after_those_that_are_named(ezhoi, use):
+    named = SimpleNamespace(on_attach=hookimpl(lambda run: None))
     use(named=named)
-    with attach(host.model, Namespace(**{**vars(host.args), "plugin": ["named"]})) as attachment:
-        assert attachment.host.plugins.enabled == ["named", "text_cache"]
+    with attach(ezhoi.model, Namespace(**{**vars(ezhoi.args), "plugin": ["named"]})) as attachment:
+        assert attachment.run.plugins.enabled == ["named", "text_cache"]
 
 
-def test_named_and_blocked_is_a_contradiction(host):
+def test_named_and_blocked_is_a_contradiction(ezhoi):
     with pytest.raises(PluginError, match="blocked"):
-        attach(host.model, Namespace(**{**vars(host.args), "plugin": ["text_cache"], "no_plugin": ["text_cache"]}))
+        attach(ezhoi.model, Namespace(**{**vars(ezhoi.args), "plugin": ["text_cache"], "no_plugin": ["text_cache"]}))
 
 
 COUNTING = """
@@ -700,7 +700,7 @@ towers.TextEncoder.forward = forward
     ids=["", "blocked", "two processes"],
 )
 def test_a_launched_evaluation_encodes_once_a_process(small_world, tmp_path, flags, runs):
-    (tmp_path / "sitecustomize.py").write_text(COUNTING)  # processes that the host spawns import it, too
+    (tmp_path / "sitecustomize.py").write_text(COUNTING)  # processes that EZ-HOI spawns import it, too
     count = tmp_path / "runs"
     path = os.pathsep.join([str(tmp_path), *sys.path])
     done = launch(*ezhoi_flags(small_world, evaluate=True), *flags, PYTHONPATH=path, ENCODER_RUNS=str(count))

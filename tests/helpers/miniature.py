@@ -127,5 +127,5 @@ def rows_of(table: str) -> dict[str, dict[str, str]]:
 
 
 def same_figures(row: dict[str, str], printed: dict[str, str]) -> bool:
-    """All printed digits; a group without classes is nan for the host and absent in the table."""
+    """All printed digits; a group without classes is nan for EZ-HOI and absent in the table."""
     return row == {group: value for group, value in printed.items() if value != "nan"}

@@ -1,7 +1,7 @@
-"""The contract between an EZ-HOI run and its plugins.
+"""The hooks: the contract between an EZ-HOI run and its plugins.
 
-A plugin is a module, or an instance of a class, whose functions carry `@hookimpl` and the name of a hook
-below. A function may ask for fewer arguments than the hook offers; all of them are passed by keyword.
+A plugin is a module, or an instance of a class, whose functions carry `@hookimpl` and the name of a hook below. Arguments
+are passed by keyword, and a function may leave out those it does not need.
 
     from ezhoi_diffusion import hookimpl
 
@@ -9,9 +9,15 @@ below. A function may ask for fewer arguments than the hook offers; all of them 
     def post_adapter_feat(adapter_feat, pairs):
         return adapter_feat - adapter_feat.mean(0)
 
-`register_*` contributes: it is called on every installed plugin. `locate_*` answers, `on_*` observes and `post_*`
-may replace: these are called only on plugins enabled with `--plugin NAME`, in the order in which they were named, and
-after them on the built-in text_cache, which is on by default.
+The name of a hook says how it is called:
+
+* `register_*` contributes. Every installed plugin is asked.
+* `locate_*` answers. The first answer counts.
+* `on_*` observes.
+* `post_*` may replace. Each plugin gets what the one before it returned.
+
+Apart from `register_*`, only plugins enabled with `--plugin NAME` take part, in the order of the flags. The built-in
+text_cache follows them; it is on by default. An error never passes silently: it names the plugin.
 """
 
 from __future__ import annotations
@@ -28,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ezhoi_diffusion.artifact import Artifact
+    from ezhoi_diffusion.bridge import Bridge
     from ezhoi_diffusion.evaluation.comparison import Comparison
     from ezhoi_diffusion.ezhoi.run import EzHoiRun
     from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
@@ -41,69 +48,78 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @hookspec
 def register_options(group: argparse._ArgumentGroup) -> None:
-    """Add flags of this plugin to the host's command line.
+    """Add flags to EZ-HOI's command line.
 
-    Since: 0.1. Mode: notify. When: before the host's parser reads the command line.
-    group: an argparse group of the host's own parser, titled with the plugin's name.
-    Return: nothing; the values arrive as `host.args` in `on_attach`.
-    Errors: an exception, or a flag that exists already, ends the run and names the plugin.
+    Since: 0.1. Mode: notify. When: before the script's parser reads the command line.
+
+    Args:
+        group: A group of the script's own argparse parser, titled with the plugin's name.
+
+    Return: nothing. The values arrive as `run.args` in `on_attach`.
+    Errors: an exception, or a flag that exists already, ends the run.
     """
 
 
 @hookspec
 def register_bridges(
-    register: Register[Callable[[Path | None], Callable[[Tensor], Tensor]]], plugins: PluginManager
+    register: Register[Callable[[Path | None], Bridge | Callable[[Tensor], Tensor]]], plugins: PluginManager
 ) -> None:
-    """Contribute bridges by name, for `--compare none,NAME`.
+    """Contribute bridges, for `--compare none,NAME=DIR` and `--plugin NAME=DIR`.
 
     Since: 0.1. Mode: notify. When: before the first bridge is looked up.
-    register: call it as `register(name, load)`. `load(folder)` gets the artefact folder of `--bridge`, or
-        None where the user gave none, and returns a callable [P, D] -> [P, D]. It may have attributes:
-        `provenance` (a dict with the host's `fingerprint`) and `context`, which are held against the host;
-        `row_by_row = True`, no row depends on the others, so that rows of many images may come in one call;
-        `control = True`, it is no bridge but what one has to beat: reports hold the others against the best control;
-        `depends_on_seed = True`, a training with another seed is another bridge;
-        `settings`, names of what `sweep(points)` takes: for each dict of them a callable that applies the bridge so, for
-        `compare --sweep` and `tune`;
-        `override(start_timestep=N, num_steps=N)`, the same for `--inference-steps N`.
-    plugins: for a bridge that needs what other plugins contribute.
+
+    Args:
+        register: Call it as `register(name, load)`. `load(folder)` returns a `Bridge`, or a plain function on features
+            [P, D]. `folder` is the artefact's folder, or None where the user names none.
+        plugins: The plugin manager, for a bridge that needs what other plugins contribute.
+
     Return: nothing.
-    Errors: an exception, or a name that is taken, ends the run and names the plugin.
+    Errors: an exception, or a name that is taken, ends the command.
     """
 
 
 @hookspec
 def register_fits(register: Register[Callable[..., Artifact]]) -> None:
-    """Contribute how a bridge is fitted, for `ezhoi-diffusion fit NAME FEATURES --out DIR --option KEY=VALUE`.
+    """Contribute how a bridge is fitted, for `ezhoi-diffusion train FEATURES --bridge NAME --set KEY=VALUE --out DIR`.
 
     Since: 0.1. Mode: notify. When: before a fit is looked up.
-    register: call it as `register(name, fit)`. `fit(features, **options)` gets a FeatureStore of training images, and
-        returns an Artifact that the bridge of the same name loads; see `seen_pairs` for labels. Its keyword arguments
-        are the options; its docstring is shown by `ezhoi-diffusion fit NAME --help`.
+
+    Args:
+        register: Call it as `register(name, fit)`. `fit(features, **options)` gets a FeatureStore of training images and
+            returns an Artifact that the bridge of the same name loads. Take labels from `seen_pairs` alone. The keyword
+            arguments are the options of `--set`; the docstring is shown in the help.
+
     Return: nothing.
-    Errors: an exception, or a name that is taken, ends the run and names the plugin.
+    Errors: an exception, or a name that is taken, ends the command.
     """
 
 
 @hookspec
 def register_denoisers(register: Register[Callable[..., nn.Module]]) -> None:
-    """Contribute denoisers by name, for `ezhoi-diffusion train --denoiser NAME`.
+    """Contribute denoisers, for `ezhoi-diffusion train --denoiser NAME`.
 
     Since: 0.1. Mode: notify. When: before a bridge is trained or loaded.
-    register: call it as `register(name, build)`; see `ezhoi_diffusion.diffusion.networks` for the signature.
+
+    Args:
+        register: Call it as `register(name, build)`. `ezhoi_diffusion.diffusion.networks` has the signature of `build`.
+            A denoiser with a method `fit` is fitted instead of trained.
+
     Return: nothing.
-    Errors: an exception, or a name that is taken, ends the run and names the plugin.
+    Errors: an exception, or a name that is taken, ends the command.
     """
 
 
 @hookspec
 def register_samplers(register: Register[Callable[..., Tensor]]) -> None:
-    """Contribute samplers by name.
+    """Contribute samplers, for `--sampler NAME` and `--set sampler=NAME`.
 
-    Since: 0.1. Mode: notify. When: before a bridge is loaded.
-    register: call it as `register(name, sample)`; see `ezhoi_diffusion.diffusion.samplers` for the signature.
+    Since: 0.1. Mode: notify. When: before a bridge is trained or loaded.
+
+    Args:
+        register: Call it as `register(name, sample)`. `ezhoi_diffusion.diffusion.samplers` has the signature of `sample`.
+
     Return: nothing.
-    Errors: an exception, or a name that is taken, ends the run and names the plugin.
+    Errors: an exception, or a name that is taken, ends the command.
     """
 
 
@@ -112,72 +128,88 @@ def locate_adapter_feat(model: nn.Module) -> tuple[str, nn.Module] | None:
     """Say where a fork computes adapter_feat, if not where the published model does.
 
     Since: 0.1. Mode: first. When: on attach; the first plugin that returns something decides.
-    model: the host's detector, unwrapped.
-    Return: (name, module), the module's output being [P, D] or [P, 1, D] once for every image that has
-        pairs; or None to leave it to the next plugin and, in the end, to the package.
-    Errors: an exception ends the run and names the plugin.
+
+    Args:
+        model: EZ-HOI's detector, unwrapped.
+
+    Return: (name, module). The module's output is [P, D] or [P, 1, D], once for every image that has pairs. None leaves
+        the decision to the next plugin and, in the end, to the package.
+    Errors: an exception ends the run.
     """
 
 
 @hookspec
 def on_attach(run: EzHoiRun) -> None:
-    """The model is built, its weights are loaded, and no image has been seen.
+    """The model is built and its weights are loaded. No image has been seen.
 
     Since: 0.1. Mode: notify. When: once a process.
-    host: the run: `host.model`, `host.args`, `host.engine` (None under inference.py), `host.fingerprint`,
-        `host.rank`, `host.world_size`. A plugin that stored part of a split before sets `host.done[NAME]` to the
-        position of the first image it still needs.
+
+    Args:
+        run: `run.model`, `run.args`, `run.engine` (None under inference.py), `run.fingerprint`, `run.device`,
+            `run.rank`, `run.world_size`. A plugin that stored part of a split before sets `run.done[NAME]` to the
+            position of the first image it still needs.
+
     Return: nothing.
-    Errors: an exception ends the run and names the plugin.
+    Errors: an exception ends the run.
     """
 
 
 @hookspec
 def on_detach(run: EzHoiRun) -> None:
-    """The run is over, or failed: close what `on_attach` opened.
+    """The run is over, or failed. Close what `on_attach` opened.
 
     Since: 0.1. Mode: notify. When: once a process, after on_attach, also where that or the run failed.
-    host: as in on_attach; `host.failed` tells whether the run ended with an error.
+
+    Args:
+        run: As in on_attach. `run.failed` tells whether the run ended with an error.
+
     Return: nothing.
-    Errors: an exception ends the run and names the plugin; the other plugins are still detached.
+    Errors: an exception ends the run. The other plugins are still detached.
     """
 
 
 @hookspec
 def on_train_batch(batch: FeatureBatch) -> None:
-    """One image's features in a pass over a split, in eval mode, with the evaluation transform.
+    """Observe one image's features in a pass over a split, in eval mode, with the evaluation transform.
 
-    Since: 0.1. Mode: notify. When: for each image in order; enabling a plugin with this hook makes the pass,
-    after which the run ends without training or evaluating.
-    batch: adapter_feat [P, D], pairs, boxes, scores, object classes, labels, text; P may be zero.
+    Since: 0.1. Mode: notify. When: for each image in order. Enabling a plugin with this hook makes the pass; the run then
+    ends without training or evaluating.
+
+    Args:
+        batch: adapter_feat [P, D], pairs, logits, labels, text features, annotations. P may be 0. Do not write into it.
+
     Return: nothing.
-    Errors: an exception ends the run and names the plugin.
+    Errors: an exception ends the run.
     """
 
 
 @hookspec
 def post_adapter_feat(adapter_feat: Tensor, pairs: Pairs) -> Tensor | None:
-    """Replace the visual feature of one image, at eval time.
+    """Replace the pair features of one image at eval time.
 
-    Since: 0.1. Mode: fold: each plugin gets what the one before returned. When: once for every image that
-    has pairs, with the model in eval mode.
-    adapter_feat: [P, D]; do not write into it.
-    context: the image's pairs, boxes, scores and object classes.
-    Return: a tensor of the same shape, dtype and device, all finite; or None to leave it as it is.
-    Errors: an exception or a value that breaks these rules ends the run and names the plugin; with
-        `--plugin-errors disable` it is logged once, the plugin is off for the rest of the run, the feature
-        goes through unchanged, and every report of the run says `degraded`.
+    Since: 0.1. Mode: fold. When: once for every image that has pairs, with the model in eval mode.
+
+    Args:
+        adapter_feat: [P, D]. Do not write into it.
+        pairs: The image's pairs: boxes, detector scores, object classes.
+
+    Return: a tensor of the same shape, dtype and device, all finite. None leaves the features as they are.
+    Errors: an exception, or a value that breaks these rules, ends the run. With `--plugin-errors disable` it is logged
+        once, the plugin is off for the rest of the run, its input passes through, and every report says DEGRADED.
     """
 
 
 @hookspec
 def on_comparison(comparison: Comparison) -> None:
-    """The results of a `--compare` run.
+    """Observe the results of a `--compare` run.
 
-    Since: 0.1. Mode: notify. When: on rank 0, once the table is printed.
-    comparison: per-class AP of every variant, groups, timings, whether anything was forced or degraded.
+    Since: 0.1. Mode: notify. When: on rank 0, after the table is printed.
+
+    Args:
+        comparison: Per-class AP of every variant, groups, timings, and what was forced or degraded.
+
     Return: nothing.
-    Errors: an exception ends the run and names the plugin.
+    Errors: an exception ends the run.
     """
 
 

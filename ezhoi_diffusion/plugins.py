@@ -1,6 +1,7 @@
-"""Finds plugins, checks them, and calls their hooks in one of three modes: notify, first, fold.
+"""The plugin manager: it finds plugins, checks them, and calls their hooks in one of three modes.
 
-Installed plugins contribute (`register_*`); in the rest of a run take part only those that it names, and BY_DEFAULT.
+The modes are notify, first and fold. Every installed plugin contributes through `register_*`. Only the plugins that a run
+enables, and those of ON_BY_DEFAULT, take part in the other hooks.
 """
 
 from __future__ import annotations
@@ -36,19 +37,19 @@ BUILTIN = {
     "tuned": "ezhoi_diffusion.builtin.tuned:plugin",
     "text_cache": "ezhoi_diffusion.builtin.text_cache:plugin",
 }
-BY_DEFAULT = ("text_cache",)  # built-in plugins that change no result, and take part in every evaluation unless blocked
+ON_BY_DEFAULT = ("text_cache",)  # they change no result
 ENV_STRICT = "EZHOI_DIFFUSION_STRICT"
 ENV_DISABLE = "EZHOI_DIFFUSION_DISABLE"
 ENV_ALLOW = "EZHOI_DIFFUSION_ALLOW"
 
 
 class PluginError(EzhoiDiffusionError):
-    """A plugin is broken, missing, or broke a rule of the hook that was called; the message names it."""
+    """A plugin is broken, missing, or breaks a rule of its hook. The message names it."""
 
 
 @dataclass
 class PluginInfo:
-    """One plugin that was found, loaded or not; what `ezhoi-diffusion plugins` lists."""
+    """One plugin that was found, loaded or not: a line of `ezhoi-diffusion plugins`."""
 
     name: str
     version: str
@@ -68,9 +69,15 @@ def _env_names(variable: str) -> set[str]:
 class PluginManager:
     """The plugins of one process.
 
-    blocked: names that are not even imported (`--no-plugin`). Environment variables: EZHOI_DIFFUSION_DISABLE
-    blocks more names (`*` blocks every installed one), EZHOI_DIFFUSION_ALLOW admits only the installed ones it
-    names, EZHOI_DIFFUSION_STRICT=1 makes a broken plugin an error instead of a warning.
+    Three environment variables act on it. EZHOI_DIFFUSION_DISABLE=a,b blocks plugins (`*` blocks every installed one).
+    EZHOI_DIFFUSION_ALLOW=a,b admits only these installed ones. EZHOI_DIFFUSION_STRICT=1 makes a broken plugin an error.
+
+    Args:
+        blocked: Names that are not even imported (`--no-plugin`).
+        discover: Look for built-in and installed plugins.
+
+    Raises:
+        PluginError: A plugin is broken, under EZHOI_DIFFUSION_STRICT.
     """
 
     def __init__(self, blocked: Iterable[str] = (), *, discover: bool = True) -> None:
@@ -102,13 +109,16 @@ class PluginManager:
     def _load(self, info: PluginInfo, load: Callable[[], object]) -> None:
         if info.name in self._blocked or ("*" in self._blocked and info.source != "built in"):
             info.status, info.reason = "blocked", f"by --no-plugin or {ENV_DISABLE}"
-            self.found.setdefault(info.name, info)  # a built-in plugin of that name stays what it is
+            self.found.setdefault(info.name, info)  # a built-in plugin of that name stays
             return
         try:
             if info.name in self.found:
                 raise PluginError(f"the name is taken by {self.found[info.name]}")
             self._register(info, load())
-        except (Exception, SystemExit) as error:  # a plugin may raise anything at import; the others must still load
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # a plugin may raise anything at import, and the others must still load
             info.status, info.reason = "broken", f"{type(error).__name__}: {error}"
             self.found.setdefault(info.name, info)
             message = f"{info} could not be loaded: {info.reason}"
@@ -117,7 +127,7 @@ class PluginManager:
             log.warning("%s; the run goes on without it (--no-plugin %s silences this)", message, info.name)
 
     def register(self, plugin: object, name: str) -> None:
-        """Register a plugin object that is not installed, e.g. from a notebook. Raises PluginError."""
+        """Register a plugin object that is not installed, for example from a notebook. Raises PluginError."""
         if name in self.found:
             raise PluginError(f"plugin name '{name}' is taken by {self.found[name]}")
         self._register(PluginInfo(name, getattr(plugin, "__version__", "-"), "registered", "loaded"), plugin)
@@ -135,7 +145,15 @@ class PluginManager:
     # -- enabling ----------------------------------------------------------------------------------------
 
     def enable(self, names: Sequence[str], *, raise_errors: bool = True) -> None:
-        """Let these plugins take part in the run, in this order. Raises PluginError for an unknown name."""
+        """Let plugins take part in the run.
+
+        Args:
+            names: In calling order.
+            raise_errors: What fails at eval ends the run, instead of being switched off.
+
+        Raises:
+            PluginError: A plugin is not installed, or not loaded.
+        """
         for name in names:
             info = self.found.get(name)
             if info is None:
@@ -152,9 +170,9 @@ class PluginManager:
         self.raise_errors = raise_errors
 
     def enable_defaults(self) -> None:
-        """Let those of BY_DEFAULT take part too, after the plugins that the run names."""
+        """Let the plugins of ON_BY_DEFAULT take part too, after those that the run names."""
         loaded = self.contributors()
-        self._enabled += [name for name in BY_DEFAULT if name in loaded and name not in self._enabled]
+        self._enabled += [name for name in ON_BY_DEFAULT if name in loaded and name not in self._enabled]
 
     @property
     def enabled(self) -> list[str]:
@@ -171,13 +189,13 @@ class PluginManager:
 
     @property
     def degraded(self) -> dict[str, str]:
-        """Plugins that failed and were switched off, with the reason (`--plugin-errors disable`)."""
+        """Plugins that failed and were switched off (`--plugin-errors disable`), with the reason."""
         return dict(self._disabled)
 
     # -- calling -----------------------------------------------------------------------------------------
 
     def _all(self, hook: str) -> list[pluggy.HookImpl]:
-        # in the order of registration: pluggy calls this list from its end, and here pluggy does not call
+        # In the order of registration. pluggy itself would call from the end of this list.
         return list(getattr(self._manager.hook, hook).get_hookimpls())
 
     def _taking_part(self, hook: str) -> Iterator[pluggy.HookImpl]:
@@ -186,7 +204,7 @@ class PluginManager:
         return (by_name[name] for name in names if name in by_name)
 
     def _call(self, impl: pluggy.HookImpl, hook: str, arguments: dict[str, Any]) -> Any:
-        # pluggy would stop at the first exception without a name, so each call is ours, and wrapped once
+        # pluggy would stop at the first exception without naming the plugin.
         try:
             return impl.function(**{name: arguments[name] for name in impl.argnames})
         except EzhoiDiffusionError as error:
@@ -204,7 +222,7 @@ class PluginManager:
             self._call(impl, hook, arguments)
 
     def notify_all(self, hook: str, **arguments: Any) -> None:
-        """As `notify`, but the rest is called even where one fails; the first PluginError is raised then."""
+        """Call the hook on every plugin even where one fails. Raises the first PluginError afterwards."""
         first: PluginError | None = None
         for impl in self._taking_part(hook):
             try:
@@ -227,8 +245,18 @@ class PluginManager:
     ) -> T:
         """Chain the hook's first argument through the plugins that take part.
 
-        check: (before, after) -> what is wrong with `after`, or None. only: ask this plugin alone.
-        Raises PluginError naming the plugin, unless errors disable it (see `--plugin-errors`).
+        Args:
+            hook: A `post_*` hook.
+            value: Its first argument.
+            check: check(before, after) says what is wrong with `after`, or returns None.
+            only: Ask this plugin alone.
+            arguments: The hook's other arguments.
+
+        Returns:
+            What the last plugin returned.
+
+        Raises:
+            PluginError: A plugin fails or breaks a rule, unless errors switch it off (`--plugin-errors disable`).
         """
         argument = HOOKS[hook].__code__.co_varnames[0]
         for impl in list(self._taking_part(hook)):
@@ -250,7 +278,7 @@ class PluginManager:
         return value
 
     def options(self) -> dict[str, list[argparse.Action]]:
-        """The flags that each plugin adds to the host's command line. Raises PluginError."""
+        """The flags that each plugin adds to EZ-HOI's command line. Raises PluginError."""
         found = {}
         for name in self.contributors():
             group = argparse.ArgumentParser(add_help=False).add_argument_group()
@@ -260,7 +288,7 @@ class PluginManager:
         return found
 
     def add_options(self, name: str, group: argparse._ArgumentGroup) -> None:
-        """Let one plugin add its flags to a group of the host's parser. Raises PluginError."""
+        """Let one plugin add its flags to a group of the script's parser. Raises PluginError."""
         for impl in self._taking_part("register_options"):
             if impl.plugin_name == name:
                 self._call(impl, "register_options", {"group": group})
@@ -285,7 +313,7 @@ def _resolve(target: str) -> object:
 
 
 def _check(plugin: object, name: str) -> None:
-    """What pluggy would accept silently, or refuse without saying what to do."""
+    """Refuse what pluggy accepts silently, or refuses without saying what to do."""
     if inspect.isclass(plugin):
         raise PluginError(f"plugin '{name}' is the class {plugin.__name__}, not an instance: forgot the ()?")
     marked = []

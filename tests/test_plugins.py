@@ -29,101 +29,101 @@ class Adds:
         return adapter_feat + self.amount
 
     @hookimpl
-    def on_attach(self, host):
-        self.seen.append(host)
+    def on_attach(self, run):
+        self.seen.append(run)
 
 
 class Fails:
     @hookimpl
-    def post_adapter_feat(self, adapter_feat, context):
+    def post_adapter_feat(self, adapter_feat, pairs):
         raise RuntimeError("no luck")
 
     @hookimpl
-    def on_detach(self, host):
+    def on_detach(self, run):
         raise RuntimeError("cannot close")
 
 
 @pytest.fixture
-def host():
+def manager():
     return PluginManager(discover=False)
 
 
-def test_fold_chains_in_the_order_of_enabling(host):
-    host.register(Adds(1), "one")
+def test_fold_chains_in_the_order_of_enabling(manager):
+    manager.register(Adds(1), "one")
     doubles = types.SimpleNamespace()
     doubles.post_adapter_feat = hookimpl(lambda adapter_feat: adapter_feat * 2)
-    host.register(doubles, "doubles")
-    host.enable(["one", "doubles"])
-    assert host.fold("post_adapter_feat", 3, accept, context=None) == 8
-    host.enable(["doubles", "one"])
-    assert host.fold("post_adapter_feat", 3, accept, context=None) == 7
-    assert host.fold("post_adapter_feat", 3, accept, context=None, only="one") == 4
+    manager.register(doubles, "doubles")
+    manager.enable(["one", "doubles"])
+    assert manager.fold("post_adapter_feat", 3, accept, pairs=None) == 8
+    manager.enable(["doubles", "one"])
+    assert manager.fold("post_adapter_feat", 3, accept, pairs=None) == 7
+    assert manager.fold("post_adapter_feat", 3, accept, pairs=None, only="one") == 4
 
 
-def test_what_is_not_enabled_takes_no_part(host):
+def test_what_is_not_enabled_takes_no_part(manager):
     plugin = Adds(1)
-    host.register(plugin, "one")
-    assert host.fold("post_adapter_feat", 3, accept, context=None) == 3
-    host.notify("on_attach", host="run")
+    manager.register(plugin, "one")
+    assert manager.fold("post_adapter_feat", 3, accept, pairs=None) == 3
+    manager.notify("on_attach", run="this one")
     assert plugin.seen == []
 
 
-def test_fold_leaves_the_value_where_a_plugin_returns_none(host):
-    host.register(types.SimpleNamespace(post_adapter_feat=hookimpl(lambda: None)), "silent")
-    host.enable(["silent"])
-    assert host.fold("post_adapter_feat", 3, accept, context=None) == 3
+def test_fold_leaves_the_value_where_a_plugin_returns_none(manager):
+    manager.register(types.SimpleNamespace(post_adapter_feat=hookimpl(lambda: None)), "silent")
+    manager.enable(["silent"])
+    assert manager.fold("post_adapter_feat", 3, accept, pairs=None) == 3
 
 
-def test_fold_names_the_plugin_that_raises_or_breaks_the_rules(host):
-    host.register(Fails(), "fails")
-    host.enable(["fails"])
+def test_fold_names_the_plugin_that_raises_or_breaks_the_rules(manager):
+    manager.register(Fails(), "fails")
+    manager.enable(["fails"])
     with pytest.raises(PluginError, match=r"plugin 'fails'.*post_adapter_feat.*RuntimeError: no luck"):
-        host.fold("post_adapter_feat", 3, accept, context=None)
-    host.register(types.SimpleNamespace(post_adapter_feat=hookimpl(lambda: "text")), "wrong")
-    host.enable(["wrong"])
+        manager.fold("post_adapter_feat", 3, accept, pairs=None)
+    manager.register(types.SimpleNamespace(post_adapter_feat=hookimpl(lambda: "text")), "wrong")
+    manager.enable(["wrong"])
     with pytest.raises(PluginError, match=r"plugin 'wrong'.*returned str"):
-        host.fold("post_adapter_feat", 3, accept, context=None)
+        manager.fold("post_adapter_feat", 3, accept, pairs=None)
 
 
-def test_disabling_errors_lets_the_value_through_once_logged_and_degraded(host, caplog):
-    host.register(Fails(), "fails")
-    host.register(Adds(1), "one")
-    host.enable(["fails", "one"], raise_errors=False)
-    assert [host.fold("post_adapter_feat", 3, accept, context=None) for _ in range(3)] == [4, 4, 4]
-    assert list(host.degraded) == ["fails"]
+def test_disabling_errors_lets_the_value_through_once_logged_and_degraded(manager, caplog):
+    manager.register(Fails(), "fails")
+    manager.register(Adds(1), "one")
+    manager.enable(["fails", "one"], raise_errors=False)
+    assert [manager.fold("post_adapter_feat", 3, accept, pairs=None) for _ in range(3)] == [4, 4, 4]
+    assert list(manager.degraded) == ["fails"]
     assert sum("DEGRADED" in record.message for record in caplog.records) == 1
 
 
-def test_a_plugin_that_was_switched_off_is_still_detached(host):
-    plugin, is_significant = Fails(), []
-    plugin.on_detach = hookimpl(lambda host: is_significant.append(host))
-    host.register(plugin, "fails")
-    host.enable(["fails"], raise_errors=False)
-    host.fold("post_adapter_feat", 3, accept, context=None)
-    assert list(host.degraded) == ["fails"]
-    host.notify_all("on_detach", host="run")
-    assert is_significant == ["run"]
+def test_a_plugin_that_was_switched_off_is_still_detached(manager):
+    plugin, detached = Fails(), []
+    plugin.on_detach = hookimpl(lambda run: detached.append(run))
+    manager.register(plugin, "fails")
+    manager.enable(["fails"], raise_errors=False)
+    manager.fold("post_adapter_feat", 3, accept, pairs=None)
+    assert list(manager.degraded) == ["fails"]
+    manager.notify_all("on_detach", run="this one")
+    assert detached == ["this one"]
 
 
-def test_notify_raises_but_notify_all_reaches_everyone_first(host):
+def test_notify_raises_but_notify_all_reaches_everyone_first(manager):
     late = Adds(0)
-    late.on_detach = hookimpl(lambda host: late.seen.append("detached"))
-    host.register(Fails(), "fails")
-    host.register(late, "late")
-    host.enable(["fails", "late"])
+    late.on_detach = hookimpl(lambda run: late.seen.append("detached"))
+    manager.register(Fails(), "fails")
+    manager.register(late, "late")
+    manager.enable(["fails", "late"])
     with pytest.raises(PluginError, match="cannot close"):
-        host.notify_all("on_detach", host=None)
+        manager.notify_all("on_detach", run=None)
     assert late.seen == ["detached"]
 
 
-def test_first_takes_the_first_answer(host):
+def test_first_takes_the_first_answer(manager):
     for name, answer in (("quiet", None), ("here", "found"), ("never", 1 / 3)):
-        host.register(types.SimpleNamespace(locate_adapter_feat=hookimpl(lambda model, answer=answer: answer)), name)
-    assert host.first("locate_adapter_feat", model=None) is None
-    host.enable(["never", "here"])
-    assert host.first("locate_adapter_feat", model=None) == 1 / 3
-    host.enable(["quiet", "here", "never"])
-    assert host.first("locate_adapter_feat", model=None) == "found"
+        manager.register(types.SimpleNamespace(locate_adapter_feat=hookimpl(lambda model, answer=answer: answer)), name)
+    assert manager.first("locate_adapter_feat", model=None) is None
+    manager.enable(["never", "here"])
+    assert manager.first("locate_adapter_feat", model=None) == 1 / 3
+    manager.enable(["quiet", "here", "never"])
+    assert manager.first("locate_adapter_feat", model=None) == "found"
 
 
 @pytest.mark.parametrize(
@@ -134,26 +134,26 @@ def test_first_takes_the_first_answer(host):
             types.SimpleNamespace(post_adaptor_feat=hookimpl(lambda: 0)),
             r"no hook post_adaptor_feat; did you mean post_adapter_feat\?",
         ),
-        (types.SimpleNamespace(on_attach=hookimpl(lambda hst: 0)), "on_attach asks for hst; the hook offers host"),
-        (types.SimpleNamespace(on_attach=lambda host: 0), "has a hook's name but no @hookimpl"),
+        (types.SimpleNamespace(on_attach=hookimpl(lambda hst: 0)), "on_attach asks for hst; the hook offers run"),
+        (types.SimpleNamespace(on_attach=lambda run: 0), "has a hook's name but no @hookimpl"),
         (types.SimpleNamespace(helper=1), "has no hook"),
-        (types.SimpleNamespace(on_attach=hookimpl(tryfirst=True)(lambda host: 0)), "tryfirst, which is not supported"),
+        (types.SimpleNamespace(on_attach=hookimpl(tryfirst=True)(lambda run: 0)), "tryfirst, which is not supported"),
     ],
     ids=["class", "misspelt", "signature", "unmarked", "empty", "order"],
 )
-def test_a_wrong_plugin_is_a_clear_error(host, plugin, message):
+def test_a_wrong_plugin_is_a_clear_error(manager, plugin, message):
     with pytest.raises(PluginError, match=message):
-        host.register(plugin, "third")
-    assert "third" not in host.found
-    assert host.implementing("on_attach") == []
+        manager.register(plugin, "third")
+    assert "third" not in manager.found
+    assert manager.implementing("on_attach") == []
 
 
-def test_unknown_and_taken_names(host):
-    host.register(Adds(1), "centre")
+def test_unknown_and_taken_names(manager):
+    manager.register(Adds(1), "centre")
     with pytest.raises(PluginError, match=r"no plugin 'center'; did you mean 'centre'\?"):
-        host.enable(["center"])
+        manager.enable(["center"])
     with pytest.raises(PluginError, match="'centre' is taken"):
-        host.register(Adds(2), "centre")
+        manager.register(Adds(2), "centre")
 
 
 # -- discovery ---------------------------------------------------------------------------------------------
@@ -163,9 +163,9 @@ def test_unknown_and_taken_names(host):
 def installed(tmp_path, monkeypatch):
     """Three third-party distributions: one good, one that fails at import, one that is no plugin."""
     modules = {
-        "good_bridge": "from ezhoi_diffusion import hookimpl\n@hookimpl\ndef on_attach(host): pass\n",
+        "good_bridge": "from ezhoi_diffusion import hookimpl\n@hookimpl\ndef on_attach(run): pass\n",
         "bad_bridge": "import sys; sys.modules['bad_was_imported'] = sys; raise ValueError('broken at import')\n",
-        "odd_bridge": "from ezhoi_diffusion import hookimpl\n@hookimpl\ndef on_atach(host): pass\n",
+        "odd_bridge": "from ezhoi_diffusion import hookimpl\n@hookimpl\ndef on_atach(run): pass\n",
     }
     for name, source in modules.items():
         (tmp_path / f"{name}.py").write_text(source)
@@ -218,9 +218,9 @@ def test_environment_variables(installed, monkeypatch):
 def test_two_distributions_with_one_name_are_told_apart(installed, mocker):
     taken = EntryPoint("diffusion", "good_bridge", "ezhoi_diffusion")
     mocker.patch.object(plugins, "entry_points", return_value=[taken])
-    host = PluginManager()
-    assert host.found["diffusion"].source == "built in"
-    assert host.found["diffusion"].status == "loaded"
+    manager = PluginManager()
+    assert manager.found["diffusion"].source == "built in"
+    assert manager.found["diffusion"].status == "loaded"
 
 
 def test_blocking_a_namesake_leaves_the_built_in_plugin(installed, monkeypatch, mocker):

@@ -27,7 +27,7 @@ from ezhoi_diffusion.ezhoi.flags import check_options
 from ezhoi_diffusion.ezhoi.limits import refuse_unsupported
 from ezhoi_diffusion.ezhoi.run import EzHoiRun
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
-from ezhoi_diffusion.plugins import BY_DEFAULT, PluginManager
+from ezhoi_diffusion.plugins import ON_BY_DEFAULT, PluginManager
 from ezhoi_diffusion.report.write import report_folder, write_report
 from ezhoi_diffusion.signals import asked_to_stop
 
@@ -204,7 +204,7 @@ def attach(model: nn.Module, args: argparse.Namespace, engine: Any = None) -> At
     plugins.enable(args.plugin, raise_errors=args.plugin_errors == "raise")
     check_options(plugins, args)
     detector = unwrap(model)
-    needed = bool(set(plugins.enabled) - set(BY_DEFAULT) or args.compare)
+    needed = bool(set(plugins.enabled) - set(ON_BY_DEFAULT) or args.compare)
     if needed or engine is None or _evaluates(args):
         plugins.enable_defaults()
     found = plugins.first("locate_adapter_feat", model=detector) if needed else None

@@ -253,9 +253,9 @@ def _chunks(trial: Trial) -> str | None:
 def _order(trial: Trial) -> str | None:
     """Pairs in another order become the same features in that order."""
     order = torch.randperm(33, generator=torch.Generator().manual_seed(3)).to(trial.device)
-    pairs = trial.pairs(33)
+    expected, pairs = trial.apply(trial.rows(33))[order], trial.pairs(33)
     shuffled: Tensor = trial.bridge(trial.rows(33)[order], replace(pairs, pairing=pairs.pairing[:, order]))
-    return _moved(trial.apply(trial.rows(33))[order], shuffled)
+    return _moved(expected, shuffled)
 
 
 def _memory_layout(trial: Trial) -> str | None:

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 from ezhoi_diffusion.artifact import Artifact
+from ezhoi_diffusion.bridge import Bridge, BridgeError, as_bridge
 from ezhoi_diffusion.builtin import diffusion, identity, mean_shift
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge, build_denoiser
 from ezhoi_diffusion.diffusion.recipes import RECIPES
@@ -19,7 +21,6 @@ from ezhoi_diffusion.evaluation.variants import Variant
 from ezhoi_diffusion.features.labels import seen_pairs
 from ezhoi_diffusion.features.score import Score, require_replayable
 from ezhoi_diffusion.features.split import validation_mask
-from ezhoi_diffusion.features.statistics import unit
 from ezhoi_diffusion.features.store import FeatureStore, FeatureStoreError
 from ezhoi_diffusion.testing import (
     BRIDGE_RULES,
@@ -40,7 +41,7 @@ def test_the_same_arguments_give_the_same_store_and_splits_are_of_one_host(tmp_p
     assert (tmp_path / "a" / "index.json").read_bytes() == (tmp_path / "b" / "index.json").read_bytes()
     test = synthetic_store(tmp_path / "test", split="test")
     assert test.fingerprint == a.fingerprint
-    assert all(torch.equal(test.ezhoi[name], tensor) for name, tensor in a.host.items())
+    assert all(torch.equal(test.ezhoi[name], tensor) for name, tensor in a.ezhoi.items())
     assert (test.split, len(test)) == ("test", len(a))
     assert not torch.equal(test.adapter_feat(), b.adapter_feat())
     other = synthetic_store(tmp_path / "other", seed=1)
@@ -65,7 +66,7 @@ def test_it_is_a_capture_like_any_other(tmp_path):
     assert not groups["seen"] & groups["unseen"]
     assert len(store.meta["interactions"]) == 24
     everything = synthetic_store(tmp_path / "g", images=16, unseen=False)
-    assert "classes/unseen" not in everything.host
+    assert "classes/unseen" not in everything.ezhoi
     assert everything.fingerprint["zs_type"] is None
 
 
@@ -92,11 +93,11 @@ def test_labels_are_annotations_that_were_found(tmp_path):
 def test_the_truth_is_what_the_rows_hide(tmp_path, dim):
     store, truth = synthetic_store(tmp_path / "f", images=40, dim=dim), Truth.of(dim=dim)
     assert torch.allclose(truth.map @ truth.map.T, torch.eye(dim), atol=1e-5)
-    assert torch.allclose(truth.text_of(truth.visual_of(truth.text)), unit(truth.text), atol=1e-5)
+    assert torch.allclose(truth.text_of(truth.visual_of(truth.text)), normalize(truth.text), atol=1e-5)
     pairs = seen_pairs(store)
-    wanted = unit(pairs.text) - truth.text_mean
-    centred = unit(pairs.visual) * truth.offset.norm() - truth.offset
-    before, after = ((unit(x) * unit(wanted)).sum(1).mean() for x in (centred, centred @ truth.map))
+    wanted = normalize(pairs.text) - truth.text_mean
+    centred = normalize(pairs.visual) * truth.offset.norm() - truth.offset
+    before, after = ((normalize(x) * normalize(wanted)).sum(1).mean() for x in (centred, centred @ truth.map))
     assert after > before + 0.2
 
 
@@ -114,7 +115,7 @@ def test_the_host_is_right_sometimes_and_the_truth_more_often(tmp_path):
     from ezhoi_diffusion.evaluation.replay import replay
 
     store, truth = synthetic_store(tmp_path / "f", split="test", images=60), Truth.of()
-    known = Variant(lambda x, pairs: x.norm(dim=1, keepdim=True) * unit(truth.text_of(unit(x))))
+    known = Variant("truth", as_bridge(lambda x: x.norm(dim=1, keepdim=True) * normalize(truth.text_of(normalize(x)))))
     comparison = replay(store, {"truth": known})
     assert 20 < comparison.mean_ap("none", "full") < 60
     assert comparison.difference("truth", "full") > 4
@@ -148,15 +149,41 @@ def test_the_built_in_bridges_keep_the_rules(trained, name):
     check_bridge(load, trained, dim=D)
 
 
-class Applies:
+class Applies(Bridge):
     """A bridge of one function, with attributes."""
 
     def __init__(self, function, **attributes):
+        super().__init__()
         self.function = function
-        vars(self).update(attributes)
+        for name, value in attributes.items():
+            setattr(self, name, value)
 
-    def __call__(self, x):
-        return self.function(x)
+    def forward(self, adapter_feat, pairs=None):
+        return self.function(adapter_feat)
+
+
+class Refuses(Applies):
+    """A bridge with an `override` of its own."""
+
+    def __init__(self, override):
+        super().__init__(lambda x: x)
+        self._override = override
+
+    def override(self, **settings):
+        return self._override(self, settings)
+
+
+class UsesPairs(Bridge):
+    """A bridge that uses the detector's scores, and says so or not."""
+
+    def __init__(self, needs_pairs):
+        super().__init__()
+        self.needs_pairs = needs_pairs
+
+    def forward(self, adapter_feat, pairs=None):
+        if pairs is None:
+            return adapter_feat
+        return adapter_feat * pairs.scores[pairs.pairing[1]].unsqueeze(1).to(adapter_feat.dtype)
 
 
 def applies(function, **attributes):
@@ -221,11 +248,15 @@ BROKEN = [
     ("shape", applies(lambda x: x.squeeze(0)), "[16] was returned for [1, 16]"),
     ("device", applies(lambda x: x.to("meta")), "it is on meta"),
     ("dtype", applies(lambda x: x.float()), "torch.float32 was returned for torch.float64, torch.float32 was"),
-    ("finite", applies(lambda x: x * 1e5 / 1e5), "rows of torch.float16"),
+    ("finite", applies(lambda x: x * 1e5 / 1e5), "features of torch.float16"),
     ("empty", applies(lambda x: x + 0 * x.amax()), "was raised"),
     ("zero rows", applies(lambda x: x / x.norm(dim=1, keepdim=True)), "NaN or infinity"),
-    ("input", applies(lambda x: x.mul_(2)), "rows of torch.float32 were changed"),
-    ("input", applies(lambda x: x.add_(1) if x.dtype == torch.float64 else x), "rows of torch.float64 were changed"),
+    ("input", applies(lambda x: x.mul_(2)), "features of torch.float32 were changed"),
+    (
+        "input",
+        applies(lambda x: x.add_(1) if x.dtype == torch.float64 else x),
+        "features of torch.float64 were changed",
+    ),
     ("own result", loads(buffered), "overwritten by the next"),
     ("deterministic", loads(remembers), "the second result differs"),
     ("random numbers", doing(lambda: torch.rand(1)), "the generator of torch moved"),
@@ -251,9 +282,11 @@ BROKEN = [
     ("attributes", applies(lambda x: x, context={"ctx.0": [1.0]}), "context is"),
     ("attributes", applies(lambda x: x, context=None), "context is None"),
     ("attributes", applies(lambda x: x, row_by_row=1), "row_by_row is 1"),
-    ("attributes", applies(lambda x: x, depends_on_seed=None), "depends_on_seed is None"),
-    ("attributes", applies(lambda x: x, sweep=3), "sweep is 3"),
-    ("attributes", applies(lambda x: x, override={}), "override is {}"),
+    ("attributes", applies(lambda x: x, seeded=None), "seeded is None"),
+    ("attributes", applies(lambda x: x, settings=["blend"]), "settings is ['blend']"),
+    ("settings", lambda folder: Refuses(lambda bridge, settings: bridge), "an unknown setting was accepted"),
+    ("settings", lambda folder: Refuses(lambda bridge, settings: Applies(lambda x: 2 * x)), "an unknown setting"),
+    ("pairs", lambda folder: UsesPairs(False), "of the largest value"),
     ("loading", loads(random_weight), "the second differs"),
 ]
 
@@ -273,7 +306,7 @@ def test_every_rule_can_be_broken_alone():
 
 
 def test_all_that_is_broken_is_listed_and_what_cannot_be_called_stops_there():
-    with pytest.raises(ConformanceError, match=r"the bridge breaks 2 of 19 rules:") as caught:
+    with pytest.raises(ConformanceError, match=r"the bridge breaks 2 of 21 rules:") as caught:
         check_bridge(applies(lambda x: x.float() / x.float().norm(dim=1, keepdim=True)), dim=D)
     assert list(caught.value.broken) == ["dtype", "zero rows"]
 
@@ -312,16 +345,17 @@ def shift(features, *, pairs=seen_pairs, **config):
     return Artifact("shift", config, {"shift.safetensors": {"shift": (found.text - found.visual).mean(0)}})
 
 
-class Shift:
+class Shift(Bridge):
     row_by_row = True
 
     def __init__(self, folder):
+        super().__init__()
         artifact = Artifact.load(folder, "shift")
         self.provenance, self.context = artifact.provenance, artifact.context
         self.shift = artifact.files["shift.safetensors"]["shift"]
 
-    def __call__(self, x):
-        return x + self.shift.to(x)
+    def forward(self, adapter_feat, pairs=None):
+        return adapter_feat + self.shift.to(adapter_feat)
 
 
 def test_a_fit_that_keeps_the_rules_gives_a_bridge_that_can_be_checked(tmp_path):
@@ -391,3 +425,15 @@ def test_what_breaks_a_rule_for_fits_is_caught_and_named(tmp_path, rules, fit, w
 
 def test_every_rule_for_fits_can_be_broken_alone():
     assert {rules for rules, _, _ in BROKEN_FITS} >= set(FIT_RULES)
+
+
+def test_a_bridge_that_needs_pairs_keeps_the_rules():
+    check_bridge(lambda folder: UsesPairs(True), dim=D)
+
+
+def test_a_function_is_a_bridge():
+    check_bridge(lambda folder: lambda x: x.clone(), dim=D)
+    with pytest.raises(BridgeError, match="forgot the"):
+        as_bridge(UsesPairs)
+    with pytest.raises(BridgeError, match="is no bridge"):
+        as_bridge(3)

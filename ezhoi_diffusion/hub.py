@@ -295,7 +295,7 @@ def _words(points: float, chance: dict[str, float] | None, found: dict[str, Any]
 def _host(fingerprint: dict[str, Any], files: Iterable[str]) -> list[str]:
     if not fingerprint:
         return [
-            "Its files do not say which host it was made for, so every host refuses it unless `--force-bridge` is given, and "
+            "Its files do not say which host it was made for, so every host refuses it unless `--force` is given, and "
             "then every report says so."
         ]
     context = (
@@ -304,7 +304,7 @@ def _host(fingerprint: dict[str, Any], files: Iterable[str]) -> list[str]:
     )
     return [
         "It is valid for this host alone: any other, be it in a flag, a weight or a context vector, is refused with both values "
-        "shown, unless `--force-bridge` is given, and then every report says so.",
+        "shown, unless `--force` is given, and then every report says so.",
         _table(["fact", "value"], _flat(fingerprint)),
         *([context] if CONTEXT in files else []),
     ]

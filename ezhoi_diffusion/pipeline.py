@@ -72,7 +72,7 @@ def run_steps(steps: Sequence[Step], work: Path) -> int:
                 [_do(step, f"[{number}/{len(steps)}] {step.title}", state) for number, step in enumerate(steps, 1)]
             )
     except OSError as error:
-        raise PipelineError(f"{work} cannot hold the pipeline's results ({error}): give another --work") from error
+        raise PipelineError(f"{work} cannot hold the pipeline's results ({error}): give another --out") from error
 
 
 def _do(step: Step, head: str, state: _State) -> bool:
@@ -96,9 +96,9 @@ class _State:
 
     def __init__(self, work: Path) -> None:
         self.work, self.path = work, work / STATE
-        remedy = f"give another --work, or delete {work} to begin anew"
+        remedy = f"give another --out, or delete {work} to begin anew"
         if not self.path.exists() and any(not path.name.startswith(".") for path in work.iterdir()):
-            raise PipelineError(f"{work} is not empty and holds no pipeline: give another --work")
+            raise PipelineError(f"{work} is not empty and holds no pipeline: give another --out")
         self.steps: dict[str, dict[str, Any]] = {}
         if self.path.exists():
             self.steps = read_json(self.path, PipelineError, remedy).get("steps", {})
@@ -113,7 +113,7 @@ class _State:
         record = self.steps.get(step.name)
         if record is None:
             if step.folder.exists():
-                raise PipelineError(f"{step.folder} exists, and this pipeline did not make it: give another --work")
+                raise PipelineError(f"{step.folder} exists, and this pipeline did not make it: give another --out")
             return "not done yet"
         record = self._taken_back(step, record, inputs)
         then = record["inputs"]

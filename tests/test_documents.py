@@ -214,7 +214,7 @@ def test_help_needs_no_heavy_import():
     loaded = python(
         "import sys\nfrom ezhoi_diffusion.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint('|', *sys.modules)"
     )
-    assert "the way, from an EZ-HOI folder" in loaded
+    assert "typical workflow, in an EZ-HOI folder" in loaded
     assert "torch" not in loaded.rsplit("|", 1)[1].split()
 
 

@@ -267,7 +267,7 @@ from ezhoi_diffusion.plugins import PluginHost
 seen, plugins = [], PluginHost()
 accept = lambda bridge, name: seen.append(bridge.provenance["training"]["step"])
 resolve_variants("none,mean_shift,diffusion=hf:{name}@main", plugins, "hf:{name}", accept, torch.device("cpu"))
-args = SimpleNamespace(compare="", bridge="hf:{name}", inference_steps=None)
+args = SimpleNamespace(compare="", bridge="hf:{name}", plugin_folders={{}}, set=[], inference_steps=None)
 plugin.on_attach(SimpleNamespace(args=args, plugins=plugins, accept=accept, device=torch.device("cpu")))
 (folder,) = _require_bridges("none,diffusion=hf:{name}", [])
 print(*seen, (Path(folder) / "config.json").is_file())
@@ -545,7 +545,7 @@ def test_the_card_names_the_host_the_recipe_and_the_training(bridge):
 def test_a_bridge_without_an_origin_says_so(bridge):
     rewrite(bridge / "config.json", provenance={})
     card = model_card(bridge, None)
-    assert "every host refuses it unless `--force-bridge` is given" in card
+    assert "every host refuses it unless `--force` is given" in card
     assert "\n## How it was made\n\nIts files do not say." in card
 
 

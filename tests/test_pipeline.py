@@ -228,11 +228,11 @@ def test_folders_of_others_and_broken_records_are_refused(tmp_path, commands):
 
 def test_flags_that_the_pipeline_sets_itself_are_refused(tmp_path, capsys):
     for ours in (["--plugin", "capture"], ["--bridge=x"]):
-        assert main(["pipeline", "main_tip_finetune.py", *ours, "--work", str(tmp_path)]) == 2
+        assert main(["pipeline", "main_tip_finetune.py", *ours, "--out", str(tmp_path)]) == 2
         assert f"the pipeline sets {ours[0].partition('=')[0]} itself" in capsys.readouterr().err
     assert main(["pipeline", "main_tip_finetune.py", "--eval"]) == 2
-    assert "--work DIR is missing" in capsys.readouterr().err
-    assert main(["pipeline", str(tmp_path / "none.py"), "--work", str(tmp_path / "w")]) == 2
+    assert "--out DIR is missing" in capsys.readouterr().err
+    assert main(["pipeline", str(tmp_path / "none.py"), "--out", str(tmp_path / "w")]) == 2
     assert "run this from the EZ-HOI folder" in capsys.readouterr().err
 
 
@@ -262,7 +262,7 @@ def test_what_a_later_step_would_refuse_is_refused_at_once(
     small_world, checkpoint, tmp_path, capsys, monkeypatch, flags, message
 ):
     monkeypatch.chdir(MINIATURE)
-    line = [*ezhoi_flags(small_world, evaluate=True), *checkpoint, "--work", str(tmp_path / "w"), *flags]
+    line = [*ezhoi_flags(small_world, evaluate=True), *checkpoint, "--out", str(tmp_path / "w"), *flags]
     assert main(["pipeline", "main_tip_finetune.py", *line]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "w").exists()
@@ -276,7 +276,7 @@ def test_the_pipeline_on_the_miniature(small_world, checkpoint, tmp_path):
 
     def run(*ours):
         return run_in_miniature(
-            "-m", "ezhoi_diffusion", "pipeline", "main_tip_finetune.py", *flags, "--work", str(work), *ours
+            "-m", "ezhoi_diffusion", "pipeline", "main_tip_finetune.py", *flags, "--out", str(work), *ours
         )
 
     quick = ["--max-images", "12", "--num-test-images", "3", "--inference-steps", "50", "--scale-factor", "4"]

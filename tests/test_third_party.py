@@ -130,7 +130,7 @@ def test_all_five_are_fitted_and_compared_in_one_run(environment, stores, tmp_pa
     given = {name: f"{name}={tmp_path / name}" for name in NAMES}
     names = ",".join(["none", "identity", "mean_shift", "diffusion", *given.values()])
     line = ["compare", stores / "test", "--bridge", tmp_path / "diffusion", "--bridges", names, "--replicates", "100"]
-    done = environment.command(*line, "--sweep", "blend=0.5", "--report", tmp_path / "report")
+    done = environment.command(*line, "--sweep", "blend=0.5", "--out", tmp_path / "report")
     assert done.returncode == 0, done.stderr
     rows = rows_of(done.stdout)
     assert set(names.split(",")) <= set(rows)

@@ -58,7 +58,7 @@ class BridgePlugin:
             return  # the comparison loads its own
         from ezhoi_diffusion.evaluation.variants import parse_settings, resolve_variants
 
-        own = dict(word.partition("=")[::2] for word in run.args.plugin).get(self.name)
+        own = run.args.plugin_folders.get(self.name)
         variants = resolve_variants(
             f"{self.name}={own}" if own else self.name,
             run.plugins,

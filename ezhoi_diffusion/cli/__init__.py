@@ -1,4 +1,4 @@
-"""The command line, one file a command. Heavy imports wait until a command runs."""
+"""The command line: one file for each command. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
@@ -9,48 +9,72 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-# What a disk says that is full, over quota, read-only or broken: never a mistake of the program
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+# Errors of a full, read-only or broken disk. They are never a mistake of the program.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
-COMMANDS = {
-    "run": "run an EZ-HOI script, unmodified, with plugins",
-    "pipeline": "capture, train, test and compare in one go",
-    "statistics": "what was captured, in figures",
-    "train": "train a diffusion bridge on captured features",
-    "distill": "train a student that gives a bridge's result in one network evaluation",
-    "fit": "fit a bridge of an installed plugin to captured features",
-    "tune": "choose bridge and settings by mAP on held-out training images",
-    "test": "what a bridge does on a few images: pictures, top 5, a verdict",
-    "compare": "score bridges on captured features of the test split, without the host",
-    "bench": "measure what a bridge costs here, beside the guide's system",
-    "push": "put a bridge and its model card on the Hugging Face Hub",
-    "import": "turn files of the training guide (.pkl, .pt) into ours",
-    "demo": "see all of it on a miniature EZ-HOI, without data",
-    "doctor": "find out what is wrong with environment, features, bridge or host flags, and the fix",
-    "patch": "write the three lines a fork needs into its main_tip_finetune.py, or take them out",
-    "plugins": "list plugins: name, version, status, source, hooks; or begin one: plugins new NAME",
+GROUPS = {
+    "run EZ-HOI": {
+        "run": "run an EZ-HOI script with plugins, without editing it",
+        "capture": "store the features of a split",
+        "pipeline": "capture, train, test and compare in one command",
+        "patch": "add the three lines with which a fork takes our flags itself",
+    },
+    "make a bridge": {
+        "train": "train a diffusion bridge, fit a plugin's bridge, or distil one",
+        "tune": "choose bridge and settings on held-out training images",
+        "import": "convert files of the training guide (.pkl, .pt)",
+    },
+    "measure": {
+        "compare": "score bridges on captured test features, with intervals",
+        "test": "look at a bridge on a few images: pictures, top 5, a verdict",
+    },
+    "share": {
+        "push": "upload a bridge and its model card to the Hugging Face Hub",
+    },
+    "look after it": {
+        "demo": "try everything on a miniature EZ-HOI, without data",
+        "doctor": "check environment, features, bridge and flags; name the fix",
+        "plugins": "list plugins, or start one: plugins new NAME",
+    },
 }
+HIDDEN = {"bench": "measure what a bridge costs on this machine, next to the guide's system"}
+COMMANDS = {name: summary for group in [*GROUPS.values(), HIDDEN] for name, summary in group.items()}
+
+DESCRIPTION = """\
+Close the gap between EZ-HOI's visual and text features with a diffusion bridge, without editing EZ-HOI."""
+WORKFLOW = """\
+typical workflow, in an EZ-HOI folder (… stands for the flags of your test script):
+  ezhoi-diffusion demo                                  try it first: 2 minutes, no data
+  ezhoi-diffusion capture main_tip_finetune.py … --resume CKPT --split train --out FEATURES
+  ezhoi-diffusion train FEATURES --out BRIDGE
+  ezhoi-diffusion run main_tip_finetune.py … --eval --resume CKPT --bridge BRIDGE --compare none,diffusion
+  ezhoi-diffusion pipeline main_tip_finetune.py … --eval --resume CKPT --out DIR     all of that at once
+
+`ezhoi-diffusion COMMAND --help` explains a command.
+"""
 
 
 def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser of `ezhoi-diffusion`; of the commands only that in `argv` declares its flags, which may be slow."""
+    """The parser of `ezhoi-diffusion`. Only the command in `argv` declares its flags, because that may be slow."""
+    from ezhoi_diffusion.cli.arguments import accept_underscores
+
+    listed = [
+        f"{title}:\n" + "\n".join(f"  {name:10} {summary}" for name, summary in group.items())
+        for title, group in GROUPS.items()
+    ]
     parser = argparse.ArgumentParser(
         prog="ezhoi-diffusion",
-        description="Close the gap between EZ-HOI's visual and text features with a diffusion bridge, without editing EZ-HOI.",
-        epilog="""\
-the way, from an EZ-HOI folder:
-  ezhoi-diffusion demo                       see all of it on a miniature first (2 minutes, no data needed)
-  ezhoi-diffusion pipeline main_tip_finetune.py <its flags> --eval --resume CKPT --work DIR     all of the below
-  ezhoi-diffusion run main_tip_finetune.py <its flags> --resume CKPT --plugin capture --capture FEATURES
-  ezhoi-diffusion train FEATURES --out BRIDGE
-  ezhoi-diffusion run main_tip_finetune.py <its flags> --eval --resume CKPT --bridge BRIDGE --compare none,diffusion
-""",
+        usage="%(prog)s COMMAND …",
+        description=DESCRIPTION,
+        epilog="\n\n".join([*listed, WORKFLOW]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, help=argparse.SUPPRESS, prog=parser.prog
+    )
     chosen = next((word for word in argv if not word.startswith("-")), None)
-    for name, summary in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in COMMANDS:
+        command = commands.add_parser(name, formatter_class=argparse.RawDescriptionHelpFormatter)
         if name == chosen:
             module = import_module(f"ezhoi_diffusion.cli.{name}")
             module.configure(command)
@@ -59,21 +83,19 @@ the way, from an EZ-HOI folder:
     return parser
 
 
-def accept_underscores(parser: argparse.ArgumentParser) -> None:
-    """Let --train_steps stand for --train-steps: the training guide writes underscores. --help shows dashes alone."""
-    known = parser._option_string_actions
-    known.update({"--" + flag[2:].replace("-", "_"): action for flag, action in [*known.items()] if flag[:2] == "--"})
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status: 2 for an error that the user can act on, 75 where it may go on later."""
+    """Run one command and return its exit status.
+
+    Returns:
+        0, or 1 where `doctor` finds a problem and `patch --check` an unpatched script; 2 for an error that the user can
+        fix; 75 where the same command resumes later; 130 for Ctrl-C.
+    """
     from ezhoi_diffusion.errors import EzhoiDiffusionError, Interrupted
 
     logging.basicConfig(format="ezhoi-diffusion: %(message)s", level=logging.WARNING)
-    argv = sys.argv[1:] if argv is None else argv
-    own, host_line = _split(list(argv))
+    own, script_line = _split_script_line(list(sys.argv[1:] if argv is None else argv))
     args = build_parser(own).parse_args(own)
-    args.host_line = host_line
+    args.script_line = script_line
     try:
         status: int = args.run(args)
     except Interrupted as error:
@@ -83,9 +105,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"ezhoi-diffusion: error: {error}\n")
         return error.status
     except OSError as error:
-        if error.errno in DISK:
+        if error.errno in DISK_ERRORS:
             sys.stderr.write(f"ezhoi-diffusion: error: the disk refused ({error}): free space and try again\n")
-        elif error.filename is not None and args.command != "run":  # a host's own error keeps its traceback
+        elif error.filename is not None and args.command not in (
+            "run",
+            "capture",
+        ):  # a script's error keeps its traceback
             sys.stderr.write(f"ezhoi-diffusion: error: {error}\n")
         else:
             raise
@@ -96,8 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The words before and after `--` for doctor: argparse loses that mark, in another way in every version."""
+def _split_script_line(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The words before and after `--` of doctor. Versions of argparse treat that mark in different ways."""
     if argv[:1] != ["doctor"] or "--" not in argv:
         return argv, []
     mark = argv.index("--")

@@ -27,7 +27,7 @@ reading it:
 
 examples:
   ezhoi-diffusion run main_tip_finetune.py … --eval --resume CKPT --plugin capture --capture TEST_FEATURES
-  ezhoi-diffusion compare TEST_FEATURES --bridge BRIDGE --bridges none,identity,mean_shift,diffusion --report REPORT
+  ezhoi-diffusion compare TEST_FEATURES --bridge BRIDGE --bridges none,identity,mean_shift,diffusion --out REPORT
   ezhoi-diffusion compare TEST_FEATURES --bridge BRIDGE --bridges none,diffusion --sweep start_timestep=50,100,200 --sweep blend=0.25,0.5,1
   ezhoi-diffusion compare VCOCO_FEATURES --vcoco V-COCO_CHECKOUT --bridge BRIDGE
 """
@@ -68,7 +68,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--vcoco", type=Path, metavar="DIR",
         help="for a capture of V-COCO: role AP in both scenarios, from V-COCO's own annotations in this checkout or data folder",
     )  # fmt: skip
-    parser.add_argument("--report", type=Path, metavar="DIR", help="write report.html, report.json and pictures there")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write report.html, report.json and pictures there")
     declare_application(parser)
     parser.add_argument("--no-plugin", action="append", default=[], metavar="NAME", help="do not even import a plugin")
 
@@ -102,8 +102,8 @@ def run(args: argparse.Namespace) -> int:
         settings=parse_settings((), args.inference_steps),
         sweep=parse_sweep(args.sweep),
     )
-    if args.report:
-        with report_folder(args.report):
+    if args.out:
+        with report_folder(args.out):
             pass  # refused now, not after the work
     if args.replicates and args.replicates < LEAST_REPLICATES:
         raise EzhoiDiffusionError(
@@ -122,8 +122,8 @@ def run(args: argparse.Namespace) -> int:
         comparison.caveats.append(f"These are images of the {store.split} split: no result to report.")
     notes = disagreements(comparison.alignment, {name: comparison.mean_ap(name, "full") for name in comparison.ap})
     print("\n".join(["", comparison.table(), *notes, headline(comparison).text]), flush=True)
-    if args.report:
-        write_report(comparison, args.report, notes)
+    if args.out:
+        write_report(comparison, args.out, notes)
     return 0
 
 
@@ -139,9 +139,7 @@ def declare_application(parser: argparse.ArgumentParser) -> None:
 
 def declare_force(parser: argparse.ArgumentParser) -> None:
     """The flag that `acceptance` reads."""
-    parser.add_argument(
-        "--force-bridge", action="store_true", help="use a bridge made for another host; the results say so"
-    )
+    parser.add_argument("--force", action="store_true", help="use a bridge made for another host; the results say so")
 
 
 def acceptance(store: FeatureStore, args: argparse.Namespace, forced: list[str]) -> Callable[[Bridge, str], None]:
@@ -152,10 +150,10 @@ def acceptance(store: FeatureStore, args: argparse.Namespace, forced: list[str])
         difference = fingerprint_mismatch(bridge, name, store.fingerprint)
         if difference is None:
             return
-        if not args.force_bridge:
+        if not args.force:
             raise EzhoiDiffusionError(
                 f"{difference.message} (here: the host of {store.folder}). Capture both splits from one host, with the same "
-                f"--seed, and train on its features; or add --force-bridge to use it all the same"
+                f"--seed, and train on its features; or add --force to use it all the same"
             )
         forced.append(difference.message)
 

@@ -40,7 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--min-cosine", type=float, default=LEAST_COSINE, metavar="C",
         help=f"refuse a student whose mean cosine to the teacher on held-out rows is lower ({LEAST_COSINE})",
     )  # fmt: skip
-    parser.set_defaults(force_bridge=False)  # on rows of another host there is nothing to learn of a bridge
+    parser.set_defaults(force=False)  # on rows of another host there is nothing to learn of a bridge
 
 
 def run(args: argparse.Namespace) -> int:

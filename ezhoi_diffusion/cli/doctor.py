@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from ezhoi_diffusion.doctor.checks import run_checks
 
     findings = []
-    for finding in run_checks(args.folders, args.host_line):
+    for finding in run_checks(args.folders, args.script_line):
         findings.append(finding)
         if not args.json:
             fix = f" -> {finding.fix}" if finding.fix else ""

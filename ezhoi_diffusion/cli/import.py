@@ -26,7 +26,7 @@ what makes what:
 
 Normalised text (…_normalized.pkl) has lost its mean: give the text mean with it. Text of CLIP itself (not adapted by the
 host's prompts) is refused unless --force. No file says which EZ-HOI checkpoint it was made with, so on the host an imported
-bridge needs --force-bridge.
+bridge needs --force.
 
 examples:
   ezhoi-diffusion import hicodet_pkl_files/*.pkl hoi_diffusion_results/model-50.pt      # what are these?

@@ -1,4 +1,4 @@
-"""`ezhoi-diffusion pipeline SCRIPT … --work DIR`: capture, statistics, training, test and comparison in one go."""
+"""`ezhoi-diffusion pipeline SCRIPT … --out DIR`: capture, statistics, training, test and comparison in one go."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ in DIR:
   features-test/  adapter_feat of the test images          report/       report.html, report.json, pictures
 
 example:
-  ezhoi-diffusion pipeline main_tip_finetune.py … --eval --resume CKPT --work DIR
+  ezhoi-diffusion pipeline main_tip_finetune.py … --eval --resume CKPT --out DIR
 """
 UNREAD = ("output_dir", "port", "num_workers", "print_interval")  # flags of the host that change no feature
 
@@ -51,7 +51,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def _declare(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--work", type=Path, metavar="DIR", help="folder for all results (required)")
+    add("--out", type=Path, metavar="DIR", help="folder for all results (required)")
     add("--max-images", type=int, metavar="N", help="the first N images of each split only")
     add("--recipe", metavar="NAME", help="gentle (default), paper, paired or guide; see `ezhoi-diffusion train --help`")
     add("--denoiser", metavar="NAME", help="the network: mlp (default), unet1d, gaussian, empirical, or a plugin's")
@@ -64,23 +64,23 @@ def _declare(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make the steps and run them."""
-    from ezhoi_diffusion.cli import accept_underscores
+    from ezhoi_diffusion.cli.arguments import accept_underscores
     from ezhoi_diffusion.pipeline import run_steps
 
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # ours stand among the host's, in any order
     _declare(flags)
     accept_underscores(flags)
     args, host_flags = flags.parse_known_args(args.arguments, args)
-    if args.work is None:
-        raise EzhoiDiffusionError("--work DIR is missing: the folder for features, bridge and results")
+    if args.out is None:
+        raise EzhoiDiffusionError("--out DIR is missing: the folder for features, bridge and results")
     given = {word.partition("=")[0] for word in host_flags}
-    for ours in ("--plugin", "--capture", "--compare", "--bridge", "--report"):
+    for ours in ("--plugin", "--capture", "--compare", "--bridge"):
         if ours in given:
             raise EzhoiDiffusionError(f"the pipeline sets {ours} itself: leave it out, or use `ezhoi-diffusion run`")
     steps = make_steps(args, host_flags if "--eval" in given else [*host_flags, "--eval"])
-    done = run_steps(steps, args.work)
+    done = run_steps(steps, args.out)
     what = f"{done} of {len(steps)} steps were done" if done else "everything was up to date"
-    print(f"{what}; look at {args.work / 'test' / 'diffusion_effect.png'} and {args.work / 'report' / 'report.html'}")
+    print(f"{what}; look at {args.out / 'test' / 'diffusion_effect.png'} and {args.out / 'report' / 'report.html'}")
     return 0
 
 
@@ -93,7 +93,7 @@ def make_steps(args: argparse.Namespace, host_flags: list[str]) -> list[Step]:
     from ezhoi_diffusion.ezhoi.launch import read_flags
     from ezhoi_diffusion.pipeline import Step, content
 
-    work: Path = args.work
+    work: Path = args.out
     folders = {name: work / name for name in ("features", "statistics", "bridge", "features-test", "test", "report")}
     package = {"package": version("ezhoi-diffusion")}
     given = vars(read_flags(args.script, host_flags))  # its defaults as well
@@ -142,7 +142,7 @@ def make_steps(args: argparse.Namespace, host_flags: list[str]) -> list[Step]:
             "report", "compare on all test images", folders["report"],
             [
                 "compare", test_features, "--bridge", bridge, "--bridges", args.bridges, *blocked,
-                "--report", str(folders["report"]),
+                "--out", str(folders["report"]),
             ],
             {**package, "bridges": args.bridges, **named}, ["bridge", "features-test"],
         ),

@@ -44,7 +44,7 @@ def run_demo(out: Path) -> None:
 
     _say(3, "capture, train a bridge, test and compare: the pipeline, as you would give it in an EZ-HOI folder")
     testing = [*host_args(world, evaluate=True), "--output-dir", str(checkpoints), "--resume", str(checkpoint)]
-    _command(["pipeline", SCRIPT, *testing, "--work", str(results)])
+    _command(["pipeline", SCRIPT, *testing, "--out", str(results)])
 
     print(f"\n{verdict(results / 'report' / 'report.json')}")
     print(
@@ -81,7 +81,7 @@ def _command(arguments: list[str]) -> None:
 
 def _shortened(arguments: list[str]) -> list[str]:
     """The command without the miniature's own flags, which say nothing about the package."""
-    ours = ("--epochs", "--resume", "--eval", "--work", "--train-steps")
+    ours = ("--epochs", "--resume", "--eval", "--out", "--train-steps")
     kept = ["…"]
     for position, word in enumerate(arguments):
         if word in ours:

@@ -19,7 +19,7 @@ from ezhoi_diffusion.bridge import replacement_problem
 from ezhoi_diffusion.errors import EzhoiDiffusionError, Interrupted
 from ezhoi_diffusion.evaluation.bootstrap import REPLICATES
 from ezhoi_diffusion.evaluation.comparison import REFERENCE
-from ezhoi_diffusion.evaluation.variants import Variant, parse_settings, resolve_variants
+from ezhoi_diffusion.evaluation.variants import Variant, parse_settings, parse_sweep, resolve_variants
 from ezhoi_diffusion.ezhoi.capture_pass import capture_pass, default_split, share_context
 from ezhoi_diffusion.ezhoi.comparison_pass import comparison_pass
 from ezhoi_diffusion.ezhoi.feature_tap import FeatureTap, HookPoint, find_feature_module, unwrap
@@ -78,8 +78,8 @@ class Attachment:
             raise EzhoiDiffusionError(
                 "a capture pass and a comparison need the host's data sets: run main_tip_finetune.py, not a script for one image"
             )
-        if args.report:
-            with report_folder(Path(args.report)):
+        if args.out:
+            with report_folder(Path(args.out)):
                 pass  # refused now, not after the pass
         if run.world_size > 1 and (captures or injects or compares):
             share_context(run.model, run.device)
@@ -93,6 +93,7 @@ class Attachment:
                 check=run.check_fingerprint,
                 device=run.device,
                 settings=parse_settings(args.set, args.inference_steps),
+                sweep=parse_sweep(args.sweep),
             )
             if compares
             else {}
@@ -179,8 +180,8 @@ class Attachment:
             comparison = comparison_pass(run, loader, variants, REPLICATES if run.rank == 0 else 0)
             if run.rank == 0:
                 print(f"\n{comparison.table()}\n", flush=True)
-                if run.args.report:
-                    write_report(comparison, Path(run.args.report))
+                if run.args.out:
+                    write_report(comparison, Path(run.args.out))
                 run.plugins.notify("on_comparison", comparison=comparison)
         return comparison.ap[REFERENCE]
 

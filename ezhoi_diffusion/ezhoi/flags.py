@@ -1,4 +1,4 @@
-"""The flags that a host's command line gains."""
+"""The flags that an EZ-HOI script gains."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.evaluation.variants import parse_settings, parse_sweep
 from ezhoi_diffusion.plugins import PluginError, PluginManager
 
 
 def blocked_in(argv: Sequence[str]) -> list[str]:
-    """The plugins that `--no-plugin` names: needed before any plugin is imported, so before the parser exists."""
+    """Names given with `--no-plugin`. Plugins add flags to the parser, so these are needed before it exists."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--no-plugin", action="append", default=[])
     blocked: list[str] = early.parse_known_args(argv)[0].no_plugin
@@ -22,10 +24,17 @@ def blocked_in(argv: Sequence[str]) -> list[str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> None:
-    """Add our flags, and those of every installed plugin, to a host's parser.
+    """Add our flags, and those of every installed plugin, to the parser of an EZ-HOI script.
 
-    argv: the command line, sys.argv without the program by default. Raises PluginError where a flag exists already.
-    From here on an EzhoiDiffusionError that nobody catches is one line on stderr, without a traceback.
+    From here on an uncaught EzhoiDiffusionError prints one line on stderr instead of a traceback.
+
+    Args:
+        parser: The script's own parser.
+        argv: The command line without the program; by default that of this process.
+
+    Raises:
+        PluginError: A flag exists already.
+        EzhoiDiffusionError: The command line has flags of the guide's edited EZ-HOI.
     """
     _say_errors_in_a_line()
     argv = sys.argv[1:] if argv is None else argv
@@ -37,20 +46,20 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = 
             _add_plugin_options(plugins, name, parser)
     except argparse.ArgumentError as error:
         raise PluginError(
-            f"the script's own command line and ours clash ({error}): rename that flag in the script, or, if it is "
-            f"ours, let the script call add_arguments once only"
+            f"the script and ezhoi-diffusion declare the same flag ({error}): rename it in the script. If the flag is ours, call "
+            f"add_arguments only once"
         ) from error
 
 
 def add_missing_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> None:
-    """As `add_arguments`, but nothing where the script has called that itself. Raises what it does."""
+    """Call `add_arguments` unless the script has called it already."""
     if "--no-plugin" not in parser._option_string_actions:
         add_arguments(parser, argv)
 
 
 @functools.cache  # once a process
 def _say_errors_in_a_line() -> None:
-    """For scripts that plain python runs. torch.distributed puts a hook before this one later, which calls it."""
+    """For scripts that plain python runs. The hook that torch.distributed installs later calls this one."""
     before = sys.excepthook
 
     def one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -63,64 +72,70 @@ def _say_errors_in_a_line() -> None:
 
 
 def _refuse_flags_of_the_guide(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """Say what --diffusion_bridge and its like are called here, unless the script is a fork that has them."""
+    """Refuse --diffusion_bridge and similar flags with their name here, unless the script is a fork that has them."""
     given = {word.partition("=")[0] for word in argv if word.startswith(("--diffusion_", "--diffusion-"))}
     unknown = sorted(given - parser._option_string_actions.keys())
     if unknown:
         raise EzhoiDiffusionError(
-            f"{', '.join(unknown)}: flags of the guide's edited EZ-HOI. Here a bridge is one folder, which holds the means and "
-            f"the steps too: --plugin diffusion --bridge DIR. `ezhoi-diffusion train` makes it"
+            f"{', '.join(unknown)}: flags of the guide's edited EZ-HOI. Use --plugin diffusion=DIR instead: the folder, made by "
+            f"`ezhoi-diffusion train`, holds weights, means and steps"
         )
+
+
+class _EnablePlugin(argparse.Action):
+    """`--plugin NAME=DIR`: NAME joins `args.plugin`, DIR becomes its folder in `args.plugin_folders`."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, word: Any, option: str | None = None
+    ) -> None:
+        name, _, folder = str(word).partition("=")
+        namespace.plugin = [*namespace.plugin, name]
+        if folder:
+            namespace.plugin_folders = {**namespace.plugin_folders, name: folder}
 
 
 def _add_own_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("ezhoi-diffusion", "plugins for this run; `ezhoi-diffusion plugins` lists them")
+    parser.set_defaults(plugin_folders={})
     add = group.add_argument
     add(
-        "--plugin",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="enable a plugin; repeat for several, in calling order",
-    )
-    add(
-        "--no-plugin", action="append", default=[], metavar="NAME",
-        help="do not even import a plugin; text_cache, which is on by default, is switched off so",
-    )  # fmt: skip
-    add(
-        "--plugin-errors", choices=("raise", "disable"), default="raise",
-        help="what a plugin that fails at eval does: end the run, or go off for the rest of it, which every report then says; a bridge of --compare always ends the run",
+        "--plugin", action=_EnablePlugin, default=[], metavar="NAME[=DIR]",
+        help="enable a plugin, with its bridge's folder; repeat it for several, in calling order",
     )  # fmt: skip
     add(
         "--compare", default="", metavar="none,NAME[=DIR],…",
-        help="with --eval: score the bare host and each named bridge on the same pairs, in one pass, and print a table",
+        help="with --eval: score EZ-HOI without and with each bridge on the same pairs, in one pass",
     )  # fmt: skip
-    add("--report", default="", metavar="DIR", help="with --compare: write report.html, report.json and pictures there")
     add(
-        "--bridge",
-        default="",
-        metavar="DIR",
-        help="the trained bridge, a folder made by `ezhoi-diffusion train`, or hf:USER/NAME[@REVISION] of the Hugging Face Hub",
-    )
+        "--bridge", default="", metavar="DIR",
+        help="folder made by `ezhoi-diffusion train`, or hf:USER/REPO[@REVISION], for names without one of their own",
+    )  # fmt: skip
+    add("--set", action="append", default=[], metavar="K=V", help="apply bridges with this setting; may be repeated")
+    add(
+        "--sweep", action="append", default=[], metavar="K=V,V",
+        help="with --compare: also apply bridges with each of these values; several sweeps make a grid",
+    )  # fmt: skip
     add(
         "--inference-steps", type=int, default=None, metavar="N",
-        help="apply diffusion bridges from level N with N evaluations, whatever their recipe says: the level is how strongly a "
-        "feature is bridged, the evaluations are what that costs",
+        help="the guide's: --set start_timestep=N --set num_steps=N",
     )  # fmt: skip
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="apply bridges with this setting, e.g. blend=0.3",
-    )
-    add("--force-bridge", action="store_true", help="use a bridge made for another host; every report then says so")
-    add("--restore-context", action="store_true", help="put the context vectors stored with the bridge into the host")
+    add("--out", default="", metavar="DIR", help="with --compare: write report.html, report.json and pictures there")
+    add("--force", action="store_true", help="use a bridge that was made for another EZ-HOI run; results say so")
+    add("--restore-context", action="store_true", help="put the context vectors stored with the bridge into EZ-HOI")
     add(
         "--capture-split", choices=("train", "test"), default=None,
-        help="split of a capture pass (default: train, or test with --eval)",
+        help="split of a capture (default: train, or test with --eval)",
     )  # fmt: skip
     add("--max-images", type=int, default=None, metavar="N", help="capture the first N images of the split only")
+    add(
+        "--no-plugin", action="append", default=[], metavar="NAME",
+        help="do not import this plugin, for example text_cache, which is on by default; may be repeated",
+    )  # fmt: skip
+    add(
+        "--plugin-errors", choices=("raise", "disable"), default="raise",
+        help="when a plugin fails at eval: end the run (default), or go on without it, which every report then says. A "
+        "bridge of --compare always ends the run",
+    )  # fmt: skip
 
 
 def _add_plugin_options(plugins: PluginManager, name: str, parser: argparse.ArgumentParser) -> None:
@@ -131,7 +146,12 @@ def _add_plugin_options(plugins: PluginManager, name: str, parser: argparse.Argu
 
 
 def check_options(plugins: PluginManager, args: argparse.Namespace) -> None:
-    """Refuse flags that would silently do nothing. Raises EzhoiDiffusionError, PluginError."""
+    """Refuse flags that would silently do nothing.
+
+    Raises:
+        EzhoiDiffusionError: A flag has no effect in this run, or has a wrong value.
+        PluginError: An enabled plugin has no effect in this run, or a flag needs a plugin that is not enabled.
+    """
     for name, actions in plugins.options().items():
         given = [a.option_strings[0] for a in actions if getattr(args, a.dest, a.default) != a.default]
         if given and name not in plugins.enabled:
@@ -139,43 +159,46 @@ def check_options(plugins: PluginManager, args: argparse.Namespace) -> None:
     for name in plugins.enabled:
         if all(hook.startswith("register_") for hook in plugins.found[name].hooks):
             raise PluginError(
-                f"plugin '{name}' takes no part in a run, it only contributes to others: name its bridge in --compare none,…"
+                f"--plugin {name} has no effect on a run, the plugin only contributes to others: name its bridge in --compare"
             )
     if args.compare and not args.eval:
-        raise EzhoiDiffusionError("--compare evaluates, so it needs --eval")
+        raise EzhoiDiffusionError("--compare scores an evaluation: add --eval")
     if args.compare and getattr(args, "cache", False):
-        raise EzhoiDiffusionError("--cache ends the host before it evaluates, so --compare cannot be combined with it")
+        raise EzhoiDiffusionError(
+            "--cache ends EZ-HOI before it evaluates, so --compare has nothing to score: drop one of them"
+        )
     compared = [part.partition("=")[0].strip() for part in args.compare.split(",")]
     for name in plugins.implementing("post_adapter_feat") if args.compare else ():
         if name not in compared:
             raise PluginError(
-                f"plugin '{name}' is enabled and would replace adapter_feat, but --compare scores only what it names: add "
-                f"'{name}' there, or drop --plugin {name}"
+                f"--plugin {name} replaces adapter_feat, but --compare scores only what it names: add '{name}' there, or drop "
+                f"--plugin {name}"
             )
-    if args.report and not args.compare:
-        raise EzhoiDiffusionError("--report writes a comparison, so it needs --compare")
+    for flag, given in (("--out", bool(args.out)), ("--sweep", bool(args.sweep))):
+        if given and not args.compare:
+            raise EzhoiDiffusionError(f"{flag} is for a comparison: add --compare none,NAME")
     captures = bool(plugins.implementing("on_train_batch"))
     for flag, value in (("--capture-split", args.capture_split), ("--max-images", args.max_images)):
         if value is not None and not captures:
-            raise EzhoiDiffusionError(
-                f"{flag} is about a capture pass, and no enabled plugin makes one: add --plugin capture"
-            )
+            raise EzhoiDiffusionError(f"{flag} is for a capture, and no enabled plugin makes one: add --plugin capture")
     if args.max_images is not None and args.max_images < 1:
         raise EzhoiDiffusionError(f"--max-images must be at least 1, not {args.max_images}")
     if captures and args.compare:
-        raise EzhoiDiffusionError("a capture pass ends the run, so it cannot be combined with --compare: make two runs")
-    for flag, is_given in (
-        ("--force-bridge", args.force_bridge),
+        raise EzhoiDiffusionError("a capture ends the run, so --compare has nothing to score: make two runs")
+    for flag, given in (
+        ("--force", args.force),
         ("--restore-context", args.restore_context),
+        ("--set", bool(args.set)),
         ("--inference-steps", args.inference_steps is not None),
     ):
-        if is_given and not (args.compare or args.bridge):
-            raise EzhoiDiffusionError(f"{flag} is about a bridge, and this run uses none: add --bridge DIR")
-    uses_bridge = bool(args.compare or plugins.implementing("post_adapter_feat"))
-    if args.bridge and not uses_bridge:
-        raise PluginError("--bridge is given but nothing uses it: add --plugin diffusion, or --compare none,diffusion")
+        if given and not (args.compare or args.bridge or args.plugin_folders):
+            raise EzhoiDiffusionError(f"{flag} is for a bridge, and this run uses none: add --bridge DIR")
+    parse_settings(args.set, args.inference_steps)  # raises now, not after the model is built
+    parse_sweep(args.sweep)
+    if args.bridge and not (args.compare or plugins.implementing("post_adapter_feat")):
+        raise PluginError("nothing uses --bridge: add --plugin diffusion, or --compare none,diffusion")
     resume = getattr(args, "resume", None)
     if resume and not Path(resume).is_file() and (plugins.enabled or args.compare):
         raise EzhoiDiffusionError(
-            f"--resume {resume}: there is no such file; the host would start from random weights without a word"
+            f"--resume {resume}: there is no such file, and EZ-HOI would silently start from random weights"
         )

@@ -39,7 +39,7 @@ class EzHoiRun:
     images_done: dict[str, int] = field(default_factory=dict)
     """Plugin -> number of images that it has from an earlier capture. The pass starts at the smallest."""
     forced: list[str] = field(default_factory=list)
-    """Fingerprint mismatches that --force-bridge let through, for the report."""
+    """Fingerprint mismatches that --force let through, for the report."""
     _checked_a_bridge: bool = field(default=False, repr=False)
 
     @property
@@ -64,7 +64,7 @@ class EzHoiRun:
         return fp.fingerprint(self.model, self.args)
 
     def check_fingerprint(self, bridge: Bridge, name: str) -> None:
-        """Refuse a bridge that was made for another run; --force-bridge lets it pass, and the report says so.
+        """Refuse a bridge that was made for another run; --force lets it pass, and the report says so.
 
         `--restore-context` first copies the context vectors of the bridge into the model. Only the first bridge may do
         that, because all variants of a comparison are scored in one pass.
@@ -91,14 +91,14 @@ class EzHoiRun:
             mismatch = fingerprint_mismatch(bridge, name, self.fingerprint.to_dict())
         if mismatch is None:
             return
-        if self.args.force_bridge:
+        if self.args.force:
             self.forced.append(mismatch.message)
             if self.rank == 0:
                 print(f"FORCED: {mismatch.message}", flush=True)
             return
         if mismatch.fields != {"context"}:
             raise FingerprintError(
-                f"{mismatch.message}. Capture and train for this run, or add --force-bridge to use the bridge anyway"
+                f"{mismatch.message}. Capture and train for this run, or add --force to use the bridge anyway"
             )
         if self.engine is None:
             raise FingerprintError(

@@ -318,7 +318,7 @@ def test_a_bridge_of_another_width_is_refused(store, tmp_path, fails):
 
 def test_a_bridge_of_another_host_is_refused(store, tmp_path, fails):
     bridge().save_pretrained(tmp_path / "bridge")
-    fails([store.folder, "--bridge", tmp_path / "bridge"], "made for another host", "--force-bridge")
+    fails([store.folder, "--bridge", tmp_path / "bridge"], "made for another host", "--force")
 
 
 def test_a_bridge_needs_features(tmp_path, fails):

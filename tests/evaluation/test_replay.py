@@ -158,7 +158,7 @@ def test_a_foreign_bridge_is_refused_or_forced(stores, bridge, tmp_path, capsys)
     line = ["compare", str(stores / "test"), "--bridge", str(tmp_path / "other"), "--bridges", "none,diffusion"]
     assert main(line) == 2
     assert "weights is" in capsys.readouterr().err
-    assert main([*line, "--force-bridge"]) == 0
+    assert main([*line, "--force"]) == 0
     assert "FORCED: bridge 'diffusion' was made for another host: weights is" in capsys.readouterr().out
 
 

@@ -145,7 +145,7 @@ def test_what_was_forced_stays_so_in_the_choice(stores, bridges, tmp_path, capsy
         str(tmp_path / "c"),
     ]
     assert main(line) == 2
-    assert main([*line, "--force-bridge", "--sweep", "blend=0.9,1", "--sweep", "start_timestep=1000"]) == 0
+    assert main([*line, "--force", "--sweep", "blend=0.9,1", "--sweep", "start_timestep=1000"]) == 0
     choice = Artifact.load(tmp_path / "c", "auto")
     assert len(choice.provenance["forced"]) == 1
     capsys.readouterr()
@@ -187,7 +187,7 @@ def test_the_choice_is_a_bridge_of_its_own(stores, bridges, tmp_path, capsys):
     report = tmp_path / "report"
     compare = ["compare", str(stores / "test"), "--bridges", names, "--replicates", "0"]
     sweep = [f"--sweep={key}={json.dumps(value)}" for key, value in chosen["settings"].items()]
-    assert main([*compare, *sweep, "--report", str(report)]) == 0
+    assert main([*compare, *sweep, "--out", str(report)]) == 0
     written = json.loads((report / "report.json").read_text())
     assert written["provenance"][f"auto={moved}"]["chosen"] == chosen, "the report says what was chosen"
     found = written["mean_ap"]
@@ -238,7 +238,7 @@ def test_a_folder_of_seeds_is_one_bridge_with_a_variant_for_each(stores, bridges
         "--bridge",
         str(bridges),
     ]
-    assert main([*line, "--sweep", "blend=1", "--replicates", "0", "--report", str(tmp_path)]) == 0
+    assert main([*line, "--sweep", "blend=1", "--replicates", "0", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     seeds = [f"diffusion/seed-{k}" for k in range(3)]
     swept = [f"{name}[blend=1]" for name in seeds]

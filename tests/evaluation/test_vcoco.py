@@ -87,7 +87,7 @@ def made(vcoco, tmp_path_factory):
 
 def test_a_comparison_is_what_v_coco_says_of_the_cache_with_and_without_the_bridge(vcoco, made, tmp_path, capsys):
     line = ["compare", str(made / "test"), "--vcoco", str(made / "vcoco"), "--bridge", str(made / "bridge")]
-    assert main([*line, "--replicates", "100", "--report", str(tmp_path / "report")]) == 0
+    assert main([*line, "--replicates", "100", "--out", str(tmp_path / "report")]) == 0
     rows = rows_of(capsys.readouterr().out)
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     case = annotations(vcoco)

@@ -164,7 +164,7 @@ def test_the_wrong_split_s_clip_features_are_refused(small_world, tmp_path):
 
 def test_compare_scores_all_variants_on_the_same_pairs(small_world, evaluated, bridge, tmp_path):
     printed, bare = evaluated
-    flags = ["--bridge", str(bridge), "--compare", "none,identity,mean_shift,diffusion", "--report", str(tmp_path)]
+    flags = ["--bridge", str(bridge), "--compare", "none,identity,mean_shift,diffusion", "--out", str(tmp_path)]
     done, tensors = dump(tmp_path / "x.safetensors", "launched", *ezhoi_flags(small_world, evaluate=True), *flags)
     assert done.returncode == 0, done.stderr
     rows = rows_of(done.stdout)
@@ -198,7 +198,7 @@ def test_a_bridge_of_another_run_is_refused_unless_forced(small_world, bridge):
     other = launch(*flags, "--zs_type", "rare_first")
     assert other.returncode == 2
     assert "zs_type is 'rare_first' here, 'unseen_verb' there" in other.stderr
-    forced = launch(*flags, "--zs_type", "rare_first", "--force-bridge")
+    forced = launch(*flags, "--zs_type", "rare_first", "--force")
     assert forced.returncode == 0, forced.stderr
     assert "FORCED: bridge 'diffusion' was made for another EZ-HOI run" in forced.stdout
 
@@ -209,7 +209,7 @@ def test_other_context_vectors_are_told_apart_and_can_be_restored(small_world, e
     refused = launch(*flags, "--seed", "1")
     assert refused.returncode == 2
     assert "context is" in refused.stderr
-    restored = launch(*flags, "--seed", "1", "--restore-context", "--force-bridge")
+    restored = launch(*flags, "--seed", "1", "--restore-context", "--force")
     assert restored.returncode == 0, restored.stderr
     assert "context is" not in restored.stdout
 
@@ -241,7 +241,7 @@ def test_a_script_without_an_engine_is_joined_at_its_first_image(small_world, br
     assert bare.returncode == 0, bare.stderr
     assert "tapped while running: False" in bare.stdout
     injected = run_in_miniature(
-        *run, "--plugin", "diffusion", "--bridge", str(bridge), "--restore-context", "--force-bridge", **environment
+        *run, "--plugin", "diffusion", "--bridge", str(bridge), "--restore-context", "--force", **environment
     )
     assert injected.returncode == 0, injected.stderr
     assert "tapped while running: True" in injected.stdout
@@ -288,19 +288,19 @@ def test_a_fork_with_three_lines_runs_by_itself(small_world, bridge, tmp_path):
         (["--plugin", "difusion"], "no plugin 'difusion'; did you mean 'diffusion'?"),
         (["--plugin", "capture"], "needs --capture DIR"),
         (["--capture", "x"], "--capture belongs to plugin 'capture', which is not enabled: add --plugin capture"),
-        (["--bridge", "x"], "nothing uses it: add --plugin diffusion"),
+        (["--bridge", "x"], "nothing uses --bridge: add --plugin diffusion"),
         (["--plugin", "diffusion"], "needs --bridge DIR"),
-        (["--compare", "none"], "a comparison needs a bridge beside `none`"),
+        (["--compare", "none"], "only `none` is named"),
         (["--compare", "none,unheard"], "there is no bridge 'unheard'"),
         (["--max-images", "3"], "no enabled plugin makes one"),
         (["--plugin", "mean_shift"], "mean_shift takes its means from a trained bridge: give --bridge DIR"),
-        (["--force-bridge"], "this run uses none: add --bridge DIR"),
+        (["--force"], "this run uses none: add --bridge DIR"),
         (["--compare", "identity", "--plugin", "diffusion"], "scores only what it names: add 'diffusion' there"),
-        (["--compare", "identity", "--report", "/proc/nowhere"], "cannot hold results"),
+        (["--compare", "identity", "--out", "/proc/nowhere"], "cannot hold results"),
         (["--world-size", "2", "--plugin", "diffusion"], "needs --bridge DIR"),
-        (["--report", "x"], "so it needs --compare"),
+        (["--out", "x"], "--out is for a comparison: add --compare"),
         (["--plugin", "capture", "--capture", "x", "--resume", "gone.pt"], "--resume gone.pt: there is no such file"),
-        (["--compare", "identity", "--resume", "gone.pt"], "start from random weights without a word"),
+        (["--compare", "identity", "--resume", "gone.pt"], "silently start from random weights"),
         (["--plugin", "diffusion", "--bridge", "nowhere"], "nowhere"),
     ],
 )

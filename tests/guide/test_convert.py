@@ -349,14 +349,14 @@ def test_the_host_refuses_it_as_unknown_unless_forced(files, tmp_path, capsys):
     run(files.model, files.mean, "--out", tmp_path / "out")
     bridge = DiffusionBridge.from_pretrained(tmp_path / "out")
     own = Fingerprint("ViT-B-16", D, "hicodet", None, 117, 212, "HO", True, True, "aa", "bb", {})
-    args = SimpleNamespace(restore_context=False, force_bridge=False, inference_steps=None)
+    args = SimpleNamespace(restore_context=False, force=False, inference_steps=None)
     host = EzHoiRun(None, args, None, None, None)
     host.__dict__["fingerprint"] = own
     with pytest.raises(FingerprintError) as refused:
         host.accept(bridge, "diffusion")
     assert "weights is 'aa' here, unknown there" in str(refused.value)
     assert "dim is" not in str(refused.value)
-    args.force_bridge = True
+    args.force = True
     host.accept(bridge, "diffusion")
     assert "unknown there" in host.forced[0]
 

@@ -251,7 +251,7 @@ def checkpoint(make_ezhoi, tmp_path):
         (["--bogus-flag"], "unrecognized arguments: --bogus-flag"),
         (["--max_images", "0"], "--max-images must be at least 1"),
         (["--recipe", "bogus"], "there is no recipe 'bogus'"),
-        (["--scale_factor", "-1"], "scale must be positive"),
+        (["--scale_factor", "-1"], "scale_factor must be positive"),
         (["--denoiser", "bogus"], "unknown denoiser 'bogus'"),
         (["--bridges", "none,bogus"], "unknown bridge 'bogus'"),
         (["--bridges", "none,diffusion=/nowhere"], "there is no folder /nowhere"),

@@ -174,8 +174,8 @@ def check_options(plugins: PluginManager, args: argparse.Namespace) -> None:
                 f"--plugin {name} replaces adapter_feat, but --compare scores only what it names: add '{name}' there, or drop "
                 f"--plugin {name}"
             )
-    for flag, given in (("--out", bool(args.out)), ("--sweep", bool(args.sweep))):
-        if given and not args.compare:
+    for flag, is_given in (("--out", bool(args.out)), ("--sweep", bool(args.sweep))):
+        if is_given and not args.compare:
             raise EzhoiDiffusionError(f"{flag} is for a comparison: add --compare none,NAME")
     captures = bool(plugins.implementing("on_train_batch"))
     for flag, value in (("--capture-split", args.capture_split), ("--max-images", args.max_images)):
@@ -185,13 +185,13 @@ def check_options(plugins: PluginManager, args: argparse.Namespace) -> None:
         raise EzhoiDiffusionError(f"--max-images must be at least 1, not {args.max_images}")
     if captures and args.compare:
         raise EzhoiDiffusionError("a capture ends the run, so --compare has nothing to score: make two runs")
-    for flag, given in (
+    for flag, is_given in (
         ("--force", args.force),
         ("--restore-context", args.restore_context),
         ("--set", bool(args.set)),
         ("--inference-steps", args.inference_steps is not None),
     ):
-        if given and not (args.compare or args.bridge or args.plugin_folders):
+        if is_given and not (args.compare or args.bridge or args.plugin_folders):
             raise EzhoiDiffusionError(f"{flag} is for a bridge, and this run uses none: add --bridge DIR")
     parse_settings(args.set, args.inference_steps)  # raises now, not after the model is built
     parse_sweep(args.sweep)

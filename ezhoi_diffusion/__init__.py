@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ezhoi_diffusion.artifact import Artifact as Artifact
-    from ezhoi_diffusion.artifact import BridgeError as BridgeError
+    from ezhoi_diffusion.bridge import Bridge as Bridge
+    from ezhoi_diffusion.bridge import BridgeError as BridgeError
     from ezhoi_diffusion.builtin.bridge_plugin import BridgePlugin as BridgePlugin
     from ezhoi_diffusion.diffusion.bridge import DiffusionBridge as DiffusionBridge
     from ezhoi_diffusion.errors import EzhoiDiffusionError as EzhoiDiffusionError
@@ -38,21 +39,22 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "Artifact": "artifact",
-    "BridgeError": "artifact",
+    "Bridge": "bridge",
+    "BridgeError": "bridge",
     "BridgePlugin": "builtin.bridge_plugin",
     "Comparison": "evaluation.comparison",
     "DiffusionBridge": "diffusion.bridge",
     "DiffusionBridgeHOI": "guide.bridge_hoi",
+    "EzHoiRun": "ezhoi.run",
     "EzhoiDiffusionError": "errors",
     "FeatureBatch": "features.batch",
     "FeatureStore": "features.store",
-    "Host": "ezhoi.run",
+    "FeatureTap": "ezhoi.feature_tap",
     "ModalityStatistics": "features.statistics",
     "Pairs": "features.batch",
-    "PluginHost": "plugins",
+    "PluginManager": "plugins",
     "Score": "features.score",
     "SeenPairs": "features.labels",
-    "Tap": "ezhoi.feature_tap",
     "add_arguments": "ezhoi.flags",
     "attach": "ezhoi.attach",
     "hookimpl": "hookspecs",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ezhoi_diffusion.guide.formats import LegacyFile
+    from ezhoi_diffusion.guide.formats import GuideFile
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -44,12 +44,12 @@ examples:
 
 def run(args: argparse.Namespace) -> int:
     """Report, and convert."""
-    from ezhoi_diffusion.guide.convert import ImportFilesError
+    from ezhoi_diffusion.guide.reading import GuideFileError
 
     try:
         return _import(args)
     except OSError as error:
-        raise ImportFilesError(
+        raise GuideFileError(
             f"{error.filename or args.out} cannot be read or written ({error.strerror}): see what it is, and give the command "
             f"again"
         ) from error
@@ -59,28 +59,29 @@ def _import(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ezhoi_diffusion.files import require_unused
-    from ezhoi_diffusion.guide.convert import Bundle, ImportFilesError, make_bridge, make_store, save_bridge
-    from ezhoi_diffusion.guide.formats import read_legacy
+    from ezhoi_diffusion.guide.convert import Bundle, make_bridge, make_store, save_bridge
+    from ezhoi_diffusion.guide.formats import read_guide_file
+    from ezhoi_diffusion.guide.reading import GuideFileError
 
     if args.out is not None:
         args.out = args.out.resolve()
-        require_unused(args.out, ImportFilesError)
-    files: list[LegacyFile] = []
+        require_unused(args.out, GuideFileError)
+    files: list[GuideFile] = []
     size = sum(path.stat().st_size for path in args.files if path.is_file())
     with tqdm(total=size, unit="B", unit_scale=True, desc="reading", disable=None, leave=False) as progress:
         for path in args.files:
-            files.append(read_legacy(path))
+            files.append(read_guide_file(path))
             progress.write(_report(files[-1]))
             progress.update(path.stat().st_size)
     if args.out is None:
         return 0
-    bundle = Bundle.of(files, force=args.force)
+    bundle = Bundle.from_files(files, force=args.force)
     if bundle.model is not None:
-        bridge = make_bridge(bundle, weights=args.weights, scale=args.scale_factor, force=args.force)
+        bridge = make_bridge(bundle, weights=args.weights, scale_factor=args.scale_factor)
         save_bridge(bridge, args.out)
         made = f"bridge: {args.out}"
     else:
-        store = make_store(bundle, args.out, force=args.force)
+        store = make_store(bundle, args.out)
         made = f"features: {args.out} ({len(store)} directions of {len(store.images)} images)"
     own = {f"{file.path.name}: {warning}" for file in files for warning in file.warnings}
     for note in bundle.notes:
@@ -90,7 +91,7 @@ def _import(args: argparse.Namespace) -> int:
     return 0
 
 
-def _report(file: LegacyFile) -> str:
+def _report(file: GuideFile) -> str:
     lines = [str(file.path), f"  {file.kind}: {file.contents}"]
     if file.facts:
         lines.append("  it says: " + ", ".join(f"{key} {value}" for key, value in file.facts.items()))

@@ -1,1 +1,1 @@
-"""The files of the training guide's own scripts: read without executing them, and turned into ours."""
+"""The training guide's files, read without running them, and its module DiffusionBridgeHOI."""

@@ -1,4 +1,4 @@
-"""From the guide's files to ours: a bridge, or a store of features."""
+"""Turn the guide's files into a bridge, or into a feature store."""
 
 from __future__ import annotations
 
@@ -9,81 +9,85 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, BridgeError, DiffusionBridge, build_denoiser
 from ezhoi_diffusion.diffusion.normalization import uncenter
 from ezhoi_diffusion.diffusion.recipes import RECIPES
 from ezhoi_diffusion.diffusion.samplers import samplers
-from ezhoi_diffusion.errors import EzhoiDiffusionError
-from ezhoi_diffusion.features.statistics import ModalityStatistics, unit
+from ezhoi_diffusion.features.statistics import ModalityStatistics
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.features.writer import write_imported
 from ezhoi_diffusion.files import new_folder, require_unused, sha256
 from ezhoi_diffusion.guide.formats import (
-    Analysis,
+    HOI_CLASSES,
+    AnalysisFile,
     EzHoiCheckpoint,
-    LegacyFile,
+    GuideFile,
     ModelFile,
-    TextMean,
-    TextRows,
-    VisualRows,
+    TextFile,
+    TextMeanFile,
+    VisualFile,
     Weights,
 )
-from ezhoi_diffusion.guide.reading import LegacyFileError, printable
+from ezhoi_diffusion.guide.reading import GuideFileError, printable
 
 GUIDE_STEPS, GUIDE_SCALE, GUIDE_TIMESTEPS = 600, 5.0, 1000
-File = TypeVar("File", bound=LegacyFile)
-
-
-class ImportFilesError(EzhoiDiffusionError):
-    """The files that were given do not make anything together."""
+File = TypeVar("File", bound=GuideFile)
 
 
 @dataclass(frozen=True, eq=False)
 class Bundle:
-    """The files of one import, sorted; `notes` collects what was assumed or is odd about them."""
+    """The files of one import, by kind. `notes` collects what was assumed, and what is odd about them."""
 
     model: ModelFile | None
-    visual: VisualRows | None
-    text: TextRows | None
-    mean: TextMean | None
-    files: Sequence[LegacyFile]
+    visual: VisualFile | None
+    text: TextFile | None
+    mean: TextMeanFile | None
+    files: Sequence[GuideFile]
+    force: bool
     notes: list[str]
 
     @classmethod
-    def of(cls, files: Sequence[LegacyFile], *, force: bool = False) -> Bundle:
-        """Sort files. Raises ImportFilesError for two of a kind, for different D, and, unless `force`, for raw CLIP text."""
+    def from_files(cls, files: Sequence[GuideFile], *, force: bool = False) -> Bundle:
+        """Sort files by kind.
+
+        Args:
+            files: The files, in any order.
+            force: Go on where the files do not fit, and note it.
+
+        Raises:
+            GuideFileError: Two files are of one kind or differ in D, or, unless `force`, the text is CLIP's own.
+        """
         dims = {file.path.name: file.dim for file in files if not isinstance(file, EzHoiCheckpoint)}
         if len(set(dims.values())) > 1:
             listed = ", ".join(f"{name} has {dim}" for name, dim in dims.items())
-            raise ImportFilesError(
+            raise GuideFileError(
                 f"the files are of different widths D: {listed}. 512 is CLIP ViT-B's, 768 ViT-L's: give files of one backbone"
             )
-        text = _only(files, TextRows)
-        analysis = _only(files, Analysis)
+        text, analysis = _only(files, TextFile), _only(files, AnalysisFile)
         if text is None and analysis is not None:
             text = analysis.text
         bundle = cls(
-            _only(files, ModelFile), _only(files, VisualRows), text, _only(files, TextMean), files,
+            _only(files, ModelFile), _only(files, VisualFile), text, _only(files, TextMeanFile), files, force,
             [f"{file.path.name}: {warning}" for file in files for warning in file.warnings],
         )  # fmt: skip
         if text is not None and text.source == "raw_clip":
-            bundle.tolerate(
-                f"{text.path} is text of CLIP itself; the host multiplies with text adapted by its prompts, and the mean is "
-                f"another: give the adapted text or its mean",
-                force,
+            bundle.require_force(
+                f"{text.path} is text of CLIP itself; EZ-HOI multiplies with text that its prompts adapted, which has another "
+                f"mean: give the adapted text or its mean"
             )
         return bundle
 
-    def tolerate(self, problem: str, force: bool) -> None:
-        """Raise ImportFilesError, or note the problem if `force`."""
-        if not force:
-            raise ImportFilesError(f"{problem}, or go on all the same with `ezhoi-diffusion import --force`")
+    def require_force(self, problem: str) -> None:
+        """Raise GuideFileError for a problem, or note it if forced."""
+        if not self.force:
+            raise GuideFileError(f"{problem}, or continue with `ezhoi-diffusion import --force`")
         self.notes.append(f"FORCED: {problem}")
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """The part of a host's fingerprint that the files know."""
+        """The part of the run's fingerprint that the files know."""
         known: dict[str, Any] = {"dim": next(f.dim for f in self.files if f.dim)}
         for file in self.files:
             known |= {key: file.facts[key] for key in ("zs_type", "num_classes", "txt_align") if key in file.facts}
@@ -91,42 +95,45 @@ class Bundle:
             if backbone.startswith("ViT-"):
                 known["backbone"] = backbone
         if self.text is not None:
-            known["text_rows"] = len(self.text.rows)
+            known["text_rows"] = len(self.text.embeddings)
         return known
 
     @property
     def origin(self) -> list[dict[str, Any]]:
-        """Name, kind, content hash and facts of every file, as JSON."""
+        """Name, kind, SHA-256 and facts of every file, as JSON."""
         return [{"file": f.path.name, "kind": f.kind, "sha256": sha256(f.path), "facts": f.facts} for f in self.files]
 
 
 def make_bridge(
-    bundle: Bundle,
-    *,
-    weights: Weights = "ema",
-    scale: float | None = None,
-    num_steps: int | None = None,
-    force: bool = False,
+    bundle: Bundle, *, weights: Weights = "ema", scale_factor: float | None = None, num_steps: int | None = None
 ) -> DiffusionBridge:
-    """The bridge that the guide's module would be: recipe `guide`, S = t0 = `steps` (600), of a norm `scale` that is told
-    by the visual or text file, else 5.
+    """Make the bridge that the guide's module would be, with recipe `guide`.
 
-    Raises ImportFilesError where the model or the text mean is missing; LegacyFileError where the weights do not fit.
+    Args:
+        bundle: The files; a model, and the text mean or the text.
+        weights: Which of the model's weights to use.
+        scale_factor: Norm of the network's input. By default the norm of the visual or text embeddings, else 5.
+        num_steps: Both `num_steps` and `start_timestep`, as in the guide. 600 by default.
+
+    Raises:
+        GuideFileError: A file is missing, or the weights do not fit the guide's network.
     """
     model = bundle.model
     if model is None:
-        raise ImportFilesError("there is no model among the files: give the trainer's model-k.pt")
-    mean = _subtracted_mean(bundle, force)
-    if model.objective is None or model.timesteps is None:
-        bundle.tolerate(
-            f"{model.path} has the network's weights without the schedule, so that what it predicts is unknown (pred_x0 and "
-            f"{GUIDE_TIMESTEPS} levels are the guide's): give the trainer's own model-k.pt",
-            force,
+        raise GuideFileError("there is no model among the files: give the trainer's model-k.pt")
+    mean = _subtracted_mean(bundle)
+    if model.objective is None or model.num_timesteps is None:
+        bundle.require_force(
+            f"{model.path} has the network's weights without the schedule, so what it predicts is unknown (the guide has "
+            f"pred_x0 and {GUIDE_TIMESTEPS} timesteps): give the trainer's own model-k.pt"
         )
-    timesteps = model.timesteps or GUIDE_TIMESTEPS
+    timesteps = model.num_timesteps or GUIDE_TIMESTEPS
     num_steps = min(GUIDE_STEPS, timesteps) if num_steps is None else num_steps
     recipe = replace(
-        RECIPES["guide"], scale_factor=_scale(bundle, scale), num_steps=num_steps, start_timestep=num_steps
+        RECIPES["guide"],
+        scale_factor=_scale_factor(bundle, scale_factor),
+        num_steps=num_steps,
+        start_timestep=num_steps,
     )
     try:
         config = BridgeConfig(
@@ -138,17 +145,18 @@ def make_bridge(
             timesteps=timesteps,
         )
     except ValueError as error:
-        raise ImportFilesError(f"{model.path}: {error}") from error
-    state, used = _chosen(model, weights)
+        raise GuideFileError(f"{model.path}: {error}") from error
+    state, used = _pick_weights(model, weights)
     with torch.random.fork_rng(devices=[]):
         denoiser = build_denoiser(config)
     try:
         denoiser.net.load_state_dict(state)  # type: ignore[union-attr]
     except RuntimeError as error:
-        raise LegacyFileError(f"{model.path} does not fit the guide's Unet1D ({printable(str(error), 300)})") from error
-    statistics = ModalityStatistics.text_only(mean, len(bundle.text.rows) if bundle.text else 0)
+        raise GuideFileError(f"{model.path} does not fit the guide's Unet1D ({printable(str(error), 300)})") from error
+    statistics = ModalityStatistics.text_only(mean, len(bundle.text.embeddings) if bundle.text else 0)
     if bundle.visual is not None:
-        statistics = ModalityStatistics.around([_undone(bundle, mean, force)], mean, statistics.text_rows)
+        directions = _restore_directions(bundle, bundle.visual, mean)
+        statistics = ModalityStatistics.around([directions], mean, statistics.text_rows)
     config.provenance.update(
         fingerprint=bundle.fingerprint,
         imported={"files": bundle.origin, "weights": used, "notes": bundle.notes},
@@ -158,131 +166,132 @@ def make_bridge(
 
 
 def save_bridge(bridge: DiffusionBridge, folder: Path) -> None:
-    """Write the artefact. Raises ImportFilesError where `folder` is in use or cannot be written."""
-    require_unused(folder, ImportFilesError)
+    """Write a bridge into a new folder. Raises GuideFileError where `folder` is in use or cannot be written."""
+    require_unused(folder, GuideFileError)
     try:
         with new_folder(folder) as staged:
             bridge.save_pretrained(staged)
-    except (OSError, BridgeError) as error:  # the latter names the folder that was staged
-        raise ImportFilesError(
+    except (OSError, BridgeError) as error:  # a BridgeError names the folder that was staged
+        raise GuideFileError(
             f"{folder} could not be written ({error.__cause__ or error}): choose another folder, or free space"
         ) from error
 
 
-def make_store(bundle: Bundle, folder: Path, *, force: bool = False) -> FeatureStore:
-    """Write the visual rows as unit rows into a new store: their directions are exact, their norms are lost.
+def make_store(bundle: Bundle, folder: Path) -> FeatureStore:
+    """Write the visual embeddings as a feature store. Their directions are exact; their norms are lost.
 
-    Raises ImportFilesError where the visual file or the text mean is missing, FeatureStoreError where `folder` is in use.
+    Raises:
+        GuideFileError: The visual embeddings or the text mean are missing.
+        FeatureStoreError: `folder` is in use or cannot be written.
     """
     visual = bundle.visual
     if visual is None:
         kinds = ", ".join(file.kind for file in bundle.files)
-        raise ImportFilesError(
+        raise GuideFileError(
             f"of {kinds} alone nothing can be made: add the trainer's model-k.pt for a bridge, or the visual embeddings for "
             f"features (see `ezhoi-diffusion import --help`)"
         )
-    mean = _subtracted_mean(bundle, force)
-    text = _text_of(bundle.text, mean) if bundle.text else torch.zeros(0, visual.dim)
-    # what was subtracted has to be given back; what is to be subtracted from now on is the mean of the text itself
-    text_mean = unit(text.double()).mean(0).float() if len(text) else mean
+    mean = _subtracted_mean(bundle)
+    text = bundle.text.embeddings if bundle.text else torch.zeros(0, visual.dim)
+    if bundle.text and bundle.text.scale is not None:
+        text = uncenter(text, mean)
+    # the scripts' mean leaves the visual embeddings; training on them takes off the mean of the text itself
+    text_mean = normalize(text.double(), dim=-1).mean(0).float() if len(text) else mean
     meta = {
-        # the guide's script names no split, HICO-DET's file names do
+        # the guide's script names no split; HICO-DET's file names do
         "split": "test" if any(name.startswith("HICO_test") for name in visual.images) else "train",
         "fingerprint": bundle.fingerprint,
         "imported": {"files": bundle.origin, "norms": False, "notes": bundle.notes},
     }
-    rows = {"adapter_feat": _undone(bundle, mean, force)}
+    tensors = {"adapter_feat": _restore_directions(bundle, visual, mean)}
     if visual.objects is not None:
-        rows["objects"] = visual.objects
-    return write_imported(folder, meta, rows, visual.images, {"text": text, "text_mean": text_mean})
+        tensors["objects"] = visual.objects
+    return write_imported(folder, meta, tensors, visual.images, {"text": text, "text_mean": text_mean})
 
 
-def _only(files: Sequence[LegacyFile], kind: type[File]) -> File | None:
+def _only(files: Sequence[GuideFile], kind: type[File]) -> File | None:
     found = [file for file in files if isinstance(file, kind)]
     if len(found) > 1:
-        raise ImportFilesError(f"{found[0].path} and {found[1].path} are both a {kind.kind} file: give one of them")
+        raise GuideFileError(f"{found[0].path} and {found[1].path} are both a {kind.kind} file: give one of them")
     return found[0] if found else None
 
 
-def _subtracted_mean(bundle: Bundle, force: bool) -> Tensor:
-    """The text mean [D] that the guide's scripts took off: that of the mean file, else that of the text rows."""
+def _subtracted_mean(bundle: Bundle) -> Tensor:
+    """The text mean [D] that the guide's scripts subtracted: from its file, else from the text embeddings."""
     text, mean = bundle.text, bundle.mean
-    own = None if text is None or text.centred else unit(text.rows.double()).mean(0).float()
-    if mean is None:
-        if own is None:
-            which = " (the text file is normalised: its own mean is no longer in it)" if text is not None else ""
-            raise ImportFilesError(
-                f"the text mean is missing{which}: give the file of the text mean, hoi_text_mean_….pkl, or that of raw text"
-            )
-        if not own.norm() < 1:
-            raise LegacyFileError(
-                f"{bundle.text and bundle.text.path}: all text rows have one direction: make the file again"
-            )
-        if text is not None and text.padded:
-            problem = (
-                f"{text.path} is of the first version, whose mean was too short, and whether that was subtracted in training "
-                f"cannot be told: give the file of the text mean that was used"
-            )
-            if bundle.model is None:
-                bundle.tolerate(problem, force)
-            else:
-                bundle.notes.append(problem)
-        return own
-    if own is not None and text is not None:
-        shrunk = len(text.rows) / 600 * own
-        if torch.allclose(mean.mean, shrunk, rtol=1e-2, atol=1e-4) and not torch.allclose(shrunk, own, rtol=1e-2):
-            bundle.notes.append(
-                f"{mean.path.name} is the first version's mean, {len(text.rows)}/600 of the right one: norm {mean.mean.norm():.4f} "
-                f"where the text has {own.norm():.4f}. It is what was subtracted in training, and is used as such"
-            )
-        elif (distance := float((mean.mean - own).norm())) > 0.05:
-            bundle.tolerate(
-                f"{mean.path} is not the mean of {text.path}: they are {distance:.3f} apart (norms {mean.mean.norm():.4f} and "
-                f"{own.norm():.4f}): give files of one run",
-                force,
-            )
-    return mean.mean
-
-
-def _text_of(text: TextRows, mean: Tensor) -> Tensor:
-    """Text rows [N_sel, D] with the mean in place."""
-    return uncenter(text.rows, mean) if text.centred else text.rows
-
-
-def _undone(bundle: Bundle, mean: Tensor, force: bool) -> Tensor:
-    """Unit visual rows [N, D], the text mean back in place."""
-    assert bundle.visual is not None
-    if bundle.visual.uneven:
-        bundle.tolerate(
-            f"{bundle.visual.path} has rows of different norms, so they were not normalised by the guide's script, and giving the "
-            f"text mean back would be wrong: give the normalised file",
-            force,
+    own = None
+    if text is not None and text.scale is None:
+        own = normalize(text.embeddings.double(), dim=-1).mean(0).float()
+    if mean is not None:
+        if text is not None and own is not None:
+            _compare_means(bundle, text, own, mean)
+        return mean.mean
+    if text is None or own is None:
+        which = " (the text file is normalised: its own mean is no longer in it)" if text is not None else ""
+        raise GuideFileError(
+            f"the text mean is missing{which}: give the file of the text mean, hoi_text_mean_….pkl, or that of raw text"
         )
-    return torch.cat([uncenter(block, mean) for block in bundle.visual.rows.split(1 << 16)])
+    if not own.norm() < 1:
+        raise GuideFileError(f"{text.path}: all text rows have one direction: make the file again")
+    if text.padded:
+        problem = (
+            f"{text.path} is of the first version, whose mean was too short; no file says whether training subtracted that "
+            f"mean: give the file of the text mean that was used"
+        )
+        if bundle.model is None:
+            bundle.require_force(problem)
+        else:
+            bundle.notes.append(problem)
+    return own
 
 
-def _scale(bundle: Bundle, given: float | None) -> float:
+def _compare_means(bundle: Bundle, text: TextFile, own: Tensor, mean: TextMeanFile) -> None:
+    """Note a mean [D] of the first version; refuse, unless forced, one that is not the mean `own` [D] of the text."""
+    shrunk = len(text.embeddings) / HOI_CLASSES * own
+    if torch.allclose(mean.mean, shrunk, rtol=1e-2, atol=1e-4) and not torch.allclose(shrunk, own, rtol=1e-2):
+        bundle.notes.append(
+            f"{mean.path.name} is the first version's mean, {len(text.embeddings)}/{HOI_CLASSES} of the right one: norm "
+            f"{mean.mean.norm():.4f}, and the text's has {own.norm():.4f}. Training subtracted it, so the import uses it too"
+        )
+    elif (distance := float((mean.mean - own).norm())) > 0.05:
+        bundle.require_force(
+            f"{mean.path} is not the mean of {text.path}: they are {distance:.3f} apart (norms {mean.mean.norm():.4f} and "
+            f"{own.norm():.4f}): give files of one run"
+        )
+
+
+def _restore_directions(bundle: Bundle, visual: VisualFile, mean: Tensor) -> Tensor:
+    """The visual features [N, D] of norm 1, with the text mean back in place."""
+    if visual.uneven:
+        bundle.require_force(
+            f"{visual.path} has rows of different norms, so the guide's script did not normalise them, and adding the text mean "
+            f"would be wrong: give the normalised file"
+        )
+    return torch.cat([uncenter(block, mean) for block in visual.embeddings.split(1 << 16)])
+
+
+def _scale_factor(bundle: Bundle, given: float | None) -> float:
     found = bundle.visual.scale if bundle.visual else bundle.text.scale if bundle.text else None
     if given is not None:
         if found is not None and abs(found - given) > 0.01 * found:
             bundle.notes.append(f"--scale-factor {given:g} is used, though the rows of the files have norm {found:.4g}")
         return given
     if found is None:
-        bundle.notes.append(f"no file tells the scale factor: the guide's {GUIDE_SCALE:g} is assumed (--scale-factor)")
+        bundle.notes.append(f"no file has the scale factor: the guide's {GUIDE_SCALE:g} is assumed (--scale-factor)")
         return GUIDE_SCALE
     return round(found, 3)
 
 
-def _chosen(model: ModelFile, weights: Weights) -> tuple[dict[str, Tensor], Weights]:
+def _pick_weights(model: ModelFile, weights: Weights) -> tuple[dict[str, Tensor], Weights]:
     used: Weights = weights if weights in model.weights else "online" if "online" in model.weights else "ema"
     if weights == "online" and used != "online":
-        raise ImportFilesError(f"{model.path} has no online weights: leave out --weights online")
+        raise GuideFileError(f"{model.path} has no online weights: leave out --weights online")
     state = {name: tensor.float() for name, tensor in model.weights[used].items()}
     broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if broken:
         other = "; the other weights may be whole: --weights " + ("online" if used == "ema" else "ema")
-        raise LegacyFileError(
-            f"{model.path}: the {used} weights hold NaN or infinity ({printable(broken[0])} and {len(broken) - 1} others), so the training "
-            f"had diverged: take an earlier checkpoint{other if len(model.weights) > 1 else ''}"
+        raise GuideFileError(
+            f"{model.path}: the {used} weights hold NaN or infinity ({printable(broken[0])} and {len(broken) - 1} others), so "
+            f"the training had diverged: take an earlier checkpoint{other if len(model.weights) > 1 else ''}"
         )
     return state, used

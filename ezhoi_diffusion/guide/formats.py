@@ -1,4 +1,4 @@
-"""The files of the guide's scripts, recognised by what is in them, checked, and told what is known of each."""
+"""Recognise the files of the guide's scripts by their content, check them, and say what is known of each."""
 
 from __future__ import annotations
 
@@ -9,117 +9,101 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from ezhoi_diffusion.diffusion.artifact import MAX_TIMESTEPS
 from ezhoi_diffusion.diffusion.schedule import Objective, Schedule
-from ezhoi_diffusion.features.statistics import unit
-from ezhoi_diffusion.guide.reading import LegacyFileError, damaged, printable, read_untrusted, to_tensor
+from ezhoi_diffusion.guide.reading import GuideFileError, damaged, printable, read_untrusted, to_tensor
 
 HOI_CLASSES = 600
-MADE_BY = "files of the guide are: text embeddings, text mean, visual embeddings, embeddings_for_viz, model-k.pt, EZ-HOI checkpoint"
-MAX_INT = 1 << 63  # what a tensor or a JSON reader of other languages takes
+KINDS = "files of the guide are: text embeddings, text mean, visual embeddings, embeddings_for_viz, model-k.pt, EZ-HOI checkpoint"
+MAX_INT = 1 << 63  # what a tensor holds, and a JSON reader of another language
 FACTS = ("num_classes", "zs_type", "txt_align", "act_descriptor", "clip_model", "checkpoint", "text_mean_path")
 
 Weights = Literal["ema", "online"]
+TextSource = Literal["adapted", "raw_clip"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class LegacyFile:
-    """What all of them have. `facts` are what the file says of its making, `warnings` what a user should know of it."""
+class GuideFile:
+    """A file of the guide.
+
+    Attributes:
+        dim: D, or 0 where the file does not tell.
+        contents: Shapes and numbers, in one line.
+        facts: What the file says of its making.
+        warnings: What its user should know.
+    """
 
     kind: ClassVar[str]
     path: Path
     dim: int
+    contents: str
     facts: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
-    @property
-    def contents(self) -> str:
-        """Shapes and numbers, in one line."""
-        return f"D = {self.dim}"
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class TextRows(LegacyFile):
-    """Text embeddings [N_sel, D] float32, of the selected classes alone.
+class TextFile(GuideFile):
+    """Text embeddings of the selected classes.
 
-    `centred`: the rows are scale · unit(unit(x) − mean), so that x has lost its norm and the mean; otherwise they are x.
-    `padded`: written by the first version of the guide's script, with rows for all 600 classes, whose mean counts them too.
+    Attributes:
+        embeddings: [N_sel, D] float32.
+        scale: None for raw embeddings x. Otherwise the embeddings are scale · normalize(normalize(x) − mean).
+        padded: Written by the first version of the guide's script, with a row for each of the 600 classes.
     """
 
     kind = "text"
-    rows: Tensor
-    classes: tuple[int, ...] | None
-    source: Literal["adapted", "raw_clip"]
-    centred: bool
+    embeddings: Tensor
+    source: TextSource
     scale: float | None
-    padded: bool = False
-
-    @property
-    def contents(self) -> str:
-        """Shape, source and form."""
-        form = f"normalised, norm {self.scale:.3g}" if self.centred else "raw"
-        return f"{self.source} [{len(self.rows)}, {self.dim}], {form}" + (", padded to 600" if self.padded else "")
+    padded: bool
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class TextMean(LegacyFile):
-    """The mean [D] float32 of unit text rows."""
+class TextMeanFile(GuideFile):
+    """The mean [D] float32 of normalised text embeddings."""
 
     kind = "text mean"
     mean: Tensor
 
-    @property
-    def contents(self) -> str:
-        """Shape and norm."""
-        return f"[{self.dim}], norm {self.mean.norm():.4f}"
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class VisualRows(LegacyFile):
-    """Visual embeddings [N, D] float32, scale · unit(unit(x) − text mean): x has lost its norm.
+class VisualFile(GuideFile):
+    """Visual embeddings, scale · normalize(normalize(x) − text mean): the norms of x are lost.
 
-    `images` has each row's file name, `objects` [N] its object class where the file says it. `uneven`: the norms differ, so
-    the rows are not what the guide's script wrote.
+    Attributes:
+        embeddings: [N, D] float32.
+        images: N file names.
+        objects: [N] object classes, where the file names them.
+        uneven: Whether the norms differ. The guide's script writes one norm.
     """
 
     kind = "visual"
-    rows: Tensor
+    embeddings: Tensor
     images: tuple[str, ...]
     objects: Tensor | None
     scale: float
     uneven: bool
 
-    @property
-    def contents(self) -> str:
-        """Shape, images and norm."""
-        return (
-            f"[{len(self.rows)}, {self.dim}] of {len(set(self.images))} images, norm {self.scale:.3g}, directions only"
-        )
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Analysis(LegacyFile):
-    """`embeddings_for_viz`: rows before and after a bridge, for pictures; the text rows are of use here."""
+class AnalysisFile(GuideFile):
+    """`embeddings_for_viz`: embeddings before and after a bridge, for pictures. Only its text is of use."""
 
     kind = "analysis"
-    text: TextRows
-    pairs: int
-    bridged: bool
-
-    @property
-    def contents(self) -> str:
-        """Shapes."""
-        after = "before and after" if self.bridged else "before"
-        return f"[{self.pairs}, {self.dim}] {after} a bridge; text {self.text.contents}"
+    text: TextFile
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class ModelFile(LegacyFile):
+class ModelFile(GuideFile):
     """A checkpoint of the guide's trainer, or its weights alone.
 
-    `weights` has the network's tensors, named as the network names them. `step` is read from the file. `objective` and
-    `timesteps` are None where the file has no schedule.
+    Attributes:
+        step: As the file says, never as its name says.
+        objective: None where the file has no schedule.
+        num_timesteps: None where the file has no schedule.
+        weights: The network's tensors, named as the network names them.
     """
 
     kind = "model"
@@ -127,52 +111,41 @@ class ModelFile(LegacyFile):
     init_dim: int
     dim_mults: tuple[int, ...]
     objective: Objective | None
-    timesteps: int | None
+    num_timesteps: int | None
     weights: dict[Weights, dict[str, Tensor]]
-
-    @property
-    def contents(self) -> str:
-        """The network, the schedule, the step."""
-        step = "unknown" if self.step is None else f"{self.step:,}"
-        return (
-            f"Unet1D D = {self.dim}, init_dim {self.init_dim}, dim_mults {' '.join(map(str, self.dim_mults))}; "
-            f"{self.objective or 'objective unknown'}, T = {self.timesteps or 'unknown'}, step {step}, "
-            f"weights {' and '.join(self.weights)}"
-        )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class EzHoiCheckpoint(LegacyFile):
-    """A checkpoint of EZ-HOI itself: nothing to import, it is what the host's --resume takes."""
+class EzHoiCheckpoint(GuideFile):
+    """A checkpoint of EZ-HOI, which EZ-HOI's `--resume` takes. There is nothing to import."""
 
     kind = "EZ-HOI checkpoint"
-    shapes: dict[str, list[int]]
-
-    @property
-    def contents(self) -> str:
-        """What its shapes tell."""
-        shapes = ", ".join(f"{name} {shape}" for name, shape in self.shapes.items())
-        return f"D = {self.dim or 'unknown'}; {shapes}; nothing to import: give it to the host's --resume"
 
 
-def read_legacy(path: Path) -> LegacyFile:
-    """What `path` is. Raises LegacyFileError, UnsafeFileError for what it cannot be used as."""
+def read_guide_file(path: Path) -> GuideFile:
+    """Read a file and recognise its kind.
+
+    Raises:
+        GuideFileError: It is none of the guide's files, or damaged.
+        UnsafeFileError: It would run code.
+    """
     value = read_untrusted(path)
     try:
-        return _recognised(value, path)
-    except LegacyFileError:
+        return _recognise(value, path)
+    except GuideFileError:
         raise
-    except Exception as error:  # whatever values and shapes that no script writes can bring about
+    except Exception as error:  # values and shapes that no script writes can raise anything
         raise damaged(path, error) from error
 
 
-def _recognised(value: Any, path: Path) -> LegacyFile:
-    if (mean := _bare_mean(value)) is not None:
+def _recognise(value: Any, path: Path) -> GuideFile:
+    mean = to_tensor(value)
+    if mean is not None and (mean.ndim == 1 or (mean.ndim == 2 and len(mean) == 1)):
         return _text_mean(mean, {}, path)
     if not isinstance(value, Mapping):
-        raise LegacyFileError(f"{path} holds a {_what(value)}, which no script of the guide writes; {MADE_BY}")
+        raise GuideFileError(f"{path} holds a {_type_of(value)}, which no script of the guide writes; {KINDS}")
     if "model_state_dict" in value:
-        return _host_checkpoint(value, path)
+        return _ezhoi_checkpoint(value, path)
     if "visual_before" in value:
         return _analysis(value, path)
     if "embeddings" in value:
@@ -180,21 +153,21 @@ def _recognised(value: Any, path: Path) -> LegacyFile:
     for key in ("text_mean", "mean"):
         if key in value:
             if (mean := to_tensor(value[key])) is None:
-                raise LegacyFileError(f"{path}: {key!r} is a {_what(value[key])}, not numbers")
+                raise GuideFileError(f"{path}: {key!r} is a {_type_of(value[key])}, not numbers")
             return _text_mean(mean, value, path)
     if networks := _networks(value):
         return _model(value, networks, path)
     keys = ", ".join(f"{key!r:.50}" for key in list(value)[:8])
-    raise LegacyFileError(f"{path} holds {keys or 'nothing'}, which no script of the guide writes; {MADE_BY}")
+    raise GuideFileError(f"{path} holds {keys or 'nothing'}, which no script of the guide writes; {KINDS}")
 
 
-def _what(value: Any) -> str:
+def _type_of(value: Any) -> str:
     return f"{type(value).__name__} of shape {list(value.shape)}" if hasattr(value, "shape") else type(value).__name__
 
 
-def _facts(value: Mapping[str, Any], keys: tuple[str, ...] = FACTS) -> dict[str, Any]:
-    """What a file says that one line and JSON can say."""
-    facts = {key: value.get(key) for key in keys}
+def _facts(value: Any, keys: tuple[str, ...] = FACTS) -> dict[str, Any]:
+    """What a file says, as far as one line and JSON can hold it."""
+    facts = {key: value.get(key) for key in keys} if isinstance(value, Mapping) else {}
     return {
         key: printable(fact) if isinstance(fact, str) else fact
         for key, fact in facts.items()
@@ -202,124 +175,108 @@ def _facts(value: Mapping[str, Any], keys: tuple[str, ...] = FACTS) -> dict[str,
     }
 
 
-def _rows(value: Mapping[str, Any], key: str, path: Path) -> Tensor:
-    """[N, D] float32, finite, at least one of each."""
-    rows = to_tensor(value.get(key))
-    if rows is None or rows.ndim != 2 or 0 in rows.shape or rows.is_complex():
-        raise LegacyFileError(f"{path}: {key!r} is a {_what(value.get(key))}, not a matrix [N, D]")
-    rows = rows.float().contiguous()
-    if bad := int((~torch.isfinite(rows)).any(dim=1).sum()):
-        raise LegacyFileError(
-            f"{path}: {bad} of the {len(rows)} rows of {key!r} hold NaN or infinity: make the file again"
+def _matrix(value: Mapping[str, Any], key: str, path: Path) -> Tensor:
+    """[N, D] float32, finite, with at least one row that is not zero."""
+    matrix = to_tensor(value.get(key))
+    if matrix is None or matrix.ndim != 2 or 0 in matrix.shape or matrix.is_complex():
+        raise GuideFileError(f"{path}: {key!r} is a {_type_of(value.get(key))}, not a matrix [N, D]")
+    matrix = matrix.float().contiguous()
+    if bad := int((~torch.isfinite(matrix)).any(dim=1).sum()):
+        raise GuideFileError(
+            f"{path}: {bad} of the {len(matrix)} rows of {key!r} hold NaN or infinity: make the file again"
         )
-    return rows
+    if not matrix.any():
+        raise GuideFileError(f"{path}: all rows of {key!r} are zero: make the file again")
+    return matrix
 
 
-# Means
-
-
-def _bare_mean(value: Any) -> Tensor | None:
-    tensor = to_tensor(value)
-    return tensor if tensor is not None and (tensor.ndim == 1 or (tensor.ndim == 2 and len(tensor) == 1)) else None
-
-
-def _text_mean(mean: Tensor, value: Mapping[str, Any], path: Path) -> TextMean:
-    if mean.ndim not in (1, 2) or len(mean.reshape(-1)) != mean.shape[-1] or mean.shape[-1] < 2 or mean.is_complex():
-        raise LegacyFileError(f"{path}: the text mean has shape {list(mean.shape)}, not [D] or [1, D]")
+def _text_mean(mean: Tensor, value: Mapping[str, Any], path: Path) -> TextMeanFile:
+    if mean.ndim not in (1, 2) or mean.numel() != mean.shape[-1] or mean.numel() < 2 or mean.is_complex():
+        raise GuideFileError(f"{path}: the text mean has shape {list(mean.shape)}, not [D] or [1, D]")
     mean = mean.reshape(-1).float().contiguous()
-    if not torch.isfinite(mean).all():
-        raise LegacyFileError(f"{path}: the text mean holds NaN or infinity: make it again")
     norm = float(mean.norm())
     if not 0 < norm < 1:
-        raise LegacyFileError(
-            f"{path}: the text mean has norm {norm:.4f}. The mean of unit rows has a norm between 0 and 1 (0.7-0.9 for CLIP "
-            f"text): normalise every row first, then take the mean"
+        raise GuideFileError(
+            f"{path}: the text mean has norm {norm:.4f}. The mean of normalised embeddings has a norm between 0 and 1 (0.7-0.9 "
+            f"for CLIP text): normalise every embedding first, then take the mean"
         )
-    return TextMean(path=path, dim=len(mean), facts=_facts(value), mean=mean)
+    contents = f"[{len(mean)}], norm {norm:.4f}"
+    return TextMeanFile(path=path, dim=len(mean), contents=contents, facts=_facts(value), mean=mean)
 
 
-# Text
+# -- text --------------------------------------------------------------------------------------------------------
 
 
-def _text(value: Mapping[str, Any], path: Path) -> TextRows:
-    source: Literal["adapted", "raw_clip"] = "raw_clip" if "classnames" in value else "adapted"
+def _text(value: Mapping[str, Any], path: Path) -> TextFile:
+    source: TextSource = "raw_clip" if "classnames" in value else "adapted"
     index = to_tensor(value.get("select_HOI_index"))
     classes = None if index is None else [int(number) for number in index.flatten()]
     if classes is not None and not all(0 <= number < HOI_CLASSES for number in classes):
-        raise LegacyFileError(f"{path}: select_HOI_index has numbers that are no HICO-DET interaction (0 to 599)")
+        raise GuideFileError(f"{path}: select_HOI_index has numbers that are no HICO-DET interaction (0 to 599)")
+    return _text_of(_matrix(value, "embeddings", path), classes, source, value, path)
+
+
+def _text_of(
+    embeddings: Tensor, classes: list[int] | None, source: TextSource, value: Mapping[str, Any], path: Path
+) -> TextFile:
     warnings = []
     if source == "raw_clip":
-        warnings.append("text of CLIP itself, not adapted by the host's prompts: the host does not multiply with these")
-    return _text_rows(_rows(value, "embeddings", path), classes, source, value, path, warnings)
-
-
-def _text_rows(
-    rows: Tensor,
-    classes: list[int] | None,
-    source: Literal["adapted", "raw_clip"],
-    value: Mapping[str, Any],
-    path: Path,
-    warnings: list[str],
-) -> TextRows:
-    norms = rows.norm(dim=1)
-    empty = norms == 0
-    if empty.all():
-        raise LegacyFileError(f"{path}: all text rows are zero: make the file again")
-    scale, spread = _norm_of(norms[~empty])
+        warnings.append("text of CLIP itself, not adapted by EZ-HOI's prompts: EZ-HOI does not multiply with it")
+    empty = embeddings.norm(dim=1) == 0
+    scale, spread = _norm_and_spread(embeddings[~empty])
     even = spread < 0.005
-    # unit rows that were not centred have a long mean
-    centred = even and ("scale_factor" in value or abs(scale - 1) > 0.02 or _mean_norm(rows) < 0.3)
+    # normalised embeddings that were not centred have a long mean
+    mean_norm = float(normalize(embeddings.double(), dim=-1).mean(0).norm())
+    centred = even and ("scale_factor" in value or abs(scale - 1) > 0.02 or mean_norm < 0.3)
     if "scale_factor" in value and not even:
         warnings.append("it has a scale_factor, and its rows have different norms: they are taken as not normalised")
     padding = empty
-    if centred and len(rows) == HOI_CLASSES:
-        # every class that was not selected is the mean's opposite
-        _, which, counts = rows.unique(dim=0, return_inverse=True, return_counts=True)
+    if centred and len(embeddings) == HOI_CLASSES:
+        # the first version gave all classes that were not selected the same row
+        _, which, counts = embeddings.unique(dim=0, return_inverse=True, return_counts=True)
         padding = padding | ((counts[which] > 1) & (which == int(counts.argmax())))
-    padded = len(rows) == HOI_CLASSES and bool(padding.any())
-    if dropped := int(padding.sum()):
+    padded = len(embeddings) == HOI_CLASSES and bool(padding.any())
+    if padding.any():
         kept = (~padding).nonzero().flatten().tolist()
         if not kept:
-            raise LegacyFileError(f"{path}: all text rows are the same: make the file again")
+            raise GuideFileError(f"{path}: all text rows are the same: make the file again")
         warnings.append(
-            f"{dropped} of {len(rows)} rows stand for no selected class and are dropped"
-            + (f"; a mean over all of them is {len(kept) / len(rows):.3f} of the right one" if padded else "")
+            f"{int(padding.sum())} of {len(embeddings)} rows stand for no selected class and are dropped"
+            + (f"; a mean over all of them is {len(kept) / len(embeddings):.3f} of the right one" if padded else "")
         )
         if padded and classes is not None and sorted(set(classes)) != kept:
             warnings.append(
                 f"select_HOI_index names {len(set(classes))} classes, {len(kept)} have a row: the rows count"
             )
-        if padded:
-            classes = kept
-        elif classes is not None and len(classes) == len(rows):
-            classes = [classes[number] for number in kept]
-        rows = rows[~padding]
-    if source == "adapted" and classes is not None and len(classes) != len(rows):
-        raise LegacyFileError(f"{path} has {len(rows)} text rows and names {len(classes)} classes in select_HOI_index")
-    if centred:
-        warnings += _scale_warning(value.get("scale_factor"), scale)
-    return TextRows(
+        embeddings = embeddings[~padding]
+    if (
+        source == "adapted"
+        and classes is not None
+        and not padded
+        and len(classes) not in (len(padding), len(embeddings))
+    ):
+        raise GuideFileError(
+            f"{path} has {len(padding)} text rows and names {len(classes)} classes in select_HOI_index"
+        )
+    form = f"normalised, norm {scale:.3g}" if centred else "raw"
+    return TextFile(
         path=path,
-        dim=rows.shape[1],
+        dim=embeddings.shape[1],
+        contents=f"{source} {list(embeddings.shape)}, {form}" + (", padded to 600" if padded else ""),
         facts=_facts(value),
-        warnings=tuple(warnings),
-        rows=rows,
-        classes=None if classes is None else tuple(classes),
+        warnings=(*warnings, *(_scale_warning(value.get("scale_factor"), scale) if centred else ())),
+        embeddings=embeddings,
         source=source,
-        centred=centred,
         scale=scale if centred else None,
         padded=padded,
     )
 
 
-def _norm_of(norms: Tensor) -> tuple[float, float]:
-    """The median norm, and how far the others are from it, relatively."""
-    middle = norms.median()
-    return float(middle), float((norms / middle - 1).abs().max())
-
-
-def _mean_norm(rows: Tensor) -> float:
-    return float(unit(rows.double()).mean(0).norm())
+def _norm_and_spread(embeddings: Tensor) -> tuple[float, float]:
+    """The median norm, and the largest relative distance from it."""
+    norms = embeddings.norm(dim=1)
+    median = norms.median()
+    return float(median), float((norms / median - 1).abs().max())
 
 
 def _scale_warning(recorded: Any, scale: float) -> list[str]:
@@ -328,79 +285,70 @@ def _scale_warning(recorded: Any, scale: float) -> list[str]:
     return []
 
 
-# Visual rows, and the file for pictures
+# -- visual embeddings -------------------------------------------------------------------------------------------
 
 
-def _visual(value: Mapping[str, Any], path: Path) -> VisualRows:
-    rows = _rows(value, "embeddings", path)
+def _visual(value: Mapping[str, Any], path: Path) -> VisualFile:
+    embeddings = _matrix(value, "embeddings", path)
     metadata, config = value["metadata"], value.get("config")
-    if not isinstance(metadata, list) or len(metadata) != len(rows):
-        count = len(metadata) if isinstance(metadata, list) else f"no list, but a {_what(metadata)}"
-        raise LegacyFileError(f"{path} has {len(rows)} rows and metadata of {count}: make the file again")
-    nameless = (
-        n for n, entry in enumerate(metadata) if not isinstance(entry, Mapping) or not _facts(entry, ("image_id",))
-    )
-    if (row := next(nameless, None)) is not None:
-        raise LegacyFileError(f"{path}: the metadata of row {row} have no image_id: make the file again")
-    config = config if isinstance(config, Mapping) else {}
+    if not isinstance(metadata, list) or len(metadata) != len(embeddings):
+        count = len(metadata) if isinstance(metadata, list) else f"no list, but a {_type_of(metadata)}"
+        raise GuideFileError(f"{path} has {len(embeddings)} rows and metadata of {count}: make the file again")
+    images = [_facts(entry, ("image_id",)).get("image_id") for entry in metadata]
+    if None in images:
+        raise GuideFileError(f"{path}: the metadata of row {images.index(None)} have no image_id: make the file again")
+    objects = [entry.get("object_class") for entry in metadata]
     warnings = []
-    zero = rows.norm(dim=1) == 0
-    if zero.all():
-        raise LegacyFileError(f"{path}: all visual rows are zero: make the file again")
-    if zero.any():
-        warnings.append(f"{int(zero.sum())} rows are zero, have no direction, and are dropped")
-        metadata = [entry for entry, empty in zip(metadata, zero.tolist(), strict=True) if not empty]
-        rows = rows[~zero]
-    scale, spread = _norm_of(rows.norm(dim=1))
+    kept = embeddings.norm(dim=1) > 0
+    if not kept.all():
+        warnings.append(f"{int((~kept).sum())} rows are zero, have no direction, and are dropped")
+        embeddings = embeddings[kept]
+        images, objects = (
+            [item for item, keep in zip(items, kept.tolist(), strict=True) if keep] for items in (images, objects)
+        )
+    scale, spread = _norm_and_spread(embeddings)
     uneven = spread > 0.01
     if uneven:
-        warnings.append(
-            f"the norms of its rows differ by {100 * spread:.0f} %: they are not what the guide's script writes"
-        )
-    objects = [entry.get("object_class") for entry in metadata]
-    return VisualRows(
+        warnings.append(f"the norms of its rows differ by {100 * spread:.0f} %: the guide's script writes one norm")
+    shape = list(embeddings.shape)
+    recorded = config.get("scale_factor") if isinstance(config, Mapping) else None
+    return VisualFile(
         path=path,
-        dim=rows.shape[1],
+        dim=embeddings.shape[1],
+        contents=f"{shape} of {len(set(images))} images, norm {scale:.3g}, directions only",
         facts=_facts(config),
-        warnings=(*warnings, *_scale_warning(config.get("scale_factor"), scale)),
-        rows=rows,
-        images=tuple(printable(str(entry["image_id"])) for entry in metadata),
+        warnings=(*warnings, *_scale_warning(recorded, scale)),
+        embeddings=embeddings,
+        images=tuple(str(image) for image in images),
         objects=torch.tensor(objects, dtype=torch.int32)
-        if all(type(o) is int and 0 <= o < 2**31 for o in objects)
+        if all(type(o) is int and 0 <= o < 1 << 31 for o in objects)
         else None,
         scale=scale,
         uneven=uneven,
     )
 
 
-def _analysis(value: Mapping[str, Any], path: Path) -> Analysis:
-    before = _rows(value, "visual_before", path)
+def _analysis(value: Mapping[str, Any], path: Path) -> AnalysisFile:
+    before = _matrix(value, "visual_before", path)
     bridged = value.get("visual_after") is not None
-    if bridged and (after := _rows(value, "visual_after", path)).shape != before.shape:
-        raise LegacyFileError(f"{path}: visual_after is {list(after.shape)}, visual_before is {list(before.shape)}")
+    if bridged and (after := _matrix(value, "visual_after", path)).shape != before.shape:
+        raise GuideFileError(f"{path}: visual_after is {list(after.shape)}, visual_before is {list(before.shape)}")
     config = value.get("config")
     config = config if isinstance(config, Mapping) else {}
-    text = _text_rows(_rows(value, "text_adapted", path), None, "adapted", config, path, [])
+    text = _text_of(_matrix(value, "text_adapted", path), None, "adapted", config, path)
     if text.dim != before.shape[1]:
-        raise LegacyFileError(
+        raise GuideFileError(
             f"{path}: text rows have D = {text.dim}, visual rows {before.shape[1]}: make the file again"
         )
-    return Analysis(
-        path=path,
-        dim=text.dim,
-        facts=_facts(config),
-        warnings=text.warnings,
-        text=text,
-        pairs=len(before),
-        bridged=bridged,
-    )
+    contents = f"{list(before.shape)} before {'and after ' if bridged else ''}a bridge; text {text.contents}"
+    return AnalysisFile(path=path, dim=text.dim, contents=contents, facts=text.facts, warnings=text.warnings, text=text)
 
 
-# Checkpoints
+# -- checkpoints -------------------------------------------------------------------------------------------------
 
 
 def _state(value: Any) -> dict[str, Tensor]:
-    """A state dict's tensors, without what wrappers (DDP, compile) put into names; empty where it is none."""
+    """A state dict's tensors, without what wrappers (DDP, compile) add to names; empty for anything else."""
     if not isinstance(value, Mapping):
         return {}
     return {
@@ -415,8 +363,7 @@ def _below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _networks(value: Mapping[str, Any]) -> dict[Weights, dict[str, Tensor]]:
-    """State dicts that have the network's tensors in them, with the schedule's where they are there: a trainer's
-    checkpoint, or the state dict of the trained model, of its network, or of its average."""
+    """The state dicts that hold the network, from a trainer's checkpoint or from a bare state dict of any part of it."""
     bare = _state(value)
     averages = _state(value.get("ema")) or bare
     plain = {name: tensor for name, tensor in bare.items() if not name.startswith("ema_model.")}
@@ -433,89 +380,98 @@ def _model(value: Mapping[str, Any], states: dict[Weights, dict[str, Tensor]], p
     }
     warnings = []
     initialised = _state(value.get("ema")).get("initted")
-    if "ema" in weights and "online" in weights and initialised is not None and not bool(initialised.any()):
+    if len(weights) == 2 and initialised is not None and not bool(initialised.any()):
         del weights["ema"]
         warnings.append("its averaged weights were never updated: only the online weights are of use")
     if "ema" not in weights:
-        warnings.append(
-            "it has no averaged (EMA) weights: the online weights are used, which is not what the guide does"
-        )
-    network = next(iter(weights.values()))
-    try:
-        time_width, dim = network["time_mlp.1.weight"].shape
-        init_dim, channels, _ = network["init_conv.weight"].shape
-        multiples: list[float] = []
-        while f"downs.{len(multiples)}.3.weight" in network:
-            multiples.append(network[f"downs.{len(multiples)}.3.weight"].shape[0] / init_dim)
-    except (KeyError, ValueError) as error:
-        raise LegacyFileError(f"{path} holds a network that is not the guide's Unet1D ({error})") from error
-    if channels != 1 or time_width != 4 * init_dim or not multiples or any(m != int(m) for m in multiples):
-        raise LegacyFileError(
-            f"{path} holds another network than the guide's Unet1D: {channels} input channels (1 expected), time width "
-            f"{time_width} ({4 * init_dim} expected), dim_mults {multiples} (whole numbers expected)"
-        )
+        warnings.append("it has no averaged (EMA) weights: the online weights are used; the guide uses averaged ones")
+    init_dim, dim, dim_mults = _network_shape(next(iter(weights.values())), path)
     step = (
         value.get("step") if isinstance(value.get("model"), Mapping) or isinstance(value.get("ema"), Mapping) else None
     )
     step = int(step) if isinstance(step, int) or (isinstance(step, Tensor) and step.numel() == 1) else None
     if step is not None and abs(step) >= MAX_INT:
-        raise LegacyFileError(f"{path}: its step is a number of {step.bit_length()} bits: it is damaged")
+        raise GuideFileError(f"{path}: its step is a number of {step.bit_length()} bits: it is damaged")
     schedule = next((state for state in states.values() if "betas" in state or "alphas_cumprod" in state), None)
-    objective, timesteps = (None, None) if schedule is None else _schedule(schedule, path)
+    objective, num_timesteps = (None, None) if schedule is None else _read_schedule(schedule, path)
     if schedule is None:
-        warnings.append("it has no schedule: what the network predicts (--objective) cannot be told")
+        warnings.append("it has no schedule: what the network predicts (--objective) is unknown")
     return ModelFile(
         path=path,
         dim=dim,
+        contents=f"Unet1D D = {dim}, init_dim {init_dim}, dim_mults {' '.join(map(str, dim_mults))}; "
+        f"{objective or 'objective unknown'}, T = {num_timesteps or 'unknown'}, step "
+        f"{'unknown' if step is None else f'{step:,}'}, weights {' and '.join(weights)}",
         facts=_facts(value, ("version",)),
         warnings=tuple(warnings),
         step=step,
         init_dim=init_dim,
-        dim_mults=tuple(int(m) for m in multiples),
+        dim_mults=dim_mults,
         objective=objective,
-        timesteps=timesteps,
+        num_timesteps=num_timesteps,
         weights=weights,
     )
 
 
-def _schedule(state: dict[str, Tensor], path: Path) -> tuple[Objective, int]:
-    """Objective and number of levels, told from the buffers. Raises LegacyFileError for any schedule but the cosine one."""
+def _network_shape(network: dict[str, Tensor], path: Path) -> tuple[int, int, tuple[int, ...]]:
+    """init_dim, D and dim_mults. Raises GuideFileError for another network than the guide's."""
+    multiples: list[float] = []
+    try:
+        time_width, dim = network["time_mlp.1.weight"].shape
+        init_dim, channels, _ = network["init_conv.weight"].shape
+        while f"downs.{len(multiples)}.3.weight" in network:
+            multiples.append(network[f"downs.{len(multiples)}.3.weight"].shape[0] / init_dim)
+    except (KeyError, ValueError) as error:
+        raise GuideFileError(f"{path} holds a network that is not the guide's Unet1D ({error})") from error
+    if channels != 1 or time_width != 4 * init_dim or not multiples or any(m != int(m) for m in multiples):
+        raise GuideFileError(
+            f"{path} holds another network than the guide's Unet1D: {channels} input channels (1 expected), time width "
+            f"{time_width} ({4 * init_dim} expected), dim_mults {multiples} (whole numbers expected)"
+        )
+    return init_dim, dim, tuple(int(m) for m in multiples)
+
+
+def _read_schedule(state: dict[str, Tensor], path: Path) -> tuple[Objective, int]:
+    """Objective and number of timesteps, from the buffers. Raises GuideFileError for any but the cosine schedule."""
     missing = {"betas", "alphas_cumprod", "loss_weight"} - state.keys()
     if missing:
-        raise LegacyFileError(f"{path} is incomplete: it lacks {', '.join(sorted(missing))}")
+        raise GuideFileError(f"{path} is incomplete: it lacks {', '.join(sorted(missing))}")
     betas, alpha_bar, weight = (state[name].double().flatten() for name in ("betas", "alphas_cumprod", "loss_weight"))
     timesteps = len(betas)
     if not timesteps == len(alpha_bar) == len(weight) or not 1 <= timesteps <= MAX_TIMESTEPS:
-        raise LegacyFileError(
-            f"{path}: schedule buffers of {timesteps}, {len(alpha_bar)} and {len(weight)} levels: one number was expected"
+        raise GuideFileError(
+            f"{path}: the schedule's buffers have {timesteps}, {len(alpha_bar)} and {len(weight)} timesteps: it is damaged"
         )
-    expected = Schedule.cosine(timesteps).alphas_cumprod
-    if not torch.allclose(alpha_bar, expected, rtol=1e-3, atol=1e-6) or not torch.allclose(
-        (1 - betas).cumprod(0), expected, rtol=1e-3, atol=1e-6
-    ):
+    schedule = Schedule.cosine(timesteps)
+    expected = schedule.alphas_cumprod
+    if not all(torch.allclose(x, expected, rtol=1e-3, atol=1e-6) for x in (alpha_bar, (1 - betas).cumprod(0))):
         linear = torch.linspace(0.1 / timesteps, 20 / timesteps, timesteps, dtype=torch.float64)
         name = "linear" if torch.allclose(betas, linear, rtol=1e-3) else "unknown"
-        raise LegacyFileError(
+        raise GuideFileError(
             f"{path} was trained with the {name} noise schedule (ᾱ in the middle {alpha_bar[timesteps // 2]:.4f}; the cosine "
-            f"schedule has {expected[timesteps // 2]:.4f}): only the cosine schedule can be imported, train anew"
+            f"schedule has {expected[timesteps // 2]:.4f}): only the cosine schedule can be imported, train another model"
         )
     for objective in cast("tuple[Objective, ...]", ("pred_x0", "pred_noise", "pred_v")):
-        if torch.allclose(
-            weight, Schedule(expected).loss_weight(objective, torch.arange(timesteps)).double(), rtol=1e-2, atol=1e-6
-        ):
+        known = schedule.loss_weight(objective, torch.arange(timesteps)).double()
+        if torch.allclose(weight, known, rtol=1e-2, atol=1e-6):
             return objective, timesteps
-    raise LegacyFileError(
-        f"{path}: its loss_weight is that of no objective (SNR for pred_x0, 1 for pred_noise, SNR/(SNR+1) for pred_v), so what "
-        f"the network predicts cannot be told"
+    raise GuideFileError(
+        f"{path}: its loss_weight fits no objective (SNR for pred_x0, 1 for pred_noise, SNR/(SNR+1) for pred_v), so what the "
+        f"network predicts is unknown: train another model"
     )
 
 
-def _host_checkpoint(value: Mapping[str, Any], path: Path) -> EzHoiCheckpoint:
+def _ezhoi_checkpoint(value: Mapping[str, Any], path: Path) -> EzHoiCheckpoint:
     state = _state(value["model_state_dict"])
-    telling = ("label_HO", "mem_adapter.down_proj_mem.weight", "vis_fuse.0.weight")
-    shapes = {name: list(state[name].shape) for name in telling if name in state}
-    dim = next((shapes[name][-1] for name in telling[1:2] if name in shapes), 0)
-    if not dim and "vis_fuse.0.weight" in shapes:
-        rows, columns = shapes["vis_fuse.0.weight"]
-        dim = rows if columns == 2 * rows else rows // 2
-    return EzHoiCheckpoint(path=path, dim=dim, facts=_facts(value, ("iteration", "epoch")), shapes=shapes)
+    names = ("label_HO", "mem_adapter.down_proj_mem.weight", "vis_fuse.0.weight")
+    shapes = {name: list(state[name].shape) for name in names if name in state}
+    adapter, fuse = shapes.get("mem_adapter.down_proj_mem.weight"), shapes.get("vis_fuse.0.weight")
+    dim = 0
+    if adapter:
+        dim = adapter[-1]
+    elif fuse:
+        outputs, inputs = fuse
+        dim = outputs if inputs == 2 * outputs else outputs // 2
+    listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+    contents = f"D = {dim or 'unknown'}; {listed}; nothing to import: give it to EZ-HOI's --resume"
+    return EzHoiCheckpoint(path=path, dim=dim, contents=contents, facts=_facts(value, ("iteration", "epoch")))

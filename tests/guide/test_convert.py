@@ -22,8 +22,7 @@ from ezhoi_diffusion.ezhoi.fingerprint import Fingerprint
 from ezhoi_diffusion.ezhoi.run import EzHoiRun, FingerprintError
 from ezhoi_diffusion.features.statistics import ModalityStatistics
 from ezhoi_diffusion.features.store import FeatureStore, FeatureStoreError
-from ezhoi_diffusion.guide.convert import ImportFilesError
-from ezhoi_diffusion.guide.reading import LegacyFileError, UnsafeFileError, read_untrusted
+from ezhoi_diffusion.guide.reading import GuideFileError, UnsafeFileError, read_untrusted
 from helpers.legacy_files import (
     N_SEL,
     D,
@@ -216,7 +215,7 @@ def test_files_that_do_not_belong_together(files, tmp_path, capsys):
     assert "is not the mean of" in capsys.readouterr().err
     uneven = visual_file(files.folder / "uneven.pkl", VISUAL)
     assert run(uneven, files.mean, "--out", tmp_path / "out") == 2
-    assert "were not normalised" in capsys.readouterr().err
+    assert "did not normalise them" in capsys.readouterr().err
 
 
 def test_weights_without_a_schedule_need_force(files, tmp_path, capsys):
@@ -497,7 +496,7 @@ def test_drop_in_takes_our_folders(files, tmp_path):
     legacy = DiffusionBridgeHOI(files.model, files.mean, inference_steps=30)
     overridden = DiffusionBridgeHOI(tmp_path / "out", inference_steps=30, scale_factor=5.0)
     assert torch.equal(overridden(VISUAL[:2]), legacy(VISUAL[:2]))
-    with pytest.raises(ImportFilesError, match=r"scale_factor is 3, and the network in .* was trained with 5"):
+    with pytest.raises(GuideFileError, match=r"scale_factor is 3, and the network in .* was trained with 5"):
         DiffusionBridgeHOI(tmp_path / "out", scale_factor=3.0)
 
 
@@ -524,12 +523,12 @@ def test_drop_in_changes_nothing_of_the_module_around_it(files):
 @pytest.mark.parametrize(
     ("model", "mean", "num_steps", "error", "says"),
     [
-        ("model", None, 5, ImportFilesError, "the text mean is missing"),
-        ("mean", "mean", 5, ImportFilesError, "both a text mean"),
-        ("host", "mean", 5, ImportFilesError, "there is no model among the files"),
-        ("model", "mean", 1001, ImportFilesError, "beyond the schedule's 1000 levels"),
+        ("model", None, 5, GuideFileError, "the text mean is missing"),
+        ("mean", "mean", 5, GuideFileError, "both a text mean"),
+        ("host", "mean", 5, GuideFileError, "there is no model among the files"),
+        ("model", "mean", 1001, GuideFileError, "beyond the schedule's 1000 levels"),
         ("model", "mean", 0, EzhoiDiffusionError, "num_steps"),
-        ("nowhere", "mean", 5, LegacyFileError, "cannot be read"),
+        ("nowhere", "mean", 5, GuideFileError, "cannot be read"),
         ("folder", None, 5, BridgeError, "config.json"),
     ],
 )

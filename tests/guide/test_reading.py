@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 import torch
 
-from ezhoi_diffusion.guide.formats import read_legacy
-from ezhoi_diffusion.guide.reading import LegacyFileError, UnsafeFileError, read_untrusted, to_tensor
+from ezhoi_diffusion.guide.formats import read_guide_file
+from ezhoi_diffusion.guide.reading import GuideFileError, UnsafeFileError, read_untrusted, to_tensor
 
 
 def save_new(value, file):
@@ -189,7 +189,7 @@ class Load(System):
 def test_programs_are_refused_named_and_not_run(tmp_path, how, evil, named):
     canary = tmp_path / "canary"
     path = write(tmp_path / "mean.pkl", {"text_mean": torch.ones(4), "x": evil(canary)}, how)
-    with pytest.raises(LegacyFileError, match=named) as refused:
+    with pytest.raises(GuideFileError, match=named) as refused:
         read_untrusted(path)
     assert str(path) in str(refused.value)
     if evil is not NestedPlain or how.startswith("torch"):
@@ -244,7 +244,7 @@ def test_the_test_itself_would_notice(tmp_path):
 )  # fmt: skip
 def test_bombs_are_refused_in_no_time(tmp_path, program):
     (tmp_path / "f").write_bytes(program)
-    with pytest.raises(LegacyFileError, match="f"):
+    with pytest.raises(GuideFileError, match="f"):
         read_untrusted(tmp_path / "f")
 
 
@@ -262,12 +262,12 @@ def test_deep_nesting_alone_is_no_harm(tmp_path):
 def test_arrays_that_do_not_fit_their_bytes_are_refused(tmp_path):
     data = pickle.dumps(np.zeros((7, 11), np.float32), protocol=4)
     (tmp_path / "f").write_bytes(data.replace(b"K\x07K\x0b", b"K\x08K\x0b"))
-    with pytest.raises(LegacyFileError, match=r"\[8, 11\] does not fit its 308 bytes"):
+    with pytest.raises(GuideFileError, match=r"\[8, 11\] does not fit its 308 bytes"):
         read_untrusted(tmp_path / "f")
 
 
 def test_arrays_of_objects_are_refused(tmp_path):
-    with pytest.raises(LegacyFileError, match="not numeric"):
+    with pytest.raises(GuideFileError, match="neither numbers nor text"):
         read_untrusted(write(tmp_path / "f", np.array([System(tmp_path / "canary")], dtype=object)))
     assert not (tmp_path / "canary").exists()
 
@@ -284,7 +284,7 @@ def test_tensors_that_claim_more_than_is_stored_are_refused(tmp_path, how):
                 archive.writestr(name, data.replace(b"K\x07K\x0b\x86", b"K\x08K\x0b\x86"))
     else:
         path.write_bytes(path.read_bytes().replace(b"K\x07K\x0b\x86", b"K\x08K\x0b\x86"))
-    with pytest.raises(LegacyFileError, match=r"\[8, 11\] claims more than the 77 numbers"):
+    with pytest.raises(GuideFileError, match=r"\[8, 11\] claims more than the 77 numbers"):
         read_untrusted(path)
 
 
@@ -300,7 +300,7 @@ def test_storages_that_claim_more_than_the_file_has_are_refused(tmp_path, how):
                 archive.writestr(name, data.replace(claim, more, 1) if name.endswith("data.pkl") else data)
     else:
         path.write_bytes(path.read_bytes().replace(claim, more, 1))
-    with pytest.raises(LegacyFileError, match="claim"):
+    with pytest.raises(GuideFileError, match="claim"):
         read_untrusted(path)
 
 
@@ -312,7 +312,7 @@ def test_compressed_archives_are_refused(tmp_path):
         for name, data in members.items():
             archive.writestr(name, data)
     assert path.stat().st_size < 100_000
-    with pytest.raises(LegacyFileError, match="compressed"):
+    with pytest.raises(GuideFileError, match="compressed"):
         read_untrusted(path)
 
 
@@ -322,7 +322,7 @@ def test_truncated_files_are_one_typed_error(tmp_path, how, share):
     path = write(tmp_path / "f", {"mean": torch.randn(40, 40), "words": ["a"] * 50}, how)
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
-    with pytest.raises(LegacyFileError, match=str(path)):
+    with pytest.raises(GuideFileError, match=str(path)):
         read_untrusted(path)
     assert path.read_bytes() == data[: int(share * len(data))]
 
@@ -337,10 +337,10 @@ def test_flipped_bits_are_a_typed_error_or_data(tmp_path, how):
         changed = bytearray(data)
         changed[generator.integers(len(data))] ^= 1 << int(generator.integers(8))
         path.write_bytes(changed)
-        with suppress(LegacyFileError):
+        with suppress(GuideFileError):
             read_untrusted(path)
-        with suppress(LegacyFileError):
-            read_legacy(path)
+        with suppress(GuideFileError):
+            read_guide_file(path)
 
 
 def test_a_flip_in_the_data_of_a_torch_file_is_found(tmp_path):
@@ -348,7 +348,7 @@ def test_a_flip_in_the_data_of_a_torch_file_is_found(tmp_path):
     data = bytearray(path.read_bytes())
     data[data.index(struct.pack("<f", 500.0))] ^= 4
     path.write_bytes(data)
-    with pytest.raises(LegacyFileError, match="is not what was written"):
+    with pytest.raises(GuideFileError, match=r"damaged.*CRC-32"):
         read_untrusted(path)
 
 
@@ -364,31 +364,31 @@ def test_a_flip_in_the_data_of_a_torch_file_is_found(tmp_path):
 )
 def test_other_files_are_named_for_what_they_are(tmp_path, content, says):
     (tmp_path / "f").write_bytes(content)
-    with pytest.raises(LegacyFileError, match=says):
+    with pytest.raises(GuideFileError, match=says):
         read_untrusted(tmp_path / "f")
 
 
 def test_missing_files_folders_and_what_memory_cannot_hold(tmp_path, mocker):
-    with pytest.raises(LegacyFileError, match="cannot be read"):
+    with pytest.raises(GuideFileError, match="cannot be read"):
         read_untrusted(tmp_path / "nowhere.pkl")
-    with pytest.raises(LegacyFileError, match="is a folder"):
+    with pytest.raises(GuideFileError, match="is a folder"):
         read_untrusted(tmp_path)
     mocker.patch("psutil.virtual_memory").return_value.available = 1000
-    with pytest.raises(LegacyFileError, match="more memory"):
+    with pytest.raises(GuideFileError, match="more memory"):
         read_untrusted(write(tmp_path / "f", torch.zeros(1000)))
 
 
 LIMITED = """
 import resource, sys, torch
 from pathlib import Path
-from ezhoi_diffusion.guide.formats import read_legacy
-from ezhoi_diffusion.guide.reading import LegacyFileError
+from ezhoi_diffusion.guide.formats import read_guide_file
+from ezhoi_diffusion.guide.reading import GuideFileError
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20),) * 2)
 resource.setrlimit(resource.RLIMIT_CPU, (int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2])) + 10,) * 2)
 try:
-    read_legacy(Path(sys.argv[1]))
-except LegacyFileError as error:
+    read_guide_file(Path(sys.argv[1]))
+except GuideFileError as error:
     sys.exit(0 if sys.argv[1] in str(error) and "allocate" not in str(error) and "Memory" not in str(error) else str(error)[:300])
 sys.exit("it was read")
 """
@@ -429,18 +429,61 @@ def test_small_files_that_would_take_for_ever_or_all_memory_are_refused(tmp_path
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("second", ["archive/data.pkl", "archive/DATA.PKL", "other/x"])
-def test_what_is_scanned_is_what_torch_runs(tmp_path, second):
-    """torch takes the first of two programs, finds names in either case, and takes its folder from the first member."""
-    path = write(tmp_path / "f", {"mean": torch.ones(4)}, "torch")
+def rewritten(path: Path, change) -> Path:
+    """Write a torch file again with its members changed: name -> bytes."""
     with zipfile.ZipFile(path) as archive:
-        members = [(name.replace(name.split("/")[0], "archive"), archive.read(name)) for name in archive.namelist()]
+        members = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w") as archive, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name, data in [(second, b"\x80\x02}."), *members]:
+        for name, data in change(members):
             archive.writestr(name, data)
-    with pytest.raises(LegacyFileError, match=r"two members of one name|none that torch\.save wrote"):
-        read_untrusted(path)
+    return path
+
+
+def test_archives_with_two_programs_are_refused(tmp_path):
+    path = write(tmp_path / "f", {"mean": torch.ones(4)}, "torch")
+    for second in ("archive/data.pkl", "other/data.pkl"):
+        with pytest.raises(GuideFileError, match=r"torch\.save did not write it"):
+            read_untrusted(rewritten(path, lambda members, name=second: [(name, b"\x80\x02}."), *members.items()]))
+
+
+def test_torchscript_archives_and_other_extra_members_are_not_run(tmp_path):
+    """torch 2.5 runs TorchScript in `torch.load(weights_only=True)`; here nobody asks torch to read a file."""
+    path = write(tmp_path / "f", {"mean": torch.ones(4)}, "torch")
+    extra = [
+        ("archive/constants.pkl", b"\x80\x02)."),
+        ("archive/code/__torch__.py", b"x"),
+        ("archive/DATA.PKL", b"\x80\x02}."),
+    ]
+    found = read_untrusted(rewritten(path, lambda members: [*extra, *members.items()]))
+    assert torch.equal(found["mean"], torch.ones(4))
+
+
+def test_no_torch_file_is_given_to_torch(tmp_path, mocker):
+    load = mocker.patch("torch.load")
+    for how in ("torch", "torch-old", "pickle4"):
+        assert torch.equal(read_untrusted(write(tmp_path / "f", torch.arange(4), how)), torch.arange(4))
+    load.assert_not_called()
+
+
+def test_a_storage_with_two_sizes_is_refused(tmp_path):
+    """Two tensors share a storage of 6 numbers; the file then claims 5 of them for the second."""
+    base = torch.zeros(6)
+    path = write(tmp_path / "f", {"a": base[:2], "b": base[2:4]}, "torch")
+
+    def change(members):
+        for name, data in members.items():
+            at = data.rindex(b"K\x06") if name.endswith("data.pkl") else -1
+            yield name, data[:at] + b"K\x05" + data[at + 2 :] if at >= 0 else data
+
+    with pytest.raises(GuideFileError, match="two sizes"):
+        read_untrusted(rewritten(path, change))
+
+
+def test_files_of_big_endian_machines_are_refused(tmp_path):
+    path = write(tmp_path / "f", torch.ones(4), "torch")
+    with pytest.raises(GuideFileError, match="big-endian"):
+        read_untrusted(rewritten(path, lambda members: {**members, "archive/byteorder": b"big"}.items()))
 
 
 def test_the_metadata_of_all_of_hico_det_are_not_too_many(tmp_path):

@@ -331,7 +331,7 @@ def test_drop_in_refuses_steps_that_a_folder_does_not_have(files, tmp_path):
 
 def test_the_visual_mean_is_not_made_up(files, tmp_path):
     run(files.model, files.mean, "--out", tmp_path / "out")
-    with pytest.raises(BridgeError, match="import it again together with the file of visual embeddings"):
+    with pytest.raises(BridgeError, match="import it together with the file of visual embeddings"):
         mean_shift.load(tmp_path / "out")
     statistics = ModalityStatistics.text_only(MEAN)
     assert statistics.gap != statistics.gap
@@ -348,15 +348,15 @@ def test_the_host_refuses_it_as_unknown_unless_forced(files, tmp_path, capsys):
     run(files.model, files.mean, "--out", tmp_path / "out")
     bridge = DiffusionBridge.from_pretrained(tmp_path / "out")
     own = Fingerprint("ViT-B-16", D, "hicodet", None, 117, 212, "HO", True, True, "aa", "bb", {})
-    args = SimpleNamespace(restore_context=False, force=False, inference_steps=None)
+    args = SimpleNamespace(restore_context=False, force=False)
     host = EzHoiRun(None, args, None, None, None)
     host.__dict__["fingerprint"] = own
     with pytest.raises(FingerprintError) as refused:
-        host.accept(bridge, "diffusion")
+        host.check_fingerprint(bridge, "diffusion")
     assert "weights is 'aa' here, unknown there" in str(refused.value)
     assert "dim is" not in str(refused.value)
     args.force = True
-    host.accept(bridge, "diffusion")
+    host.check_fingerprint(bridge, "diffusion")
     assert "unknown there" in host.forced[0]
 
 

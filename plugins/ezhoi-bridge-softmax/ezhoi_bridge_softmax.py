@@ -1,114 +1,98 @@
-"""The control that is no bridge: calibrates each pair's scores over the classes, and moves no feature towards a text."""
+"""Calibration as a baseline: each pair's scores become a softmax over the classes, and no feature nears a text."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import math
+from pathlib import Path
 
-from ezhoi_diffusion import BridgePlugin
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from pathlib import Path
+from ezhoi_diffusion import Artifact, Bridge, BridgeError, BridgePlugin, EzHoiScore, FeatureStore, Pairs, seen_pairs
 
-    from torch import Tensor
-
-    from ezhoi_diffusion import Artifact, FeatureStore
-
+NAME = "softmax"
 TENSORS = "softmax.safetensors"
-TOLERANCE = 1e-3  # of a probability: a control that misses by more says nothing
+TOLERANCE = 1e-3  # of a probability: a baseline that misses by more says nothing
 
 
-@dataclass(eq=False)
-class Softmax:
+class Softmax(Bridge):
     """x [P, D] -> x + (logit(softmax(temperature · x M)) − x M) M⁺, whose logits are those of the softmax.
 
-    matrix: M [D, C], with x M the host's logits of rows x. inverse: M⁺ [C, D]. Both float64, as is what is computed with them.
+    M [D, C] gives EZ-HOI's logits x M, M⁺ [C, D] is its pseudo-inverse. Both are float64, as is what they compute.
     """
 
+    row_by_row = True
+    baseline = True
     matrix: Tensor
     inverse: Tensor
-    temperature: float
-    provenance: dict[str, Any]
-    context: dict[str, Tensor]
-    row_by_row = True
-    control = True
 
-    def __call__(self, adapter_feat: Tensor) -> Tensor:
-        """Calibrate rows, in their dtype and on their device."""
-        import torch
+    def __init__(self, artifact: Artifact) -> None:
+        super().__init__()
+        for name in ("matrix", "inverse"):
+            self.register_buffer(name, artifact.files[TENSORS][name])
+        self.temperature = float(artifact.config["temperature"])
+        self.provenance, self.context = artifact.provenance, artifact.context
 
+    @torch.no_grad()
+    def forward(self, adapter_feat: Tensor, pairs: Pairs | None = None) -> Tensor:
+        """Calibrate features [P, D]."""
         x = adapter_feat.double()
-        matrix, inverse = self.matrix.to(x.device), self.inverse.to(x.device)
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            logits = x @ matrix
-            moved = x + (logit_of_softmax(self.temperature * logits) - logits) @ inverse
-            result: Tensor = torch.where(x.any(1, keepdim=True), moved, x).to(adapter_feat.dtype)
-        return result
+        with torch.autocast(x.device.type, enabled=False):
+            logits = x @ self.matrix
+            moved = x + (logit_of_softmax(self.temperature * logits) - logits) @ self.inverse
+            result = torch.where(x.any(1, keepdim=True), moved, x)
+        return result.to(adapter_feat.dtype)
 
 
 def logit_of_softmax(z: Tensor) -> Tensor:
     """log p − log(1 − p) [P, C] of p = softmax(z), finite for all finite z [P, C] of two classes and more."""
     top = z.argmax(1, keepdim=True)
     log_p = z.log_softmax(1)
-    # 1 − p of the largest p may round to zero: it is the sum of the others
+    # 1 − p of the largest p may round to zero, so it is computed as the sum of the others.
     others = z.scatter(1, top, float("-inf")).logsumexp(1, keepdim=True) - z.logsumexp(1, keepdim=True)
     return log_p - (-log_p.exp()).log1p().scatter(1, top, others)
 
 
 def load(folder: Path | None) -> Softmax:
-    """The control in `folder`. Raises BridgeError."""
-    from ezhoi_diffusion import Artifact, BridgeError
-
+    """Load the bridge in `folder`. Raises BridgeError."""
     if folder is None:
-        raise BridgeError(
-            "softmax is fitted first: `ezhoi-diffusion fit softmax FEATURES --out DIR`, and then named as softmax=DIR"
-        )
-    artifact = Artifact.load(folder, "softmax")
-    temperature = float(artifact.config["temperature"])
-    return Softmax(
-        **artifact.files[TENSORS], temperature=temperature, provenance=artifact.provenance, context=artifact.context
-    )
+        raise BridgeError(f"{NAME} needs its folder: `ezhoi-diffusion train FEATURES --bridge {NAME} --out DIR` makes it")
+    return Softmax(Artifact.load(folder, NAME))
 
 
 def fit(features: FeatureStore) -> Artifact:
     """One temperature for all classes, by the likelihood of annotated pairs of seen classes in training images.
 
-    It has no options. Raises SupervisionError for features without labels to learn from, ScoreError where the host's score is
-    not known, BridgeError where its logits cannot be set one by one, as with fewer dimensions than classes.
+    It has no options.
+
+    Raises:
+        EzhoiDiffusionError: The features have no labels to learn from, or no score of EZ-HOI.
+        BridgeError: The logits cannot be set one by one, as with fewer dimensions than classes.
     """
-    import math
-
-    import torch
-    from scipy.optimize import minimize_scalar
-
-    from ezhoi_diffusion import Artifact, BridgeError, Score, seen_pairs
-
-    score, pairs = Score.of(features), seen_pairs(features)
+    score, pairs = EzHoiScore.from_store(features), seen_pairs(features)
     matrix = score.logits(torch.eye(pairs.visual.shape[1])).double()  # the score is linear
     logits = pairs.visual.double() @ matrix
 
     def loss(log_temperature: float) -> float:
-        z = math.exp(log_temperature) * logits
-        return float(torch.nn.functional.cross_entropy(z, pairs.target))
+        return float(torch.nn.functional.cross_entropy(math.exp(log_temperature) * logits, pairs.target))
 
     found = minimize_scalar(loss, bounds=(-7, 7), method="bounded", options={"xatol": 1e-6})
     temperature = math.exp(found.x)
-    provenance = {"fingerprint": features.fingerprint, "pairs": len(pairs)}
-    tensors = {"matrix": matrix, "inverse": torch.linalg.pinv(matrix)}
-    control = Softmax(**tensors, temperature=temperature, provenance=provenance, context={})
-    probability = (temperature * logits).softmax(1)
-    error = float((score.logits(control(pairs.visual)).sigmoid() - probability).abs().max())
-    if not error <= TOLERANCE:
-        raise BridgeError(
-            f"{features.folder}: with {matrix.shape[0]} dimensions the host's {matrix.shape[1]} logits cannot be set one by one "
-            f"(a probability is missed by {error:.3g}), so its scores cannot be calibrated through the features"
-        )
     config = {
         "temperature": temperature,
-        "negative_log_likelihood": {"as it is": loss(0.0), "keep_norm": float(found.fun)},
-        "largest_error": error,
+        "negative_log_likelihood": {"before": loss(0.0), "after": float(found.fun)},
     }
-    return Artifact("softmax", config, {TENSORS: tensors}, provenance)
+    tensors = {"matrix": matrix, "inverse": torch.linalg.pinv(matrix)}
+    bridge = Softmax(Artifact(NAME, config, {TENSORS: tensors}))
+    error = float((score.logits(bridge(pairs.visual)).sigmoid() - (temperature * logits).softmax(1)).abs().max())
+    if not error <= TOLERANCE:
+        raise BridgeError(
+            f"{features.folder}: {matrix.shape[0]} dimensions cannot carry {matrix.shape[1]} logits one by one (a probability "
+            f"is missed by {error:.3g}), so scores cannot be calibrated through these features"
+        )
+    provenance = {"fingerprint": features.fingerprint, "pairs": len(pairs)}
+    return Artifact(NAME, {**config, "largest_error": error}, {TENSORS: tensors}, provenance)
 
 
-plugin = BridgePlugin("softmax", load, fit)
+plugin = BridgePlugin(NAME, load, fit)

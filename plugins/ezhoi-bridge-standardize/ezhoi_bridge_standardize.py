@@ -1,91 +1,78 @@
-"""Standardisation as a bridge: visual features get the spread of the texts, by dimension or as a whole (CORAL)."""
+"""Standardisation as a baseline: features get the spread of the texts, by dimension or as a whole (CORAL)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from pathlib import Path
 
-from ezhoi_diffusion import BridgePlugin
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
+from ezhoi_diffusion import Artifact, Bridge, BridgeError, BridgePlugin, FeatureStore, Pairs
 
-    from torch import Tensor
-
-    from ezhoi_diffusion import Artifact, FeatureStore
-
+NAME = "standardize"
 TENSORS = "standardize.safetensors"
-SHRINKAGE = {"diagonal": 0.0, "coral": 0.1}  # where none is asked for
-VARIED = 1e-9  # of the largest variance: what is below is rounding, and has no inverse
+DEFAULT_SHRINKAGE = {"diagonal": 0.0, "coral": 0.1}
+MIN_VARIANCE = 1e-9  # of the largest: below it a variance is rounding and has no inverse
 
 
-@dataclass(eq=False)
-class Standardize:
-    """x [P, D] -> |x|·unit((unit(x) − visual mean) A + mean given back).
+class Standardize(Bridge):
+    """x [P, D] -> |x|·unit((unit(x) − visual mean) A + restored mean), with A [D, D], or its diagonal [D]."""
 
-    visual_mean, restored_mean: [D]. spread: A, [D, D], or its diagonal [D]. All float32.
-    """
-
+    row_by_row = True
+    baseline = True
     visual_mean: Tensor
     restored_mean: Tensor
     spread: Tensor
-    provenance: dict[str, Any]
-    context: dict[str, Tensor]
-    row_by_row = True
-    control = True
 
-    def __call__(self, adapter_feat: Tensor) -> Tensor:
-        """Spread rows, in their dtype and on their device."""
-        import torch
+    def __init__(self, artifact: Artifact) -> None:
+        super().__init__()
+        for name in ("visual_mean", "restored_mean", "spread"):
+            self.register_buffer(name, artifact.files[TENSORS][name])
+        self.provenance, self.context = artifact.provenance, artifact.context
 
-        from ezhoi_diffusion import unit
-
+    @torch.no_grad()
+    def forward(self, adapter_feat: Tensor, pairs: Pairs | None = None) -> Tensor:
+        """Spread features [P, D]."""
         x = adapter_feat.float()
-        visual_mean, restored, spread = (t.to(x.device) for t in (self.visual_mean, self.restored_mean, self.spread))
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            centred = unit(x) - visual_mean
-            rows = (centred @ spread if spread.ndim == 2 else centred * spread) + restored
-            result: Tensor = (x.norm(dim=1, keepdim=True) * unit(rows)).to(adapter_feat.dtype)
-        return result
+        with torch.autocast(x.device.type, enabled=False):
+            centred = normalize(x, dim=1) - self.visual_mean
+            spread = centred @ self.spread if self.spread.ndim == 2 else centred * self.spread
+            result = x.norm(dim=1, keepdim=True) * normalize(spread + self.restored_mean, dim=1)
+        return result.to(adapter_feat.dtype)
 
 
 def load(folder: Path | None) -> Standardize:
-    """The bridge in `folder`. Raises BridgeError."""
-    from ezhoi_diffusion import Artifact, BridgeError
-
+    """Load the bridge in `folder`. Raises BridgeError."""
     if folder is None:
-        raise BridgeError(
-            "standardize is fitted first: `ezhoi-diffusion fit standardize FEATURES --out DIR`, and then named as "
-            "standardize=DIR"
-        )
-    artifact = Artifact.load(folder, "standardize")
-    return Standardize(**artifact.files[TENSORS], provenance=artifact.provenance, context=artifact.context)
+        raise BridgeError(f"{NAME} needs its folder: `ezhoi-diffusion train FEATURES --bridge {NAME} --out DIR` makes it")
+    return Standardize(Artifact.load(folder, NAME))
 
 
 def fit(
     features: FeatureStore, mode: str = "diagonal", shrinkage: float | None = None, mean: str = "visual"
 ) -> Artifact:
-    """Unit visual rows less their mean get the spread of the unit text rows, a mean is given back, and each row its norm.
+    """Unit features, less their mean, get the spread of the unit texts. A mean and each norm are given back.
 
-    mode: `diagonal`, each dimension the texts' standard deviation; `coral`, the texts' whole covariance.
-    shrinkage: 0 to 1, how far both covariances are drawn to a multiple of the identity (0 for diagonal, 0.1 for coral).
-    mean: which is given back, `visual` or `text`.
-    It reads no labels. Raises BridgeError for other values, and for features that were imported without their texts.
+    It reads no labels.
+
+    Args:
+        features: A capture of the train split.
+        mode: `diagonal` gives each dimension the texts' standard deviation, `coral` the texts' whole covariance.
+        shrinkage: 0 to 1, how far both covariances shrink to a multiple of the identity (diagonal 0, coral 0.1).
+        mean: Which mean is given back, `visual` or `text`.
+
+    Raises:
+        BridgeError: An option has another value, or the features were imported without their texts.
     """
-    import torch
-
-    from ezhoi_diffusion import Artifact, BridgeError
-
     if mode not in ("diagonal", "coral") or mean not in ("visual", "text"):
-        raise BridgeError(f"standardize: mode is diagonal or coral, mean is visual or text, not {mode!r} and {mean!r}")
-    shrinkage = SHRINKAGE[mode] if shrinkage is None else shrinkage
+        raise BridgeError(f"{NAME}: mode is diagonal or coral, mean is visual or text, not {mode!r} and {mean!r}")
+    shrinkage = DEFAULT_SHRINKAGE[mode] if shrinkage is None else shrinkage
     if not isinstance(shrinkage, (int, float)) or not 0 <= shrinkage <= 1:
-        raise BridgeError(f"standardize: shrinkage is a number from 0 to 1, not {shrinkage!r}")
+        raise BridgeError(f"{NAME}: shrinkage is a number from 0 to 1, not {shrinkage!r}")
     if len(features.text) == 0:
-        raise BridgeError(
-            f"{features.folder} was imported without its texts, whose spread is needed: capture the features"
-        )
+        raise BridgeError(f"{features.folder} was imported without its texts, which {NAME} needs: capture the features")
     statistics = features.statistics()
     visual = covariance((shard["adapter_feat"] for shard in features.shards()), statistics.visual_mean)
     text = covariance([features.text], statistics.text_mean)
@@ -102,33 +89,29 @@ def fit(
         "spread": spread.float(),
     }
     config = {"mode": mode, "shrinkage": shrinkage, "mean": mean}
-    return Artifact("standardize", config, {TENSORS: tensors}, {"fingerprint": features.fingerprint})
+    return Artifact(NAME, config, {TENSORS: tensors}, {"fingerprint": features.fingerprint})
 
 
 def covariance(blocks: Iterable[Tensor], mean: Tensor) -> Tensor:
-    """[D, D] float64 of the unit rows of blocks [n, D] around their mean [D], divided by their number."""
-    import torch
-
-    from ezhoi_diffusion import unit
-
+    """[D, D] float64, of the unit rows of blocks [n, D] around their mean [D], divided by their number."""
     total, count = torch.zeros(len(mean), len(mean), dtype=torch.float64), 0
     for block in blocks:
-        centred = unit(block.double()) - mean.double()
+        centred = normalize(block.double(), dim=1) - mean.double()
         total += centred.T @ centred
         count += len(block)
     return total / count
 
 
 def shrunk(covariance: Tensor, shrinkage: float, eye: Tensor | float = 1.0) -> Tensor:
-    """A covariance [D, D], or variances [D], and as much of the mean variance: the form of Ledoit and Wolf (2004)."""
+    """Shrink a covariance [D, D], or variances [D], to the mean variance: the form of Ledoit and Wolf (2004)."""
     variances = covariance.diagonal() if covariance.ndim == 2 else covariance
     return (1 - shrinkage) * covariance + shrinkage * variances.mean() * eye
 
 
 def root(variances: Tensor, *, inverse: bool = False) -> Tensor:
-    """Their square roots, or one over those; 0 where there is no variance: nothing is known of it."""
-    varied = variances > VARIED * variances.max()
+    """Square roots of variances [D], or one over them; 0 where there is no variance, because nothing is known of it."""
+    varied = variances > MIN_VARIANCE * variances.max()
     return variances.clamp_min(0).pow(-0.5 if inverse else 0.5).where(varied, 0.0)
 
 
-plugin = BridgePlugin("standardize", load, fit)
+plugin = BridgePlugin(NAME, load, fit)

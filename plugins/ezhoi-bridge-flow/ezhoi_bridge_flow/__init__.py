@@ -1,4 +1,7 @@
-"""Flow matching as a bridge: features flow to the texts of their own classes, along what annotated pairs showed."""
+"""Flow matching as a bridge: features flow to the texts of their own classes, as annotated pairs show.
+
+What needs flow_matching is imported where it is used, so that finding the plugin stays cheap.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,13 @@ if TYPE_CHECKING:
 
 
 def load(folder: Path | None) -> Flow:
-    """The bridge in `folder`. Raises BridgeError."""
+    """Load the bridge in `folder`. Raises BridgeError."""
     from ezhoi_bridge_flow.bridge import Flow
     from ezhoi_diffusion import Artifact, BridgeError
 
     if folder is None:
-        raise BridgeError(
-            "flow is fitted first: `ezhoi-diffusion fit flow FEATURES --out DIR`, and then named as flow=DIR"
-        )
-    return Flow.of(Artifact.load(folder, "flow"))
+        raise BridgeError("flow needs its folder: `ezhoi-diffusion train FEATURES --bridge flow --out DIR` makes it")
+    return Flow.from_artifact(Artifact.load(folder, "flow"))
 
 
 def fit(
@@ -35,29 +36,38 @@ def fit(
     seed: int = 0,
     width: int = 512,
     blocks: int = 2,
-    steps: int = 4,
+    num_steps: int = 4,
     blend: float = 1.0,
     mean: str = "visual",
 ) -> Artifact:
-    """A velocity that takes centred unit visual rows to the centred unit text of their class, learned from annotated pairs.
+    """A velocity that takes centred unit features to the centred unit text of their class.
 
-    train_steps: optimiser steps at most; every 50 the pairs of a tenth of the images, which are not learned from, are
-        bridged, and the weights with the largest mean cosine to their texts are kept.
-    patience: evaluations without a better one, after which training ends.
-    batch_size, learning_rate: of AdamW.
-    noise: standard deviation of the noise on the start of each path, against 1 for a row's own components.
-    seed: another seed is another bridge.
-    width, blocks: of the residual network.
-    steps: of the midpoint rule at application, two network evaluations each.
-    strength: 0 to 1, how much of where a row flows is taken, and how little of the row itself.
-    mean: which is given back, `visual` or `text`.
-    Raises BridgeError for values out of range, SupervisionError for features without labels to learn from.
+    It learns from annotated pairs of seen classes, by flow matching.
+
+    Args:
+        features: A capture of the train split.
+        train_steps: Optimizer steps at most. Every 50 steps the pairs of a tenth of the images, which are not learned
+            from, are bridged; the weights with the largest mean cosine to their texts are kept.
+        batch_size: Of AdamW.
+        learning_rate: Of AdamW.
+        noise: Standard deviation of the noise on the start of each path; a feature's own components have 1.
+        patience: Evaluations without a better one, after which training ends.
+        seed: Another seed gives another bridge.
+        width: Of the residual network.
+        blocks: Of the residual network.
+        num_steps: Of the midpoint rule at application; each takes two network evaluations.
+        blend: 0 to 1, the share of the bridged feature in the result.
+        mean: Which mean is given back, `visual` or `text`.
+
+    Raises:
+        BridgeError: An option is out of range.
+        EzhoiDiffusionError: The features have no labels to learn from.
     """
     from ezhoi_bridge_flow.bridge import Options
     from ezhoi_bridge_flow.training import Training, train
 
     training = Training(train_steps, batch_size, learning_rate, noise, patience, seed)
-    return train(features, Options(width, blocks, steps, blend, mean), training)
+    return train(features, Options(width, blocks, num_steps, blend, mean), training)
 
 
 plugin = BridgePlugin("flow", load, fit)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from flow_matching.solver import ODESolver
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
-from ezhoi_diffusion import Artifact, BridgeError, unit
+from ezhoi_diffusion import Artifact, Bridge, BridgeError, Pairs
 
 MODEL, MEANS = "model.safetensors", "means.safetensors"
 FREQUENCIES = 8  # of the time embedding
@@ -20,21 +20,21 @@ FREQUENCIES = 8  # of the time embedding
 
 @dataclass(frozen=True)
 class Options:
-    """Of the network (width, blocks) and of its application. Raises BridgeError for values out of range."""
+    """Options of the network (width, blocks) and of its application. Raises BridgeError for values out of range."""
 
     width: int = 512
     blocks: int = 2
-    steps: int = 4
+    num_steps: int = 4
     blend: float = 1.0
     mean: str = "visual"
 
     def __post_init__(self) -> None:
-        whole = {"width": self.width, "blocks": self.blocks, "steps": self.steps}
+        whole = {"width": self.width, "blocks": self.blocks, "num_steps": self.num_steps}
         for name, value in whole.items():
             if type(value) is not int or not 1 <= value <= 4096:
                 raise BridgeError(f"flow: {name} is a whole number from 1 to 4096, not {value!r}")
         if not isinstance(self.blend, (int, float)) or not 0 <= self.blend <= 1:
-            raise BridgeError(f"flow: strength is a number from 0 (nothing changes) to 1, not {self.blend!r}")
+            raise BridgeError(f"flow: blend is a number from 0 (nothing changes) to 1, not {self.blend!r}")
         if self.mean not in ("visual", "text"):
             raise BridgeError(f"flow: mean is visual or text, not {self.mean!r}")
 
@@ -68,32 +68,30 @@ class Velocity(nn.Module):
         return velocity
 
 
-class Flow(nn.Module):
-    """x [P, D] -> |x|·unit((1 − strength)·c + strength·φ(c) + mean given back), c = unit(x) − visual mean.
+class Flow(Bridge):
+    """x [P, D] -> |x|·unit((1 − blend)·c + blend·φ(c) + restored mean), with c = unit(x) − visual mean.
 
-    φ follows the velocity from time 0 to 1, in units in which a component of c is about 1 (`scale`).
+    φ follows the velocity from time 0 to 1, in units in which a component of c is about 1 (`scale_factor`).
     """
 
     row_by_row = True
-    depends_on_seed = True
-    settings = ("blend", "steps")
+    seeded = True
+    settings = ("blend", "num_steps")
     visual_mean: Tensor
     text_mean: Tensor
-    scale: Tensor
+    scale_factor: Tensor
 
     def __init__(self, velocity: Velocity, means: Mapping[str, Tensor], options: Options) -> None:
-        """means: visual_mean and text_mean [D], scale []."""
+        """means: visual_mean and text_mean [D], scale_factor []."""
         super().__init__()
         self.velocity = velocity
-        for name in ("visual_mean", "text_mean", "scale"):
+        for name in ("visual_mean", "text_mean", "scale_factor"):
             self.register_buffer(name, means[name])
         self.options = options
-        self.provenance: dict[str, Any] = {}
-        self.context: dict[str, Tensor] = {}
 
     @classmethod
-    def of(cls, artifact: Artifact) -> Flow:
-        """The bridge that an artefact holds; draws no global random number. Raises BridgeError for options out of range."""
+    def from_artifact(cls, artifact: Artifact) -> Flow:
+        """The bridge in an artefact. Draws no global random number. Raises BridgeError for options out of range."""
         means = artifact.files[MEANS]
         options = Options(**artifact.config["options"])
         with torch.random.fork_rng(devices=[]):
@@ -104,35 +102,29 @@ class Flow(nn.Module):
         return bridge
 
     def artifact(self, facts: dict[str, Any], provenance: dict[str, Any]) -> Artifact:
-        """What `of` reads, with facts of the training beside it."""
-        means = {"visual_mean": self.visual_mean, "text_mean": self.text_mean, "scale_factor": self.scale}
+        """What `from_artifact` reads, with facts of the training."""
+        means = {"visual_mean": self.visual_mean, "text_mean": self.text_mean, "scale_factor": self.scale_factor}
         files = {MODEL: self.velocity.state_dict(), MEANS: means}
         return Artifact("flow", {"options": asdict(self.options), **facts}, files, provenance)
 
     @torch.no_grad()
-    def forward(self, adapter_feat: Tensor) -> Tensor:
-        """Rows as they arrive, in their dtype and on their device."""
+    def forward(self, adapter_feat: Tensor, pairs: Pairs | None = None) -> Tensor:
+        """Bridge features [P, D]."""
         x = adapter_feat.float()
         with torch.autocast(x.device.type, enabled=False):
-            centred = unit(x) - self.visual_mean
+            centred = normalize(x, dim=1) - self.visual_mean
             restored = self.text_mean if self.options.mean == "text" else self.visual_mean
-            rows = torch.lerp(centred, self.arrived(centred), self.options.blend) + restored
-            result: Tensor = (x.norm(dim=1, keepdim=True) * unit(rows)).to(adapter_feat.dtype)
-        return result
+            bridged = torch.lerp(centred, self.arrived(centred), self.options.blend) + restored
+            result = x.norm(dim=1, keepdim=True) * normalize(bridged, dim=1)
+        return result.to(adapter_feat.dtype)
 
     def arrived(self, centred: Tensor) -> Tensor:
-        """φ of rows [N, D]: where the flow takes them, by the midpoint rule."""
-        grid = torch.linspace(0, 1, self.options.steps + 1)
+        """φ of centred features [N, D]: where the flow takes them, by the midpoint rule."""
+        times = torch.linspace(0, 1, self.options.num_steps + 1)
         solver = ODESolver(velocity_model=self.velocity)
-        end: Tensor = solver.sample(centred * self.scale, step_size=None, method="midpoint", time_grid=grid)
-        return end / self.scale
+        end: Tensor = solver.sample(centred * self.scale_factor, step_size=None, method="midpoint", time_grid=times)
+        return end / self.scale_factor
 
-    def sweep(self, points: Sequence[Mapping[str, Any]]) -> list[Flow]:
-        """The same network with the strength and steps of each point; the provenance says so. Raises BridgeError."""
-        swept = []
-        for point in points:
-            bridge = copy.copy(self)
-            bridge.options = replace(self.options, **point)
-            bridge.provenance = {**self.provenance, "overridden": dict(point)}
-            swept.append(bridge)
-        return swept
+    def apply_settings(self, settings: Mapping[str, Any]) -> None:
+        """Apply the same network with another blend or number of steps. Raises BridgeError for values out of range."""
+        self.options = replace(self.options, **settings)

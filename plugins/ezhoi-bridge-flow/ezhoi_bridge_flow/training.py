@@ -8,18 +8,19 @@ from dataclasses import asdict, dataclass
 
 import torch
 from flow_matching.path import CondOTProbPath
+from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from ezhoi_bridge_flow.bridge import Flow, Options, Velocity
-from ezhoi_diffusion import Artifact, BridgeError, FeatureStore, seen_pairs, unit
+from ezhoi_diffusion import Artifact, BridgeError, FeatureStore, seen_pairs
 
-EVALUATE = 50  # steps between two looks at the pairs that are not learned from
-STOPPING = 0.2  # of the images: the tenth that is held out from every fit, and another to stop by
+EVALUATE_EVERY = 50  # steps
+STOPPING_FRACTION = 0.2  # of the images: the tenth held out from every fit, and another tenth that stops the training
 
 
 @dataclass(frozen=True)
 class Training:
-    """Options of a training; see `fit`. Raises BridgeError for values out of range."""
+    """Options of a training, as `fit` has them. Raises BridgeError for values out of range."""
 
     train_steps: int
     batch_size: int
@@ -42,13 +43,13 @@ class Training:
 
 
 def train(features: FeatureStore, options: Options, training: Training) -> Artifact:
-    """The velocity that was best on a tenth of the images, as an artefact with its curve. Draws no global random number."""
+    """Train the velocity; keep the weights that are best on a tenth of the images. Draws no global random number."""
     statistics = features.statistics()
     pairs = seen_pairs(features)
-    learned_from = torch.isin(pairs.image, seen_pairs(features, fraction=STOPPING).image)
+    learned_from = torch.isin(pairs.image, seen_pairs(features, fraction=STOPPING_FRACTION).image)
     if learned_from.all():
         raise BridgeError(f"{features.folder} has too few images: none with annotated pairs is left to stop by")
-    visual, text = unit(pairs.visual) - statistics.visual_mean, unit(pairs.text) - statistics.text_mean
+    visual, text = normalize(pairs.visual, dim=1) - statistics.visual_mean, normalize(pairs.text, dim=1) - statistics.text_mean
     start, end = visual[learned_from], text[learned_from]
     scale = start.square().mean().rsqrt()
     means = {"visual_mean": statistics.visual_mean, "text_mean": statistics.text_mean, "scale_factor": scale}
@@ -60,7 +61,7 @@ def train(features: FeatureStore, options: Options, training: Training) -> Artif
         path = CondOTProbPath()
         curve, best, waited = list[dict[str, float]](), bridge.velocity.state_dict(), 0
         for step in progress:
-            if step % EVALUATE == 0 or step == training.train_steps:
+            if step % EVALUATE_EVERY == 0 or step == training.train_steps:
                 with torch.no_grad():
                     arrived = bridge.arrived(visual[~learned_from])
                 cosine = float(torch.cosine_similarity(arrived, text[~learned_from]).mean())

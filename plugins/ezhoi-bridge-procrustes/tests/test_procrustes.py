@@ -6,11 +6,16 @@ import functools
 
 import pytest
 import torch
-from ezhoi_bridge_procrustes import fit
+from ezhoi_bridge_procrustes import fit, load
 from torch.nn.functional import normalize
 
-from ezhoi_diffusion import Artifact, BridgeError, EzhoiDiffusionError, FeatureStore, seen_pairs
-from ezhoi_diffusion.testing import Truth, check_bridge, check_fit, synthetic_store
+from ezhoi_diffusion import BridgeError, seen_pairs
+from ezhoi_diffusion.testing import Truth, check_bridge, check_fit, reloaded, synthetic_store
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return synthetic_store(tmp_path_factory.mktemp("capture") / "train", images=80)
 
 
 def centred(store, pairs):
@@ -21,9 +26,9 @@ def centred(store, pairs):
     ]
 
 
-def test_orthogonal_is_of_the_closest_rotations_that_nearest_to_none(store, reloaded):
+def test_orthogonal_is_of_the_closest_rotations_that_nearest_to_none(store):
     visual, text = centred(store, seen_pairs(store))
-    weight = reloaded(fit(store)).weight.double()
+    weight = reloaded(fit(store), load).weight.double()
     torch.testing.assert_close(weight @ weight.T, torch.eye(32, dtype=torch.double), rtol=0, atol=1e-5)
     u, s, vh = torch.linalg.svd(visual.T @ text)
     known = int((s > 1e-4 * s[0]).sum())
@@ -34,8 +39,8 @@ def test_orthogonal_is_of_the_closest_rotations_that_nearest_to_none(store, relo
     torch.testing.assert_close(weight, expected, rtol=0, atol=5e-3)
 
 
-def test_what_is_learned_holds_on_other_images(store, reloaded):
-    weight = reloaded(fit(store)).weight.double()
+def test_what_is_learned_holds_on_other_images(store):
+    weight = reloaded(fit(store), load).weight.double()
     visual, text = centred(store, seen_pairs(store))
     assert (visual @ weight - text).norm() < (visual @ Truth.of().map.double() - text).norm()
     visual, text = centred(store, seen_pairs(store, held_out=True))
@@ -43,7 +48,7 @@ def test_what_is_learned_holds_on_other_images(store, reloaded):
     assert after > before + 0.2
 
 
-def test_ridge_has_the_penalty_that_is_best_on_a_tenth_of_the_images(store, reloaded):
+def test_ridge_has_the_penalty_that_is_best_on_a_tenth_of_the_images(store):
     def solved(pairs, alpha):
         visual, text = centred(store, pairs)
         penalty = alpha * visual.square().sum() / 32 * torch.eye(32)
@@ -61,14 +66,14 @@ def test_ridge_has_the_penalty_that_is_best_on_a_tenth_of_the_images(store, relo
     assert artifact.config["alpha"] == best
     assert min(curve) < best < max(curve)
     expected = solved(seen_pairs(store), best)
-    torch.testing.assert_close(reloaded(artifact).weight.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(reloaded(artifact, load).weight.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("mean", ["visual", "text"])
 @pytest.mark.parametrize("blend", [0.0, 0.3, 1])
-def test_rows_are_blended_and_get_a_mean_and_their_norm_back(store, reloaded, mean, blend):
+def test_rows_are_blended_and_get_a_mean_and_their_norm_back(store, mean, blend):
     x = store.adapter_feat()
-    bridge = reloaded(fit(store, blend=blend, mean=mean))
+    bridge = reloaded(fit(store, blend=blend, mean=mean), load)
     visual_mean, text_mean = (normalize(rows, dim=1).mean(0) for rows in (x, store.text))
     c = normalize(x, dim=1) - visual_mean
     rows = (1 - blend) * c + blend * c @ bridge.weight + (visual_mean if mean == "visual" else text_mean)
@@ -77,56 +82,24 @@ def test_rows_are_blended_and_get_a_mean_and_their_norm_back(store, reloaded, me
         torch.testing.assert_close(bridge(x), x, rtol=1e-5, atol=1e-5)
 
 
-def test_a_sweep_is_the_fit_at_each_strength(store, reloaded):
+def test_a_sweep_is_the_fit_at_each_blend(store):
     x = store.adapter_feat()
     points = [{"blend": value} for value in (0, 0.25, 1)]
-    for point, swept in zip(points, reloaded(fit(store, blend=0.5)).sweep(points), strict=True):
-        assert torch.equal(swept(x), reloaded(fit(store, **point))(x))
+    for point, swept in zip(points, reloaded(fit(store, blend=0.5), load).sweep(points), strict=True):
+        assert torch.equal(swept(x), reloaded(fit(store, **point), load)(x))
         assert swept.provenance["overridden"] == point
-    with pytest.raises(BridgeError, match="from 0"):
+    with pytest.raises(BridgeError):
         swept.sweep([{"blend": 2}])
-
-
-@pytest.mark.parametrize("mode", ["orthogonal", "ridge"])
-def test_labels_of_unseen_classes_are_not_learned_from(store, relabelled, unseen, equal, mode):
-    plain = fit(store, mode=mode)
-    assert any((shard["labels"] & unseen(shard)).any() for shard in store.shards())
-    assert equal(plain, fit(relabelled(lambda shard: shard["labels"] & ~unseen(shard)), mode=mode))
-    assert equal(plain, fit(relabelled(lambda shard: shard["labels"] | unseen(shard)), mode=mode))
-    without_a_split = FeatureStore(store.folder)
-    del without_a_split.host["classes/unseen"]
-    assert not equal(plain, fit(without_a_split, mode=mode)), "they would have changed the map"
-
-
-def test_features_without_labels_and_of_test_images_are_refused(store, relabelled, tmp_path):
-    with pytest.raises(EzhoiDiffusionError, match="no pair of a seen class is annotated"):
-        fit(relabelled(lambda shard: shard["labels"] & False))
-    imported = FeatureStore(store.folder)
-    imported.meta = {**imported.meta, "imported": {"norms": True}}
-    with pytest.raises(EzhoiDiffusionError, match="was imported"):
-        fit(imported)
-    with pytest.raises(EzhoiDiffusionError, match="learn from training images only"):
-        fit(synthetic_store(tmp_path / "test", split="test"))
 
 
 @pytest.mark.parametrize("options", [{"mode": "affine"}, {"mean": "none"}, {"blend": 1.5}, {"blend": "much"}])
 def test_other_options_are_refused(store, options):
-    with pytest.raises(BridgeError, match="procrustes: "):
+    with pytest.raises(BridgeError):
         fit(store, **options)
 
 
-def test_what_is_stored_comes_back_to_the_bit(store, tmp_path, load, equal):
-    artifact, x = fit(store, mode="ridge"), store.adapter_feat()
-    artifact.save(tmp_path / "a")
-    assert equal(Artifact.load(tmp_path / "a", "procrustes"), artifact)
-    first = load(tmp_path / "a")
-    artifact.save(tmp_path / "b")
-    assert torch.equal(first(x), load(tmp_path / "b")(x))
-    assert first.provenance["fingerprint"] == store.fingerprint
-    with pytest.raises(BridgeError, match="fit procrustes"):
-        load(None)
-
-
 @pytest.mark.parametrize("options", [{}, {"mode": "ridge", "blend": 0.5, "mean": "text"}])
-def test_it_keeps_all_rules_for_fits_and_bridges(tmp_path, load, options):
+def test_it_keeps_the_rules(tmp_path, options):
     check_bridge(load, check_fit("procrustes", functools.partial(fit, **options), tmp_path), dim=32)
+    with pytest.raises(BridgeError):
+        load(None)

@@ -1,11 +1,11 @@
-"""Plugins for EZ-HOI runs that nobody edited: capture adapter_feat, train a diffusion bridge, inject it, compare.
+"""Plugins for EZ-HOI runs that nobody edits: capture adapter_feat, train a diffusion bridge, inject it, compare.
 
-    from ezhoi_diffusion import add_arguments, attach     # in a fork's script
-    from ezhoi_diffusion import hookimpl                  # in a plugin
+    from ezhoi_diffusion import add_arguments, attach      # in a fork's script
+    from ezhoi_diffusion import Bridge, BridgePlugin       # in a bridge's package
     from ezhoi_diffusion import DiffusionBridge, FeatureStore
-    from ezhoi_diffusion import DiffusionBridgeHOI        # where a script of the guide imports it
+    from ezhoi_diffusion import DiffusionBridgeHOI         # in a script of the training guide
 
-Names are imported when they are first used, so that importing the package costs next to nothing.
+Every name is imported when it is first used, so importing the package costs next to nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from ezhoi_diffusion.features.labels import seen_pairs as seen_pairs
     from ezhoi_diffusion.features.score import Score as Score
     from ezhoi_diffusion.features.statistics import ModalityStatistics as ModalityStatistics
-    from ezhoi_diffusion.features.statistics import unit as unit
     from ezhoi_diffusion.features.store import FeatureStore as FeatureStore
     from ezhoi_diffusion.guide.bridge_hoi import DiffusionBridgeHOI as DiffusionBridgeHOI
     from ezhoi_diffusion.hookspecs import hookimpl as hookimpl
@@ -59,7 +58,6 @@ _WHERE = {
     "attach": "ezhoi.attach",
     "hookimpl": "hookspecs",
     "seen_pairs": "features.labels",
-    "unit": "features.statistics",
 }
 __all__ = sorted(_WHERE)
 

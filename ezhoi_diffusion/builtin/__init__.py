@@ -1,1 +1,1 @@
-"""The plugins that ship: capture, diffusion and auto, the controls identity and mean_shift, and text_cache."""
+"""The plugins that ship: capture, diffusion, tuned, text_cache, and the baselines identity and mean_shift."""

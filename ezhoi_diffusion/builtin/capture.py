@@ -1,4 +1,4 @@
-"""`--plugin capture --capture DIR`: writes what a pass over a split shows into a FeatureStore."""
+"""`--plugin capture --capture DIR`: write the features of a split into a feature store."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 class CapturePlugin:
-    """One process's part of a capture."""
+    """The part of a capture that one process makes."""
 
     def __init__(self) -> None:
         self._writer: FeatureWriter | None = None
-        self._host: EzHoiRun | None = None
+        self._run: EzHoiRun | None = None
         self._text: torch.Tensor | None = None
 
     @hookimpl
@@ -34,22 +34,22 @@ class CapturePlugin:
         """Add --capture."""
         group.add_argument(
             "--capture", default="", metavar="DIR",
-            help="write adapter_feat, pairs, labels and text features of the split there, then end; an interrupted capture "
-            "goes on where it was when the same command is given again",
+            help="write adapter_feat, pairs, labels and text features of the split there, then end. Run the same command "
+            "again to resume an interrupted capture",
         )  # fmt: skip
 
     @hookimpl
     def on_attach(self, run: EzHoiRun) -> None:
         """Open the store."""
         if not run.args.capture:
-            raise FeatureStoreError("--plugin capture needs --capture DIR, the folder to write to")
+            raise FeatureStoreError("--plugin capture needs --capture DIR, the folder to write into")
         fingerprint = run.fingerprint.to_dict()
         split = run.args.capture_split or default_split(run.args)
         clip = clip_folder(run, split, image_names(split_dataset(run, split))[: run.args.max_images])
         meta = {
             "split": split,
             "max_images": run.args.max_images,
-            "clip_img_file": clip and clip.name,  # the name tells the split; the path may differ when a capture goes on
+            "clip_img_file": clip and clip.name,  # the name tells the split; the path may differ when a capture resumes
             "processes": run.world_size,
             "package": version("ezhoi-diffusion"),
             "interactions": interaction_names(run),
@@ -58,15 +58,15 @@ class CapturePlugin:
         if is_captured(Path(run.args.capture), meta):
             if run.rank == 0:
                 print(
-                    f"capture: {run.args.capture} holds this very capture, finished; delete it to make it anew",
+                    f"capture: {run.args.capture} already holds this capture, finished. Delete the folder to capture again",
                     flush=True,
                 )
-            raise SystemExit(0)  # as at the end of a pass: who was killed right there gives the command again
-        self._host, self._text = run, None
+            raise SystemExit(0)  # as at the end of a pass: a run killed right there is started again
+        self._run, self._text = run, None
         self._writer = FeatureWriter(Path(run.args.capture), meta, rank=run.rank)
         run.images_done["capture"] = self._writer.next_index
         if self._writer.next_index and run.rank == 0:
-            print(f"capture: {run.args.capture} is unfinished, going on at image {self._writer.next_index}", flush=True)
+            print(f"capture: {run.args.capture} is unfinished, resuming at image {self._writer.next_index}", flush=True)
 
     @hookimpl
     def on_train_batch(self, batch: FeatureBatch) -> None:
@@ -78,32 +78,32 @@ class CapturePlugin:
 
     def _keep_text(self, text: torch.Tensor) -> None:
         assert self._writer is not None
-        assert self._host is not None
+        assert self._run is not None
         if self._text is not None:
-            # equal first: it is so for every image, and takes a sixth of the time
+            # `equal` first: it holds for almost every image and takes a sixth of the time
             if not torch.equal(self._text, text) and not torch.allclose(self._text, text, rtol=1e-4, atol=1e-5):
                 raise FeatureStoreError(
-                    "the text features changed between two images: with these flags the prompts depend on the image, and "
-                    "one set of text features cannot stand for all"
+                    "the text features differ between two images: with these flags the prompts depend on the image, so one set of "
+                    "text features cannot stand for all. Capture with flags that share the prompts"
                 )
             return
         self._text = text.clone()
-        context = {f"context/{name}": vector for name, vector in context_vectors(self._host.model).items()}
-        kept = self._writer.keep_ezhoi_tensors({**score_tables(self._host, text), **context})
-        stored = kept.get("text", text[:0])  # written before an interruption, or by another process
+        context = {f"context/{name}": vector for name, vector in context_vectors(self._run.model).items()}
+        kept = self._writer.keep_ezhoi_tensors({**score_tables(self._run, text), **context})
+        stored = kept.get("text", text[:0])  # from before an interruption, or from another process
         if stored.shape != text.shape or not torch.allclose(stored, text.cpu(), rtol=1e-4, atol=1e-5):
             raise FeatureStoreError(
-                f"{self._writer.folder} has other text features than this run: capture again, into a new folder"
+                f"{self._writer.folder} has other text features than this run: capture into a new folder"
             )
 
     @hookimpl
     def on_detach(self, run: EzHoiRun) -> None:
-        """Close the store, on rank 0 once the others have closed theirs."""
+        """Close the store; rank 0 does so after all others."""
         writer, self._writer = self._writer, None
         if writer is None:
             return
         try:
-            writer.flush()  # whole images, whatever ended the run
+            writer.flush()  # whole images, however the run ended
             if run.rank == 0 and not run.failed:
                 store = finish_store(writer.folder)
                 print(f"captured {len(store)} pairs of {len(store.images)} images into {store.folder}", flush=True)

@@ -1,6 +1,6 @@
-"""On by default: what the host's text encoder makes of its prompts is used again while it would be the same.
+"""On by default: reuse the output of EZ-HOI's text encoder while it would be the same.
 
-In eval the host encodes the same prompts for every image. Detections stay what they are, bit for bit: see TextCache.
+In eval EZ-HOI encodes the same prompts for every image. Detections stay the same, bit for bit: see TextCache.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ log = logging.getLogger(__name__)
 
 
 class TextCachePlugin:
-    """One cache for each host that is attached."""
+    """One cache for each attached run."""
 
     def __init__(self) -> None:
         self._caches: dict[int, TextCache] = {}
 
     @hookimpl
     def on_attach(self, run: EzHoiRun) -> None:
-        """Put the cache into the text encoder, where this host has one."""
+        """Put the cache into the text encoder, if the model has one."""
         from ezhoi_diffusion.ezhoi.text_cache import TextCache, find_text_encoder
 
         encoder = find_text_encoder(run.model)

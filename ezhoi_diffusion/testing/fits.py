@@ -1,4 +1,4 @@
-"""The rules that every fit keeps, held against made-up captures that differ in what a fit must not see."""
+"""The rules for fits, checked on made-up captures that differ in what a fit must not see."""
 
 from __future__ import annotations
 
@@ -40,21 +40,30 @@ class FitTrial:
 
     @cached_property
     def features(self) -> FeatureStore:
-        """The store that all the others differ from."""
+        """The store that all others differ from."""
         return self.store("features")
 
     @cached_property
     def artifact(self) -> Artifact:
-        """What the fit makes of it."""
+        """What the fit makes of that store."""
         return self.fit(self.features)
 
 
 def check_fit(name: str, fit: Fit, folder: Path, *, dim: int = 32) -> Path:
-    """Hold `fit` of the bridge `name` against every rule for fits, on synthetic stores of width `dim`, made in `folder`.
+    """Check `fit` of the bridge `name` against every rule of `FIT_RULES`, on synthetic stores.
 
-    For options give functools.partial(fit, KEY=VALUE). Returns the folder of the fitted bridge, for `check_bridge`: it is
-    what `ezhoi-diffusion fit` writes. Raises ConformanceError, which lists all rules that are broken, and FeatureStoreError
-    where `folder` is in use.
+    Args:
+        name: The name the bridge is registered under.
+        fit: As for BridgePlugin. For options give functools.partial(fit, KEY=VALUE).
+        folder: Where stores and bridge are made.
+        dim: D, the width of the features.
+
+    Returns:
+        The folder of the fitted bridge, for `check_bridge`.
+
+    Raises:
+        ConformanceError: Some rules are broken; it lists them all.
+        FeatureStoreError: `folder` is in use.
     """
     from ezhoi_diffusion.cli.fit import from_host
 
@@ -66,7 +75,7 @@ def check_fit(name: str, fit: Fit, folder: Path, *, dim: int = 32) -> Path:
 
 
 def _artefact(trial: FitTrial) -> str | None:
-    """An Artifact is returned whose bridge is the name that the fit is registered under."""
+    """The fit returns an Artifact of the name it is registered under."""
     found: Any = trial.artifact
     if not isinstance(found, Artifact):
         return f"a {type(found).__name__} was returned"
@@ -74,13 +83,13 @@ def _artefact(trial: FitTrial) -> str | None:
 
 
 def _stored(trial: FitTrial) -> str | None:
-    """The artefact can be stored, and is the same when it is loaded again."""
+    """The artefact can be stored, and is the same when loaded again."""
     trial.artifact.save(trial.folder / "stored")
     return _difference(trial.artifact, Artifact.load(trial.folder / "stored", trial.name))
 
 
 def _deterministic(trial: FitTrial) -> str | None:
-    """The same features give the same artefact, bit for bit, whatever the state of the random generators."""
+    """The same features give the same artefact, bit for bit, whatever the random generators' state."""
     fitted = []
     for seed in (1, 2):
         with seeded(seed):
@@ -89,7 +98,7 @@ def _deterministic(trial: FitTrial) -> str | None:
 
 
 def _unseen(trial: FitTrial) -> str | None:
-    """Annotations of interactions that the split hides change nothing."""
+    """Annotations of interactions that the split hides have no effect."""
     table, targets = trial.features.ezhoi["object_n_verb_to_interaction"], targets_of(trial.features)
     unseen = trial.features.ezhoi["classes/unseen"]
 
@@ -98,7 +107,7 @@ def _unseen(trial: FitTrial) -> str | None:
         labels = batch.labels ^ torch.isin(own, unseen)
         boxes, hoi = batch.gt_boxes.clone(), batch.gt_hoi.clone()
         boxes[:, secret] /= 2
-        # classes with another object: in this image seen_pairs drops the verb, whatever its object
+        # Another object with the same verb: seen_pairs drops that verb in this image, whatever the object.
         for annotation in secret.nonzero().flatten():
             alike = unseen[targets[unseen] == targets[hoi[annotation]]]
             hoi[annotation] = alike.roll(1)[alike == hoi[annotation]]
@@ -109,7 +118,7 @@ def _unseen(trial: FitTrial) -> str | None:
 
 
 def _held_out(trial: FitTrial) -> str | None:
-    """Annotations in the images that are held out, by which settings are chosen, change nothing."""
+    """Annotations in the held-out images, which choose settings, have no effect."""
     apart = validation_mask(IMAGES)
     table = trial.features.ezhoi["object_n_verb_to_interaction"]
 
@@ -124,13 +133,18 @@ def _held_out(trial: FitTrial) -> str | None:
 
 
 def _without_split(trial: FitTrial) -> str | None:
-    """Features of a host without --zs, where nothing is hidden, can be fitted to."""
+    """Features captured without --zs, where no class is hidden, can be fitted to."""
     trial.fit(trial.store("no-split", unseen=False))
     return None
 
 
+def same_artifact(a: Artifact, b: Artifact) -> bool:
+    """Whether two artefacts are equal bit for bit, apart from their provenance."""
+    return a.bridge == b.bridge and _difference(a, b) is None
+
+
 def _difference(expected: Artifact, found: Artifact) -> str | None:
-    """The first thing in which two artefacts differ, provenance apart."""
+    """The first difference between two artefacts, apart from their provenance."""
     if found.config != expected.config:
         return f"config is {found.config!r:.200} instead of {expected.config!r:.200}"
     if found.files.keys() != expected.files.keys():

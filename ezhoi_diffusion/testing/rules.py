@@ -1,4 +1,4 @@
-"""What a set of rules is, and how something is held against it."""
+"""A set of rules, and how something is checked against it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from ezhoi_diffusion.errors import EzhoiDiffusionError
 
 T = TypeVar("T")
 Rule = Callable[[T], "str | None"]
-"""Says in words what is wrong with what it is given, or nothing; its docstring is the rule."""
+"""Returns what is wrong with its argument in words, or None. Its docstring is the rule."""
 
 
 class ConformanceError(EzhoiDiffusionError):
-    """A bridge or a fit broke rules. broken: the name of each -> what happened; the message lists them all."""
+    """A bridge or a fit breaks rules. The message lists them all.
+
+    Attributes:
+        broken: The name of each broken rule -> what happened.
+    """
 
     def __init__(self, what: str, rules: Mapping[str, Rule[T]], broken: Mapping[str, str]) -> None:
         self.broken = dict(broken)
@@ -22,9 +26,16 @@ class ConformanceError(EzhoiDiffusionError):
 
 
 def apply_rules(what: str, tried: T, rules: Mapping[str, Rule[T]], *, basic: Iterable[str]) -> None:
-    """Apply all rules to `tried`; but none after a basic one that is broken, which would only be broken in consequence.
+    """Apply all rules to `tried`, but none after a broken basic rule, which would break the others too.
 
-    Raises ConformanceError, which lists all that are broken.
+    Args:
+        what: What is checked, in words.
+        tried: What every rule gets.
+        rules: The rules by name.
+        basic: Names of the basic rules.
+
+    Raises:
+        ConformanceError: Some rules are broken.
     """
     broken: dict[str, str] = {}
     for name, rule in rules.items():

@@ -1,4 +1,4 @@
-"""A made-up capture in HICO-DET's layout, small, and with a known truth: what lies between texts and visual features."""
+"""A small made-up capture in HICO-DET's layout, with a known map between texts and visual features."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from ezhoi_diffusion.ezhoi.fingerprint import OPTIONS, Fingerprint
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
 from ezhoi_diffusion.features.score import NEEDED, Score
-from ezhoi_diffusion.features.statistics import unit
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.features.writer import FeatureWriter, finish_store
 from ezhoi_diffusion.rng import generator
@@ -26,24 +26,29 @@ OBJECTS = ("person", "bench", "bicycle", "cup", "dog", "horse", "kite")
 VERBS = ("carrying", "feeding", "holding", "hugging", "kicking", "lifting", "pulling", "riding", "training", "washing")
 INTERACTIONS = tuple((1 + k // 4, 3 * k % len(VERBS)) for k in range(24))  # object, verb
 K, C = len(INTERACTIONS), len(VERBS)
-# From the most to the least frequent; those of the last two verbs come last, so that a split that hides the rarest hides verbs
+# From the most to the least frequent. The last two verbs come last, so a split that hides the rarest hides verbs.
 ORDER = sorted(range(K), key=lambda k: (INTERACTIONS[k][1] >= C - 2, 7 * k % K))
 NUM_UNSEEN, NUM_RARE = 7, 8
 
-# Chosen so that over seeds and widths the host's own mAP is 30 to 60, and that of `Truth.text_of` 3 to 20 points higher
-RANK = 6  # of what tells texts apart: the verbs that are seen tell all of the map
+# Chosen so that over seeds and widths the bare mAP is 30 to 60, and that of `Truth.text_of` 3 to 20 points higher
+RANK = 6  # of the differences between texts; seen verbs reveal the whole map
 TURN = 1.25  # radians by which the map turns a typical direction
-NOISE, ELSEWHERE = 0.35, 0.25  # of a row, among the directions that the map mixes, and in all of them
-EMPTY = 8  # every so many images one has no pair
+NOISE, NOISE_ALL = 0.35, 0.25  # of a feature: in the directions that the map mixes, and in all directions
+EMPTY_EVERY = 8  # one image in so many has no pair
 
 
 @dataclass(frozen=True, eq=False)
 class Truth:
     """What a synthetic store is made of.
 
-    The row of an annotated pair is length · (offset + map·(unit(t) − text_mean) + noise), t the text of its interaction.
-    text [N_sel, D]. map [D, D], orthogonal. offset [D]: the mean of visual directions, mostly what makes the modality gap.
-    mixed [D, 12]: orthonormal, the directions that the map mixes and that most of the noise is in.
+    The features of an annotated pair are length · (offset + map·(unit(t) − text_mean) + noise), with t the text of its
+    interaction.
+
+    Attributes:
+        text: [N_sel, D].
+        map: [D, D], orthogonal.
+        offset: [D], the mean of visual directions, which makes most of the modality gap.
+        mixed: [D, 12], orthonormal: the directions that the map mixes and that hold most of the noise.
     """
 
     text: Tensor
@@ -52,29 +57,29 @@ class Truth:
     mixed: Tensor
 
     @classmethod
-    def of(cls, *, dim: int = 32, seed: int = 0) -> Truth:
+    def from_seed(cls, *, dim: int = 32, seed: int = 0) -> Truth:
         """The truth of all stores of this width and seed."""
         draw = generator(seed, "synthetic truth", dim)
         rank = max(1, min(RANK, dim // 2))
-        verbs, objects, own = (unit(torch.randn(n, rank, generator=draw)) for n in (C, len(OBJECTS), K))
+        verbs, objects, own = (normalize(torch.randn(n, rank, generator=draw)) for n in (C, len(OBJECTS), K))
         code = torch.stack([verbs[v] + 0.35 * objects[o] + 0.25 * own[k] for k, (o, v) in enumerate(INTERACTIONS)])
-        # texts differ in `rank` directions, which are mixed with as many others: that is as hard at any width
+        # Texts differ in `rank` directions, and the map mixes these with as many others: as hard at any width.
         mixed = torch.linalg.qr(torch.randn(dim, 2 * rank, generator=draw)).Q
         turn = torch.randn(2, mixed.shape[1], mixed.shape[1], generator=draw)[0]
         turn = turn - turn.T
         turn = turn * (TURN * math.sqrt(len(turn)) / turn.norm())
         rotation = torch.eye(dim) + mixed @ (torch.matrix_exp(turn) - torch.eye(len(turn))) @ mixed.T
-        cone, offset = unit(torch.randn(2, dim, generator=draw))
-        return cls(1.2 * unit(cone + 0.9 * code @ mixed[:, :rank].T), rotation, 0.8 * offset, mixed)
+        cone, offset = normalize(torch.randn(2, dim, generator=draw))
+        return cls(1.2 * normalize(cone + 0.9 * code @ mixed[:, :rank].T), rotation, 0.8 * offset, mixed)
 
     @cached_property
     def text_mean(self) -> Tensor:
         """[D], mean of the unit text rows."""
-        return unit(self.text).mean(0)
+        return normalize(self.text).mean(0)
 
     def visual_of(self, text: Tensor) -> Tensor:
         """[N, D] visual directions of text rows [N, D], without noise."""
-        return self.offset + (unit(text) - self.text_mean) @ self.map.T
+        return self.offset + (normalize(text) - self.text_mean) @ self.map.T
 
     def text_of(self, visual: Tensor) -> Tensor:
         """[N, D] text directions of visual directions [N, D]: the inverse of `visual_of`."""
@@ -92,17 +97,29 @@ def synthetic_store(
     unseen: bool = True,
     alter: Callable[[FeatureBatch], FeatureBatch] | None = None,
 ) -> FeatureStore:
-    """Write a made-up capture of a split into `folder`, and open it; the same arguments give the same rows.
+    """Write a made-up capture of a split into `folder`, and open it.
 
-    Every image has one person and `pairs_per_image` objects, about half of which the person does something with; every eighth
-    has no object, and so no pair. As in a real capture some objects are named wrongly, some annotated pairs were not found,
-    and the interactions that the split hides (7 of 24, among them all of two verbs; none without `unseen`) are annotated
-    too. Logits are those of the published score. Stores of one `dim`, `seed` and `unseen` come from one host: train and test
-    have the same texts and the same fingerprint. What is to be learned is `Truth.of(dim=dim, seed=seed)`. alter: what is
-    made of an image before it is written. Raises FeatureStoreError where `folder` is in use, or no image has a pair.
+    Every image has one person and `pairs_per_image` objects; the person acts on about half of them. Every eighth image
+    has no object and no pair. As in a real capture some objects have a wrong class, some annotated pairs are not
+    detected, and the 7 of 24 interactions that the split hides (all of two verbs among them) are annotated too. Logits
+    are those of EZ-HOI's published score. Stores of one `dim`, `seed` and `unseen` come from one run: train and test
+    have the same texts and fingerprint. `Truth.from_seed(dim=dim, seed=seed)` is what can be learned.
+
+    Args:
+        folder: A new folder.
+        split: `train` or `test`.
+        images: How many.
+        pairs_per_image: P of an image with pairs.
+        dim: D.
+        seed: The same arguments give the same features.
+        unseen: Whether the split hides interactions.
+        alter: Changes an image before it is written.
+
+    Raises:
+        FeatureStoreError: `folder` is in use, or no image has a pair.
     """
-    truth = Truth.of(dim=dim, seed=seed)
-    host = _host_tensors(truth, seed, unseen)
+    truth = Truth.from_seed(dim=dim, seed=seed)
+    ezhoi = _ezhoi_tensors(truth, seed, unseen)
     meta = {
         "split": split,
         "max_images": None,
@@ -110,18 +127,18 @@ def synthetic_store(
         "processes": 1,
         "package": version("ezhoi-diffusion"),
         "interactions": [f"a person {VERBS[v]} a {OBJECTS[o]}" for o, v in INTERACTIONS],
-        "fingerprint": _fingerprint(truth, host, unseen).to_dict(),
+        "fingerprint": _fingerprint(truth, ezhoi, unseen).to_dict(),
     }
-    # more than one shard, because a large capture has many
+    # More than one shard, as in a large capture.
     writer = FeatureWriter(
         Path(folder), meta, rows_per_shard=max(1, images * pairs_per_image // 3), seconds_per_shard=math.inf
     )
     try:
-        writer.keep_ezhoi_tensors(host)
+        writer.keep_ezhoi_tensors(ezhoi)
         annotated = 0
         for index in range(images):
-            others = 0 if index % EMPTY == EMPTY - 1 else pairs_per_image
-            batch = _image(truth, host, split, seed, index, others, annotated)
+            others = 0 if index % EMPTY_EVERY == EMPTY_EVERY - 1 else pairs_per_image
+            batch = _image(truth, ezhoi, split, seed, index, others, annotated)
             annotated += len(batch.gt_hoi)
             writer.add(alter(batch) if alter is not None else batch)
         writer.flush()
@@ -130,7 +147,7 @@ def synthetic_store(
         writer.close()
 
 
-def _host_tensors(truth: Truth, seed: int, unseen: bool) -> dict[str, Tensor]:
+def _ezhoi_tensors(truth: Truth, seed: int, unseen: bool) -> dict[str, Tensor]:
     objects, verbs = torch.tensor(INTERACTIONS).T
     label = torch.zeros(K, C)
     label[torch.arange(K), verbs] = 1
@@ -154,9 +171,9 @@ def _host_tensors(truth: Truth, seed: int, unseen: bool) -> dict[str, Tensor]:
     }
 
 
-def _fingerprint(truth: Truth, host: dict[str, Tensor], unseen: bool) -> Fingerprint:
+def _fingerprint(truth: Truth, ezhoi: dict[str, Tensor], unseen: bool) -> Fingerprint:
     weights, context = (
-        hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for tensor in (truth.map, host["context/ctx.0"])
+        hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for tensor in (truth.map, ezhoi["context/ctx.0"])
     )
     return Fingerprint(
         backbone="synthetic",
@@ -175,7 +192,7 @@ def _fingerprint(truth: Truth, host: dict[str, Tensor], unseen: bool) -> Fingerp
 
 
 def _image(
-    truth: Truth, host: dict[str, Tensor], split: str, seed: int, index: int, others: int, annotated: int
+    truth: Truth, ezhoi: dict[str, Tensor], split: str, seed: int, index: int, others: int, annotated: int
 ) -> FeatureBatch:
     """One image of a person and `others` objects; `annotated`: how many pairs are annotated in those before it."""
     draw = generator(seed, f"synthetic {split}", index)
@@ -184,7 +201,7 @@ def _image(
         return torch.rand(others, generator=draw) < share
 
     used, found, named = chance(0.55), ~chance(0.06), ~chance(0.06)
-    # dealt by a low-discrepancy sequence, so that few images have all interactions, the frequent ones more often
+    # A low-discrepancy sequence, so that few images already have all interactions, the frequent ones more often.
     weights = torch.zeros(K, dtype=torch.float64)
     weights[ORDER] = 1 / torch.arange(6, 6 + K, dtype=torch.float64)
     turn = (annotated + used.cumsum(0).double() + 0.3 * (split == "test")) * (math.sqrt(5) - 1) / 2
@@ -192,12 +209,12 @@ def _image(
     interaction = torch.where(used, dealt, torch.randint(K, (others,), generator=draw))
     objects, verbs = torch.tensor(INTERACTIONS)[interaction].T
 
-    # a pair without interaction looks a little like one
+    # A pair without interaction looks a little like one.
     strength = torch.where(used, 1.0, 0.5 * torch.rand(others, generator=draw)).unsqueeze(1)
     (dim, near) = truth.mixed.shape
     noise = NOISE * math.sqrt(2 / near) * torch.randn(others, near, generator=draw) @ truth.mixed.T
     of_image = torch.randn(dim, generator=draw) / 2
-    noise += ELSEWHERE * unit(torch.randn(others, dim, generator=draw) + of_image)
+    noise += NOISE_ALL * normalize(torch.randn(others, dim, generator=draw) + of_image)
     length = 4 * (0.08 * torch.randn(others, 1, generator=draw)).exp()
     rows = length * (truth.offset + strength * (truth.visual_of(truth.text[interaction]) - truth.offset) + noise)
 
@@ -206,7 +223,7 @@ def _image(
     corner = 60 * torch.stack([cell % columns, cell // columns], 1) + 10 * torch.rand(others + 1, 2, generator=draw)
     boxes = torch.cat([corner, corner + 30 + 15 * torch.rand(others + 1, 2, generator=draw)], 1)
     by_hand = boxes + 3 * torch.rand(others + 1, 4, generator=draw)
-    by_hand[1:][~found] += 30  # too far from what was detected
+    by_hand[1:][~found] += 30  # too far from the detected box
     other = 1 + (objects - 1 + torch.randint(1, len(OBJECTS) - 1, (others,), generator=draw)) % (len(OBJECTS) - 1)
     labels = torch.zeros(others, C, dtype=torch.bool)
     labels[torch.arange(others), verbs] = used & found
@@ -224,7 +241,7 @@ def _image(
         pairs=pairs,
         adapter_feat=rows,
         text=truth.text,
-        logits=Score(**{name: host[name] for name in NEEDED}).logits(rows),
+        logits=Score(**{name: ezhoi[name] for name in NEEDED}).logits(rows),
         labels=labels,
         gt_boxes=torch.stack([by_hand[:1].expand(others, 4)[used], by_hand[1:][used]]),
         gt_hoi=interaction[used],

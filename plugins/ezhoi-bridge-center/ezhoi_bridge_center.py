@@ -45,7 +45,9 @@ class Center(Bridge):
 def load(folder: Path | None) -> Center:
     """Load the bridge in `folder`. Raises BridgeError."""
     if folder is None:
-        raise BridgeError(f"{NAME} needs its folder: `ezhoi-diffusion train FEATURES --bridge {NAME} --out DIR` makes it")
+        raise BridgeError(
+            f"{NAME} needs its folder: `ezhoi-diffusion train FEATURES --bridge {NAME} --out DIR` makes it"
+        )
     return Center(Artifact.load(folder, NAME))
 
 

@@ -72,7 +72,9 @@ def checked_blend(blend: object) -> float:
 def load(folder: Path | None) -> Procrustes:
     """Load the bridge in `folder`. Raises BridgeError."""
     if folder is None:
-        raise BridgeError(f"{NAME} needs its folder: `ezhoi-diffusion train FEATURES --bridge {NAME} --out DIR` makes it")
+        raise BridgeError(
+            f"{NAME} needs its folder: `ezhoi-diffusion train FEATURES --bridge {NAME} --out DIR` makes it"
+        )
     return Procrustes(Artifact.load(folder, NAME))
 
 

@@ -57,7 +57,9 @@ def logit_of_softmax(z: Tensor) -> Tensor:
 def load(folder: Path | None) -> Softmax:
     """Load the bridge in `folder`. Raises BridgeError."""
     if folder is None:
-        raise BridgeError(f"{NAME} needs its folder: `ezhoi-diffusion train FEATURES --bridge {NAME} --out DIR` makes it")
+        raise BridgeError(
+            f"{NAME} needs its folder: `ezhoi-diffusion train FEATURES --bridge {NAME} --out DIR` makes it"
+        )
     return Softmax(Artifact.load(folder, NAME))
 
 

@@ -46,7 +46,9 @@ class Standardize(Bridge):
 def load(folder: Path | None) -> Standardize:
     """Load the bridge in `folder`. Raises BridgeError."""
     if folder is None:
-        raise BridgeError(f"{NAME} needs its folder: `ezhoi-diffusion train FEATURES --bridge {NAME} --out DIR` makes it")
+        raise BridgeError(
+            f"{NAME} needs its folder: `ezhoi-diffusion train FEATURES --bridge {NAME} --out DIR` makes it"
+        )
     return Standardize(Artifact.load(folder, NAME))
 
 

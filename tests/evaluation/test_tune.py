@@ -45,7 +45,7 @@ def store(stores):
 
 def truth(feature, pairs=None):
     """The best bridge there is."""
-    return Truth.of(dim=DIM).text_of(feature) * feature.norm(dim=1, keepdim=True)
+    return Truth.from_seed(dim=DIM).text_of(feature) * feature.norm(dim=1, keepdim=True)
 
 
 ORACLE, NONSENSE = Variant(truth, truth), Variant(lambda x, pairs: -x, lambda x: -x)

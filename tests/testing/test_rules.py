@@ -91,7 +91,7 @@ def test_labels_are_annotations_that_were_found(tmp_path):
 
 @pytest.mark.parametrize("dim", [4, 32, 512])
 def test_the_truth_is_what_the_rows_hide(tmp_path, dim):
-    store, truth = synthetic_store(tmp_path / "f", images=40, dim=dim), Truth.of(dim=dim)
+    store, truth = synthetic_store(tmp_path / "f", images=40, dim=dim), Truth.from_seed(dim=dim)
     assert torch.allclose(truth.map @ truth.map.T, torch.eye(dim), atol=1e-5)
     assert torch.allclose(truth.text_of(truth.visual_of(truth.text)), normalize(truth.text), atol=1e-5)
     pairs = seen_pairs(store)
@@ -114,7 +114,7 @@ def test_seen_pairs_are_seen_and_an_altered_store_is_altered(tmp_path):
 def test_the_host_is_right_sometimes_and_the_truth_more_often(tmp_path):
     from ezhoi_diffusion.evaluation.replay import replay
 
-    store, truth = synthetic_store(tmp_path / "f", split="test", images=60), Truth.of()
+    store, truth = synthetic_store(tmp_path / "f", split="test", images=60), Truth.from_seed()
     known = Variant("truth", as_bridge(lambda x: x.norm(dim=1, keepdim=True) * normalize(truth.text_of(normalize(x)))))
     comparison = replay(store, {"truth": known})
     assert 20 < comparison.mean_ap("none", "full") < 60

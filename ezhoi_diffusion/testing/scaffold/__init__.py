@@ -1,4 +1,4 @@
-"""The package of a new plugin, from templates: a bridge that works, its tests, and what makes it installable."""
+"""The package of a new plugin, from templates: a bridge that works, its tests, README.md and pyproject.toml."""
 
 from __future__ import annotations
 
@@ -22,15 +22,22 @@ FILES = {
 
 
 class ScaffoldError(EzhoiDiffusionError):
-    """A plugin of that name, or in that folder, cannot be begun."""
+    """A plugin cannot have that name, or its package that folder."""
 
 
 def new_plugin(name: str, out: Path | None = None) -> tuple[str, Path]:
-    """Write the package of a plugin called `name`, whole or not at all; returns what its bridge is called, and its folder.
+    """Write the package of a plugin, whole or not at all.
 
-    out: the package's folder, by default the normalised name (PEP 503) in the current one. The bridge, its plugin and its
-    module have that name with underscores. Raises ScaffoldError for a name that cannot be or is taken, and for a folder
-    that exists; OSError.
+    Args:
+        name: Of the package. Bridge, plugin and module have it with underscores.
+        out: The package's folder; the normalised name (PEP 503) by default.
+
+    Returns:
+        What the bridge is called, and the folder.
+
+    Raises:
+        ScaffoldError: The name is invalid or taken, or the folder exists.
+        OSError: The disk refuses.
     """
     from ezhoi_diffusion.files import new_folder
 
@@ -42,7 +49,7 @@ def new_plugin(name: str, out: Path | None = None) -> tuple[str, Path]:
     module = distribution.replace("-", "_")
     folder = out or Path(distribution)
     if os.path.lexists(folder):
-        raise ScaffoldError(f"{folder} exists already: nothing was written; give another name, or another --out")
+        raise ScaffoldError(f"{folder} exists: give another name, or another --out; nothing was written")
     problem = _taken(module, distribution)
     if problem:
         raise ScaffoldError(f"{name!r} cannot be a plugin's name: {problem}; choose another one")
@@ -56,7 +63,7 @@ def new_plugin(name: str, out: Path | None = None) -> tuple[str, Path]:
 
 
 def _taken(module: str, distribution: str) -> str | None:
-    """What speaks against a name, or None."""
+    """Why a name cannot be used, or None."""
     from ezhoi_diffusion.evaluation.comparison import REFERENCE
     from ezhoi_diffusion.evaluation.variants import known_bridges
     from ezhoi_diffusion.plugins import PluginManager
@@ -64,12 +71,12 @@ def _taken(module: str, distribution: str) -> str | None:
     if not module.isidentifier() or keyword.iskeyword(module):
         return f"a module cannot be called {module!r} in Python"
     if module == REFERENCE:
-        return f"in a comparison {REFERENCE!r} is the host without a bridge"
+        return f"in a comparison {REFERENCE!r} is EZ-HOI without a bridge"
     plugins = PluginManager()
     if module in {*plugins.found, *known_bridges(plugins).names()}:
         return f"an installed plugin is called, or brings a bridge called {module!r}"
     found = find_spec(module)
-    if found is not None and found.origin is not None:  # else it is only some folder
+    if found is not None and found.origin is not None:  # else it is only a folder
         return f"a module {module!r} is there already ({found.origin}), and one would hide the other"
     try:
         return f"a distribution {distribution!r} {version(distribution)} is installed"

@@ -49,7 +49,10 @@ def train(features: FeatureStore, options: Options, training: Training) -> Artif
     learned_from = torch.isin(pairs.image, seen_pairs(features, fraction=STOPPING_FRACTION).image)
     if learned_from.all():
         raise BridgeError(f"{features.folder} has too few images: none with annotated pairs is left to stop by")
-    visual, text = normalize(pairs.visual, dim=1) - statistics.visual_mean, normalize(pairs.text, dim=1) - statistics.text_mean
+    visual, text = (
+        normalize(pairs.visual, dim=1) - statistics.visual_mean,
+        normalize(pairs.text, dim=1) - statistics.text_mean,
+    )
     start, end = visual[learned_from], text[learned_from]
     scale = start.square().mean().rsqrt()
     means = {"visual_mean": statistics.visual_mean, "text_mean": statistics.text_mean, "scale_factor": scale}

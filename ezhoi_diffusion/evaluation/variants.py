@@ -244,8 +244,7 @@ def _points(
     if skip_refused:
         points = [point for point in points if _accepts(bridge, point)]
     with _naming(label):
-        swept = bridge.sweep(points)
-    return [({}, bridge), *zip(points, swept, strict=True)]
+        return [({}, bridge), *zip(points, bridge.sweep(points), strict=True)]
 
 
 def _accepts(bridge: Bridge, point: Mapping[str, Any]) -> bool:

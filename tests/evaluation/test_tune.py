@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
-import types
 from dataclasses import replace
 
 import pytest
 import torch
 
-from ezhoi_diffusion import Artifact, BridgePlugin, DiffusionBridge, EzhoiDiffusionError, hookimpl
+from ezhoi_diffusion import (
+    Artifact,
+    Bridge,
+    BridgeError,
+    BridgePlugin,
+    DiffusionBridge,
+    EzhoiDiffusionError,
+)
+from ezhoi_diffusion.bridge import FunctionBridge
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.evaluation.replay import replay
 from ezhoi_diffusion.evaluation.tune import TuneError, seen_classes, tune
-from ezhoi_diffusion.evaluation.variants import Variant, parse_sweep, resolve_variants
+from ezhoi_diffusion.evaluation.variants import Variant, parse_settings, parse_sweep, resolve_variants
 from ezhoi_diffusion.features.split import validation_mask
 from ezhoi_diffusion.plugins import PluginManager
 from ezhoi_diffusion.testing import Truth, synthetic_store
@@ -43,12 +50,22 @@ def store(stores):
     return FeatureStore(stores / "train")
 
 
-def truth(feature, pairs=None):
+def truth(feature):
     """The best bridge there is."""
     return Truth.from_seed(dim=DIM).text_of(feature) * feature.norm(dim=1, keepdim=True)
 
 
-ORACLE, NONSENSE = Variant(truth, truth), Variant(lambda x, pairs: -x, lambda x: -x)
+class Applied(FunctionBridge):
+    """A function of each pair's features alone."""
+
+    row_by_row = True
+
+
+def variant(function, name="oracle", seed_group=None):
+    return Variant(name, Applied(function), seed_group)
+
+
+ORACLE, NONSENSE = variant(truth), variant(lambda x: -x, "nonsense")
 
 
 # the choice
@@ -69,7 +86,7 @@ def test_the_best_candidate_on_held_out_training_images_is_chosen(store):
 
 
 def test_none_is_never_beaten_by_what_is_no_better(store):
-    same = Variant(lambda x, pairs: x, lambda x: x)
+    same = variant(lambda x: x, "same")
     assert tune(store, {"same": same, "nonsense": NONSENSE})[1][0].name == "none"
 
 
@@ -109,7 +126,7 @@ def test_the_default_grid_asks_nothing_of_bridges_without_settings(stores, bridg
 def test_test_images_are_refused(stores):
     from ezhoi_diffusion import FeatureStore
 
-    with pytest.raises(TuneError, match="what is chosen by test images cannot be tested on them"):
+    with pytest.raises(TuneError, match="cannot be tested on them"):
         tune(FeatureStore(stores / "test"), {"oracle": ORACLE})
 
 
@@ -146,17 +163,17 @@ def test_what_was_forced_stays_so_in_the_choice(stores, bridges, tmp_path, capsy
     ]
     assert main(line) == 2
     assert main([*line, "--force", "--sweep", "blend=0.9,1", "--sweep", "start_timestep=1000"]) == 0
-    choice = Artifact.load(tmp_path / "c", "auto")
+    choice = Artifact.load(tmp_path / "c", "tuned")
     assert len(choice.provenance["forced"]) == 1
     capsys.readouterr()
     if choice.config["chosen"]["bridge"] != "none":
-        assert main(["compare", str(stores / "test"), "--bridges", f"auto={tmp_path / 'c'}"]) == 2
+        assert main(["compare", str(stores / "test"), "--bridges", f"tuned={tmp_path / 'c'}"]) == 2
         assert "weights is" in capsys.readouterr().err
 
 
 def test_a_choice_is_not_chosen_among(stores, tmp_path, capsys):
-    assert main(["tune", str(stores / "train"), "--bridges", "auto=x", "--out", str(tmp_path / "c")]) == 2
-    assert "auto is what tune makes" in capsys.readouterr().err
+    assert main(["tune", str(stores / "train"), "--bridges", "tuned=x", "--out", str(tmp_path / "c")]) == 2
+    assert "tuned is what tune makes" in capsys.readouterr().err
 
 
 def test_seeds_do_not_go_where_a_bridge_is(stores, bridges, capsys):
@@ -171,7 +188,7 @@ def test_the_choice_is_a_bridge_of_its_own(stores, bridges, tmp_path, capsys):
     line = ["tune", str(stores / "train"), "--bridges", f"mean_shift,diffusion={seed}", "--bridge", str(seed)]
     assert main([*line, "--sweep", "start_timestep=50,900", "--sweep", "blend=0.3,1", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    artifact = Artifact.load(out, "auto")
+    artifact = Artifact.load(out, "tuned")
     chosen = artifact.config["chosen"]
     ap = artifact.config["evidence"]["mean_ap"]
     assert len(ap) == 2 + 1 + 4
@@ -182,18 +199,18 @@ def test_the_choice_is_a_bridge_of_its_own(stores, bridges, tmp_path, capsys):
     assert f"push the bridge in {out / 'bridge'}" in capsys.readouterr().err
 
     # it does what it was chosen for, wherever its folder lies
-    moved = out.rename(tmp_path / "elsewhere")
-    names = f"none,mean_shift={seed},diffusion={seed},auto={moved}"
+    moved = out.rename(tmp_path / "moved")
+    names = f"none,mean_shift={seed},diffusion={seed},tuned={moved}"
     report = tmp_path / "report"
     compare = ["compare", str(stores / "test"), "--bridges", names, "--replicates", "0"]
     sweep = [f"--sweep={key}={json.dumps(value)}" for key, value in chosen["settings"].items()]
     assert main([*compare, *sweep, "--out", str(report)]) == 0
     written = json.loads((report / "report.json").read_text())
-    assert written["provenance"][f"auto={moved}"]["chosen"] == chosen, "the report says what was chosen"
+    assert written["provenance"][f"tuned={moved}"]["chosen"] == chosen, "the report says what was chosen"
     found = written["mean_ap"]
     twin = chosen["variant"].replace("mean_shift", f"mean_shift={seed}")
-    assert found[f"auto={moved}"] == found[twin]
-    assert not any(name.startswith("auto") and "[" in name for name in found), "what was chosen is not swept"
+    assert found[f"tuned={moved}"] == found[twin]
+    assert not any(name.startswith("tuned") and "[" in name for name in found), "what was chosen is not swept"
 
 
 def test_a_lead_by_chance_is_called_one_and_few_replicates_are_refused(stores, bridges, tmp_path, capsys):
@@ -215,14 +232,14 @@ def test_what_is_not_finite_is_not_stored(tmp_path):
 
 @pytest.mark.parametrize("settings", [None, {"blend": "much"}])
 def test_a_choice_that_says_nothing_is_refused(tmp_path, bridges, settings):
-    from ezhoi_diffusion.builtin.auto import load
+    from ezhoi_diffusion.builtin.tuned import load
 
     chosen = {} if settings is None else {"bridge": "diffusion", "settings": settings}
-    Artifact("auto", {"chosen": chosen}).save(tmp_path)
+    Artifact("tuned", {"chosen": chosen}).save(tmp_path)
     Artifact.load(bridges / "seed-0").save(tmp_path / "bridge")
     with pytest.raises(EzhoiDiffusionError, match=r"run `ezhoi-diffusion tune` again|cannot be applied"):
         load(tmp_path)
-    with pytest.raises(EzhoiDiffusionError, match="auto needs --bridge DIR"):
+    with pytest.raises(EzhoiDiffusionError, match="tune"):
         load(None)
 
 
@@ -257,69 +274,108 @@ def test_a_folder_of_seeds_is_one_bridge_with_a_variant_for_each(stores, bridges
     assert not torch.equal(*(next(iter(w.values())) for w in weights[:2]))
 
 
-def test_a_sweep_is_named_by_its_settings_and_needs_something_to_sweep(bridges):
-    plugins, device = PluginManager(), torch.device("cpu")
+def resolved(spec, folder="", **options):
+    check, cpu = (lambda bridge, name: None), torch.device("cpu")
+    return resolve_variants(spec, PluginManager(), folder=str(folder), check=check, device=cpu, **options)
 
-    def accept(bridge, name):
-        pass
 
-    grid = parse_sweep(["start-timestep=5,50", "output=unit_norm,keep_norm"])
-    assert grid == {"start_timestep": [5, 50], "output": ["unit_norm", "keep_norm"]}
+def test_sweep_words_become_lists_of_values():
+    words = ["start-timestep=5,50", "output=unit_norm,keep_norm"]
+    assert parse_sweep(words) == {"start_timestep": [5, 50], "output": ["unit_norm", "keep_norm"]}
     assert parse_sweep(["blend=.3,1e-1"]) == {"blend": [0.3, 0.1]}
-    found = resolve_variants("none,diffusion", plugins, str(bridges / "seed-0"), accept, device, sweep=grid)
-    assert list(found) == [
+    for wrong in (["start_timestep"], ["start_timestep="], ["=5"], ["num_steps=1", "num_steps=2"]):
+        with pytest.raises(EzhoiDiffusionError, match="--sweep"):
+            parse_sweep(wrong)
+
+
+def test_setting_words_become_values():
+    assert parse_settings(["blend=0.3", "output=unit_norm"]) == {"blend": 0.3, "output": "unit_norm"}
+    assert parse_settings([], inference_steps=50) == {"start_timestep": 50, "num_steps": 50}
+    for wrong in (["blend"], ["blend="], ["blend=1", "blend=2"]):
+        with pytest.raises(EzhoiDiffusionError, match="--set"):
+            parse_settings(wrong)
+    with pytest.raises(EzhoiDiffusionError, match="num_steps is set twice"):
+        parse_settings(["num_steps=5"], inference_steps=50)
+
+
+def test_a_point_of_a_sweep_is_named_by_its_settings(bridges):
+    sweep = {"start_timestep": [5, 50], "output": ["unit_norm", "keep_norm"]}
+    assert list(resolved("none,diffusion", bridges / "seed-0", sweep=sweep)) == [
         "diffusion",
         "diffusion[start_timestep=5,output=unit_norm]",
         "diffusion[start_timestep=5,output=keep_norm]",
         "diffusion[start_timestep=50,output=unit_norm]",
         "diffusion[start_timestep=50,output=keep_norm]",
     ]
-    with pytest.raises(
-        EzhoiDiffusionError, match="none of identity has a setting output, start_timestep to sweep; they have none"
-    ):
-        resolve_variants("identity", plugins, "", accept, device, sweep=grid)
-    with pytest.raises(
-        EzhoiDiffusionError,
-        match="none of diffusion has a setting scale to sweep; they have blend, output, start_timestep",
-    ):
-        resolve_variants("diffusion", plugins, str(bridges / "seed-0"), accept, device, sweep={"scale_factor": [1]})
-    for wrong in ("start_timestep", "start_timestep=", "=5"):
-        with pytest.raises(EzhoiDiffusionError, match="give each setting once"):
-            parse_sweep([wrong])
-    with pytest.raises(EzhoiDiffusionError, match="give each setting once"):
-        parse_sweep(["num_steps=1", "num_steps=2"])
+
+
+def test_a_setting_applies_to_every_bridge_that_has_it(bridges):
+    found = resolved("identity,diffusion", bridges / "seed-0", settings={"blend": 0.9}, sweep={"num_steps": [2]})
+    assert list(found) == ["identity", "diffusion", "diffusion[num_steps=2]"]
+    assert found["diffusion"].bridge.config.recipe.blend == 0.9
+    assert found["diffusion[num_steps=2]"].source.settings == {"blend": 0.9, "num_steps": 2}
+    assert found["diffusion[num_steps=2]"].bridge.provenance["overridden"] == {"blend": 0.9, "num_steps": 2}
+
+
+def test_a_setting_that_no_bridge_has_is_refused(bridges):
+    for options in ({"sweep": {"blend": [1]}}, {"settings": {"blend": 1}}):
+        with pytest.raises(EzhoiDiffusionError, match="none of identity has a setting blend; they have none"):
+            resolved("identity", **options)
+    with pytest.raises(EzhoiDiffusionError, match="none of diffusion has a setting scale_factor; they have blend"):
+        resolved("diffusion", bridges / "seed-0", sweep={"scale_factor": [1]})
+    with pytest.raises(EzhoiDiffusionError, match="'identity' is named twice"):
+        resolved("identity,identity")
+    with pytest.raises(EzhoiDiffusionError, match="no bridge 'nobody'"):
+        resolved("nobody")
 
 
 # what a bridge says of itself
 
 
-def test_rows_of_many_images_are_bridged_at_once_and_as_if_they_were_not(store, monkeypatch):
+def test_features_of_many_images_come_in_one_call_with_the_same_result(store, monkeypatch):
     calls = []
 
-    def rows(x):
+    def counted(x):
         calls.append(len(x))
         return truth(x)
 
-    together = replay(store, {"b": Variant(lambda x, pairs: rows(x), rows)})
-    assert max(calls) == len(store), "all of this small store's rows in one call"
-    single = replay(store, {"b": Variant(truth)})
+    together = replay(store, {"b": variant(counted)})
+    assert max(calls) == len(store), "all features of this small store in one call"
+    single = replay(store, {"b": Variant("b", FunctionBridge(truth))})
     torch.testing.assert_close(together.ap["b"], single.ap["b"], rtol=0, atol=0)
     monkeypatch.setattr("ezhoi_diffusion.evaluation.replay.ROWS", 20)
     torch.testing.assert_close(replay(store, {"b": ORACLE}).ap["b"], single.ap["b"], rtol=0, atol=0)
 
 
-def test_a_bridge_that_looks_at_other_rows_and_says_it_does_not_is_caught(store):
+def test_a_bridge_gets_the_pairs_of_its_image(store):
+    seen = []
+
+    class Asks(Bridge):
+        needs_pairs = True
+        row_by_row = True
+
+        def forward(self, adapter_feat, pairs=None):
+            seen.append((len(adapter_feat), pairs.image, len(pairs), pairs.objects.tolist()))
+            return adapter_feat
+
+    replay(store, {"asks": Variant("asks", Asks())})
+    objects = store.rows("objects").split([image["rows"] for image in store.images])
+    expected = [(len(o), i["name"], len(o), o.tolist()) for i, o in zip(store.images, objects, strict=True) if len(o)]
+    assert seen == expected
+
+
+def test_a_bridge_that_uses_other_rows_and_says_it_does_not_is_caught(store):
     def centred(x):
         return x - x.mean(0)
 
-    replay(store, {"honest": Variant(lambda x, pairs: centred(x))})
-    with pytest.raises(EzhoiDiffusionError, match="bridge 'liar' says row_by_row, and gave other rows for image"):
-        replay(store, {"liar": Variant(lambda x, pairs: centred(x), centred)})
+    replay(store, {"honest": Variant("honest", FunctionBridge(centred))})
+    with pytest.raises(EzhoiDiffusionError, match=r"bridge 'liar'.*row_by_row"):
+        replay(store, {"liar": variant(centred, "liar")})
 
 
-def test_a_bridge_that_writes_into_its_rows_is_caught_before_others_get_them(store):
-    clamps = Variant(lambda x, pairs: x.clamp_(min=0), lambda x: x.clamp_(min=0))
-    with pytest.raises(EzhoiDiffusionError, match="bridge 'clamps' writes into the rows that it is given"):
+def test_a_bridge_that_writes_into_its_input_is_caught_before_others_get_it(store):
+    clamps = variant(lambda x: x.clamp_(min=0), "clamps")
+    with pytest.raises(EzhoiDiffusionError, match="bridge 'clamps' writes into"):
         replay(store, {"clamps": clamps, "oracle": ORACLE})
 
 
@@ -328,103 +384,37 @@ def test_images_without_a_class_that_counts_are_refused(store):
         replay(store, {"oracle": ORACLE}, classes=torch.zeros(0, dtype=torch.long))
 
 
-def test_a_third_partys_sweep_that_fails_is_named(bridges, mocker):
-    class Odd:
+def test_a_third_partys_sweep_that_fails_is_named():
+    class Odd(FunctionBridge):
         settings = ("blend",)
 
-        def __init__(self, points):
-            self.sweep = points
+        def __init__(self, sweep):
+            super().__init__(lambda x: x)
+            self._sweep = sweep
 
-        def __call__(self, x):
-            return x
+        def sweep(self, points):
+            return self._sweep(points)
 
-    host = PluginManager(discover=False)
-    host.register(BridgePlugin("raises", lambda folder: Odd(lambda points: 1 / 0)), "raises")
-    host.register(BridgePlugin("short", lambda folder: Odd(lambda points: [])), "short")
+    manager = PluginManager(discover=False)
+    manager.register(BridgePlugin("raises", lambda folder: Odd(lambda points: 1 / 0)), "raises")
+    manager.register(BridgePlugin("short", lambda folder: Odd(lambda points: [])), "short")
     for name, words in (("raises", "ZeroDivisionError"), ("short", "ValueError")):
-        with pytest.raises(EzhoiDiffusionError, match=f"bridge '{name}' cannot be swept: {words}"):
-            resolve_variants(name, host, "", lambda *_: None, torch.device("cpu"), sweep={"blend": [1]})
+        with pytest.raises(BridgeError, match=f"bridge '{name}'.*{words}"):
+            resolve_variants(name, manager, check=lambda *_: None, device="cpu", sweep={"blend": [1]})
 
 
-def test_points_of_the_default_grid_that_a_bridge_refuses_are_left_out(bridges):
-    grid, line = (
-        {"start_timestep": [5, 2000], "num_steps": [5, 9]},
-        ("diffusion", PluginManager(), str(bridges / "seed-0")),
-    )
-    device = torch.device("cpu")
-    found = resolve_variants(*line, lambda *_: None, device, sweep=grid, asked=False)
+def test_a_bridge_that_cannot_be_loaded_is_named():
+    manager = PluginManager(discover=False)
+    manager.register(BridgePlugin("raises", lambda folder: 1 / 0), "raises")
+    manager.register(BridgePlugin("nothing", lambda folder: None), "nothing")
+    for name, words in (("raises", "ZeroDivisionError"), ("nothing", "is no bridge")):
+        with pytest.raises(BridgeError, match=words):
+            resolve_variants(name, manager, check=lambda *_: None, device="cpu")
+
+
+def test_points_of_a_default_sweep_that_a_bridge_refuses_are_left_out(bridges):
+    sweep = {"start_timestep": [5, 2000], "num_steps": [5, 9]}
+    found = resolved("diffusion", bridges / "seed-0", sweep=sweep, skip_refused=True)
     assert list(found) == ["diffusion", "diffusion[start_timestep=5,num_steps=5]"]
-    with pytest.raises(EzhoiDiffusionError, match="bridge 'diffusion': this bridge cannot be applied with"):
-        resolve_variants(*line, lambda *_: None, device, sweep=grid)
-
-
-# fits of plugins
-
-
-def scaled(features, factor: float = 2.0):
-    """factor: what rows are multiplied by."""
-    return Artifact("scaled", {"factor": factor}, {"tensors.safetensors": {"factor": torch.tensor(factor)}})
-
-
-def load_scaled(folder):
-    factor = Artifact.load(folder, "scaled").files["tensors.safetensors"]["factor"]
-    return lambda x: x * factor
-
-
-@pytest.fixture
-def installed(mocker):
-    host = PluginManager(discover=False)
-    host.register(BridgePlugin("scaled", load_scaled, scaled), "scaled")
-    other = types.SimpleNamespace(
-        register_fits=hookimpl(
-            lambda register: [
-                register("raises", lambda features: 1 / 0),
-                register("none", lambda features: None),
-                register("misnamed", scaled),
-            ]
-        )
-    )
-    host.register(other, "other")
-    mocker.patch("ezhoi_diffusion.plugins.PluginHost", return_value=host)
-
-
-def test_a_fit_writes_what_it_returns_and_where_that_comes_from(installed, stores, tmp_path, capsys):
-    line = ["fit", "scaled", str(stores / "train"), "--out", str(tmp_path / "b")]
-    assert main([*line, "--option", "factor=3"]) == 0
-    artifact = Artifact.load(tmp_path / "b", "scaled")
-    assert artifact.provenance["fit"] == {"name": "scaled", "options": {"factor": 3}}
-    assert artifact.provenance["fingerprint"]["backbone"] == "synthetic"
-    assert list(artifact.context) == ["ctx.0"]
-    assert torch.equal(load_scaled(tmp_path / "b")(torch.ones(2)), torch.full((2,), 3.0))
-    (tmp_path / "file").write_text("somebody's")
-    for used in ("b", "file"):
-        assert main([*line[:-1], str(tmp_path / used)]) == 2
-        assert f"{tmp_path / used} is in use: give a new folder with --out" in capsys.readouterr().err
-    assert (tmp_path / "file").read_text() == "somebody's"
-
-
-@pytest.mark.parametrize(
-    ("name", "split", "option", "message"),
-    [
-        ("scaled", "train", "fctor=3", "it has factor"),
-        ("scaled", "train", "factor", "give each option of 'scaled' once"),
-        ("scaled", "test", "factor=3", "holds the test split"),
-        ("raises", "train", None, "fit 'raises' raised ZeroDivisionError"),
-        ("none", "train", None, "returned 'NoneType' instead of an Artifact of bridge 'none'"),
-        ("misnamed", "train", None, "returned 'scaled' instead of an Artifact of bridge 'misnamed'"),
-        ("unheard", "train", None, "unknown fit 'unheard': known are misnamed, none, raises, scaled"),
-    ],
-)
-def test_fits_that_cannot_work_are_one_line(installed, stores, tmp_path, capsys, name, split, option, message):
-    options = ["--option", option] if option else []
-    assert main(["fit", name, str(stores / split), "--out", str(tmp_path / "b"), *options]) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "b").exists()
-
-
-def test_help_lists_what_can_be_fitted(installed, capsys):
-    with pytest.raises(SystemExit):
-        main(["fit", "--help"])
-    out = capsys.readouterr().out
-    assert "scaled [factor=2.0]" in out
-    assert "factor: what rows are multiplied by." in out
+    with pytest.raises(BridgeError, match="bridge 'diffusion'"):
+        resolved("diffusion", bridges / "seed-0", sweep=sweep)

@@ -101,8 +101,8 @@ def register_denoisers(register: Register[Callable[..., nn.Module]]) -> None:
     Since: 0.1. Mode: notify. When: before a bridge is trained or loaded.
 
     Args:
-        register: Call it as `register(name, build)`. `ezhoi_diffusion.diffusion.networks` has the signature of `build`.
-            A denoiser with a method `fit` is fitted instead of trained.
+        register: Call it as `register(name, build)`. `ezhoi_diffusion.diffusion.denoiser` has the signature of `build`.
+            A denoiser that derives from `FittedDenoiser`, also there, is fitted instead of trained.
 
     Return: nothing.
     Errors: an exception, or a name that is taken, ends the command.

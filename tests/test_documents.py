@@ -93,7 +93,9 @@ def test_register_denoisers(plugin):
 @pytest.mark.parametrize("plugin", ["register_samplers"], indirect=True)
 def test_register_samplers(plugin):
     sample = components(plugin).samplers["one_step"]
-    assert sample(lambda x, t: x * t, torch.ones(1, 2), schedule=None, levels=[4, -1], scale=5.0).tolist() == [[4, 4]]
+    assert sample(
+        lambda x, t: x * t, torch.ones(1, 2), schedule=None, timesteps=[4, -1], scale_factor=5.0
+    ).tolist() == [[4, 4]]
 
 
 @pytest.mark.parametrize("plugin", ["locate_adapter_feat"], indirect=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ezhoi_diffusion.bench.data import BenchError
-from ezhoi_diffusion.bench.sampling import GUIDE_TIMED, AsPublished, BridgeCase, fresh
+from ezhoi_diffusion.bench.sampling import GUIDE_TIMED, BridgeCase, fresh
 from ezhoi_diffusion.bench.training import TrainerCase, take_steps, training
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig
 from ezhoi_diffusion.diffusion.components import components
@@ -31,8 +31,7 @@ def of_bridging(entry: BridgeCase, rows: Tensor) -> int:
     """Bytes that a bridge of this kind and bridging rows [N, D] with it add to a process."""
     config = entry.bridge.config
     steps = min(GUIDE_TIMED, config.recipe.num_steps)  # memory does not grow with them
-    published = isinstance(entry.bridge.denoiser, AsPublished)
-    return _elsewhere(_bridge, config, entry.bridge.statistics, rows.cpu(), steps, published)
+    return _elsewhere(_bridge, config, entry.bridge.statistics, rows.cpu(), steps)
 
 
 def of_training(trainer_case: TrainerCase, data: TrainingData, batch: int) -> int:
@@ -40,13 +39,13 @@ def of_training(trainer_case: TrainerCase, data: TrainingData, batch: int) -> in
     return _elsewhere(_train, trainer_case, data, batch)
 
 
-def _bridge(config: BridgeConfig, statistics: ModalityStatistics, rows: Tensor, steps: int, published: bool) -> int:
+def _bridge(config: BridgeConfig, statistics: ModalityStatistics, rows: Tensor, steps: int) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     registry = components(PluginManager())
     if config.denoiser == "unet1d":
         import denoising_diffusion_pytorch  # noqa: F401, because modules are not what is measured
     with _watched(device) as grown:
-        bridge = fresh(config, statistics, registry, published=published)
+        bridge = fresh(config, statistics, registry)
         (bridge if config.student_of else bridge.override(num_steps=steps)).to(device)(rows.to(device))
     return grown[0]
 

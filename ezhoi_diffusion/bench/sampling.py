@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ezhoi_diffusion.bench.timing import interleaved, spread
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge, build_denoiser
 from ezhoi_diffusion.diffusion.components import Components
 from ezhoi_diffusion.diffusion.recipes import RECIPES
-from ezhoi_diffusion.diffusion.unet1d import Unet1dDenoiser
 from ezhoi_diffusion.evaluation.fidelity import Fidelity, fidelity
 from ezhoi_diffusion.features.statistics import ModalityStatistics, unit
 
 START = 600  # t0 of the guide and of the paper
 GUIDE_TIMED = 2  # evaluations: all 600 of the guide take minutes
-GUIDES, OURS = "the guide's unet1d", "the same, our order"
+GUIDES = "the guide's unet1d"
 CUBIC = (5, 10)  # evaluations at levels that are denser near the end
 THRESHOLDS = (0.99, 0.999)
 
@@ -70,12 +69,9 @@ def bridge_cases(
 ) -> list[BridgeCase]:
     """The guide's system, the bridge as it is applied, the same network with more or fewer evaluations from level 600, and what
     else there is to be had. Of a bridge that is a student itself only how it is applied."""
-    start = min(START, bridge.config.timesteps)
+    start = min(START, bridge.config.num_timesteps)
     name, recipe = bridge.config.denoiser, bridge.config.recipe
-    entries = [
-        BridgeCase(GUIDES, guide(bridge, registry, published=True), None, slow=True),
-        BridgeCase(OURS, guide(bridge, registry, published=False), None, slow=True),
-    ]
+    entries = [BridgeCase(GUIDES, guide(bridge, registry), None, slow=True)]
     if bridge.config.student_of is not None:
         return [*entries, BridgeCase(f"{name}, a student", bridge, None)]
     entries.append(BridgeCase(f"{name}, recipe {recipe.name}", bridge, every(bridge)))
@@ -83,7 +79,7 @@ def bridge_cases(
         entries.append(BridgeCase(f"{name}, its student", student, bridge))
     full = every(bridge.override(start_timestep=start, num_steps=start))
     if name == "unet1d":  # hours: timed on few evaluations, and not held against all of them
-        return entries[:2] + [
+        return entries[:1] + [
             BridgeCase(f"{name}, S = {n}", full.override(num_steps=n), None, slow=n > GUIDE_TIMED)
             for n in sorted({recipe.num_steps, *evaluations})
         ]
@@ -102,45 +98,24 @@ def every(bridge: DiffusionBridge) -> DiffusionBridge:
     return bridge.override(num_steps=bridge.config.recipe.start_timestep)
 
 
-def guide(bridge: DiffusionBridge, registry: Components, *, published: bool) -> DiffusionBridge:
-    """The guide's bridge for the same rows, with weights as they are drawn: they change no cost.
-
-    published: with the network as its package computes it, instead of in our faster order.
-    """
-    recipe = RECIPES["guide"]
-    config = BridgeConfig(bridge.config.dim, recipe, "unet1d")
-    made = fresh(config, bridge.statistics, registry, published=published)
-    return made.to(bridge.every_level.device)
+def guide(bridge: DiffusionBridge, registry: Components) -> DiffusionBridge:
+    """The guide's bridge for the same features, with fresh weights: they do not change the cost."""
+    config = BridgeConfig(bridge.config.dim, RECIPES["guide"], "unet1d")
+    return fresh(config, bridge.statistics, registry).to(bridge.input_mean.device)
 
 
-def fresh(
-    config: BridgeConfig, statistics: ModalityStatistics, registry: Components, *, published: bool
-) -> DiffusionBridge:
-    """A bridge with weights as they are drawn, of a generator of its own."""
+def fresh(config: BridgeConfig, statistics: ModalityStatistics, registry: Components) -> DiffusionBridge:
+    """A bridge with fresh weights. The global generator stays where it was."""
     with torch.random.fork_rng(devices=[]):
         network = build_denoiser(config, registry)
-    sampler = registry.samplers[config.recipe.sampler]
-    return DiffusionBridge(config, AsPublished(network) if published else network, statistics, sampler=sampler)
-
-
-class AsPublished(nn.Module):
-    """unet1d as its package computes it, with a level for every row."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """The raw prediction [N, D] for x [N, D] at levels t [1]."""
-        output: Tensor = cast(Unet1dDenoiser, self.network).plain(x, t.expand(len(x)))
-        return output
+    return DiffusionBridge(config, network, statistics, registry=registry)
 
 
 def cost(
     entries: Sequence[BridgeCase], rows: Tensor, pairs: int, *, seconds: float, rounds: int
 ) -> list[dict[str, float | int]]:
     """Milliseconds that an image of so many pairs takes, with all evaluations of each contender, in order."""
-    device = entries[0].bridge.every_level.device
+    device = entries[0].bridge.input_mean.device
     x = rows.repeat(-(-pairs // len(rows)), 1)[:pairs].to(device)
     calls = {entry.name: partial(entry.timed, x) for entry in entries}
     samples = interleaved(calls, seconds=seconds, rounds=rounds, device=device)
@@ -169,13 +144,13 @@ def nearness(entries: Sequence[BridgeCase], rows: Tensor, text: Tensor) -> list[
 
 
 def _directions(bridge: DiffusionBridge, rows: Tensor) -> Tensor:
-    found: Tensor = bridge.override(blend=1.0, output="unit_norm")(rows.to(bridge.every_level.device))
+    found: Tensor = bridge.override(blend=1.0, output="unit_norm")(rows.to(bridge.input_mean.device))
     return found
 
 
 def fewest(results: Sequence[dict[str, Any]], like: BridgeConfig) -> dict[str, int | None]:
     """By threshold, the fewest of the measured evaluations from level 600, of this network and grid, whose mean cosine reaches it."""
-    start = min(START, like.timesteps)
+    start = min(START, like.num_timesteps)
     sweep = [
         result
         for result in results

@@ -154,7 +154,7 @@ def _published(data: TrainingData, config: TrainConfig, folder: Path, registry: 
         OnChannels(network, recipe.scale_factor),
         seq_length=dim,
         objective="pred_x0",
-        timesteps=config.timesteps,
+        timesteps=config.num_timesteps,
         auto_normalize=False,
     )
     trainer = Trainer1D(

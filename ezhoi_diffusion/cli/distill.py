@@ -25,7 +25,7 @@ example:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
-    from ezhoi_diffusion.training.distillation import LEAST_COSINE
+    from ezhoi_diffusion.training.distillation import MIN_COSINE
 
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     add = parser.add_argument
@@ -37,8 +37,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--train-steps", type=int, default=2000, metavar="N", help="optimizer steps (2000)")
     add("--seed", type=int, default=0, help="of rows, mixtures and order (0)")
     add(
-        "--min-cosine", type=float, default=LEAST_COSINE, metavar="C",
-        help=f"refuse a student whose mean cosine to the teacher on held-out rows is lower ({LEAST_COSINE})",
+        "--min-cosine", type=float, default=MIN_COSINE, metavar="C",
+        help=f"refuse a student whose mean cosine to the teacher on held-out rows is lower ({MIN_COSINE})",
     )  # fmt: skip
     parser.set_defaults(force=False)  # on rows of another host there is nothing to learn of a bridge
 

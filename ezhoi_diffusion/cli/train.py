@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     from ezhoi_diffusion.training.config import TrainConfig
     from ezhoi_diffusion.training.data import TrainingData
 
-RECIPE_FLAGS = ("start_timestep", "num_steps", "spacing", "blend", "output", "scale_factor", "noise_augmentation")
+RECIPE_FLAGS = (
+    "start_timestep",
+    "num_steps",
+    "spacing",
+    "sampler",
+    "blend",
+    "output",
+    "scale_factor",
+    "noise_augmentation",
+)
 # Where the defaults, which fit few texts and the mlp, do not: rows by the ten thousand, and the reference's rate for its UNet
 ON_VISUAL_ROWS = {"train_steps": 5000, "val_every": 500, "checkpoint_every": 1000, "learning_rate": 8e-5}
 ON_PAIRS = {**ON_VISUAL_ROWS, "patience": 5}
@@ -113,6 +122,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--spacing",
         help="spacing of the evaluations' levels: linear, or quadratic or cubic, denser near the end (recipe's)",
     )
+    parser.add_argument(
+        "--sampler", metavar="NAME", help="registered sampler: ddim, published, or a plugin's (recipe's)"
+    )
     parser.add_argument("--blend", type=float, help="share of the bridged direction in the result, 0..1 (recipe's)")
     parser.add_argument(
         "--output-mode", dest="output", help="keep_norm (keeps each row's norm) or unit_norm (recipe's)"
@@ -137,8 +149,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         if entry.name == "recipe":
             continue
         kind, default = types[entry.name], "" if entry.default is MISSING else f" ({entry.default})"
+        names = [f"--{entry.name.replace('_', '-')}"]
         parser.add_argument(
-            f"--{entry.name.replace('_', '-')}",
+            *names + (["--timesteps"] if entry.name == "num_timesteps" else []),
             type={int: int, float: float, str: str}.get(kind, str if get_origin(kind) is Literal else json.loads),
             choices=get_args(kind) if get_origin(kind) is Literal else None,
             help=entry.metadata["help"] + default,
@@ -152,8 +165,9 @@ def run(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from ezhoi_diffusion.artifact import CONFIG
+    from ezhoi_diffusion.diffusion.bridge import build_denoiser
     from ezhoi_diffusion.diffusion.components import components
-    from ezhoi_diffusion.diffusion.networks import CLOSED_FORMS
+    from ezhoi_diffusion.diffusion.denoiser import FittedDenoiser
     from ezhoi_diffusion.evaluation.variants import SEED_PREFIX
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.files import current
@@ -170,11 +184,12 @@ def run(args: argparse.Namespace) -> int:
         raise EzhoiDiffusionError(
             f"{args.out} holds a trained bridge, so it cannot hold several seeds: give another folder"
         )
-    if args.seeds > 1 and config.denoiser in CLOSED_FORMS and config.recipe.trained_on == "text":
+    data = training_data(FeatureStore(args.features), config.recipe.trained_on)
+    denoiser = build_denoiser(config.bridge_config(data.statistics.dim), components(PluginManager()))
+    if args.seeds > 1 and isinstance(denoiser, FittedDenoiser) and config.recipe.trained_on == "text":
         raise EzhoiDiffusionError(
             f"{config.denoiser} is fitted to all texts, whatever the seed: several seeds would be the same bridge. Leave --seeds out"
         )
-    data = training_data(FeatureStore(args.features), config.recipe.trained_on)
     for number in range(args.seeds):
         seeded = replace(config, seed=config.seed + number)
         folder = args.out if args.seeds == 1 else args.out / f"{SEED_PREFIX}{seeded.seed}"
@@ -190,7 +205,7 @@ def run(args: argparse.Namespace) -> int:
             if not facts["history"]:
                 of_it = (
                     "which says nothing: it cannot give back a text that it does not hold"
-                    if config.denoiser == "texts"
+                    if isinstance(denoiser, FittedDenoiser) and denoiser.memorizes
                     else f"of the isotropic estimate {facts['isotropic_val_loss']:.4f}"
                 )
                 print(

@@ -1,1 +1,1 @@
-"""The bridge and its mathematics: knows embeddings, and neither a host nor a plugin."""
+"""The diffusion bridge: recipes, schedule, denoisers, samplers, and the bridge itself."""

@@ -1,4 +1,4 @@
-"""A diffusion bridge's artefact: its configuration, weights, statistics and context vectors."""
+"""The artefact of a diffusion bridge: configuration, weights, statistics and context vectors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ezhoi_diffusion.artifact import CONFIG, CONTEXT, Artifact, BridgeError
-from ezhoi_diffusion.diffusion.recipes import Recipe, recipe_of
+from ezhoi_diffusion.diffusion.recipes import Recipe
 from ezhoi_diffusion.diffusion.schedule import OBJECTIVES, Objective, Schedule
 from ezhoi_diffusion.files import current
 
@@ -20,62 +20,56 @@ MAX_DIM, MAX_TIMESTEPS = 65536, 100_000
 
 @dataclass(frozen=True)
 class BridgeConfig:
-    """What config.json holds, apart from sizes and hashes of the files beside it.
-
-    `provenance` is the writer's own JSON (host fingerprint, training facts, versions): kept, never
-    interpreted here. Raises ValueError for values that contradict each other.
-    """
+    """What a diffusion bridge adds to config.json. Raises ValueError for values that contradict each other."""
 
     dim: int
     recipe: Recipe
     denoiser: str
     denoiser_options: dict[str, Any] = field(default_factory=dict)
     objective: Objective = "pred_x0"
-    timesteps: int = 1000
+    num_timesteps: int = 1000
     student_of: dict[str, Any] | None = None
-    """Of a distilled bridge: its teacher's denoiser, and how that was applied."""
-    provenance: dict[str, Any] = field(default_factory=dict)
+    """Of a distilled bridge: the denoiser of its teacher, and how it was applied."""
 
     def __post_init__(self) -> None:
-        for name, kind in (("denoiser", str), ("denoiser_options", dict), ("provenance", dict)):
+        for name, kind in (("denoiser", str), ("denoiser_options", dict)):
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"{name} must be a {kind.__name__}, not {getattr(self, name)!r:.100}")
         if not isinstance(self.student_of, (dict, type(None))):
             raise ValueError(f"student_of must be an object or null, not {self.student_of!r:.100}")
-        for name, limit in (("dim", MAX_DIM), ("timesteps", MAX_TIMESTEPS)):
+        for name, limit in (("dim", MAX_DIM), ("num_timesteps", MAX_TIMESTEPS)):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= limit:
                 raise ValueError(f"{name} must be a whole number from 1 to {limit}, not {value!r}")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
-        if self.recipe.start_timestep > self.timesteps:
+        if self.recipe.start_timestep > self.num_timesteps:
             raise ValueError(
-                f"recipe {self.recipe.name!r} starts at {self.recipe.start_timestep}, beyond the schedule's "
-                f"{self.timesteps} levels"
+                f"recipe {self.recipe.name!r} starts at timestep {self.recipe.start_timestep}, and the schedule has "
+                f"{self.num_timesteps} timesteps"
             )
 
     def schedule(self) -> Schedule:
-        """The noise schedule, always the cosine one."""
-        return Schedule.cosine(self.timesteps)
+        """Return the noise schedule; it is always the cosine one."""
+        return Schedule.cosine(self.num_timesteps)
 
 
-def write_artifact(folder: Path, config: BridgeConfig, files: dict[str, dict[str, Tensor]]) -> None:
-    """Write all files of an artefact into `folder`, together or not at all. Raises BridgeError."""
-    content = asdict(config)
-    provenance = content.pop("provenance")
-    Artifact(BRIDGE, content, files, provenance).save(folder)
+def write_artifact(
+    folder: Path, config: BridgeConfig, files: dict[str, dict[str, Tensor]], provenance: dict[str, Any]
+) -> None:
+    """Write all files of the artefact into `folder`, or none. Raises BridgeError."""
+    Artifact(BRIDGE, asdict(config), files, provenance).save(folder)
 
 
-def read_artifact(folder: Path) -> tuple[BridgeConfig, dict[str, dict[str, Tensor]]]:
-    """The configuration, and the tensors of every file on the CPU. Raises BridgeError if one is not whole."""
+def read_artifact(folder: Path) -> tuple[BridgeConfig, Artifact]:
+    """Read the configuration, and the artefact with its tensors on the CPU. Raises BridgeError unless it is complete."""
     artifact = Artifact.load(folder, BRIDGE)
     unexpected = set(artifact.files) - {MODEL, STATISTICS, CONTEXT}
     missing = {MODEL, STATISTICS} - set(artifact.files)
     try:
         if unexpected or missing:
             raise ValueError(f"unexpected or missing entries in 'files': {', '.join(sorted(unexpected | missing))}")
-        content = {**artifact.config, "recipe": recipe_of(artifact.config["recipe"])}
-        return BridgeConfig(**content, provenance=artifact.provenance), artifact.files
+        return BridgeConfig(**{**artifact.config, "recipe": Recipe(**artifact.config["recipe"])}), artifact
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise BridgeError(f"{current(folder, CONFIG)} does not describe a diffusion bridge: {reason}") from error

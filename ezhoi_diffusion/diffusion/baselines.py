@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ezhoi_diffusion.artifact import CONTEXT
 from ezhoi_diffusion.bridge import Bridge, BridgeError
 from ezhoi_diffusion.diffusion.artifact import STATISTICS, read_artifact
 from ezhoi_diffusion.features.statistics import ModalityStatistics
@@ -58,10 +57,10 @@ class MeanShift(Bridge):
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> MeanShift:
-        """The shift between the means stored with the diffusion bridge in `folder`. Raises BridgeError."""
-        config, files = read_artifact(folder)
+        """Take the means that are stored with the diffusion bridge in `folder`. Raises BridgeError."""
+        _, artifact = read_artifact(folder)
         try:
-            statistics = ModalityStatistics.from_tensors(files[STATISTICS])
+            statistics = ModalityStatistics.from_tensors(artifact.files[STATISTICS])
         except (KeyError, TypeError, ValueError) as error:
             raise BridgeError(f"{folder / STATISTICS} holds no statistics ({error}): train the bridge again") from error
         if not statistics.visual_known:
@@ -69,4 +68,4 @@ class MeanShift(Bridge):
                 f"mean_shift needs the visual mean, and {folder} was imported without one: import it together with the file "
                 f"of visual embeddings, or take a bridge that was trained on captured features"
             )
-        return cls(statistics, config.provenance, files.get(CONTEXT, {}))
+        return cls(statistics, artifact.provenance, artifact.context)

@@ -1,36 +1,49 @@
-"""The chain that takes embeddings into the diffusion's space, and its exact inverse.
+"""Maps embeddings into the space of the diffusion, and back.
 
-Source: Diffusion Bridge (CVPR 2025). There every modality loses its own mean, and the network only ever sees
-rows of one norm.
+Source: Diffusion Bridge (CVPR 2025). Each modality loses its own mean, and the network sees vectors of one norm only.
 """
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
-
-from ezhoi_diffusion.features.statistics import unit
 
 
 def rescale(x: Tensor, scale_factor: float) -> Tensor:
-    """Rows of x [N, D] at norm `scale`."""
-    return scale_factor * unit(x)
+    """Set the norm of every row of x [N, D] to `scale_factor`."""
+    return scale_factor * F.normalize(x, dim=-1)
 
 
 def normalize(x: Tensor, mean: Tensor, scale_factor: float) -> tuple[Tensor, Tensor]:
-    """z = scale · unit(unit(x) − mean) [N, D] for x [N, D] and mean [D], and the norms |x| [N, 1]."""
-    return rescale(unit(x) - mean, scale_factor), x.norm(dim=-1, keepdim=True)
+    """Center features and set their norm.
+
+    Args:
+        x: Features [N, D].
+        mean: Mean [D] of the unit features.
+        scale_factor: The norm s of every result.
+
+    Returns:
+        z = s · unit(unit(x) − mean) [N, D], and the norms |x| [N, 1].
+    """
+    return rescale(F.normalize(x, dim=-1) - mean, scale_factor), x.norm(dim=-1, keepdim=True)
 
 
 def uncenter(z: Tensor, mean: Tensor) -> Tensor:
-    """The unit rows u [N, D] for which u − mean points along z [N, D], whatever the norm of z.
+    """Return the unit vectors u [N, D] for which u − mean points along z [N, D], whatever the norm of z.
 
-    u = μ + kĉ with k = −b + √(b² + 1 − |μ|²), b = μ·ĉ: the positive root of |μ + kĉ| = 1. It exists, and is
-    the only one, where |μ| < 1; raises ValueError otherwise, if μ is on a CPU: to look elsewhere would make the device wait.
+    u = μ + kĉ with k = −b + √(b² + 1 − |μ|²) and b = μ·ĉ, the positive root of |μ + kĉ| = 1. There is exactly one where
+    |μ| < 1.
+
+    Raises:
+        ValueError: The mean [D] has a norm of 1 or more. It is checked on the CPU only: elsewhere the check would wait for
+            the device.
     """
     squared = mean.square().sum()
     if mean.device.type == "cpu" and not squared < 1:
-        raise ValueError(f"the mean's norm is {squared.sqrt():.6f}: a direction has no unique inverse unless < 1")
-    direction = unit(z)
+        raise ValueError(
+            f"the mean's norm is {squared.sqrt():.6f}: a direction has no unique inverse unless it is below 1"
+        )
+    direction = F.normalize(z, dim=-1)
     b = (direction * mean).sum(-1, keepdim=True)
     k = (b.square() + 1 - squared).sqrt() - b
     return mean + k * direction

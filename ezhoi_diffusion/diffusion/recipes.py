@@ -1,10 +1,10 @@
-"""Recipes: which rows a bridge learns from, which means it uses, and how strongly it is applied."""
+"""Recipes: which features a bridge learns from, which means it uses, and how it is applied."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 
@@ -16,41 +16,43 @@ Spacing = Literal["linear", "quadratic", "cubic", "published"]
 
 
 class RecipeError(EzhoiDiffusionError, ValueError):
-    """A recipe's field has a value that cannot be meant."""
+    """A field of a recipe has a value out of range."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that changes what a bridge does to a visual feature, apart from its weights.
+    """Everything except the weights that decides what a bridge does to a feature.
 
-    `start_timestep` (t0) is how strongly a feature is bridged, `steps` (S, NFE) how many network evaluations that
-    takes. Raises RecipeError for values out of range; vary one with dataclasses.replace.
+    Vary one with dataclasses.replace. Raises RecipeError for values out of range.
     """
 
     name: str
     trained_on: Source
-    """The rows it learns from. Text rows lose the text mean, visual rows lose `input_mean`. pairs: the text of a visual
-    row's own class, from mixtures of both: level 0 is the text, the last level the visual row, instead of noise."""
+    """text: text features less the text mean. visual: visual features less `input_mean`. pairs: mixtures of a visual feature
+    and the text of its own class. The visual feature replaces the noise: timestep 0 is the text, the last one the feature."""
     input_mean: Side
-    """The mean that a visual feature loses at inference."""
+    """The mean that a feature loses at inference."""
     restored_mean: Side
-    """The mean that output "keep_norm" gives back."""
+    """The mean that output "keep_norm" adds back."""
     start_timestep: int
+    """t0: how much a feature is changed."""
     num_steps: int
+    """S: how many evaluations of the denoiser that takes."""
     blend: float
     """λ of direction = unit((1−λ)·input + λ·bridged), both unit and centred."""
     output: Output
-    """calibrated: mean and the row's own norm are given back. unit: the centred unit direction as it is."""
+    """keep_norm: the mean and the norm of the input are restored. unit_norm: the centred unit direction."""
     scale_factor: float = 5.0
-    """s, the norm of every network input."""
+    """s, the norm of every input of the denoiser."""
     sampler: str = "ddim"
+    """A registered sampler."""
     spacing: Spacing = "linear"
-    """How the levels of the evaluations are spaced, see `ezhoi_diffusion.diffusion.samplers.levels_of`."""
+    """How the timesteps of the evaluations are spaced: `ezhoi_diffusion.diffusion.timesteps.make_timesteps`."""
     noisy_norm: NoisyNorm = "expected"
-    """The norm that x_t counts with where a predicted ε or v leads back to x0: that which x_t has at its level, or, as in
-    the published code, that of the network's input. Without meaning for pred_x0."""
+    """The norm of x_t where x0 is computed from a predicted ε or v: the expected one at its timestep, or `scale_factor`, as in
+    the published code. pred_x0 does not use it."""
     noise_augmentation: float = 0.0
-    """Norm of the Gaussian noise that is added to the visual row of a pair in training, as a share of the row's own."""
+    """In training on pairs: norm of the Gaussian noise added to the visual feature, as a share of the feature's norm."""
 
     def __post_init__(self) -> None:
         for field, known in _CHOICES.items():
@@ -63,7 +65,7 @@ class Recipe:
                 raise RecipeError(f"recipe {self.name!r}: {field} must be a whole number")
         if not 1 <= self.num_steps <= self.start_timestep:
             raise RecipeError(
-                f"recipe {self.name!r}: need 1 <= num_steps <= start_timestep (more steps would repeat levels), "
+                f"recipe {self.name!r}: need 1 <= num_steps <= start_timestep (more steps would repeat timesteps), "
                 f"not num_steps={self.num_steps}, start_timestep={self.start_timestep}"
             )
         if not 0 <= self.blend <= 1:
@@ -78,15 +80,6 @@ class Recipe:
             )
 
 
-def recipe_of(content: dict[str, Any]) -> Recipe:
-    """The inverse of dataclasses.asdict; files from before recipes had a grid mean that of their sampler.
-
-    Raises RecipeError and TypeError for what is no recipe.
-    """
-    spacing = "published" if content.get("sampler") == "published" else "linear"
-    return Recipe(**{"spacing": spacing, **content})
-
-
 _CHOICES: dict[str, tuple[str, ...]] = {
     "trained_on": get_args(Source),
     "input_mean": get_args(Side),
@@ -99,12 +92,11 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        # Diffusion Bridge (CVPR 2025), each side less its own mean. The host's text features keep theirs, and its score
-        # is an un-normalised dot product that was trained with the shared part of both in place: so the visual mean
-        # and the row's norm are given back. With the text mean instead, every variant lost three quarters of the
-        # demo world's mAP (48 -> 13, as the plain mean shift does), though it had helped where scores are cosines.
+        # Diffusion Bridge (CVPR 2025), where each side loses its own mean. EZ-HOI's score is a dot product that was trained with
+        # both means in place, so the visual mean and the norm are restored. With the text mean instead, the demo's mAP fell
+        # from 48 to 13, as it does with mean_shift.
         Recipe("paper", "text", "visual", "visual", start_timestep=600, num_steps=5, blend=1.0, output="keep_norm"),
-        # The training guide as written. It hurt in every world measured: kept to reproduce it.
+        # The training guide as written. It hurt in every world measured; it is here to be reproduced.
         Recipe(
             "guide",
             "visual",
@@ -118,10 +110,9 @@ RECIPES: dict[str, Recipe] = {
             spacing="published",
             noisy_norm="scale_factor",
         ),
-        # Learns from labels of seen classes: a mixture of a visual row and the text of its own class, from which DDIM, with
-        # the visual row in the place of the noise, leads from the one to the other (cold diffusion, Bansal et al. 2022).
-        # Maps from pairs helped where scores are cosines; in the demo's world, where background pairs are moved towards
-        # class texts too, mAP fell with the strength: 48.0 -> 47.7 at .05, 46.6 at .1, 41.5 at .3, 27.3 at 1.
+        # Learns from labels of seen classes, as cold diffusion (Bansal et al. 2022): DDIM leads from a visual feature to the text
+        # of its class. In the demo's world background pairs move towards class texts too, and mAP fell with the blend: 48.0,
+        # then 47.7 at .05, 46.6 at .1, 41.5 at .3, 27.3 at 1.
         Recipe(
             "paired",
             "pairs",
@@ -133,9 +124,8 @@ RECIPES: dict[str, Recipe] = {
             output="keep_norm",
             noise_augmentation=0.5,
         ),
-        # The default: the gentlest of what was measured. Starting low keeps a row's identity, which 600 washes out, and
-        # blending keeps most of its direction. In the demo world it left mAP where it was (48.0 -> 48.2) while
-        # strength 1 from 100 lost 3 points and from 600 lost 17.
+        # The default, the gentlest of those measured. A low start keeps the identity of a feature, and the blend most of its
+        # direction. The demo's mAP stayed (48.0, then 48.2). Blend 1 lost 3 points from timestep 100, and 17 from 600.
         Recipe("gentle", "text", "visual", "visual", start_timestep=100, num_steps=5, blend=0.3, output="keep_norm"),
     )
 }

@@ -16,7 +16,7 @@ from torch import Tensor
 from ezhoi_diffusion.bridge import fingerprint_differences
 from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
 from ezhoi_diffusion.diffusion.components import components
-from ezhoi_diffusion.diffusion.networks import CLOSED_FORMS
+from ezhoi_diffusion.diffusion.denoiser import FittedDenoiser
 from ezhoi_diffusion.diffusion.recipes import Recipe
 from ezhoi_diffusion.doctor.features import Scan
 from ezhoi_diffusion.doctor.finding import TRAIN, Finding, ok
@@ -24,7 +24,7 @@ from ezhoi_diffusion.features.statistics import ModalityStatistics, unit
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.plugins import PluginManager
 from ezhoi_diffusion.training.curve import unlearned
-from ezhoi_diffusion.training.distillation import LEAST_COSINE
+from ezhoi_diffusion.training.distillation import MIN_COSINE
 
 EFFECT_ROWS = 512
 EFFECT_LEAST = 8  # fewer say nothing
@@ -115,10 +115,9 @@ def training(bridge: DiffusionBridge, folder: Path) -> Iterator[Finding]:
         )  # fmt: skip
         return
     loss, bar = float(facts["val_loss"]), float(facts["isotropic_val_loss"])
-    if bridge.config.denoiser in CLOSED_FORMS:
+    if isinstance(bridge.denoiser, FittedDenoiser):
         said = f"a closed form of {facts['rows']} rows; without the held-out ones its loss on those is {loss:.5f}, the bar {bar:.5f}"
-        # of texts that it does not hold, the other closed form cannot give one back: its loss says nothing
-        bad = bridge.config.denoiser == "gaussian" and loss >= bar
+        bad = not bridge.denoiser.memorizes and loss >= bar
         yield (
             Finding("bridge.training", "warning", said, f"its rows have nothing in common; {TRAIN}")
             if bad
@@ -162,10 +161,10 @@ def _student(bridge: DiffusionBridge) -> Finding:
     teacher, made = bridge.config.student_of or {}, bridge.provenance.get("distilled", {})
     reached = made.get("held_out", {}).get("cosine", math.nan)
     said = (
-        f"a student of {teacher.get('denoiser')}, {teacher.get('steps')} evaluations from level {teacher.get('start_timestep')}; mean "
+        f"a student of {teacher.get('denoiser')}, {teacher.get('num_steps')} evaluations from level {teacher.get('start_timestep')}; mean "
         f"cosine to that {reached:.4f} on held-out rows"
     )
-    if not reached >= LEAST_COSINE:
+    if not reached >= MIN_COSINE:
         return Finding("bridge.training", "warning", said, "distil again with more --train-steps, or use the teacher")
     return ok("bridge.training", said)
 

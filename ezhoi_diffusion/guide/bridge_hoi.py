@@ -88,12 +88,12 @@ def _from_folder(folder: Path, num_steps: int | None, scale_factor: float | None
 
 def _describe(bridge: DiffusionBridge) -> list[str]:
     config, recipe = bridge.config, bridge.config.recipe
-    imported = config.provenance.get("imported")
+    imported = bridge.provenance.get("imported")
     made = f"{imported['weights']} weights of " if imported else ""
-    made += f"step {config.provenance.get('training', {}).get('step', 'unknown')}"
+    made += f"step {bridge.provenance.get('training', {}).get('step', 'unknown')}"
     return [
         f"  D = {config.dim}, {config.denoiser} {config.denoiser_options or ''}",
-        f"  {config.objective}, T = {config.timesteps}, {made}",
+        f"  {config.objective}, T = {config.num_timesteps}, {made}",
         f"  recipe {recipe.name}: start_timestep {recipe.start_timestep}, {recipe.num_steps} evaluations, scale_factor "
         f"{recipe.scale_factor:g}, output {recipe.output}",
     ]

@@ -14,7 +14,6 @@ from torch.nn.functional import normalize
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, BridgeError, DiffusionBridge, build_denoiser
 from ezhoi_diffusion.diffusion.normalization import uncenter
 from ezhoi_diffusion.diffusion.recipes import RECIPES
-from ezhoi_diffusion.diffusion.samplers import samplers
 from ezhoi_diffusion.features.statistics import ModalityStatistics
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.features.writer import write_imported
@@ -142,7 +141,7 @@ def make_bridge(
             denoiser="unet1d",
             denoiser_options={"init_dim": model.init_dim, "dim_mults": list(model.dim_mults)},
             objective=model.objective or "pred_x0",
-            timesteps=timesteps,
+            num_timesteps=timesteps,
         )
     except ValueError as error:
         raise GuideFileError(f"{model.path}: {error}") from error
@@ -157,12 +156,12 @@ def make_bridge(
     if bundle.visual is not None:
         directions = _restore_directions(bundle, bundle.visual, mean)
         statistics = ModalityStatistics.around([directions], mean, statistics.text_rows)
-    config.provenance.update(
-        fingerprint=bundle.fingerprint,
-        imported={"files": bundle.origin, "weights": used, "notes": bundle.notes},
-        training={"step": model.step},
-    )
-    return DiffusionBridge(config, denoiser, statistics, sampler=samplers()[recipe.sampler])
+    provenance = {
+        "fingerprint": bundle.fingerprint,
+        "imported": {"files": bundle.origin, "weights": used, "notes": bundle.notes},
+        "training": {"step": model.step},
+    }
+    return DiffusionBridge(config, denoiser, statistics, provenance=provenance)
 
 
 def save_bridge(bridge: DiffusionBridge, folder: Path) -> None:

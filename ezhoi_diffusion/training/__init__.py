@@ -1,1 +1,1 @@
-"""Training a bridge: an own, resumable loop over accelerate. Knows neither a host nor a plugin."""
+"""Training of diffusion bridges."""

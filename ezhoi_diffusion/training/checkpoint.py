@@ -1,4 +1,4 @@
-"""Resumable state as numbered folders; the newest one that is whole counts."""
+"""Checkpoints: numbered folders, of which the newest complete one counts."""
 
 from __future__ import annotations
 
@@ -21,31 +21,37 @@ from ezhoi_diffusion.files import (
 )
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
 
-KEEP = 2
+NUM_KEPT = 2
 MANIFEST = "manifest.json"
 TENSORS = ("model", "ema", "best", "optimizer")
 
 
 def write_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-    """Write `folder`/step-…, whole or not at all, then remove all but the last two whole ones."""
+    """Write `folder`/step-… completely or not at all, then remove all but the last two complete ones."""
     with new_folder(folder / f"step-{step:09d}") as staged:
         files = {name: write_tensors(staged / f"{name}.safetensors", content) for name, content in tensors.items()}
         write_json(staged / MANIFEST, {"files": files, "state": state})
-    for path in folder.glob(f"step-*{STAGED}"):  # of a writer that was killed
+    for path in folder.glob(f"step-*{STAGED}"):  # left by a killed writer
         shutil.rmtree(path)
     _put_back(folder)
-    whole = 0
+    complete = 0
     for path in _newest_first(folder):
-        if whole == KEEP:
+        if complete == NUM_KEPT:
             shutil.rmtree(path)
         elif not isinstance(_read(path), str):
-            whole += 1
+            complete += 1
 
 
 def read_newest(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-    """Tensors and state of the newest whole checkpoint, or None; warns of every newer one that is not whole.
+    """Read the newest complete checkpoint, and warn of every newer one that is not complete.
 
-    Only for whoever may write there: what a killed writer moved aside is put back. Raises TrainingError where there are checkpoints, and none is whole.
+    The caller has to be the only writer: what a killed writer moved aside is put back.
+
+    Returns:
+        Tensors and state, or None where there is no checkpoint.
+
+    Raises:
+        TrainingError: There are checkpoints, and none is complete.
     """
     _put_back(folder)
     found = _newest_first(folder)
@@ -55,28 +61,28 @@ def read_newest(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, A
             return content
         warnings.warn(f"skipping checkpoint {path}: {content}", stacklevel=2)
     if found:
-        raise TrainingError(f"{folder} has no whole checkpoint to go on from: remove that folder to begin anew")
+        raise TrainingError(f"{folder} has no complete checkpoint to resume from: remove that folder to start over")
     return None
 
 
 def require_same_run(state: dict[str, Any], config: TrainConfig, data_sha256: str) -> None:
-    """Raises TrainingError, which names what differs, unless `state` may go on under `config`."""
+    """Raise TrainingError, which names the differences, unless `state` may go on under `config`."""
     departures = config.departures(state["config"])
     if departures:
         raise TrainingError(f"cannot resume with another configuration: {', '.join(departures)}")
     if config.train_steps < state["step"]:
         raise TrainingError(f"cannot resume: step {state['step']} lies beyond train_steps {config.train_steps}")
     if state["data_sha256"] != data_sha256:
-        raise TrainingError("cannot resume on other embeddings than those it was begun with")
+        raise TrainingError("cannot resume on other features than those the training began with")
 
 
 def flat(moments: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The state of an optimizer under names that a safetensors file takes: parameter.moment."""
+    """Name the state of an optimizer as a safetensors file takes it: parameter.moment."""
     return {f"{i}.{key}": value for i, kept in moments.items() for key, value in kept.items()}
 
 
 def nested(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-    """The inverse of `flat`."""
+    """Undo `flat`."""
     moments: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         index, key = name.split(".")
@@ -94,13 +100,13 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | str:
-    """Tensors and state of one checkpoint, or why it is not whole."""
+    """Read tensors and state of one checkpoint, or return why it is not complete."""
     remedy = "it is not used"
     try:
         manifest = read_json(path / MANIFEST, TrainingError, remedy)
         files, state = manifest["files"], manifest["state"]
         if state["step"] != int(path.name[5:]):
-            return f"{path / MANIFEST} is that of step {state['step']}"
+            return f"{path / MANIFEST} is of step {state['step']}"
         read = {
             name: read_tensors(path / f"{name}.safetensors", facts, TrainingError, remedy)
             for name, facts in files.items()

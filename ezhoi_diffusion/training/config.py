@@ -1,4 +1,4 @@
-"""One dataclass is the configuration, its JSON and the command line's flags."""
+"""The configuration of a training: one dataclass is its JSON and the flags of the command line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from ezhoi_diffusion.diffusion.artifact import MAX_TIMESTEPS, BridgeConfig
-from ezhoi_diffusion.diffusion.recipes import DEFAULT_RECIPE, Recipe, recipe_of
+from ezhoi_diffusion.diffusion.recipes import DEFAULT_RECIPE, Recipe
 from ezhoi_diffusion.diffusion.schedule import OBJECTIVES, Objective
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 
@@ -17,7 +17,7 @@ LrSchedule = Literal["constant", "cosine", "linear"]
 
 
 class TrainingError(EzhoiDiffusionError):
-    """A training cannot be started, continued or brought to a good end."""
+    """A training cannot be started, continued or finished."""
 
 
 @dataclass(frozen=True)
@@ -28,118 +28,106 @@ class TrainConfig:
     "fp16".
     """
 
-    # Under a minute on one CPU core (20-30 ms a step). The bridge is that of the lowest validation loss, so more steps than
-    # are needed cost time and nothing else. On sentence embeddings of HICO-DET's interactions (D = 384, a tenth held
-    # out) the validation loss fell below that of the closed-form Gaussian after 800 steps for 212 texts (.135; the isotropic
-    # bar .199) and after 1150 for 600 (.119), and was lowest at 1000 steps for 212 (.132), below .10 at 2000 for 600. At the
-    # 8e-5 of the reference, made for its UNet, 212 texts were learned by heart from step 2000 on (.138) without getting there.
+    # 2000 steps take under a minute on one CPU core. More cost time only: the bridge is that of the lowest validation loss. On
+    # sentence embeddings of HICO-DET's interactions (D = 384, a tenth held out) the validation loss fell below that of the
+    # closed-form Gaussian (.135) after 800 steps for 212 texts, and after 1150 for 600 (.119). It was lowest at 1000 steps for
+    # 212 (.132), and below .10 at 2000 for 600. With the UNet's learning rate of 8e-5, 212 texts were memorised first.
     train_steps: int = field(default=2000, metadata={"help": "optimizer steps"})
-    batch_size: int = field(default=64, metadata={"help": "rows per step, over all processes together"})
-    learning_rate: float = field(default=3e-4, metadata={"help": "Adam's learning rate, the highest of the run"})
+    batch_size: int = field(default=64, metadata={"help": "features per step, over all processes together"})
+    learning_rate: float = field(default=3e-4, metadata={"help": "highest learning rate of AdamW"})
     lr_schedule: LrSchedule = field(
-        default="constant", metadata={"help": "learning rate after the warm-up: cosine and linear fall to 0 at the end"}
+        default="constant", metadata={"help": "learning rate after the warm-up; cosine and linear fall to 0 at the end"}
     )
     warmup_steps: int = field(default=0, metadata={"help": "steps over which the learning rate rises from 0"})
-    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's, decoupled; 0 is Adam"})
-    ema_decay: float = field(default=0.995, metadata={"help": "decay of the averaged weights, which are the result"})
+    weight_decay: float = field(default=0.0, metadata={"help": "decoupled weight decay of AdamW; 0 is Adam"})
+    ema_decay: float = field(default=0.995, metadata={"help": "decay of the averaged weights, which become the bridge"})
     ema_update_every: int = field(
-        default=1, metadata={"help": "steps between updates of the averaged weights; Diffusion Bridge's trainer has 10"}
+        default=1, metadata={"help": "steps between updates of the averaged weights; 10 in Diffusion Bridge's trainer"}
     )
-    timesteps: int = field(default=1000, metadata={"help": "levels of the noise schedule"})
+    num_timesteps: int = field(default=1000, metadata={"help": "T, the timesteps of the noise schedule"})
     objective: Objective = field(default="pred_x0", metadata={"help": "what the network predicts"})
     gradient_accumulate: int = field(default=1, metadata={"help": "batches per optimizer step"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
     mixed_precision: MixedPrecision = field(
         default="no", metadata={"help": "precision of forward and backward; fp16 needs a GPU"}
     )
-    val_fraction: float = field(
-        default=0.1, metadata={"help": "share of text rows, or of images, that is kept for validation"}
-    )
+    val_fraction: float = field(default=0.1, metadata={"help": "share of texts, or of images, held out for validation"})
     checkpoint_every: int = field(default=500, metadata={"help": "steps between checkpoints"})
     val_every: int = field(default=100, metadata={"help": "steps between validations"})
     patience: int = field(
-        default=0, metadata={"help": "stop after so many validations without a new lowest validation loss; 0: never"}
+        default=0, metadata={"help": "stop after this many validations without a new lowest loss; 0: never"}
     )
-    seed: int = field(default=0, metadata={"help": "of initial weights, data order, noise and split"})
-    recipe: Recipe = field(
-        default=DEFAULT_RECIPE, metadata={"help": "what is trained on, and how the bridge is applied later"}
-    )
+    seed: int = field(default=0, metadata={"help": "seed of initial weights, data order, noise and split"})
+    recipe: Recipe = field(default=DEFAULT_RECIPE, metadata={"help": "what is learned, and how the bridge is applied"})
     denoiser: str = field(
         default="mlp",
-        metadata={
-            "help": "network, by name: mlp, unet1d, gaussian or empirical (closed forms, which need no training), or one that a plugin brings"
-        },
+        metadata={"help": "mlp, unet1d, gaussian or empirical (both fitted in closed form), or a plugin's"},
     )
     denoiser_options: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": 'options of the network as JSON, e.g. {"width": 1024}'}
+        default_factory=dict, metadata={"help": 'options of the denoiser as JSON, e.g. {"width": 1024}'}
     )
 
     def __post_init__(self) -> None:
-        counts = (
-            "train_steps",
-            "batch_size",
-            "gradient_accumulate",
-            "checkpoint_every",
-            "val_every",
-            "ema_update_every",
-        )
-        for name in counts:
-            self._require(name, type(getattr(self, name)) is int and getattr(self, name) >= 1, "at least 1")
-        self._require(
-            "ema_update_every", self.ema_update_every <= self.train_steps, f"at most train_steps, {self.train_steps}"
-        )
-        self._require("denoiser_options", _is_json_object(self.denoiser_options), "a JSON object")
-        self._require("patience", type(self.patience) is int and self.patience >= 0, "at least 1, or 0 for never")
-        self._require(
-            "warmup_steps",
-            type(self.warmup_steps) is int and 0 <= self.warmup_steps < self.train_steps,
-            f"from 0 to below train_steps, {self.train_steps}",
-        )
-        self._require("weight_decay", 0 <= self.weight_decay < math.inf, "0 or positive, and finite")
-        schedules = get_args(LrSchedule)
-        self._require("lr_schedule", self.lr_schedule in schedules, f"one of {', '.join(schedules)}")
+        for name in (
+            "train_steps", "batch_size", "gradient_accumulate", "checkpoint_every", "val_every", "ema_update_every",
+        ):  # fmt: skip
+            self._require(name, _is_int_from(getattr(self, name), 1), "a whole number from 1")
         for name in ("learning_rate", "max_grad_norm"):
             self._require(name, 0 < getattr(self, name) < math.inf, "positive and finite")
+        self._require_choice("lr_schedule", get_args(LrSchedule))
+        self._require_choice("objective", OBJECTIVES)
+        self._require_choice("mixed_precision", get_args(MixedPrecision))
+        steps, start = self.train_steps, self.recipe.start_timestep
+        self._require("ema_update_every", self.ema_update_every <= steps, f"at most train_steps, {steps}")
+        self._require(
+            "warmup_steps",
+            _is_int_from(self.warmup_steps, 0) and self.warmup_steps < steps,
+            f"a whole number from 0 to below train_steps, {steps}",
+        )
+        self._require("patience", _is_int_from(self.patience, 0), "a whole number from 1, or 0 for never")
+        self._require("weight_decay", 0 <= self.weight_decay < math.inf, "0 or positive, and finite")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "from 0 to below 1")
         self._require("val_fraction", 0 < self.val_fraction < 1, "between 0 and 1")
         self._require("seed", type(self.seed) is int, "a whole number")
         self._require(
-            "timesteps",
-            type(self.timesteps) is int and self.recipe.start_timestep <= self.timesteps <= MAX_TIMESTEPS,
-            f"from the recipe's start_timestep, {self.recipe.start_timestep}, to {MAX_TIMESTEPS}",
+            "num_timesteps",
+            _is_int_from(self.num_timesteps, start) and self.num_timesteps <= MAX_TIMESTEPS,
+            f"a whole number from the recipe's start_timestep, {start}, to {MAX_TIMESTEPS}",
         )
-        self._require("objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
+        self._require("denoiser_options", _is_json_object(self.denoiser_options), "a JSON object")
         self._require(
             "objective",
             self.recipe.trained_on != "pairs" or self.objective == "pred_x0",
             "pred_x0 for a recipe of pairs",
-        )
-        precisions = get_args(MixedPrecision)
-        self._require("mixed_precision", self.mixed_precision in precisions, f"one of {', '.join(precisions)}")
-
-    def bridge_config(self, dim: int) -> BridgeConfig:
-        """That of the bridge which is trained so on rows of width D, without provenance."""
-        return BridgeConfig(
-            dim=dim,
-            recipe=self.recipe,
-            denoiser=self.denoiser,
-            denoiser_options=self.denoiser_options,
-            objective=self.objective,
-            timesteps=self.timesteps,
         )
 
     def _require(self, name: str, holds: bool, what: str) -> None:
         if not holds:
             raise TrainingError(f"{name} must be {what}, not {getattr(self, name)!r}")
 
+    def _require_choice(self, name: str, known: tuple[str, ...]) -> None:
+        self._require(name, getattr(self, name) in known, f"one of {', '.join(known)}")
+
+    def bridge_config(self, dim: int) -> BridgeConfig:
+        """Return the configuration of the bridge that this training gives for features of width D."""
+        return BridgeConfig(
+            dim=dim,
+            recipe=self.recipe,
+            denoiser=self.denoiser,
+            denoiser_options=self.denoiser_options,
+            objective=self.objective,
+            num_timesteps=self.num_timesteps,
+        )
+
     def learning_rate_at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
+        """Return the learning rate of a step, counted from 0."""
         return self.learning_rate * self.learning_rate_share(step)
 
     def learning_rate_share(self, step: int) -> float:
-        """The same as a share of the highest: (step+1)/W in a warm-up of W steps, then 1, 1−p or (1 + cos πp)/2.
+        """Return the learning rate as a share of the highest.
 
-        p is the share of the other steps that is done. A function of the step alone, so a resumed run needs no more.
+        It is (step+1)/W in a warm-up of W steps, then 1, 1−p or (1 + cos πp)/2, where p is the share of the other steps that is
+        done. It depends on the step alone, so a resumed run needs no state of it.
         """
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
@@ -148,36 +136,26 @@ class TrainConfig:
             self.lr_schedule
         ]
 
-    def departures(self, then: dict[str, Any]) -> list[str]:
-        """What keeps this from being the same run as the one begun with `then`, each in words.
+    def departures(self, before: dict[str, Any]) -> list[str]:
+        """List in words what makes this another run than the one that began with `before`.
 
-        How long a run lasts may change, as long as that changes none of its steps. Fields that `then` lacks had
-        their defaults.
+        The length of a run may change where that changes none of its steps.
         """
         free = {"patience"} if self.lr_schedule != "constant" else {"patience", "train_steps"}
-        begun, now = {**TrainConfig().to_dict(), **then}, self.to_dict()
-        begun["recipe"] = asdict(recipe_of(begun["recipe"]))
         return [
-            f"{name} (was {begun[name]!r}, is {now[name]!r})"
-            for name in now
-            if name not in free and now[name] != begun[name]
+            f"{name} (was {before.get(name)!r}, is {value!r})"
+            for name, value in self.to_dict().items()
+            if name not in free and value != before.get(name)
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """In JSON's own types: what a tuple was is a list, here as in a file."""
+        """Return the configuration in types of JSON: a tuple becomes a list, as in a file."""
         content: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return content
 
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> TrainConfig:
-        """The inverse of `to_dict`. Raises TrainingError for unknown fields."""
-        try:
-            values = dict(content)
-            if "recipe" in values:
-                values["recipe"] = recipe_of(values["recipe"])
-            return cls(**values)
-        except (AttributeError, TypeError) as error:
-            raise TrainingError(f"not a training configuration: {error}") from error
+
+def _is_int_from(value: object, low: int) -> bool:
+    return type(value) is int and value >= low
 
 
 def _is_json_object(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""One training in one process: its state, a step, and what is written."""
+"""The training loop of one process: its state, a step, and what it writes."""
 
 from __future__ import annotations
 
@@ -14,32 +14,33 @@ from typing import Any
 
 import accelerate
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from ezhoi_diffusion.diffusion.bridge import DiffusionBridge, build_denoiser
+from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
 from ezhoi_diffusion.diffusion.components import Components
 from ezhoi_diffusion.files import write_json
+from ezhoi_diffusion.training.batches import batch_indices, timesteps_and_noise
 from ezhoi_diffusion.training.checkpoint import flat, nested, read_newest, require_same_run, write_checkpoint
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
-from ezhoi_diffusion.training.data import TrainingData, training_rows
-from ezhoi_diffusion.training.loss import Validation, denoising_loss
-from ezhoi_diffusion.training.order import batch_indices, levels_and_noise
+from ezhoi_diffusion.training.data import TrainingData, TrainingSet
+from ezhoi_diffusion.training.loss import denoising_loss
 from ezhoi_diffusion.training.processes import broadcast_from_main, require_same_everywhere
+from ezhoi_diffusion.training.validation import Validation
 
 CHECKPOINTS = "checkpoints"
 BEST = "best"
 FACTS = "training.json"
 LOG_EVERY = 50
-AGREE_EVERY = 10  # steps after which several processes ask each other whether to stop
-TELL_EVERY = 30.0  # seconds
-ADAM_BETAS = (0.9, 0.99)  # the reference implementation's
+VOTE_EVERY = 10  # steps between votes of several processes on whether to stop
+PROGRESS_SECONDS = 30.0  # between progress lines in a log without a terminal
+ADAM_BETAS = (0.9, 0.99)  # as in Diffusion Bridge
 
 
-class Run:
-    """The state of one training, in one process."""
+class TrainingLoop:
+    """The state of one training in one process."""
 
     def __init__(
         self,
@@ -47,26 +48,23 @@ class Run:
         data: TrainingData,
         config: TrainConfig,
         out: Path,
-        registry: Components | None,
+        network: nn.Module,
+        registry: Components,
     ) -> None:
         self.accelerator, self.data, self.config, self.out = accelerator, data, config, out
         self.device = accelerator.device
-        self.rows = training_rows(data, config)
-        require_same_everywhere({**config.to_dict(), "features": self.rows.fingerprint})
-        self.bridge_config = config.bridge_config(self.rows.source.shape[1])
-        self.schedule = self.bridge_config.schedule()
-        self.validation = Validation.of(self.rows, self.schedule, config)
-        self.resident = self.rows.resident(self.device)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(config.seed)
-            self.network = build_denoiser(self.bridge_config, registry).to(self.device)
+        self.features = TrainingSet.from_data(data, config)
+        require_same_everywhere({**config.to_dict(), "features": self.features.fingerprint})
+        self.validation = Validation.from_features(self.features, config)
+        self.resident = self.features.resident(self.device)
+        self.network = network.to(self.device)
         self.ema = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-        # Made now, around the averaged network, so that whatever it refuses is refused before the first step.
+        # Built now, around the averaged network: what it refuses is refused before the first step.
         self.bridge = DiffusionBridge(
-            self.bridge_config,
+            config.bridge_config(self.features.dim),
             self.ema.module,
             data.statistics,
-            sampler=(registry or Components()).samplers[config.recipe.sampler],
+            registry=registry,
             context=data.context,
         )
         self.parameters = list(self.network.parameters())
@@ -75,27 +73,25 @@ class Run:
             lr=config.learning_rate,
             betas=ADAM_BETAS,
             weight_decay=config.weight_decay,
-            fused=True,  # all parameters in one pass: a quarter of a step on a CPU otherwise
+            fused=True,  # all parameters in one pass; without it AdamW takes a quarter of a step on a CPU
         )
         self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
         self.scheduler = LambdaLR(self.optimizer, config.learning_rate_share)
 
         self.step = 0
-        self.saved: int | None = None  # the step of the newest checkpoint
+        self.saved_step: int | None = None  # of the newest checkpoint
         self.best: dict[str, Any] | None = None  # the record of the lowest validation so far
         self.best_weights: dict[str, Tensor] = {}
-        self.bars = self.validation.bar()
-        self.bar = fmean(self.bars)
+        self.baseline_losses = self.validation.baseline_losses()
+        self.baseline_loss = fmean(self.baseline_losses)
         self.history: list[dict[str, Any]] = []
-        self.pending: list[Tensor] = []
-        self.stopped: str | None = None
-        self.seconds = 0.0
-        self.since = time.monotonic()
+        self.pending: list[Tensor] = []  # losses of the steps since the last record
+        self.stop_reason: str | None = None
+        self.seconds_before = 0.0
+        self.started = time.monotonic()
 
-    # One step and what hangs on it
-
-    def advance(self) -> None:
-        """One optimizer step, and whatever is due after it."""
+    def train_step(self) -> None:
+        """Take one optimizer step, then log, validate and save where that is due."""
         config, accelerator = self.config, self.accelerator
         total = torch.zeros((), device=self.device)
         for micro in range(config.gradient_accumulate):
@@ -112,7 +108,7 @@ class Run:
         if self.step % config.ema_update_every == 0:
             self.ema.update_parameters(self.network)
         self.pending.append(total)
-        self._tell()
+        self._update_progress()
 
         last = self.step == config.train_steps
         validate = last or self.step % config.val_every == 0
@@ -121,32 +117,35 @@ class Run:
             record = self._log()
             if validate:
                 self._validate(record)
-                self.stopped = self._why_stop()
+                self.stop_reason = self._reason_to_stop()
             accelerator.log(self._scalars(record), step=self.step)
-            if checkpoint or self.stopped:
+            if checkpoint or self.stop_reason:
                 self._checkpoint()
 
-    def stops(self, asked: bool) -> bool:
-        """Whether to stop after this step: several processes, which may be asked at different ones, stop at the same."""
-        if self.stopped:
+    def should_stop(self, asked: bool) -> bool:
+        """Whether to stop after this step, because this process or another was `asked` to.
+
+        Several processes may be asked at different steps. They vote, and stop at the same step.
+        """
+        if self.stop_reason:
             return False
         if self.accelerator.num_processes == 1:
             return asked
-        if self.step % AGREE_EVERY:
+        if self.step % VOTE_EVERY:
             return False
         votes = self.accelerator.reduce(torch.tensor(float(asked), device=self.device), "sum")
         return bool(votes > 0)
 
-    def stop(self) -> None:
-        """See that there is a checkpoint of this very step, in all processes."""
+    def save_and_stop(self) -> None:
+        """Write a checkpoint of this very step, and wait for all processes."""
         self._checkpoint()
         self.accelerator.wait_for_everyone()
 
-    def _why_stop(self) -> str | None:
-        """Why there is no step left to do, in words; None while there is.
+    def _reason_to_stop(self) -> str | None:
+        """Say why no step is left to do; None while one is.
 
-        Patience looks only at validations that every run with this val_every has, so that a run which ended and then
-        goes on for longer stops where one that never ended would.
+        Patience counts regular validations only. A run that ended early and goes on has an extra one, and stops where a run that
+        never ended does.
         """
         if self.config.patience:
             regular = [r for r in self.history if "val_loss" in r and r["step"] % self.config.val_every == 0]
@@ -159,67 +158,65 @@ class Run:
         return f"all {self.step} steps are done" if self.step >= self.config.train_steps else None
 
     def _loss(self, batch: int) -> Tensor:
-        """This process's share of the loss of one global batch."""
+        """Return this process's share of the loss of one global batch."""
         config, accelerator = self.config, self.accelerator
-        numbers = batch_indices(len(self.rows.training), config.batch_size, config.seed, batch)
-        shape = (config.batch_size, self.bridge_config.dim)
-        t, noise = levels_and_noise(shape, config.timesteps, config.seed, batch)
+        indices = batch_indices(len(self.features.training), config.batch_size, config.seed, batch)
+        t, noise = timesteps_and_noise((config.batch_size, self.features.dim), config.num_timesteps, config.seed, batch)
         share = config.batch_size // accelerator.num_processes
-        mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-        chosen = self.rows.training[numbers[mine]]
-        z = self.rows[chosen] if self.resident is None else self.resident[self._moved(chosen)]
+        own = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+        chosen = self.features.training[indices[own]]
+        z = self.features[chosen] if self.resident is None else self.resident[self._to_device(chosen)]
         with accelerator.autocast():
             return denoising_loss(
                 self.model,
                 z.to(self.device),
-                t[mine],
-                self._moved(self.rows.noise(chosen, noise[mine])),
-                self.schedule,
+                t[own],
+                self._to_device(self.features.noise(chosen, noise[own])),
+                self.validation.schedule,
                 config.objective,
                 config.recipe.scale_factor,
-                paired=self.rows.paired,
+                paired=self.features.paired,
             )
 
-    def _moved(self, x: Tensor) -> Tensor:
-        """On the device; the step does not wait for the copy, which it would without pinned memory."""
+    def _to_device(self, x: Tensor) -> Tensor:
+        """Copy from pinned memory to a GPU, so that the step does not wait for the copy."""
         return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x.to(self.device)
 
-    def _log(self) -> dict[str, float]:
-        """Fetch the losses since the last time. Not at every step: that would make the device wait."""
+    def _log(self) -> dict[str, Any]:
+        """Fetch the losses since the last record. At every step the device would have to wait."""
         losses = self.accelerator.reduce(torch.stack(self.pending), "mean").cpu()
         broken = (~torch.isfinite(losses)).nonzero()
         if len(broken):
             step = self.step - len(losses) + int(broken[0]) + 1
-            raise TrainingError(
-                f"the loss is {losses[broken[0]].item()} at step {step}: lower the learning rate (now "
-                f"{self.config.learning_rate:g}) and train into another folder; {self.out} keeps its last checkpoint"
-            )
+            raise self._diverged("the loss", losses[broken[0]].item(), step)
         self.pending.clear()
         record = {"step": self.step, "loss": float(losses.mean()), "lr": self.config.learning_rate_at(self.step - 1)}
         self.history.append(record)
-        self.bar_display.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
+        self.progress_bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
         return record
 
-    def _logged(self) -> bool:
-        """Whether the history has this step."""
+    def _diverged(self, what: str, value: float, step: int) -> TrainingError:
+        return TrainingError(
+            f"{what} is {value} at step {step}: lower the learning rate (now {self.config.learning_rate:g}) and train into "
+            f"another folder; {self.out} keeps its last checkpoint"
+        )
+
+    def _is_logged(self) -> bool:
         return bool(self.history) and self.history[-1]["step"] == self.step
 
     def _validate(self, record: dict[str, Any]) -> None:
-        """The main process's figures count for all: another kind of processor may round otherwise."""
-        ranges = broadcast_from_main(self.accelerator, lambda: self.validation.losses(self.ema.module, self.device))
-        record["val_loss"], record["val_loss_by_range"] = fmean(ranges), ranges
+        """Add the validation loss to `record`; it comes from the main process, as processors may round differently."""
+        losses = broadcast_from_main(self.accelerator, lambda: self.validation.losses(self.ema.module, self.device))
+        record["val_loss"], record["val_loss_by_range"] = fmean(losses), losses
         if not math.isfinite(record["val_loss"]):
-            raise TrainingError(
-                f"the validation loss is {record['val_loss']} at step {self.step}: lower the learning rate (now "
-                f"{self.config.learning_rate:g}) and train into another folder; {self.out} keeps its last checkpoint"
-            )
+            raise self._diverged("the validation loss", record["val_loss"], self.step)
         if self.accelerator.is_main_process:
-            self.bar_display.write(
+            self.progress_bar.write(
                 f"step {self.step}: loss {record['loss']:.5f}, validation {record['val_loss']:.5f} "
-                f"(isotropic estimate, the bar: {self.bar:.5f})"
+                f"(isotropic estimate: {self.baseline_loss:.5f})"
             )
-        # A run that never ended has no validation at an early end. So that one which goes on from there gives the same bridge,
-        # it is no candidate here; `finish` looks at it for that end.
+        # The validation at an early end is no candidate here, only in `finish`. A run that never ended does not have it, and one
+        # that goes on from there has to give the same bridge.
         regular = record["step"] % self.config.val_every == 0
         if regular and (self.best is None or record["val_loss"] < self.best["val_loss"]):
             self.best = record
@@ -227,39 +224,37 @@ class Run:
             self._save(self.out / BEST, record)
 
     def _scalars(self, record: dict[str, Any]) -> dict[str, float]:
-        """A record of the history as trackers take it."""
+        """Flatten a record of the history for trackers."""
         scalars = {name: value for name, value in record.items() if name not in ("step", "val_loss_by_range")}
         for (low, high), loss in zip(self.validation.ranges, record.get("val_loss_by_range", ()), strict=False):
-            scalars[f"val_loss/levels {low}-{high}"] = loss
+            scalars[f"val_loss/timesteps {low}-{high}"] = loss
         return scalars
 
-    # Files
-
     def _save(self, folder: Path, record: dict[str, Any], **more: Any) -> None:
-        """The averaged weights, those of the step of `record`, as a bridge."""
+        """Save the averaged weights, which are those of the step of `record`, as a bridge."""
         facts = {
             "config": self.config.to_dict(),
             "step": record["step"],
             "val_loss": record["val_loss"],
-            "isotropic_val_loss": self.bar,
-            **self._ranges(record),
-            "rows": len(self.rows.training),
-            "data_sha256": self.rows.fingerprint,
+            **self._loss_facts(record),
+            "rows": len(self.features.training),
+            "data_sha256": self.features.fingerprint,
             **more,
         }
         self.bridge.provenance = {**self.data.provenance, "training": facts}
         broadcast_from_main(self.accelerator, lambda: self.bridge.save_pretrained(folder))
 
-    def _ranges(self, record: dict[str, Any]) -> dict[str, Any]:
-        """What is said of the ranges of levels, in the artefact as in training.json."""
+    def _loss_facts(self, record: dict[str, Any]) -> dict[str, Any]:
+        """What the artefact and training.json both say of the losses of a record."""
         return {
+            "isotropic_val_loss": self.baseline_loss,
             "ranges": self.validation.ranges,
             "val_loss_by_range": record["val_loss_by_range"],
-            "isotropic_val_loss_by_range": self.bars,
+            "isotropic_val_loss_by_range": self.baseline_losses,
         }
 
     def _checkpoint(self) -> None:
-        if self.saved == self.step:
+        if self.saved_step == self.step:
             return
         pending = self.accelerator.reduce(torch.stack(self.pending), "mean").tolist() if self.pending else []
         tensors = {
@@ -276,22 +271,29 @@ class Run:
             "pending": pending,
             "seconds": self._elapsed(),
             "config": self.config.to_dict(),
-            "data_sha256": self.rows.fingerprint,
+            "data_sha256": self.features.fingerprint,
             "scaler": scaler.state_dict() if scaler else None,
         }
         broadcast_from_main(
             self.accelerator, lambda: write_checkpoint(self.out / CHECKPOINTS, self.step, tensors, state)
         )
-        self.saved = self.step
+        self.saved_step = self.step
 
     def restore(self) -> bool:
-        """Take up the newest whole checkpoint; False where there is none. Raises TrainingError if it differs."""
+        """Load the newest complete checkpoint.
+
+        Returns:
+            False where there is none.
+
+        Raises:
+            TrainingError: It belongs to another run or another network.
+        """
         found = broadcast_from_main(self.accelerator, lambda: read_newest(self.out / CHECKPOINTS))
         if found is None:
             return False
         tensors, state = found
         try:
-            require_same_run(state, self.config, self.rows.fingerprint)
+            require_same_run(state, self.config, self.features.fingerprint)
             self.network.load_state_dict(tensors["model"])
             self.ema.load_state_dict(tensors["ema"])
             groups = self.optimizer.state_dict()["param_groups"]
@@ -300,29 +302,29 @@ class Run:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.step, self.best, self.history = state["step"], state["best"], state["history"]
             self.best_weights = tensors["best"]
-            self.saved = self.step
+            self.saved_step = self.step
             self.pending = [torch.tensor(loss, device=self.device) for loss in state["pending"]]
-            if not self.pending and not self._logged():
+            if not self.pending and not self._is_logged():
                 raise ValueError(f"it has no loss of step {self.step}")
-            self.seconds = state["seconds"]
+            self.seconds_before = state["seconds"]
             self.scheduler = LambdaLR(self.optimizer, self.config.learning_rate_share, last_epoch=self.step - 1)
-            self.stopped = self._why_stop()
-            before = state["config"].get("train_steps", TrainConfig.train_steps)
+            self.stop_reason = self._reason_to_stop()
+            before = state["config"]["train_steps"]
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise TrainingError(
-                f"the newest checkpoint in {self.out / CHECKPOINTS} is not one of this network ({error}): remove it"
+                f"the newest checkpoint in {self.out / CHECKPOINTS} does not fit this network ({error}): remove it"
             ) from error
         if before != self.config.train_steps and self.accelerator.is_main_process:
             print(f"note: train_steps was {before}, is now {self.config.train_steps}", file=sys.stderr, flush=True)
         return True
 
     def finish(self) -> None:
-        """Write the results. The artefact comes last: once it is there, everything is.
+        """Write training.json, and last the bridge of the lowest validation loss.
 
-        It is that of the lowest validation loss, because from there on a network mostly learns its rows by heart.
+        From the lowest validation loss on, a network mostly memorises.
         """
-        # a resumed run that had no step left to do may have been stopped before this step was logged, or validated
-        if not self._logged():
+        # A run may be stopped before a step is logged or validated, and then resumed with no step left to do.
+        if not self._is_logged():
             self._log()
         if "val_loss" not in self.history[-1]:
             self._validate(self.history[-1])
@@ -333,12 +335,11 @@ class Run:
         facts = {
             "config": self.config.to_dict(),
             "step": self.step,
-            "stopped": self.stopped,
+            "stopped": self.stop_reason,
             "history": self.history,
             "best_step": best["step"],
             "best_val_loss": best["val_loss"],
-            "isotropic_val_loss": self.bar,
-            **self._ranges(best),
+            **self._loss_facts(best),
             "seconds": self._elapsed(),
             "device": str(self.device),
             "processes": self.accelerator.num_processes,
@@ -349,30 +350,32 @@ class Run:
             },
         }
         broadcast_from_main(self.accelerator, lambda: write_json(self.out / FACTS, facts))
-        self._save(self.out, best, stopped=self.stopped)
+        self._save(self.out, best, stopped=self.stop_reason)
         broadcast_from_main(self.accelerator, lambda: shutil.rmtree(self.out / BEST, ignore_errors=True))
         if self.accelerator.is_main_process:
-            self.bar_display.write(f"stopped at step {self.step}: {self.stopped}")
+            self.progress_bar.write(f"stopped at step {self.step}: {self.stop_reason}")
 
     def progress(self) -> Any:
-        """The progress bar, a context manager; silent in all processes but the first and without a terminal."""
+        """Return the progress bar, a context manager. It is silent without a terminal, and outside the main process."""
         disable = None if self.accelerator.is_main_process else True
-        self.bar_display = tqdm(
+        self.progress_bar = tqdm(
             total=self.config.train_steps, initial=self.step, disable=disable, unit="step", desc="training"
         )
-        self.first_step, self.began, self.told = self.step, time.monotonic(), time.monotonic()
-        return self.bar_display
+        self.first_step = self.step
+        self.progress_began = self.last_line = time.monotonic()
+        return self.progress_bar
 
-    def _tell(self) -> None:
-        """Advance the bar; in a batch job's log, which shows none, write a line now and then."""
-        self.bar_display.update()
+    def _update_progress(self) -> None:
+        """Advance the progress bar. Without a terminal, print a line now and then."""
+        self.progress_bar.update()
         now = time.monotonic()
-        if self.bar_display.disable and self.accelerator.is_main_process and now - self.told >= TELL_EVERY:
-            self.told = now
+        silent = self.progress_bar.disable and self.accelerator.is_main_process
+        if silent and now - self.last_line >= PROGRESS_SECONDS:
+            self.last_line = now
             line = tqdm.format_meter(
                 self.step,
                 self.config.train_steps,
-                now - self.began,
+                now - self.progress_began,
                 ncols=0,
                 prefix="training",
                 unit="step",
@@ -382,4 +385,4 @@ class Run:
             print(line, file=sys.stderr, flush=True)
 
     def _elapsed(self) -> float:
-        return self.seconds + time.monotonic() - self.since
+        return self.seconds_before + time.monotonic() - self.started

@@ -1,4 +1,4 @@
-"""The processes that train together: found, checked, and of one mind."""
+"""Set up accelerate, and check that all processes agree."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ T = TypeVar("T")
 
 
 def accelerator_for(config: TrainConfig, log_with: Sequence[Any], tracks: Path) -> accelerate.Accelerator:
-    """Devices, processes, precision, and trackers that write into `tracks`.
+    """Set up devices, processes, precision, and trackers that write into `tracks`.
 
-    Raises TrainingError where they do not fit the configuration.
+    Raises:
+        TrainingError: They do not fit the configuration.
     """
-    AcceleratorState._reset_state()  # a process-wide singleton, which would keep an earlier call's precision
-    # unless told that it is to use the CPU, accelerate overlooks the other processes of torchrun where there is no GPU
+    AcceleratorState._reset_state()  # a singleton, which would keep the precision of an earlier call
+    # without a GPU, accelerate overlooks the other processes of torchrun unless cpu is set
     on_cpu = _expected() > 1 and not torch.cuda.is_available()
     accelerator = accelerate.Accelerator(
         mixed_precision=config.mixed_precision, cpu=on_cpu, log_with=list(log_with) or None, project_dir=tracks
     )
-    expected = _expected()  # once more: where mpirun started them, accelerate has set it just now
+    expected = _expected()  # again: under mpirun, accelerate has just set it
     if accelerator.num_processes != expected:
         raise TrainingError(
             f"this is one of {expected} processes, and accelerate found {accelerator.num_processes}: start them with "
@@ -51,9 +52,9 @@ def accelerator_for(config: TrainConfig, log_with: Sequence[Any], tracks: Path) 
 
 
 def broadcast_from_main(accelerator: accelerate.Accelerator, decide: Callable[[], T]) -> T:
-    """What `decide` returns or raises in the main process, in every process. All must call it.
+    """Call `decide` in the main process, and return or raise its outcome in every process. All must call it.
 
-    So only the main process needs the files, and no two can come to different decisions.
+    Only the main process needs the files, and all processes decide alike.
     """
     if accelerator.num_processes == 1:
         return decide()
@@ -61,7 +62,7 @@ def broadcast_from_main(accelerator: accelerate.Accelerator, decide: Callable[[]
     if accelerator.is_main_process:
         try:
             outcome[0] = decide()
-        except Exception as error:  # whatever it is, the others would wait for ever
+        except Exception as error:  # any error: the others would wait for ever
             outcome[1] = error
     result, failure = broadcast_object_list(outcome)
     if failure is not None:
@@ -70,7 +71,7 @@ def broadcast_from_main(accelerator: accelerate.Accelerator, decide: Callable[[]
 
 
 def require_same_everywhere(what: dict[str, Any]) -> None:
-    """Raises TrainingError, in every process, where one of them was given something else."""
+    """Raise TrainingError in every process where one of them has another value."""
     for rank, given in enumerate(gather_object([what])):
         for name, value in given.items():
             if value != what[name]:
@@ -81,11 +82,10 @@ def require_same_everywhere(what: dict[str, Any]) -> None:
 
 
 def exit_distributed(status: int = 0, last_words: str = "") -> None:
-    """End this process, where several trained together and came to the same end; all must call it, as the last thing.
+    """End this process where several trained together; otherwise do nothing. All must call it, as the last thing.
 
-    Not by way of the interpreter's own end: that was seen to take a process with it (SIGABRT, in one training of ten or of
-    dozens, also once the processes had parted), and then a training that went well is taken for a failed one. It is not known
-    which of torch's threads asks for the interpreter just then.
+    It skips the interpreter's own shutdown, which aborted a process (SIGABRT) in one training of ten to dozens. A training that
+    succeeded then counted as failed. Which of torch's threads is at fault is not known.
     """
     if dist.is_available() and dist.is_initialized():
         dist.barrier()

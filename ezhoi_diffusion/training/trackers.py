@@ -1,4 +1,4 @@
-"""Experiment trackers, through accelerate: which there are, and one run in each for a training and what resumes it."""
+"""Experiment trackers through accelerate: a training and its resumptions share one run in each tracker."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import accelerate
 from accelerate import tracking
 from accelerate.utils import LoggerType
 
+from ezhoi_diffusion.errors import attributed_to
 from ezhoi_diffusion.files import write_atomic
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
 
@@ -21,9 +22,9 @@ RUN_ID = "run-id"
 
 
 def require_trackers(log_with: Sequence[Any]) -> None:
-    """Raises TrainingError for a name that accelerate does not know, or whose package is not installed.
+    """Raise TrainingError for a name that accelerate does not know, or whose package is not installed.
 
-    Trackers of one's own (accelerate.tracking.GeneralTracker) need no name.
+    Instances of accelerate.tracking.GeneralTracker pass.
     """
     known, installed = LoggerType.list(), [str(name) for name in tracking.get_available_trackers()]
     for name in (entry for entry in log_with if isinstance(entry, str)):
@@ -44,8 +45,10 @@ def require_trackers(log_with: Sequence[Any]) -> None:
 def start_trackers(accelerator: accelerate.Accelerator, config: TrainConfig, out: Path) -> None:
     """Begin a run in every tracker, or go on in the one that an earlier start in `out` began.
 
-    TensorBoard and W&B write into `out`/trackers; others where their own settings say. Raises TrainingError where a
-    tracker does not start.
+    TensorBoard and W&B write into `out`/trackers, the others where their own settings say.
+
+    Raises:
+        TrainingError: A tracker does not start.
     """
     if not accelerator.log_with:
         return
@@ -56,14 +59,12 @@ def start_trackers(accelerator: accelerate.Accelerator, config: TrainConfig, out
         write_atomic(folder / RUN_ID, uuid.uuid4().hex.encode())
     run_id = (folder / RUN_ID).read_text()
     wandb = {"dir": str(folder), "id": run_id, "name": out.resolve().name, "resume": "allow"}
-    try:
+    with attributed_to("starting a tracker (without --log-with none is needed)", TrainingError):
         accelerator.init_trackers(PROJECT, None if begun else _flat(config.to_dict()), {"wandb": wandb})
-    except Exception as error:  # third-party code: no account, no network, another version
-        raise TrainingError(f"a tracker did not start ({error}): mend that, or leave log-with out") from error
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, str | int | float]:
-    """Configuration as trackers take it: no nesting, no lists."""
+    """Flatten a configuration: trackers take no nesting and no lists."""
     flat: dict[str, str | int | float] = {}
     for name, value in content.items():
         if isinstance(value, dict) and value:

@@ -1,4 +1,4 @@
-"""Training a bridge: the same result, to rounding, on any number of processes, interrupted or not."""
+"""Trains a bridge. The result is the same, to rounding, on any number of processes, interrupted or not."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ezhoi_diffusion.artifact import CONFIG
+from ezhoi_diffusion.diffusion.bridge import build_denoiser
 from ezhoi_diffusion.diffusion.components import Components
-from ezhoi_diffusion.diffusion.networks import CLOSED_FORMS
+from ezhoi_diffusion.diffusion.denoiser import FittedDenoiser
 from ezhoi_diffusion.errors import Interrupted
 from ezhoi_diffusion.files import current, leftovers, locked
 from ezhoi_diffusion.signals import asked_to_stop
-from ezhoi_diffusion.training.closed_form import fit_bridge
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
 from ezhoi_diffusion.training.data import TrainingData
-from ezhoi_diffusion.training.loop import CHECKPOINTS, Run
+from ezhoi_diffusion.training.fit import fit_bridge
+from ezhoi_diffusion.training.loop import CHECKPOINTS, TrainingLoop
 from ezhoi_diffusion.training.processes import accelerator_for, broadcast_from_main
 from ezhoi_diffusion.training.trackers import TRACKS, require_trackers, start_trackers
 
@@ -33,34 +36,43 @@ def train(
     log_with: Sequence[Any] = (),
     on_step: Callable[[int], None] | None = None,
 ) -> Path:
-    """Train a bridge into `out` and return it: the artefact of the averaged weights that had the lowest validation loss,
-    training.json and checkpoints/. While it runs, best/ holds that artefact as it is so far.
+    """Train a bridge into `out`; a FittedDenoiser is fitted instead.
 
-    A validation at the end, off the rhythm of `val_every`, counts for this end alone: gone on with, a run gives the
-    bridge of one that never ended.
+    `out` gets the artefact, training.json and checkpoints/. The artefact holds the averaged weights of the lowest validation
+    loss; best/ holds them while the training runs. After a fit there are neither checkpoints nor best/.
 
-    With `resume` it goes on from the newest whole checkpoint, bit-equal on a CPU to a run that never stopped.
-    `patience` may differ, and train_steps may have grown unless the learning rate follows it. A run that ended
-    early, resumed as it was, has nothing left to do. `log_with` names trackers that accelerate knows, or holds
-    trackers of accelerate's kind; it is no part of the run's identity. `on_step` is called after every step with
-    the number of steps done.
+    Under torchrun or `accelerate launch`, call it in every process, and then
+    `ezhoi_diffusion.training.processes.exit_distributed` as the last thing. Only the main process reads and writes `out`.
 
-    Under torchrun or `accelerate launch`, call it in every process, and `ezhoi_diffusion.training.processes.exit_distributed` after it as
-    the last thing. Only the main process reads and writes `out`.
+    Args:
+        data: What to learn from.
+        config: How to train.
+        out: A folder.
+        registry: Denoisers and samplers; by default those that ship.
+        resume: Go on from the newest complete checkpoint. On a CPU the result is bit-equal to that of a run that never
+            stopped. `patience` may differ. So may train_steps, unless the learning rate follows it. A run that is finished
+            has nothing left to do.
+        log_with: Names of trackers that accelerate knows, or trackers of accelerate's kind. They may differ on resuming.
+        on_step: Called after every step with the number of steps done.
 
-    A denoiser that is a closed form is fitted instead; then there are neither checkpoints nor best/.
+    Returns:
+        `out`.
 
-    Asked to end by SIGTERM or SIGINT, it writes a checkpoint of the step it is at and raises Interrupted.
-
-    Raises TrainingError where `out` is in use, the data, the device or the checkpoint do not fit the
-    configuration, a tracker is missing, or the loss becomes NaN or infinite.
+    Raises:
+        Interrupted: SIGTERM or SIGINT came. A checkpoint of the current step is written.
+        TrainingError: `out` is in use, a tracker is missing, the loss is not finite, or the data, the device or the checkpoint
+            do not fit the configuration.
     """
-    out = Path(out)
+    out, registry = Path(out), registry or Components()
     require_trackers(log_with)
     accelerator = accelerator_for(config, log_with, out / TRACKS)
     finished = broadcast_from_main(accelerator, lambda: _holds_a_bridge(out, resume))
-    closed_form = config.denoiser in CLOSED_FORMS
-    run = None if closed_form else Run(accelerator, data, config, out, registry)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        denoiser = build_denoiser(config.bridge_config(data.statistics.dim), registry)
+    loop = None
+    if not isinstance(denoiser, FittedDenoiser):
+        loop = TrainingLoop(accelerator, data, config, out, denoiser, registry)
     try:
         broadcast_from_main(accelerator, lambda: out.mkdir(parents=True, exist_ok=True))
     except OSError as error:
@@ -68,30 +80,30 @@ def train(
     held = ExitStack()
     try:
         broadcast_from_main(accelerator, lambda: _take(out, held))
-        if run is None:
-            broadcast_from_main(accelerator, lambda: fit_bridge(data, config, out, registry or Components()))
+        if loop is None:
+            broadcast_from_main(accelerator, lambda: fit_bridge(data, config, out, registry))
             return out
-        if resume and not run.restore() and finished:
-            raise TrainingError(f"{out} holds a trained bridge and no checkpoint to go on from")
+        if resume and not loop.restore() and finished:
+            raise TrainingError(f"{out} holds a trained bridge and no checkpoint to resume from: choose another folder")
         broadcast_from_main(accelerator, lambda: start_trackers(accelerator, config, out))
-        with run.progress(), asked_to_stop() as asked:
-            while not run.stopped:
-                run.advance()
+        with loop.progress(), asked_to_stop() as asked:
+            while not loop.stop_reason:
+                loop.train_step()
                 if on_step is not None:
-                    on_step(run.step)
-                if run.stops(asked()):
-                    run.stop()
+                    on_step(loop.step)
+                if loop.should_stop(asked()):
+                    loop.save_and_stop()
                     raise Interrupted(
-                        f"stopped after step {run.step} of {config.train_steps}, with a checkpoint of it in {out}: give the "
-                        f"same command with --resume to go on"
+                        f"stopped after step {loop.step} of {config.train_steps}, with a checkpoint in {out}: run the same "
+                        f"command with --resume to go on"
                     )
-            run.finish()
+            loop.finish()
     except OSError as error:
         raise TrainingError(
-            f"{out} could not take what the training writes ({error}): free space there and resume; checkpoints are kept"
+            f"{out} cannot be written ({error}): free space there and resume; checkpoints are kept"
         ) from error
     finally:
-        # not accelerate's end_training, which would also part the processes for good
+        # accelerate's end_training would also part the processes for good
         for tracker in accelerator.trackers:
             tracker.finish()
         held.close()
@@ -99,14 +111,14 @@ def train(
 
 
 def _take(out: Path, held: ExitStack) -> None:
-    """Keep other trainings out of the folder as long as `held` is open, and clear away what a killed one left."""
+    """Keep other trainings out of the folder while `held` is open, and remove what a killed one left."""
     held.enter_context(locked(out, TrainingError))
     for path in leftovers(out):
         path.unlink(missing_ok=True)
 
 
 def _holds_a_bridge(out: Path, resume: bool) -> bool:
-    """Whether `out` does. Raises TrainingError where it holds anything of a training that is not to be resumed."""
+    """Whether `out` holds a finished bridge. Raises TrainingError where it holds a training that is not to be resumed."""
     finished, begun = current(out, CONFIG).exists(), (out / CHECKPOINTS).exists()
     if (finished or begun) and not resume:
         what = "a trained bridge" if finished else "an unfinished training"

@@ -57,7 +57,7 @@ def run(store, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(suite, "QUICK", TINY)
-        patch.setattr("ezhoi_diffusion.training.distillation.ROWS", 64)
+        patch.setattr("ezhoi_diffusion.training.distillation.NUM_FEATURES", 64)
         patch.setattr(training, "TURN", 0.01)
         patch.setattr(timing, "TURN", 0.0)
         printed = []
@@ -117,8 +117,8 @@ def test_the_table_names_all_contenders_and_says_what_was_not_timed(run):
         assert f" {entry['name']}" in printed
     names = [entry["name"] for entry in result["sampler"]]
     assert names == [
-        "the guide's unet1d", "the same, our order", "mlp, recipe gentle", "mlp, its student", "mlp, S = 1", "mlp, S = 5",
-        "mlp, S = 5, cubic", "mlp, S = 10, cubic", "wiener, S = 5, cubic", "wiener, S = 10, cubic",
+        "the guide's unet1d", "mlp, recipe gentle", "mlp, its student", "mlp, S = 1", "mlp, S = 5",
+        "mlp, S = 5, cubic", "mlp, S = 10, cubic", "gaussian, S = 5, cubic", "gaussian, S = 10, cubic",
     ]  # fmt: skip
     assert "the guide's unet1d*" in printed
     assert "timed on 2 of its 600 evaluations, times 300" in printed
@@ -144,22 +144,6 @@ def test_all_evaluations_against_themselves_are_the_same_result_and_fewer_are_no
     assert whole.top1 == 1
     assert found["mlp, S = 1"].cosine < 0.999
     assert found["the guide's unet1d"] is None
-
-
-def test_the_guides_network_is_computed_as_its_package_does(monkeypatch):
-    from ezhoi_diffusion.diffusion import unet1d
-
-    x = torch.randn(3, D)
-    torch.manual_seed(0)
-    published = sampling.guide(bridge(), Components(), published=True)
-    ours = published.denoiser.network
-    monkeypatch.setattr(unet1d, "_channels_last", lambda *_: pytest.fail("the faster order"))
-    with torch.no_grad():
-        found = published.denoiser(x, torch.tensor([7]))
-        assert torch.equal(found, ours.net(x.unsqueeze(1), torch.tensor([7, 7, 7])).squeeze(1))
-    assert published.override(num_steps=2)(x).isfinite().all()
-    with pytest.raises(pytest.fail.Exception):
-        sampling.guide(bridge(), Components(), published=False).override(num_steps=2)(x)
 
 
 def test_the_reference_has_every_level_and_the_start_of_its_contender():
@@ -256,8 +240,8 @@ def test_a_training_says_when_it_was_below_the_closed_form(monkeypatch):
 def test_a_student_is_measured_as_it_is_and_has_no_student():
     student = bridge(student_of={"num_steps": 5}, recipe=replace(DEFAULT_RECIPE, num_steps=1))
     entries = sampling.bridge_cases(student, (1, 5), Components())
-    assert [e.name for e in entries] == ["the guide's unet1d", "the same, our order", "mlp, a student"]
-    assert sampling.nearness(entries, torch.randn(4, D), torch.randn(4, D)) == [None] * 3
+    assert [e.name for e in entries] == ["the guide's unet1d", "mlp, a student"]
+    assert sampling.nearness(entries, torch.randn(4, D), torch.randn(4, D)) == [None] * 2
     assert student_of(student, made_up(dim=D, texts=20, rows=8), 2, CPU) is None
 
 

@@ -38,7 +38,7 @@ def on_a_pretended_gpu(bridge: nn.Module) -> nn.Module:
     Tables that are made once, on the CPU, are there already.
     """
     bridge(features())
-    moved = copy.deepcopy(bridge, {id(bridge._schedule): bridge._schedule})
+    moved = copy.deepcopy(bridge, {id(bridge.schedule): bridge.schedule})
     with FakeTensorMode() as mode:
         for module in moved.modules():
             for name, value in module._parameters.items():
@@ -99,7 +99,7 @@ def test_loss_and_update_wait_for_no_device_and_take_nothing_to_it_but_levels(ob
         optimizer = torch.optim.AdamW(network.parameters(), fused=True)
         average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.9))
         with CrossesDevices() as crossing:
-            loss = denoising_loss(network, z, t, noise, bridge._schedule, objective, 5.0, paired=paired)
+            loss = denoising_loss(network, z, t, noise, bridge.schedule, objective, 5.0, paired=paired)
             for parameter in network.parameters():  # autograd itself asks for a real device
                 parameter.grad = torch.empty_like(parameter)
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)

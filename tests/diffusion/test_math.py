@@ -6,12 +6,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ezhoi_diffusion.diffusion.normalization import normalize, uncenter
 from ezhoi_diffusion.diffusion.recipes import RECIPES, Recipe, RecipeError
-from ezhoi_diffusion.diffusion.samplers import ddim, make_timesteps, published
+from ezhoi_diffusion.diffusion.samplers import ddim, published
 from ezhoi_diffusion.diffusion.schedule import OBJECTIVES, Schedule, isotropic_estimate
-from ezhoi_diffusion.features.statistics import unit
+from ezhoi_diffusion.diffusion.timesteps import make_timesteps
 
 SCHEDULE = Schedule.cosine()
 
@@ -24,7 +25,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
 @pytest.mark.parametrize("mean_norm", [0.0, 0.7, 0.9, 0.999])
 def test_chain_is_inverted_exactly(dim, mean_norm):
     x = 7 * normal(50, dim)
-    mean = mean_norm * unit(normal(dim, seed=1))
+    mean = mean_norm * F.normalize(normal(dim, seed=1), dim=-1)
     z, norm = normalize(x, mean, 5.0)
     assert torch.allclose(z.norm(dim=1), torch.full((50,), 5.0))
     error = (norm * uncenter(3 * z, mean) - x).norm(dim=1) / x.norm(dim=1)
@@ -43,7 +44,7 @@ def test_a_mean_on_the_sphere_has_no_inverse():
 
 
 def test_schedule_has_the_published_values():
-    assert SCHEDULE.timesteps == 1000
+    assert SCHEDULE.num_timesteps == 1000
     assert SCHEDULE.alphas_cumprod[599].item() == pytest.approx(0.3408, abs=5e-5)
     betas = 1 - SCHEDULE.alphas_cumprod[1:] / SCHEDULE.alphas_cumprod[:-1]
     assert betas.max() <= 0.999 + 1e-12
@@ -75,8 +76,8 @@ def test_isotropic_estimate_is_the_best_multiple_of_the_input(objective):
     dim, scale = 512, 5.0
     skip, residual = isotropic_estimate(SCHEDULE, objective, dim, scale)
     for level in (20, 99, 300, 599):
-        z, noise = scale * unit(normal(2000, dim, seed=level)), normal(2000, dim, seed=level + 1)
-        x = scale * unit(SCHEDULE.q_sample(z, level, noise))
+        z, noise = scale * F.normalize(normal(2000, dim, seed=level), dim=-1), normal(2000, dim, seed=level + 1)
+        x = scale * F.normalize(SCHEDULE.q_sample(z, level, noise), dim=-1)
         target = SCHEDULE.target(objective, z, level, noise)
         best = (target * x).sum() / x.square().sum()
         assert skip[level].item() == pytest.approx(best.item(), rel=0.02, abs=0.02)
@@ -130,7 +131,7 @@ def test_no_grid_repeats_a_level(spacing, num_steps, start_timestep):
 @pytest.mark.parametrize("sampler", [ddim, published])
 def test_samplers_equal_the_published_loop(sampler):
     """Written from the formula, with ε explicit and in float64."""
-    z = 5 * unit(normal(4, 64, dtype=torch.float64))
+    z = 5 * F.normalize(normal(4, 64, dtype=torch.float64), dim=-1)
     weights = normal(64, 64, seed=2, dtype=torch.float64) / 8
     alpha_bar = SCHEDULE.alphas_cumprod
 
@@ -145,12 +146,12 @@ def test_samplers_equal_the_published_loop(sampler):
         if after >= 0:
             noise = (x / alpha_bar[t].sqrt() - x0) / (1 / alpha_bar[t] - 1).sqrt()
             x = alpha_bar[after].sqrt() * x0 + (1 - alpha_bar[after]).sqrt() * noise
-    found = sampler(predict, z, schedule=SCHEDULE, levels=levels, scale=5.0)
+    found = sampler(predict, z, schedule=SCHEDULE, timesteps=levels, scale_factor=5.0)
     assert torch.allclose(found, x0, atol=1e-12)
 
 
 def test_ddim_with_the_exact_posterior_moves_to_the_nearer_of_two_points():
-    points = 5 * unit(normal(2, 128))
+    points = 5 * F.normalize(normal(2, 128), dim=-1)
 
     def posterior_mean(x, t):
         """x has lost its norm; given x_t's expected norm, the posterior over two points is a softmax."""
@@ -159,8 +160,8 @@ def test_ddim_with_the_exact_posterior_moves_to_the_nearer_of_two_points():
         logits = (x / 5 * norm) @ points.T * math.sqrt(alpha_bar) / (1 - alpha_bar)
         return logits.softmax(1) @ points
 
-    start = 5 * unit(torch.stack((0.6 * points[0] + 0.4 * points[1], 0.4 * points[0] + 0.6 * points[1])))
-    end = ddim(posterior_mean, start, schedule=SCHEDULE, levels=make_timesteps("linear", 50, 600), scale=5.0)
+    start = 5 * F.normalize(torch.stack((0.6 * points[0] + 0.4 * points[1], 0.4 * points[0] + 0.6 * points[1])), dim=-1)
+    end = ddim(posterior_mean, start, schedule=SCHEDULE, timesteps=make_timesteps("linear", 50, 600), scale_factor=5.0)
     assert torch.allclose(end, points, atol=1e-3)
 
 
@@ -212,5 +213,7 @@ def test_the_guide_has_the_published_levels():
 @pytest.mark.parametrize("sampler", [ddim, published])
 def test_a_sampler_evaluates_at_every_level_but_the_last(sampler):
     visited = []
-    sampler(lambda x, t: visited.append(t) or x, normal(1, 8), schedule=SCHEDULE, levels=[9, 4, 3, -1], scale=5.0)
+    sampler(
+        lambda x, t: visited.append(t) or x, normal(1, 8), schedule=SCHEDULE, timesteps=[9, 4, 3, -1], scale_factor=5.0
+    )
     assert visited == [9, 4, 3]

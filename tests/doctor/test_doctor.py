@@ -97,7 +97,7 @@ def write_bridge(
     facts = {"step": 5000, "val_loss": 0.1, "isotropic_val_loss": 0.2, "data_sha256": "0", **dict(training)}
     provenance = {"fingerprint": fingerprint, "training": facts} if fingerprint else {}
     options = {"width": 16, "depth": 1} if network == "mlp" else {}
-    config = BridgeConfig(dim, chosen, network, options, provenance=provenance)
+    config = BridgeConfig(dim, chosen, network, options)
     denoiser = build_denoiser(config)
     if weight is not None:
         for parameter in denoiser.parameters():
@@ -107,7 +107,7 @@ def write_bridge(
         visual, text = torch.full((dim,), 0.01), torch.full((dim,), 0.01)
     statistics = SimpleNamespace(visual_mean=visual, text_mean=text, gap=1.0, visual_known=True)
     statistics.tensors = lambda: {"visual_mean": visual, "text_mean": text, "rows": torch.tensor([64, 24])}
-    DiffusionBridge(config, denoiser, statistics).save_pretrained(folder)
+    DiffusionBridge(config, denoiser, statistics, provenance=provenance).save_pretrained(folder)
     return folder
 
 

@@ -34,10 +34,10 @@ def statistics(dim: int = DIM) -> ModalityStatistics:
 def make(recipe: str = "gentle", objective: str = "pred_x0", chunk_rows: int = 1024, **changes) -> DiffusionBridge:
     """A bridge around an MLP with random weights, all the way to the last layer."""
     chosen = replace(RECIPES[recipe], **changes)
-    config = BridgeConfig(DIM, chosen, "mlp", MLP, objective, provenance={"host": {"D": DIM}})  # type: ignore
+    config = BridgeConfig(DIM, chosen, "mlp", MLP, objective)  # type: ignore
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         denoiser = build_denoiser(config)
         for parameter in denoiser.parameters():
             nn.init.normal_(parameter, std=0.1)
-    return DiffusionBridge(config, denoiser, statistics(), chunk_rows=chunk_rows)
+    return DiffusionBridge(config, denoiser, statistics(), provenance={"run": {"D": DIM}}, chunk_rows=chunk_rows)

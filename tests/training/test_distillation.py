@@ -23,7 +23,7 @@ from helpers.trainings import QUICK, low_rank
 
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch):
-    monkeypatch.setattr(distillation, "ROWS", 300)
+    monkeypatch.setattr(distillation, "NUM_FEATURES", 300)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_it_is_no_teacher_in_disguise(teacher):
     origins = [{k: v for k, v in bridge.provenance.items() if k != "overridden"} for bridge in (applied, student)]
     assert origins[0] != origins[1]
     assert "overridden" not in student.provenance
-    with pytest.raises(TrainingError, match="a student already"):
+    with pytest.raises(TrainingError, match="is a student"):
         distill(student, low_rank().visual[:60], low_rank().visual[60:], low_rank().text)
 
 
@@ -91,14 +91,14 @@ def test_it_starts_from_the_weights_of_its_teacher(teacher):
 
 
 def test_of_many_held_out_rows_a_part_is_bridged(teacher, monkeypatch):
-    monkeypatch.setattr(distillation, "JUDGED", 5)
+    monkeypatch.setattr(distillation, "MAX_HELD_OUT", 5)
     assert taught(teacher, train_steps=1)[1].rows == 5
 
 
 def test_its_teachers_settings_are_fixed_and_the_others_are_not(teacher):
     student, _ = taught(teacher, train_steps=5)
     for fixed in ({"start_timestep": 100}, {"num_steps": 2}, {"spacing": "cubic"}):
-        with pytest.raises(BridgeError, match="student"):
+        with pytest.raises(BridgeError, match="its settings are blend, output"):
             student.override(**fixed)
     x = low_rank().visual
     gentle, strong = student.sweep([{"blend": 0.0}, {"blend": 1.0}])
@@ -137,7 +137,7 @@ def test_what_cannot_be_distilled(teacher):
     data = low_rank()
     with pytest.raises(TrainingError, match="one evaluation already"):
         distill(teacher.override(num_steps=1), data.visual, data.visual, data.text)
-    with pytest.raises(TrainingError, match="too few"):
+    with pytest.raises(TrainingError, match="capture more images"):
         distill(teacher, data.visual[:1], data.visual, data.text)
 
 

@@ -20,7 +20,7 @@ from ezhoi_diffusion.diffusion.normalization import normalize
 from ezhoi_diffusion.diffusion.recipes import RECIPES
 from ezhoi_diffusion.errors import EzhoiDiffusionError, Interrupted
 from ezhoi_diffusion.features.statistics import ModalityStatistics
-from ezhoi_diffusion.training.data import training_rows
+from ezhoi_diffusion.training.data import TrainingSet
 from ezhoi_diffusion.training.processes import exit_distributed
 from ezhoi_diffusion.training.trainer import TrainingData, TrainingError, train
 from helpers import TESTS
@@ -44,9 +44,9 @@ def test_learns_more_than_the_isotropic_estimate(tmp_path):
     assert facts["seconds"] > 0
 
     bridge = DiffusionBridge.from_pretrained(out)
-    assert bridge.config.provenance["host"] == "test"
+    assert bridge.provenance["host"] == "test"
     best = min((r for r in facts["history"] if "val_loss" in r), key=lambda r: r["val_loss"])
-    training = bridge.config.provenance["training"]
+    training = bridge.provenance["training"]
     assert (training["step"], training["val_loss"]) == (best["step"], best["val_loss"])
     assert (facts["best_step"], facts["best_val_loss"]) == (best["step"], best["val_loss"])
     assert training["val_loss_by_range"] == facts["val_loss_by_range"] == best["val_loss_by_range"]
@@ -59,9 +59,9 @@ def test_other_objectives_give_a_usable_x0(tmp_path, objective):
     config = replace(QUICK, train_steps=150, objective=objective, learning_rate=2e-3, val_every=150)
     data = low_rank()
     bridge = DiffusionBridge.from_pretrained(train(data, config, tmp_path / "out"))
-    z = training_rows(data, config)[torch.arange(60)]
+    z = TrainingSet.from_data(data, config)[torch.arange(60)]
     for level in (20, 99):
-        x0 = bridge._predict_x0(z, level)
+        x0 = bridge.predict_x0(z, level)
         assert nn.functional.cosine_similarity(x0, z).mean() > 0.9
 
 
@@ -69,7 +69,7 @@ def test_other_objectives_give_a_usable_x0(tmp_path, objective):
 def test_rows_lose_the_mean_their_recipe_says_and_split_by_image(recipe):
     data = low_rank()
     config = replace(QUICK, recipe=RECIPES[recipe])
-    rows = training_rows(data, config)
+    rows = TrainingSet.from_data(data, config)
     if recipe == "guide":
         assert rows.source is data.visual
         assert not set(data.image[rows.training].tolist()) & set(data.image[rows.validation].tolist())
@@ -81,14 +81,14 @@ def test_rows_lose_the_mean_their_recipe_says_and_split_by_image(recipe):
 
 def test_images_are_held_out_alike_whatever_the_seed():
     data, config = low_rank(), replace(QUICK, recipe=RECIPES["guide"])
-    first, other = (training_rows(data, replace(config, seed=seed)) for seed in (0, 1))
+    first, other = (TrainingSet.from_data(data, replace(config, seed=seed)) for seed in (0, 1))
     assert torch.equal(first.validation, other.validation)
-    text = [training_rows(data, replace(QUICK, seed=seed)).validation for seed in (0, 1)]
+    text = [TrainingSet.from_data(data, replace(QUICK, seed=seed)).validation for seed in (0, 1)]
     assert not torch.equal(*text), "text rows have no images, and are split by seed"
     more = replace(data, images=200)
-    assert set(training_rows(more, config).validation.tolist()) != set(first.validation.tolist())
+    assert set(TrainingSet.from_data(more, config).validation.tolist()) != set(first.validation.tolist())
     with pytest.raises(TrainingError, match="are left to train on"):
-        training_rows(replace(data, image=torch.full_like(data.image, 3), images=90), config)
+        TrainingSet.from_data(replace(data, image=torch.full_like(data.image, 3), images=90), config)
 
 
 # pairs
@@ -107,7 +107,7 @@ def rotated(classes: int = 12, each: int = 40, dim: int = DIM) -> TrainingData:
 
 def test_pairs_are_mixed_from_the_text_to_the_blurred_visual_row():
     data, recipe = rotated(), replace(RECIPES["paired"], noise_augmentation=0.5)
-    rows = training_rows(data, replace(QUICK, recipe=recipe))
+    rows = TrainingSet.from_data(data, replace(QUICK, recipe=recipe))
     some = torch.arange(7)
     z_text, _ = normalize(data.own_text[some], data.statistics.text_mean, 5.0)
     z_visual, _ = normalize(data.visual[some], data.statistics.visual_mean, 5.0)
@@ -130,7 +130,7 @@ def test_a_bridge_trained_on_pairs_leads_rows_of_held_out_images_to_their_own_te
     )  # fmt: skip
     out = train(data, config, tmp_path / "out")
     bridge = DiffusionBridge.from_pretrained(out)
-    held = training_rows(data, config).validation
+    held = TrainingSet.from_data(data, config).validation
     statistics = data.statistics
     z_text = normalize(data.own_text[held], statistics.text_mean, 1.0)[0]
     before = normalize(data.visual[held], statistics.visual_mean, 1.0)[0]
@@ -144,8 +144,8 @@ def test_a_bridge_trained_on_pairs_leads_rows_of_held_out_images_to_their_own_te
 
 
 def test_pairs_need_texts_and_the_objective_that_fits():
-    with pytest.raises(TrainingError, match="no text of a row's own class"):
-        training_rows(low_rank(), replace(QUICK, recipe=RECIPES["paired"]))
+    with pytest.raises(TrainingError, match="no text of a feature's own class"):
+        TrainingSet.from_data(low_rank(), replace(QUICK, recipe=RECIPES["paired"]))
     with pytest.raises(TrainingError, match="pred_x0 for a recipe of pairs"):
         replace(QUICK, recipe=RECIPES["paired"], objective="pred_v")
 
@@ -159,7 +159,7 @@ def test_a_visual_trained_recipe_runs(tmp_path):
 def test_rows_kept_on_the_device_are_those_taken_batch_by_batch(tmp_path, monkeypatch):
     kept = train(low_rank(), QUICK, tmp_path / "kept")
     monkeypatch.setattr("ezhoi_diffusion.training.data.BLOCK", 16)  # so 60 rows are too many to keep
-    assert training_rows(low_rank(), QUICK).resident(torch.device("cpu")) is None
+    assert TrainingSet.from_data(low_rank(), QUICK).resident(torch.device("cpu")) is None
     taken = train(low_rank(), QUICK, tmp_path / "taken")
     assert all(torch.allclose(x, weights(taken)[name], atol=1e-7) for name, x in weights(kept).items())
 
@@ -231,7 +231,7 @@ def test_resuming_refuses_another_run(tmp_path):
     ):
         with pytest.raises(TrainingError, match=says):
             train(low_rank(), config, out, resume=True)
-    with pytest.raises(TrainingError, match="other embeddings"):
+    with pytest.raises(TrainingError, match="other features"):
         train(low_rank(texts=61), QUICK, out, resume=True)
     assert equal(weights(out), before)
 
@@ -245,7 +245,7 @@ def test_an_occupied_folder_is_left_alone(tmp_path):
         (checkpoint / "manifest.json").unlink()
     with (
         pytest.warns(UserWarning, match="skipping checkpoint"),
-        pytest.raises(TrainingError, match="no whole checkpoint"),
+        pytest.raises(TrainingError, match="no complete checkpoint"),
     ):
         train(low_rank(), QUICK, out, resume=True)
     assert (out / "model.safetensors").stat().st_mtime_ns == stamp
@@ -271,7 +271,7 @@ def test_a_broken_loss_ends_the_run_and_keeps_the_last_checkpoint(tmp_path):
             nn.init.constant_(network.weight, torch.nan)
 
     registry = Components()
-    registry.denoisers.register("fragile", lambda dim, schedule, objective, scale: Denoiser())
+    registry.denoisers.register("fragile", lambda dim, schedule, objective, scale_factor: Denoiser())
     config = replace(QUICK, denoiser="fragile", denoiser_options={})
     with pytest.raises(TrainingError, match=r"nan at step 6: lower the learning rate"):
         train(low_rank(), config, tmp_path / "out", registry=registry, on_step=break_it)
@@ -297,7 +297,7 @@ def test_bf16_runs_and_stays_near_float32(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"text": torch.randn(1, DIM)}, "too few text rows"),
+        ({"text": torch.randn(1, DIM)}, "too few text features"),
         ({"text": torch.full((9, DIM), torch.nan)}, "NaN"),
         ({"text": torch.randn(9, DIM + 1)}, "must be"),
         ({"text": torch.randn(9)}, "must be"),

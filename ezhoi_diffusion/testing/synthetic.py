@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ezhoi_diffusion.ezhoi.fingerprint import OPTIONS, Fingerprint
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
+from ezhoi_diffusion.features.fingerprint import OPTIONS, Fingerprint
 from ezhoi_diffusion.features.score import NEEDED, Score
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.features.writer import FeatureWriter, finish_store

@@ -74,7 +74,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """EzHoiScore, print, and write where asked."""
+    """Score, print, and write where asked."""
     import torch
 
     from ezhoi_diffusion.evaluation.alignment import disagreements

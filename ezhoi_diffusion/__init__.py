@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ezhoi_diffusion.features.batch import Pairs as Pairs
     from ezhoi_diffusion.features.labels import SeenPairs as SeenPairs
     from ezhoi_diffusion.features.labels import seen_pairs as seen_pairs
-    from ezhoi_diffusion.features.score import Score as Score
+    from ezhoi_diffusion.features.score import EzHoiScore as EzHoiScore
     from ezhoi_diffusion.features.statistics import ModalityStatistics as ModalityStatistics
     from ezhoi_diffusion.features.store import FeatureStore as FeatureStore
     from ezhoi_diffusion.guide.bridge_hoi import DiffusionBridgeHOI as DiffusionBridgeHOI
@@ -52,7 +52,7 @@ _WHERE = {
     "ModalityStatistics": "features.statistics",
     "Pairs": "features.batch",
     "PluginManager": "plugins",
-    "Score": "features.score",
+    "EzHoiScore": "features.score",
     "SeenPairs": "features.labels",
     "add_arguments": "ezhoi.flags",
     "attach": "ezhoi.attach",

@@ -74,7 +74,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Score, print, and write where asked."""
+    """EzHoiScore, print, and write where asked."""
     import torch
 
     from ezhoi_diffusion.evaluation.alignment import disagreements

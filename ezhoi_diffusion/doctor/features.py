@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ezhoi_diffusion.doctor.finding import CAPTURE, Finding, Level, ok
-from ezhoi_diffusion.ezhoi.fingerprint import Fingerprint
+from ezhoi_diffusion.features.fingerprint import Fingerprint
 from ezhoi_diffusion.features.statistics import ModalityStatistics, mean_resultant_length, unit
 from ezhoi_diffusion.features.store import FeatureStore
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ezhoi_diffusion.evaluation.average_precision import matches
 from ezhoi_diffusion.features.batch import Pairs
-from ezhoi_diffusion.features.score import Score, ScoreError, interaction_classes, names_of_interactions
+from ezhoi_diffusion.features.score import EzHoiScore, ScoreError, interaction_classes, names_of_interactions
 from ezhoi_diffusion.features.store import FeatureStore
 
 GROUPS = ("full", "unseen", "seen", "rare", "non-rare")  # a file of tensors keeps no order
@@ -118,7 +118,7 @@ class EvalProtocol:
     elsewhere: Tensor
 
 
-def hicodet(store: FeatureStore, score: Score) -> EvalProtocol:
+def hicodet(store: FeatureStore, score: EzHoiScore) -> EvalProtocol:
     """HICO-DET's, as the host has it. Raises ScoreError for a capture of another data set."""
     dataset = store.fingerprint.get("dataset")
     if dataset != "hicodet":
@@ -138,7 +138,7 @@ def hicodet(store: FeatureStore, score: Score) -> EvalProtocol:
     )
 
 
-def scored_pairs(score: Score, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+def scored_pairs(score: EzHoiScore, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
     """The M (pair, target class) combinations that the host's postprocessing scores: row [M], target [M], prior [M]."""
     human, other = pairs.scores[pairs.pairing]
     prior = score.prior(human, other, pairs.objects)
@@ -146,7 +146,7 @@ def scored_pairs(score: Score, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
     return row, target, prior[row, target]
 
 
-def _detections(store: FeatureStore, score: Score, image: StoredImage) -> tuple[Tensor, ...]:
+def _detections(store: FeatureStore, score: EzHoiScore, image: StoredImage) -> tuple[Tensor, ...]:
     pairs = image.pairs
     row, target, prior = scored_pairs(score, pairs)
     classes = interaction_classes(store, pairs.objects[row], target)

@@ -28,7 +28,7 @@ from ezhoi_diffusion.evaluation.protocols import (
 )
 from ezhoi_diffusion.evaluation.variants import Variant, seed_groups
 from ezhoi_diffusion.features.batch import Pairs
-from ezhoi_diffusion.features.score import Score, ScoreError, names_of_interactions, require_replayable
+from ezhoi_diffusion.features.score import EzHoiScore, ScoreError, names_of_interactions, require_replayable
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.rng import generator
 
@@ -74,7 +74,7 @@ def replay(
     none. aligned: measure alignment, and keep a sample of rows. timed: measure what bridges cost; otherwise bridge_ms is
     that of one image. device: where bridges get their rows. Raises ScoreError, FeatureStoreError, and what a bridge raises.
     """
-    score = Score.of(store)
+    score = EzHoiScore.from_store(store)
     evaluation = evaluation or hicodet(store, score)
     require_replayable(store, score)
     images = [position for position in range(len(store.images)) if chosen is None or position in chosen]
@@ -139,7 +139,7 @@ def replay(
 
 def _collect(
     evaluation: EvalProtocol,
-    score: Score,
+    score: EzHoiScore,
     images: Iterable[StoredImage],
     variants: Mapping[str, Variant],
     cards: dict[str, _Scorecard],
@@ -264,7 +264,7 @@ def effect_of(
 
     device: where the bridge gets its rows. Raises ScoreError where the stored features cannot be scored or none of the images has a pair.
     """
-    score = Score.of(store)
+    score = EzHoiScore.from_store(store)
     find = hicodet(store, score).find
     names = names_of_interactions(store)
     columns: dict[str, list[Tensor]] = {}

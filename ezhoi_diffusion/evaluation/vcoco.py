@@ -16,7 +16,7 @@ from ezhoi_diffusion.evaluation.replay import replay
 from ezhoi_diffusion.evaluation.role_ap import SCENARIOS, match_roles
 from ezhoi_diffusion.evaluation.variants import Variant
 from ezhoi_diffusion.evaluation.vcoco_annotations import Vcoco, read_vcoco
-from ezhoi_diffusion.features.score import Score, ScoreError, names_of_interactions
+from ezhoi_diffusion.features.score import EzHoiScore, ScoreError, names_of_interactions
 from ezhoi_diffusion.features.store import FeatureStore
 
 
@@ -47,7 +47,7 @@ def evaluation_of(store: FeatureStore, data: Vcoco) -> EvalProtocol:
         groups |= {f"{name} of {len(own)}": index[own] for name, index in groups.items()}
     groups = {FULL: torch.arange(2 * count), **groups}
     return EvalProtocol(
-        find=functools.partial(_detections, Score.of(store), data, role),
+        find=functools.partial(_detections, EzHoiScore.from_store(store), data, role),
         count=lambda image: data.annotations[str(image.name)].counts(),
         groups=groups,
         names=[f"{name}, {scenario}" for scenario in SCENARIOS for name in data.roles],
@@ -70,7 +70,7 @@ def _roles(store: FeatureStore, data: Vcoco) -> Tensor:
     return torch.tensor([data.roles.index(name.replace(" ", "-")) for name in names])
 
 
-def _detections(score: Score, data: Vcoco, role: Tensor, image: StoredImage) -> tuple[Tensor, ...]:
+def _detections(score: EzHoiScore, data: Vcoco, role: Tensor, image: StoredImage) -> tuple[Tensor, ...]:
     """As the host caches them: a person's box, an action-role, the other's box, in pixels of the picture."""
     row, target, prior = scored_pairs(score, image.pairs)
     scale = data.sizes[str(image.name)] / image.pairs.size.flip(0)

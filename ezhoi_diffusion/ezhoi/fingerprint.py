@@ -5,38 +5,12 @@ from __future__ import annotations
 import hashlib
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import PurePath
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# Flags that change adapter_feat or the text features and leave no trace in the weights or the context vectors.
-# Flags that choose the pairs, or change the score only, do not belong here.
-OPTIONS = ("act_descriptor", "de_txtcls", "finetune_allcls_utpl", "pt_begin_layer", "vlmtxt", "without_unseen_name")
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """Facts about a run that change adapter_feat or the text features."""
-
-    backbone: str
-    dim: int
-    dataset: str
-    zs_type: str | None  # None without --zs
-    num_classes: int
-    text_rows: int  # N_sel
-    logits_type: str
-    img_align: bool
-    txt_align: bool
-    weights: str  # SHA-256 of the loaded state dict
-    context: str  # SHA-256 of the context vectors, which no checkpoint holds
-    options: dict[str, Any]  # OPTIONS, None where the script lacks the flag; and zs_type under `unseen_pt_inj`
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        return asdict(self)
+from ezhoi_diffusion.features.fingerprint import OPTIONS, Fingerprint
 
 
 def fingerprint(model: nn.Module, args: Namespace) -> Fingerprint:

@@ -14,6 +14,7 @@ from ezhoi_diffusion.bridge import Bridge, fingerprint_mismatch
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.ezhoi import fingerprint as fp
 from ezhoi_diffusion.ezhoi.feature_tap import HookPoint
+from ezhoi_diffusion.features.fingerprint import Fingerprint
 from ezhoi_diffusion.plugins import PluginManager
 
 
@@ -59,7 +60,7 @@ class EzHoiRun:
         return found
 
     @cached_property
-    def fingerprint(self) -> fp.Fingerprint:
+    def fingerprint(self) -> Fingerprint:
         """What a bridge must have been made for to be valid in this run."""
         return fp.fingerprint(self.model, self.args)
 

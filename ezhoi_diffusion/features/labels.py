@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
-from ezhoi_diffusion.features.score import Score, interaction_classes, targets_of
+from ezhoi_diffusion.features.score import EzHoiScore, interaction_classes, targets_of
 from ezhoi_diffusion.features.split import FRACTION, validation_mask
 from ezhoi_diffusion.features.store import FeatureStore
 
@@ -22,7 +22,7 @@ class SeenPairs:
     """M rows, one for each annotated (pair, target class).
 
     visual: [M, D] adapter_feat as captured. text: [M, D] the text of the row's class, as the host's score multiplies with
-    it (`Score.class_text`). target: [M] int64 target class, in HICO-DET the verb. image: [M] int64 position of its image
+    it (`EzHoiScore.class_text`). target: [M] int64 target class, in HICO-DET the verb. image: [M] int64 position of its image
     in the store. All float32, on the CPU.
     """
 
@@ -49,7 +49,7 @@ def seen_pairs(store: FeatureStore, *, held_out: bool | None = False, fraction: 
             f"--capture-split train"
         )
     store.require_captured("which pairs are annotated")
-    score = Score.of(store)
+    score = EzHoiScore.from_store(store)
     unseen = store.ezhoi.get("classes/unseen", torch.zeros(0, dtype=torch.long))
     try:
         apart = validation_mask(len(store.images), fraction)

@@ -20,7 +20,7 @@ class ScoreError(EzhoiDiffusionError):
 
 
 @dataclass(frozen=True, eq=False)
-class Score:
+class EzHoiScore:
     """The constants of the host's score: N_sel texts, C target classes (verbs), O object classes.
 
     text [N_sel, D], label [N_sel, C], sample_lens [C], logit_scale [], hyper_lambda [], object_to_target [O, C] bool.
@@ -34,7 +34,7 @@ class Score:
     object_to_target: Tensor
 
     @classmethod
-    def of(cls, store: FeatureStore) -> Score:
+    def from_store(cls, store: FeatureStore) -> EzHoiScore:
         """Raises ScoreError where the store lacks one of them."""
         missing = [name for name in NEEDED if name not in store.ezhoi]
         if missing:
@@ -60,7 +60,7 @@ class Score:
         return together.unsqueeze(1) * self.object_to_target[objects.long()]
 
 
-def require_replayable(store: FeatureStore, score: Score) -> float:
+def require_replayable(store: FeatureStore, score: EzHoiScore) -> float:
     """The largest difference between stored logits of the host and those made anew, as a share of the largest logit.
 
     Raises ScoreError where it is no rounding: the host then has another score than the published one.

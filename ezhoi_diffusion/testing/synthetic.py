@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ezhoi_diffusion.ezhoi.fingerprint import OPTIONS, Fingerprint
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
-from ezhoi_diffusion.features.score import NEEDED, Score
+from ezhoi_diffusion.features.fingerprint import OPTIONS, Fingerprint
+from ezhoi_diffusion.features.score import NEEDED, EzHoiScore
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.features.writer import FeatureWriter, finish_store
 from ezhoi_diffusion.rng import generator
@@ -241,7 +241,7 @@ def _image(
         pairs=pairs,
         adapter_feat=rows,
         text=truth.text,
-        logits=Score(**{name: ezhoi[name] for name in NEEDED}).logits(rows),
+        logits=EzHoiScore(**{name: ezhoi[name] for name in NEEDED}).logits(rows),
         labels=labels,
         gt_boxes=torch.stack([by_hand[:1].expand(others, 4)[used], by_hand[1:][used]]),
         gt_hoi=interaction[used],

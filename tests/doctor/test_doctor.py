@@ -25,9 +25,9 @@ from ezhoi_diffusion.doctor import environment
 from ezhoi_diffusion.doctor import ezhoi as host
 from ezhoi_diffusion.doctor.finding import Finding
 from ezhoi_diffusion.errors import EzhoiDiffusionError
-from ezhoi_diffusion.ezhoi.fingerprint import Fingerprint
 from ezhoi_diffusion.ezhoi.launch import LaunchError, read_flags
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
+from ezhoi_diffusion.features.fingerprint import Fingerprint
 from ezhoi_diffusion.features.statistics import unit
 from ezhoi_diffusion.features.writer import FeatureWriter, finish_store, write_ezhoi_tensors
 from ezhoi_diffusion.files import read_json, write_json

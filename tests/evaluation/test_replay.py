@@ -13,7 +13,7 @@ from ezhoi_diffusion.evaluation.effect import Effect, verdict
 from ezhoi_diffusion.evaluation.protocols import stored_images
 from ezhoi_diffusion.evaluation.replay import effect_of, replay
 from ezhoi_diffusion.evaluation.variants import Variant
-from ezhoi_diffusion.features.score import Score, ScoreError, require_replayable
+from ezhoi_diffusion.features.score import EzHoiScore, ScoreError, require_replayable
 from ezhoi_diffusion.features.store import FeatureStore
 from helpers.miniature import ezhoi_flags, launch, rows_of
 
@@ -57,7 +57,7 @@ def test_replayed_tables_are_those_of_the_host(small_world, stores, bridge, caps
 
 def test_the_score_is_the_hosts_to_rounding_and_another_formula_is_refused(stores, mocker):
     store = FeatureStore(stores / "test")
-    score = Score.of(store)
+    score = EzHoiScore.from_store(store)
     assert require_replayable(store, score) < 1e-6
     rows, logits = store.rows("adapter_feat"), store.rows("logits")
     torch.testing.assert_close(score.logits(rows), logits, rtol=0, atol=1e-5)
@@ -66,7 +66,7 @@ def test_the_score_is_the_hosts_to_rounding_and_another_formula_is_refused(store
         replay(store, {})
     del store.ezhoi["logit_scale"]
     with pytest.raises(ScoreError, match=r"lacks logit_scale.*--use_weight_pred"):
-        Score.of(store)
+        EzHoiScore.from_store(store)
 
 
 def test_stored_images_are_the_rows_in_order(stores):
@@ -98,7 +98,7 @@ def test_every_bridge_sees_one_image_at_a_time_and_only_those_chosen(stores):
 def test_a_perfect_bridge_is_right_everywhere(stores):
     """Rows whose logits are the annotations: every pair is right whose object the detector named rightly."""
     store = FeatureStore(stores / "test")
-    score = Score.of(store)
+    score = EzHoiScore.from_store(store)
     # the score is linear in x, so a row with given logits is a least-squares solution
     matrix = score.logits(torch.eye(store.text.shape[1]))
     labels = iter(image.labels for image in stored_images(store) if len(image.pairs))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ezhoi_diffusion import Score, seen_pairs
+from ezhoi_diffusion import EzHoiScore, seen_pairs
 from ezhoi_diffusion.evaluation.protocols import stored_images
 from ezhoi_diffusion.features.labels import SupervisionError
 from ezhoi_diffusion.features.split import validation_mask
@@ -30,7 +30,7 @@ def by_hand(store):
 
 def test_pairs_are_annotated_rows_with_the_text_of_their_class(store):
     pairs = seen_pairs(store, held_out=None)
-    table, score = store.ezhoi["object_n_verb_to_interaction"], Score.of(store)
+    table, score = store.ezhoi["object_n_verb_to_interaction"], EzHoiScore.from_store(store)
     unseen = set(store.ezhoi["classes/unseen"].tolist())
     images = list(stored_images(store))
     expected = []

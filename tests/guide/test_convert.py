@@ -18,8 +18,8 @@ from ezhoi_diffusion.builtin import mean_shift
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.diffusion.bridge import BridgeError
 from ezhoi_diffusion.errors import EzhoiDiffusionError
-from ezhoi_diffusion.ezhoi.fingerprint import Fingerprint
 from ezhoi_diffusion.ezhoi.run import EzHoiRun, FingerprintError
+from ezhoi_diffusion.features.fingerprint import Fingerprint
 from ezhoi_diffusion.features.statistics import ModalityStatistics
 from ezhoi_diffusion.features.store import FeatureStore, FeatureStoreError
 from ezhoi_diffusion.guide.reading import GuideFileError, UnsafeFileError, read_untrusted

@@ -19,7 +19,7 @@ from ezhoi_diffusion.diffusion.recipes import RECIPES
 from ezhoi_diffusion.evaluation.average_precision import matches
 from ezhoi_diffusion.evaluation.variants import Variant
 from ezhoi_diffusion.features.labels import seen_pairs
-from ezhoi_diffusion.features.score import Score, require_replayable
+from ezhoi_diffusion.features.score import EzHoiScore, require_replayable
 from ezhoi_diffusion.features.split import validation_mask
 from ezhoi_diffusion.features.store import FeatureStore, FeatureStoreError
 from ezhoi_diffusion.testing import (
@@ -55,7 +55,7 @@ def test_it_is_a_capture_like_any_other(tmp_path):
     assert (len(store.images), len(store), store.adapter_feat().shape[1]) == (16, 14 * 5, 20)
     assert [i for i, image in enumerate(store.images) if not image["rows"]] == [7, 15]
     assert len(store.index["shards"]) > 1
-    assert require_replayable(store, Score.of(store)) < 1e-5
+    assert require_replayable(store, EzHoiScore.from_store(store)) < 1e-5
     assert set(store.context) == {"ctx.0"}
     groups = {
         name.removeprefix("classes/"): set(index.tolist())
@@ -374,7 +374,7 @@ def labelled(keep):
     def pairs(features):
         row, target = features.rows("labels").nonzero().T
         kept = keep(features, features.image_index()[row], features.rows("objects")[row].long(), target)
-        text = Score.of(features).class_text[target[kept]]
+        text = EzHoiScore.from_store(features).class_text[target[kept]]
         return SimpleNamespace(visual=features.adapter_feat()[row[kept]], text=text)
 
     return pairs

@@ -1,9 +1,10 @@
-"""Reads or replaces adapter_feat inside a detector that nobody edits."""
+"""Read or replace adapter_feat inside a detector that nobody edited."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.ezhoi.replaced import replaced
 from ezhoi_diffusion.features.batch import Pairs
 
 Observe = Callable[[Pairs, Tensor, Tensor | None, Tensor], None]
@@ -19,14 +21,15 @@ Inject = Callable[[Tensor, Pairs], Tensor | None]
 
 
 class FeatureTapError(EzhoiDiffusionError):
-    """adapter_feat cannot be read or replaced in this model; the message says why."""
+    """adapter_feat cannot be read or replaced in this model."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The detector inside DistributedDataParallel, or the model itself.
+    """Return the detector inside DistributedDataParallel, or the model itself.
 
-    Raises TapError for DataParallel, whose replicas race on one hook, and for a compiled model, whose graph
-    never calls a hook that was added later.
+    Raises:
+        FeatureTapError: The model is a DataParallel, whose replicas share one hook, or is compiled, so that its graph
+            never calls a hook that was added later.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
@@ -36,7 +39,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         )
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise FeatureTapError(
-            "the model was compiled before attach, so hooks would never fire: attach first, compile then"
+            "the model was compiled before attach, so its hooks would never run: attach first, then compile"
         )
     return model
 
@@ -50,9 +53,10 @@ class HookPoint:
 
 
 def find_feature_module(model: nn.Module) -> HookPoint:
-    """Where the published EZ-HOI computes adapter_feat: `mem_adapter`, or `vis_fuse` without --img_align.
+    """Find where the published EZ-HOI computes adapter_feat: `mem_adapter`, or `vis_fuse` without --img_align.
 
-    Raises TapError where no module exists.
+    Raises:
+        FeatureTapError: The model has neither.
     """
     for name in ("mem_adapter", "vis_fuse"):
         module = getattr(model, name, None)
@@ -61,50 +65,55 @@ def find_feature_module(model: nn.Module) -> HookPoint:
     logits = getattr(model, "logits_type", None)
     if logits is not None:
         raise FeatureTapError(
-            f"with --logits_type {logits} and without --img_align the host computes adapter_feat inline, in no module "
-            f"that a hook could see: run with --img_align, or with --logits_type HO"
+            f"with --logits_type {logits} and without --img_align EZ-HOI computes adapter_feat inline, where no hook can see "
+            f"it: run with --img_align, or with --logits_type HO"
         )
     raise FeatureTapError(
-        f"{type(model).__name__} has neither mem_adapter nor vis_fuse: is this an EZ-HOI detector? A fork with other "
-        f"names can say where its feature is in a plugin's locate_adapter_feat hook"
+        f"{type(model).__name__} has neither mem_adapter nor vis_fuse: is this an EZ-HOI detector? A plugin can name the "
+        f"module of a fork in its locate_adapter_feat hook"
     )
 
 
 def _text_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules whose last output of a forward pass is the text the host multiplies with."""
+    """The modules that may compute the text features; the last to run in a forward pass has the ones EZ-HOI uses."""
     found = [getattr(getattr(model, "clip_head", None), "text_encoder", None)]
     found += [getattr(model, "txtmem_adapter", None), getattr(model, "act_descriptor_attn", None)]
     return [module for module in found if isinstance(module, nn.Module)]
 
 
 def _form_pairs(model: Any, proposals: dict[str, Tensor], size: Tensor, image: str | None, index: int) -> Pairs:
-    """The pairs the host forms from an image's proposals: every human with every other box, humans first."""
+    """Form the pairs of an image as EZ-HOI does: humans first, then each human with every other box."""
     is_human = proposals["labels"] == model.human_idx
     order = torch.argsort((~is_human).to(torch.uint8), stable=True)
     boxes, scores, classes = (proposals[key][order] for key in ("boxes", "scores", "labels"))
-    count, humans = len(boxes), int(is_human.sum())
-    if humans == 0 or count <= 1:
+    num_boxes, num_humans = len(boxes), int(is_human.sum())
+    if num_humans == 0 or num_boxes <= 1:
         pairing = boxes.new_zeros((2, 0), dtype=torch.long)
     elif getattr(model, "use_gt_boxes", False):
-        pairing = torch.arange(count, device=boxes.device).view(2, -1)
+        pairing = torch.arange(num_boxes, device=boxes.device).view(2, -1)
     else:
-        human, other = torch.meshgrid(
-            torch.arange(humans, device=boxes.device), torch.arange(count, device=boxes.device), indexing="ij"
-        )
-        pairing = torch.stack([human[human != other], other[human != other]])
+        every = torch.arange(num_boxes, device=boxes.device)
+        pairing = torch.stack(torch.meshgrid(every[:num_humans], every, indexing="ij")).flatten(1)
+        pairing = pairing[:, pairing[0] != pairing[1]]
     return Pairs(image, index, size, boxes, scores, classes, pairing)
 
 
 class FeatureTap:
-    """Forward hooks on one detector, in one of two roles; active while the model is in eval mode.
+    """Forward hooks on one detector that read or replace adapter_feat in eval mode.
 
-    observe(pairs, adapter_feat [P, D], text [N_sel, D] or None, logits [P, num_classes]): called for every image, in
-        order, once the host has scored its batch; P is zero for an image without pairs.
-    inject(adapter_feat [P, D], pairs): called for every image that has pairs; its result, unless None, replaces
-        the feature.
+    A context manager. It registers all of its hooks or none, and removes only its own. It adds nothing to the model's
+    parameters, buffers or modules.
 
-    A context manager. Registers all of its hooks or none, and removes only what it registered, once, whatever
-    happens inside. Nothing is added to the model's parameters, buffers or module tree.
+    Args:
+        model: The detector, wrapped or not.
+        observe: Called as `observe(pairs, adapter_feat [P, D], text [N_sel, D] or None, logits [P, num_classes])` for
+            every image, in order, once EZ-HOI has scored its batch. P is 0 for an image without pairs.
+        inject: Called as `inject(adapter_feat [P, D], pairs)` for every image with pairs. Its result replaces the
+            features, unless it is None. A tap has either `observe` or `inject`.
+        point: Where adapter_feat is; searched for by default.
+
+    Raises:
+        FeatureTapError: The model is not an EZ-HOI detector, or forms its pairs differently.
     """
 
     def __init__(
@@ -122,10 +131,10 @@ class FeatureTap:
         self.hits = 0
         self._observe = observe
         self._inject = inject
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._method: Callable[..., Any] | None = None
+        self._undo = ExitStack()
+        self._attached = False
         self._images: list[str | None] = []
-        self._waiting: list[Pairs] = []
+        self._waiting: list[Pairs] = []  # images with pairs whose adapter_feat has not been computed yet
         self._seen: dict[int, Tensor] = {}
         self._text: Tensor | None = None
         self._width = 0
@@ -133,35 +142,27 @@ class FeatureTap:
     # -- registering -------------------------------------------------------------------------------------
 
     def attach(self) -> FeatureTap:
-        """Register the hooks. Raises TapError where the model is not the detector this was made for."""
-        if self._handles:
+        """Register the hooks. Raises FeatureTapError where the model is no EZ-HOI detector."""
+        if self._attached:
             return self
         if not callable(getattr(self.model, "compute_roi_embeddings", None)):
             raise FeatureTapError(
                 f"{type(self.model).__name__} has no compute_roi_embeddings: is this an EZ-HOI detector?"
             )
-        try:
-            self._handles.append(self.model.register_forward_pre_hook(self._on_forward, with_kwargs=True))
-            self._handles.append(self.point.module.register_forward_hook(self._on_feature))
-            if self._observe:
-                self._handles += [m.register_forward_hook(self._on_text) for m in _text_modules(self.model)]
-            self._wrap_pairing()
-        except BaseException:
-            self.remove()
-            raise
+        with ExitStack() as undo:
+            undo.callback(self.model.register_forward_pre_hook(self._on_forward, with_kwargs=True).remove)
+            undo.callback(self.point.module.register_forward_hook(self._on_feature).remove)
+            for module in _text_modules(self.model) if self._observe else ():
+                undo.callback(module.register_forward_hook(self._on_text).remove)
+            undo.enter_context(replaced(self.model, "compute_roi_embeddings", self._wrap_pairing()))
+            self._undo = undo.pop_all()
+        self._attached = True
         return self
 
     def remove(self) -> None:
-        """Remove what `attach` registered; calling it again does nothing."""
-        while self._handles:
-            self._handles.pop().remove()
-        # a wrapper that somebody else wrapped again stays in place, and does nothing once the handles are gone
-        if self._method is not None and vars(self.model).get("compute_roi_embeddings") is self._method:
-            if self._shadowed is None:
-                del self.model.compute_roi_embeddings
-            else:
-                self.model.compute_roi_embeddings = self._shadowed
-        self._method = None
+        """Remove what `attach` registered; does nothing the second time."""
+        self._attached = False
+        self._undo.close()
 
     def __enter__(self) -> FeatureTap:
         return self.attach()
@@ -169,21 +170,20 @@ class FeatureTap:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.remove()
 
-    def _wrap_pairing(self) -> None:
-        # compute_roi_embeddings is a method, no module, so it can only be wrapped on the instance
-        self._shadowed = vars(self.model).get("compute_roi_embeddings")
+    def _wrap_pairing(self) -> Callable[..., Any]:
         original = self.model.compute_roi_embeddings
 
         @functools.wraps(original)
         def wrapper(
-            features: Tensor, image_size: Tensor, region_props: list[dict[str, Tensor]], *a: Any, **k: Any
+            features: Tensor, image_size: Tensor, region_props: list[dict[str, Tensor]], *rest: Any, **kwargs: Any
         ) -> Any:
-            if not self._handles or self.model.training:
-                return original(features, image_size, region_props, *a, **k)
-            return self._around_pairing(original, features, image_size, region_props, *a, **k)
+            call = functools.partial(original, features, image_size, region_props, *rest, **kwargs)
+            # somebody else may have wrapped this wrapper, which then stays in place after `remove`
+            if not self._attached or self.model.training:
+                return call()
+            return self._around_pairing(call, features, image_size, region_props)
 
-        self._method = wrapper
-        self.model.compute_roi_embeddings = wrapper
+        return wrapper
 
     # -- listening ---------------------------------------------------------------------------------------
 
@@ -194,33 +194,28 @@ class FeatureTap:
         self._text = None
 
     def _around_pairing(
-        self,
-        original: Callable[..., Any],
-        features: Tensor,
-        sizes: Tensor,
-        proposals: list[dict[str, Tensor]],
-        *a: Any,
-        **k: Any,
+        self, call: Callable[[], Any], features: Tensor, sizes: Tensor, proposals: list[dict[str, Tensor]]
     ) -> Any:
         names = self._images if len(self._images) == len(proposals) else [None] * len(proposals)
         images = [
-            _form_pairs(self.model, p, s, n, i) for i, (p, s, n) in enumerate(zip(proposals, sizes, names, strict=True))
+            _form_pairs(self.model, found, size, name, index)
+            for index, (found, size, name) in enumerate(zip(proposals, sizes, names, strict=True))
         ]
-        # the host skips images without pairs, so a call of the tapped module belongs to the next image that has some
+        # EZ-HOI skips images without pairs, so each call of the hooked module belongs to the next image that has some
         self._waiting = [pairs for pairs in images if len(pairs)]
         self._seen = {}
         expected = len(self._waiting)
-        result = original(features, sizes, proposals, *a, **k)
+        result = call()
         if self._waiting:
             raise FeatureTapError(
                 f"{self.point.name} ran for {expected - len(self._waiting)} images of a batch in which {expected} have "
-                f"pairs: this fork forms its pairs in another way than the published EZ-HOI"
+                f"pairs: this fork forms its pairs differently from the published EZ-HOI"
             )
         if self._observe:
             empty = features.new_zeros((0, self._text.shape[-1] if self._text is not None else self._width))
-            # without pairs the host stops before its last text module, so what was seen is not what it multiplies with
+            # without pairs EZ-HOI stops before its last text module, so the text seen is not the final one
             text = self._text if expected else None
-            scored = iter(result[0])  # one entry for every image that has pairs
+            scored = iter(result[0])  # logits of every image with pairs
             unscored = features.new_zeros((0, self.model.num_classes))
             for pairs in images:
                 logits = next(scored).detach() if len(pairs) else unscored
@@ -239,23 +234,23 @@ class FeatureTap:
         feature = output.detach().reshape(-1, output.shape[-1])
         if len(feature) != len(pairs):
             raise FeatureTapError(
-                f"{self.point.name} gave {len(feature)} rows for image {pairs.image} where the detector formed {len(pairs)} "
-                f"pairs: this fork forms its pairs in another way than the published EZ-HOI"
+                f"{self.point.name} returned {len(feature)} features for image {pairs.image}, in which the detector formed "
+                f"{len(pairs)} pairs: this fork forms its pairs differently from the published EZ-HOI"
             )
         self.hits += 1
         self._width = feature.shape[-1]
         if self._inject is None:
             self._seen[pairs.batch_index] = feature
             return None
-        replaced = self._inject(feature, pairs)
-        return None if replaced is None else replaced.reshape(output.shape)
+        replacement = self._inject(feature, pairs)
+        return None if replacement is None else replacement.reshape(output.shape)
 
     def require_hits(self) -> None:
-        """Raises TapError if adapter_feat never came by, with what usually causes that."""
+        """Raise FeatureTapError if adapter_feat was never computed while the tap was attached."""
         if self.hits == 0:
             raise FeatureTapError(
-                f"{self.point.name} never ran in eval mode, so adapter_feat was neither seen nor replaced. Likely causes: "
-                f"no image had a human and another box above the detector's threshold (wrong --pretrained?); the run "
-                f"ended before its first image; the model stayed in training mode; or this fork computes adapter_feat "
-                f"elsewhere (see the locate_adapter_feat hook)"
+                f"{self.point.name} never ran in eval mode, so adapter_feat was neither read nor replaced. Likely causes: no "
+                f"image had a human and another box above the detector's threshold (wrong --pretrained?); the run ended "
+                f"before its first image; the model stayed in training mode; or this fork computes adapter_feat elsewhere "
+                f"(see the locate_adapter_feat hook)"
             )

@@ -1,223 +1,250 @@
-"""Runs a host's script, unmodified, in this process, with plugins attached."""
+"""Run an unmodified EZ-HOI script in this process, with plugins attached."""
 
 from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
 import functools
 import importlib
 import io
 import os
 import runpy
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.multiprocessing as mp
+
 from ezhoi_diffusion.errors import EzhoiDiffusionError, Interrupted
+from ezhoi_diffusion.ezhoi.attach import Attachment, attach
 from ezhoi_diffusion.ezhoi.flags import add_missing_arguments
 from ezhoi_diffusion.ezhoi.limits import refuse_unsupported
+from ezhoi_diffusion.ezhoi.replaced import replaced
 from ezhoi_diffusion.ezhoi.single_image import check_flags, single_images
 from ezhoi_diffusion.signals import passed_to_children
 
-FACTORY = "build_detector"
-ENGINE = "CustomisedDLE"
-DATASET = "DataFactory"
-OURS, JOINING = "ezhoi_diffusion", "attach"
-SPOKEN = (EzhoiDiffusionError.status, Interrupted.status)  # of a process that ended with a message for the user
+FACTORY, ENGINE, DATASET = "build_detector", "CustomisedDLE", "DataFactory"  # EZ-HOI's names
+PACKAGE = "ezhoi_diffusion"
+REPORTED = (EzhoiDiffusionError.status, Interrupted.status)  # of a process that has printed its error already
 
 
 class LaunchError(EzhoiDiffusionError):
-    """The script cannot be run, or is no EZ-HOI script; the message says what to do."""
+    """The script cannot be run, or is no EZ-HOI script."""
 
 
-def run_script(script: Path, argv: Sequence[str]) -> None:
-    """Run `script` as `python script argv…` would, our flags added to its parser and its detector observed.
+@dataclass(frozen=True)
+class EzHoiScript:
+    """An EZ-HOI script, and the modules from which it imports EZ-HOI's parts."""
 
-    A script that joins by itself, patched or by hand, has our flags already, and its detector is left to it.
-    Standard input is closed: the host opens a debugger on some errors, and would wait there for ever. Raises whatever
-    the script raises, SystemExit included, and LaunchError.
-    """
-    modules = _imported_modules(script)
-    _close_stdin()
-    sys.argv = [str(script), *argv]
-    sys.path.insert(0, str(script.resolve().parent))
-    with _our_flags(ENGINE in modules), _our_spawn(script), _observed(script, modules, None):
+    path: Path
+    factory: str  # module of build_detector
+    engine: str | None  # module of CustomisedDLE; None where the script does not use it, as inference.py
+    dataset: str | None  # module of DataFactory
+    attaches: bool  # the script calls our `attach` by itself
+
+    @classmethod
+    def read(cls, path: Path) -> EzHoiScript:
+        """Read a script without running it.
+
+        Raises:
+            LaunchError: It cannot be read, is not Python, or does not import build_detector.
+        """
         try:
-            runpy.run_path(str(script), run_name="__main__")
+            tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+        except OSError as error:
+            raise LaunchError(
+                f"{path} cannot be read ({error}): run this from the EZ-HOI folder, as you run the script"
+            ) from error
+        except (SyntaxError, ValueError) as error:
+            raise LaunchError(f"{path} is no Python script ({error})") from error
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        modules: dict[str, str] = {}
+        attaches = False
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                for alias in node.names:
+                    if alias.name != ENGINE or (alias.asname or alias.name) in names:
+                        modules[alias.name] = node.module
+                    attaches |= alias.name == "attach" and _is_ours(node.module)
+            elif isinstance(node, ast.Import):
+                attaches |= "attach" in attributes and any(_is_ours(alias.name) for alias in node.names)
+        if FACTORY not in modules:
+            raise LaunchError(
+                f"{path} does not import {FACTORY}: it is no EZ-HOI script (main_tip_finetune.py, inference.py)"
+            )
+        return cls(path, modules[FACTORY], modules.get(ENGINE), modules.get(DATASET), attaches)
+
+    def load(self, module: str) -> Any:
+        """Import one of its modules. Raises LaunchError."""
+        try:
+            return importlib.import_module(module)
+        except ImportError as error:
+            raise LaunchError(
+                f"{self.path} imports {module}, and that failed: {error}. Run this from the EZ-HOI folder, in the "
+                f"environment in which the script itself runs"
+            ) from error
+
+
+def _is_ours(module: str) -> bool:
+    return module.split(".")[0] == PACKAGE
+
+
+def run_script(path: Path, argv: Sequence[str]) -> None:
+    """Run `path` as `python path argv…` would, with our flags on its parser and plugins on its detector.
+
+    A script that calls `attach` by itself keeps its detector to itself. Standard input is closed, because EZ-HOI opens
+    a debugger on some errors, where a run without a terminal would wait forever.
+
+    Raises:
+        LaunchError: It is no EZ-HOI script, or fails in a known way.
+        BaseException: Whatever else the script raises, SystemExit included.
+    """
+    script = EzHoiScript.read(path)
+
+    def check(flags: argparse.Namespace) -> argparse.Namespace:
+        check_flags(flags, script.engine is not None)
+        refuse_unsupported(flags)  # now, because EZ-HOI may take an hour to reach the point where it crashes
+        return flags
+
+    _close_stdin()
+    with _command_line(path, argv), _flags_parsed(check), _spawned_processes(path), _attached(script):
+        try:
+            runpy.run_path(str(path), run_name="__main__")
         except Exception as error:
-            if isinstance(error, FileNotFoundError) and "_clip." in str(error):
-                raise LaunchError(
-                    f"a file of CLIP image features is missing ({error}): give the folder that has this split's as "
-                    f"--clip_img_file; CLIP_hicodet_extract.py makes it"
-                ) from error
-            if isinstance(error, RuntimeError) and str(error).startswith("Error(s) in loading state_dict"):
-                raise LaunchError(
-                    f"the checkpoint does not fit the model that these flags build. Give those it was trained with (they are in "
-                    f"args.txt beside it); {script.name} has defaults of its own. The host says: {str(error)[:600]}"
-                ) from error
-            if type(error).__name__ == "BdbQuit":
-                raise LaunchError(
-                    f"the host stopped in its debugger (pdb.set_trace) at {_where(error)}, which it does on NaN losses and on "
-                    f"errors in its training loss; run the script without ezhoi-diffusion to look around there"
-                ) from error
-            raise
+            explained = _explain(error, path)
+            if explained is None:
+                raise
+            raise explained from error
+
+
+def _explain(error: Exception, path: Path) -> LaunchError | None:
+    """What a known error of an EZ-HOI script means, and what to do about it."""
+    if isinstance(error, FileNotFoundError) and "_clip." in str(error):
+        return LaunchError(
+            f"a file of CLIP image features is missing ({error}): give the folder of this split as --clip_img_file; "
+            f"CLIP_hicodet_extract.py makes it"
+        )
+    if isinstance(error, RuntimeError) and str(error).startswith("Error(s) in loading state_dict"):
+        return LaunchError(
+            f"the checkpoint does not fit the model that these flags build: give the flags of its training, which are in "
+            f"args.txt beside it; {path.name} has other defaults. EZ-HOI says: {str(error)[:600]}"
+        )
+    if type(error).__name__ == "BdbQuit":
+        frames = traceback.extract_tb(error.__traceback__)
+        stop = [frame for frame in frames if not frame.filename.endswith(("bdb.py", "pdb.py"))][-1]
+        return LaunchError(
+            f"EZ-HOI stopped in its debugger (pdb.set_trace) at {stop.filename}:{stop.lineno}. It does that on NaN losses "
+            f"and on errors in its training loss: run the script without ezhoi-diffusion to look around there"
+        )
+    return None
 
 
 class _FlagsRead(BaseException):
-    """Ends a script at its parse_args; no `except Exception` of the script's own stops it."""
+    """Ends a script at its parse_args; no `except Exception` of the script catches it."""
 
     def __init__(self, flags: argparse.Namespace) -> None:
         self.flags = flags
 
 
-def read_flags(script: Path, argv: Sequence[str]) -> argparse.Namespace:
-    """What the script's own parser, ours added to it, makes of `argv`: the script runs up to there and no further.
+def read_flags(path: Path, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse `argv` with a script's own parser and our flags; the script runs up to there and no further.
 
-    What it prints is lost, and the interpreter's argv, path and standard input are as before; modules that it imported
-    stay. Raises LaunchError where it does not come so far, its imports fail, or its parser refuses the flags; the
-    cause is the script's own exception.
+    Its output is discarded. argv, sys.path and standard input are restored; modules that it imported stay.
+
+    Raises:
+        LaunchError: The script fails before that point, or its parser refuses the flags.
     """
-    _imported_modules(script)
-    original, before = argparse.ArgumentParser.parse_args, (sys.argv, list(sys.path), sys.stdin)
+    EzHoiScript.read(path)
 
-    def parse_args(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
-        argparse.ArgumentParser.parse_args = original  # type: ignore[method-assign]
-        add_missing_arguments(self, args)
-        raise _FlagsRead(original(self, args, namespace))
+    def stop(flags: argparse.Namespace) -> argparse.Namespace:
+        raise _FlagsRead(flags)
 
-    said = io.StringIO()
-    argparse.ArgumentParser.parse_args = parse_args  # type: ignore[method-assign]
-    sys.argv = [str(script), *argv]
-    sys.path.insert(0, str(script.resolve().parent))
+    printed = io.StringIO()
     try:
         with (
             Path(os.devnull).open() as nothing,
+            replaced(sys, "stdin", nothing),
             warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(said),
+            redirect_stdout(io.StringIO()),
+            redirect_stderr(printed),
+            _command_line(path, argv),
+            _flags_parsed(stop),
         ):
-            sys.stdin = nothing
-            runpy.run_path(str(script), run_name="__main__")
+            runpy.run_path(str(path), run_name="__main__")
     except _FlagsRead as reached:
         return reached.flags
     except EzhoiDiffusionError:
         raise
     except SystemExit as end:
-        words = said.getvalue().strip().splitlines()
-        raise LaunchError(
-            f"{script} refuses its flags: {words[-1] if words else f'it ends with status {end.code} before it reads them'}"
-        ) from end
+        lines = printed.getvalue().strip().splitlines()
+        reason = lines[-1] if lines else f"it ends with status {end.code} before it reads them"
+        raise LaunchError(f"{path} refuses its flags: {reason}") from end
     except Exception as error:
         raise LaunchError(
-            f"{script} fails before it reads its flags ({type(error).__name__}: {error}): run this from the EZ-HOI folder, in "
-            f"the environment in which the script itself runs"
+            f"{path} fails before it reads its flags ({type(error).__name__}: {error}): run this from the EZ-HOI folder, "
+            f"in the environment in which the script itself runs"
         ) from error
-    finally:
-        argparse.ArgumentParser.parse_args = original  # type: ignore[method-assign]
-        sys.argv, sys.path[:], sys.stdin = before
-    raise LaunchError(f"{script} ends without reading its flags: it is no EZ-HOI script")
+    raise LaunchError(f"{path} ends without reading its flags: it is no EZ-HOI script")
 
 
-def _imported_modules(script: Path) -> dict[str, str]:
-    """Which modules a script imports factory, engine and data set from: name -> module, read without running it.
-
-    The engine only where the script uses it: inference.py imports it, and leaves it at that. Our `attach` is among them
-    where the script joins by itself.
-    """
-    try:
-        tree = ast.parse(script.read_text(encoding="utf-8"), str(script))
-    except OSError as error:
-        raise LaunchError(
-            f"{script} cannot be read ({error}): run this from the EZ-HOI folder, as you run the script"
-        ) from error
-    except (SyntaxError, ValueError) as error:
-        raise LaunchError(f"{script} is no Python script ({error})") from error
-    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    found = {
-        alias.name: node.module
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module
-        for alias in node.names
-        if alias.name in (FACTORY, DATASET) or (alias.name == ENGINE and (alias.asname or alias.name) in used)
-    }
-    if FACTORY not in found:
-        raise LaunchError(
-            f"{script} does not import {FACTORY}: it is no EZ-HOI script (main_tip_finetune.py, inference.py)"
-        )
-    if _joins_itself(tree):
-        found[JOINING] = OURS
-    return found
-
-
-def _joins_itself(tree: ast.Module) -> bool:
-    """Whether a script imports our `attach`, or this package and calls an `attach` of something."""
-    of_ours: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == OURS:
-            of_ours |= {alias.name for alias in node.names}
-        if isinstance(node, ast.Import) and any(alias.name.split(".")[0] == OURS for alias in node.names):
-            of_ours |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
-    return JOINING in of_ours
+@contextmanager
+def _command_line(path: Path, argv: Sequence[str]) -> Iterator[None]:
+    """Set sys.argv and sys.path as for `python path argv…`."""
+    search = [str(path.resolve().parent), *sys.path]
+    with replaced(sys, "argv", [str(path), *argv]), replaced(sys, "path", search):
+        yield
 
 
 def _close_stdin() -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115  it stays open as long as the process
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115  it stays open until the process ends
 
 
 @contextmanager
-def _our_flags(has_engine: bool) -> Iterator[None]:
-    """Let the first parser that reads the command line, the script's own, know our flags, if it does not yet."""
-    original = argparse.ArgumentParser.parse_args
+def _flags_parsed(then: Callable[[argparse.Namespace], argparse.Namespace]) -> Iterator[None]:
+    """Add our flags to the first parser that parses, which is the script's own, and pass its flags through `then`."""
+    parse = argparse.ArgumentParser.parse_args
 
-    def parse_args(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
-        argparse.ArgumentParser.parse_args = original  # type: ignore[method-assign]
+    def parse_args(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> argparse.Namespace:
+        once.close()
         add_missing_arguments(self, args)
-        parsed = original(self, args, namespace)
-        check_flags(parsed, has_engine)
-        refuse_unsupported(parsed)  # now, because the host may take an hour to where it crashes
-        return parsed
+        return then(parse(self, args, namespace))
 
-    argparse.ArgumentParser.parse_args = parse_args  # type: ignore[method-assign]
-    try:
+    with ExitStack() as once:
+        once.enter_context(replaced(argparse.ArgumentParser, "parse_args", parse_args))
         yield
-    finally:
-        argparse.ArgumentParser.parse_args = original  # type: ignore[method-assign]
 
 
 @contextmanager
-def _our_spawn(script: Path) -> Iterator[None]:
-    """Reach the processes that the host spawns: they import the script afresh, without any of this."""
-    mp: Any = importlib.import_module("torch.multiprocessing")
+def _spawned_processes(path: Path) -> Iterator[None]:
+    """Attach in the processes that EZ-HOI spawns, too: they import the script without what this one has replaced."""
     original = mp.spawn
 
     def spawn(fn: Callable[..., Any], args: tuple[Any, ...] = (), *rest: Any, **kwargs: Any) -> Any:
         with passed_to_children():
             try:
-                return original(_child, (str(script), fn, args), *rest, **kwargs)
+                return original(_run_child, (str(path), fn, args), *rest, **kwargs)
             except mp.ProcessExitedException as error:
-                if error.exit_code in SPOKEN:
+                if error.exit_code in REPORTED:
                     raise SystemExit(error.exit_code) from error
                 raise
 
-    mp.spawn = spawn
-    try:
+    with replaced(mp, "spawn", spawn):
         yield
-    finally:
-        mp.spawn = original
 
 
-def _child(rank: int, script: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """What a spawned process runs: it has imported the script already, so its names are replaced there too."""
-    path = Path(script)
+def _run_child(rank: int, path: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Run `fn(rank, *args)` in a spawned process, which has imported the script and its names already."""
     try:
-        with _observed(path, _imported_modules(path), fn.__globals__):
+        with _attached(EzHoiScript.read(Path(path)), fn.__globals__):
             fn(rank, *args)
     except EzhoiDiffusionError as error:
         sys.stderr.write(f"ezhoi-diffusion (process {rank}): {error}\n")
@@ -225,46 +252,45 @@ def _child(rank: int, script: str, fn: Callable[..., Any], args: tuple[Any, ...]
 
 
 @contextmanager
-def _observed(script: Path, modules: dict[str, str], namespace: dict[str, Any] | None) -> Iterator[None]:
-    """Attach to the detector the host builds: when its engine is made, or without one at its first image.
+def _attached(script: EzHoiScript, namespace: dict[str, Any] | None = None) -> Iterator[None]:
+    """Attach to the detector that a script builds, and get it past what upstream fails on.
 
-    A script that joins by itself is helped over what upstream stumbles on, as any other, and attaches to it alone.
-    namespace: globals of a script that has imported the names already.
+    A script with an engine is attached to when it makes the engine. One without loads its checkpoint after it builds the
+    model, so it is attached to at its first image, when the model is complete.
+
+    Args:
+        script: One that attaches by itself gets the help with upstream's failures alone.
+        namespace: The script's globals, where it has imported `build_detector` already.
     """
-    from ezhoi_diffusion.ezhoi.attach import Attachment, attach
-
-    factory_module = _import(script, modules[FACTORY])
-    engine_class = getattr(_import(script, modules[ENGINE]), ENGINE, None) if ENGINE in modules else None
-    dataset_class = getattr(_import(script, modules[DATASET]), DATASET, None) if DATASET in modules else None
-    original_factory = getattr(factory_module, FACTORY)
+    factory = script.load(script.factory)
+    engine_class = getattr(script.load(script.engine), ENGINE, None) if script.engine else None
+    dataset_class = getattr(script.load(script.dataset), DATASET, None) if script.dataset else None
+    original = getattr(factory, FACTORY)
+    waiting: dict[int, tuple[argparse.Namespace, Any]] = {}  # id of a model -> flags, and the hook on its first image
     attachments: list[Attachment] = []
-    waits: dict[int, tuple[argparse.Namespace, Any]] = {}
 
-    def join(model: Any, engine: Any = None) -> None:
-        waiting = waits.pop(id(model), None)
-        if waiting is not None:  # once a model
-            args, handle = waiting
-            handle.remove()
+    def attach_to(model: Any, engine: Any = None) -> None:
+        if id(model) in waiting:
+            args, hook = waiting.pop(id(model))
+            hook.remove()
             attachments.append(attach(model, args, engine))
 
-    @functools.wraps(original_factory)
+    @functools.wraps(original)
     def build_detector(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
-        model = original_factory(args, *rest, **kwargs)
-        help_model(model)
-        if JOINING in modules:
-            return model
-        # a script without an engine loads its checkpoint later, so the first image is when the model is complete
-        waits[id(model)] = args, model.register_forward_pre_hook(lambda module, images: join(module))
+        model = original(args, *rest, **kwargs)
+        if help_model is not None:
+            help_model(model)
+        if not script.attaches:
+            waiting[id(model)] = args, model.register_forward_pre_hook(lambda module, images: attach_to(module))
         return model
 
-    with contextlib.ExitStack() as undo:
-        help_model = undo.enter_context(single_images(dataset_class)) if engine_class is None else lambda model: None
-        for where in filter(None, (vars(factory_module), namespace)):
-            for name in [name for name, value in where.items() if value is original_factory]:
-                where[name] = build_detector
-                undo.callback(where.__setitem__, name, original_factory)
+    with ExitStack() as undo:
+        help_model = undo.enter_context(single_images(dataset_class)) if engine_class is None else None
+        undo.enter_context(replaced(factory, FACTORY, build_detector))
+        for name in [name for name, value in (namespace or {}).items() if value is original]:
+            namespace[name] = build_detector  # type: ignore[index]  not put back: the process ends with the run
         if engine_class is not None:
-            undo.enter_context(_engine_observed(engine_class, join))
+            undo.enter_context(_engines_noticed(engine_class, attach_to))
         failed = True
         try:
             yield
@@ -278,52 +304,24 @@ def _observed(script: Path, modules: dict[str, str], namespace: dict[str, Any] |
 
 
 @contextmanager
-def _engine_observed(engine_class: type, join: Callable[[Any, Any], None]) -> Iterator[None]:
-    """Learn of an engine once it is made, and let file names through to its training step."""
-    own = {name: vars(engine_class).get(name) for name in ("__init__", "_on_start_iteration")}
-    init, start = engine_class.__init__, getattr(engine_class, "_on_start_iteration", None)  # type: ignore[misc]
+def _engines_noticed(engine_class: Any, then: Callable[[Any, Any], None]) -> Iterator[None]:
+    """Call `then(model, engine)` when an engine is made, and let file names through its training step."""
+    init, start = engine_class.__init__, getattr(engine_class, "_on_start_iteration", None)
 
     def __init__(self: Any, net: Any, *args: Any, **kwargs: Any) -> None:
         init(self, net, *args, **kwargs)
-        join(net, self)
+        then(net, self)
 
     def _on_start_iteration(self: Any) -> None:
-        # pocket's relocate_to_cuda raises TypeError on a string, and every target has its file name
+        # every target has its file name, and pocket's relocate_to_cuda raises TypeError on a string
         names = [target.pop("filename", None) for target in self._state.targets]
         start(self)  # type: ignore[misc]
         for target, name in zip(self._state.targets, names, strict=True):
             if name is not None:
                 target["filename"] = name
 
-    engine_class.__init__ = __init__  # type: ignore[misc]
-    if start is not None:
-        engine_class._on_start_iteration = _on_start_iteration  # type: ignore[attr-defined]
-    try:
+    with ExitStack() as undo:
+        undo.enter_context(replaced(engine_class, "__init__", __init__))
+        if start is not None:
+            undo.enter_context(replaced(engine_class, "_on_start_iteration", _on_start_iteration))
         yield
-    finally:
-        for name, value in own.items():
-            if value is not None:
-                setattr(engine_class, name, value)
-            elif name in vars(engine_class):
-                delattr(engine_class, name)
-
-
-def _import(script: Path, module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise LaunchError(
-            f"{script} imports {module}, and that failed: {error}. Run this from the EZ-HOI folder, in the environment in "
-            f"which the script itself runs"
-        ) from error
-
-
-def _where(error: BaseException) -> str:
-    trace = error.__traceback__
-    place = "an unknown place"
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        if not code.co_filename.endswith(("bdb.py", "pdb.py")):
-            place = f"{code.co_filename}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    return place

@@ -191,7 +191,7 @@ def test_a_fork_that_pairs_otherwise_is_refused_not_guessed(ezhoi):
     short = HookPoint("short", torch.nn.Identity())
     with (
         FeatureTap(ezhoi.model, inject=lambda x, pairs: x, point=short),
-        pytest.raises(FeatureTapError, match="pairs in another way"),
+        pytest.raises(FeatureTapError, match="pairs differently"),
     ):
         detect(ezhoi)
 

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.multiprocessing as mp
-
 from ezhoi_diffusion.errors import EzhoiDiffusionError, Interrupted
 from ezhoi_diffusion.ezhoi.attach import Attachment, attach
 from ezhoi_diffusion.ezhoi.flags import add_missing_arguments
@@ -226,6 +224,7 @@ def _flags_parsed(then: Callable[[argparse.Namespace], argparse.Namespace]) -> I
 @contextmanager
 def _spawned_processes(path: Path) -> Iterator[None]:
     """Attach in the processes that EZ-HOI spawns, too: they import the script without what this one has replaced."""
+    mp: Any = importlib.import_module("torch.multiprocessing")
     original = mp.spawn
 
     def spawn(fn: Callable[..., Any], args: tuple[Any, ...] = (), *rest: Any, **kwargs: Any) -> Any:
@@ -287,8 +286,8 @@ def _attached(script: EzHoiScript, namespace: dict[str, Any] | None = None) -> I
     with ExitStack() as undo:
         help_model = undo.enter_context(single_images(dataset_class)) if engine_class is None else None
         undo.enter_context(replaced(factory, FACTORY, build_detector))
-        for name in [name for name, value in (namespace or {}).items() if value is original]:
-            namespace[name] = build_detector  # type: ignore[index]  not put back: the process ends with the run
+        if namespace is not None:  # not put back: the process ends with the run
+            namespace.update({name: build_detector for name, value in namespace.items() if value is original})
         if engine_class is not None:
             undo.enter_context(_engines_noticed(engine_class, attach_to))
         failed = True

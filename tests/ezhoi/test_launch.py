@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ezhoi_diffusion.cli import main
-from ezhoi_diffusion.ezhoi.launch import LaunchError, _imported_modules
+from ezhoi_diffusion.ezhoi.launch import EzHoiScript, LaunchError
 from ezhoi_diffusion.features.store import FeatureStore
 from helpers.miniature import (
     MINIATURE,
@@ -325,7 +325,7 @@ def test_flags_that_cannot_work_are_one_line(small_world, flags, message):
 def test_a_script_that_joins_by_itself_is_told_from_one_that_imports_us(tmp_path, line, joins):
     script = tmp_path / "fork.py"
     script.write_text(f"from factory import build_detector\n{line}\n")
-    assert ("attach" in _imported_modules(script)) == joins
+    assert EzHoiScript.read(script).attaches == joins
 
 
 def test_a_script_s_own_flag_of_our_name_is_an_error_that_says_so(tmp_path):
@@ -337,7 +337,7 @@ def test_a_script_s_own_flag_of_our_name_is_an_error_that_says_so(tmp_path):
     )
     done = run_in_miniature("-m", "ezhoi_diffusion", "run", str(script))
     assert done.returncode == 2
-    assert "conflicting option string: --plugin): rename that flag in the script" in done.stderr
+    assert "conflicting option string: --plugin): rename it in the script" in done.stderr
 
 
 def test_a_bare_run_may_name_a_checkpoint_that_is_not_there(small_world):
@@ -361,15 +361,14 @@ def test_scripts_that_are_not_ezhoi_s(tmp_path):
         ("missing.py", "run this from the EZ-HOI folder"),
     ):
         with pytest.raises(LaunchError, match=message):
-            _imported_modules(tmp_path / name)
+            EzHoiScript.read(tmp_path / name)
     done = run_in_miniature("-m", "ezhoi_diffusion", "run", str(tmp_path / "elsewhere.py"))
     assert done.returncode == 2
     assert "imports nowhere_at_all, and that failed" in done.stderr
-    assert _imported_modules(MINIATURE / "main_tip_finetune.py").keys() == {
-        "build_detector",
-        "CustomisedDLE",
-        "DataFactory",
-    }
+    script = EzHoiScript.read(MINIATURE / "main_tip_finetune.py")
+    assert script.factory
+    assert script.engine == script.dataset
+    assert not script.attaches
 
 
 def test_a_debugger_of_ezhoi_ends_the_run(tmp_path):

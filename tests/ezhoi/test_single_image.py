@@ -12,7 +12,7 @@ from torch import nn
 
 from ezhoi_diffusion import EzhoiDiffusionError, add_arguments
 from ezhoi_diffusion.cli import main
-from ezhoi_diffusion.ezhoi.launch import ENGINE, _imported_modules
+from ezhoi_diffusion.ezhoi.launch import EzHoiScript
 from ezhoi_diffusion.ezhoi.single_image import SingleImageError, check_flags, single_images
 from helpers.miniature import DUMP_SCRIPT, MINIATURE, ezhoi_flags, launch, run_in_miniature
 
@@ -209,7 +209,7 @@ def test_flags_on_which_upstream_hangs_or_fails_are_refused(tmp_path):
     one = Namespace(world_size=1, self_image_path=None, img_clip_pt=True)
     check_flags(one, has_engine=False)
     check_flags(Namespace(world_size=2), has_engine=True)
-    with pytest.raises(SingleImageError, match="would wait for the others for ever"):
+    with pytest.raises(SingleImageError, match="would wait forever for the others"):
         check_flags(Namespace(world_size=2), has_engine=False)
     one.self_image_path = str(tmp_path / "no.jpg")
     with pytest.raises(SingleImageError, match="there is no file"):
@@ -219,11 +219,11 @@ def test_flags_on_which_upstream_hangs_or_fails_are_refused(tmp_path):
 
 
 def test_an_engine_that_is_imported_and_not_used_is_none(script, tmp_path):
-    assert ENGINE not in _imported_modules(script)
-    assert ENGINE in _imported_modules(MINIATURE / "main_tip_finetune.py")
+    assert EzHoiScript.read(script).engine is None
+    assert EzHoiScript.read(MINIATURE / "main_tip_finetune.py").engine
     own = tmp_path / "own.py"
     own.write_text("from m import build_detector, CustomisedDLE as E\nclass Mine(E): pass\n")
-    assert _imported_modules(own)[ENGINE] == "m"
+    assert EzHoiScript.read(own).engine == "m"
 
 
 @pytest.mark.parametrize("flag", ["--diffusion_bridge", "--diffusion_text_mean=x", "--diffusion-steps"])

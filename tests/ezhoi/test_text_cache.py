@@ -18,7 +18,7 @@ from ezhoi_diffusion import attach, hookimpl
 from ezhoi_diffusion.builtin.text_cache import plugin
 from ezhoi_diffusion.ezhoi import text_cache
 from ezhoi_diffusion.ezhoi.feature_tap import FeatureTap
-from ezhoi_diffusion.ezhoi.text_cache import PATIENCE, TextCache
+from ezhoi_diffusion.ezhoi.text_cache import MAX_MISSES, TextCache
 from ezhoi_diffusion.plugins import PluginError, PluginManager
 from helpers.miniature import ezhoi_flags, launch
 
@@ -225,10 +225,10 @@ def test_inputs_that_keep_changing_end_the_checks(encoder, given, mocker, caplog
         for i in range(10):
             prompts, *rest = given()
             assert same(plain(encoder, prompts + i, *rest), encoder(prompts + i, *rest))
-            if i == PATIENCE - 1:
+            if i == MAX_MISSES - 1:
                 before = compared.call_count, copied.call_count
         assert (compared.call_count, copied.call_count) == before
-        assert cache._kept is None
+        assert cache._entry is None
     assert len(RUNS) == 10
     assert [r.message for r in caplog.records] == [
         "text_cache: the text encoder runs for every image, as in a bare run: what it depends on changes from image to image"
@@ -252,7 +252,7 @@ def test_training_and_gradients_are_left_alone_and_forget(encoder, given):
         encoder(*given())
         with torch.enable_grad():
             assert encoder(*given())[0].requires_grad
-        assert cache._kept is None
+        assert cache._entry is None
         encoder(*given())
         encoder.train()
         assert not same(encoder(*given()), encoder(*given())), "dropout is at work"
@@ -414,7 +414,7 @@ def test_nothing_is_left_and_nothing_is_in_the_state_dict(encoder, given):
     cache.remove()
     cache.remove()
     assert vars(encoder) == before
-    assert cache._kept is None
+    assert cache._entry is None
 
 
 def test_two_caches_are_one_and_go_in_any_order(encoder, given):

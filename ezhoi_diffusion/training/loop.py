@@ -35,7 +35,7 @@ BEST = "best"
 FACTS = "training.json"
 LOG_EVERY = 50
 VOTE_EVERY = 10  # steps between votes of several processes on whether to stop
-PROGRESS_SECONDS = 30.0  # between progress lines in a log without a terminal
+PROGRESS_SECONDS = 30.0  # between updates of the progress bar in a log
 ADAM_BETAS = (0.9, 0.99)  # as in Diffusion Bridge
 
 
@@ -108,7 +108,7 @@ class TrainingLoop:
         if self.step % config.ema_update_every == 0:
             self.ema.update_parameters(self.network)
         self.pending.append(total)
-        self._update_progress()
+        self.progress_bar.update()
 
         last = self.step == config.train_steps
         validate = last or self.step % config.val_every == 0
@@ -355,34 +355,17 @@ class TrainingLoop:
         if self.accelerator.is_main_process:
             self.progress_bar.write(f"stopped at step {self.step}: {self.stop_reason}")
 
-    def progress(self) -> Any:
-        """Return the progress bar, a context manager. It is silent without a terminal, and outside the main process."""
-        disable = None if self.accelerator.is_main_process else True
+    def progress(self) -> tqdm[Any]:
+        """Return the progress bar, a context manager. It is silent outside the main process, and rare in a log."""
         self.progress_bar = tqdm(
-            total=self.config.train_steps, initial=self.step, disable=disable, unit="step", desc="training"
+            total=self.config.train_steps,
+            initial=self.step,
+            disable=not self.accelerator.is_main_process,
+            unit="step",
+            desc="training",
+            mininterval=0.1 if sys.stderr.isatty() else PROGRESS_SECONDS,
         )
-        self.first_step = self.step
-        self.progress_began = self.last_line = time.monotonic()
         return self.progress_bar
-
-    def _update_progress(self) -> None:
-        """Advance the progress bar. Without a terminal, print a line now and then."""
-        self.progress_bar.update()
-        now = time.monotonic()
-        silent = self.progress_bar.disable and self.accelerator.is_main_process
-        if silent and now - self.last_line >= PROGRESS_SECONDS:
-            self.last_line = now
-            line = tqdm.format_meter(
-                self.step,
-                self.config.train_steps,
-                now - self.progress_began,
-                ncols=0,
-                prefix="training",
-                unit="step",
-                postfix=f"loss={self.pending[-1].item():.4f}",
-                initial=self.first_step,
-            )
-            print(line, file=sys.stderr, flush=True)
 
     def _elapsed(self) -> float:
         return self.seconds_before + time.monotonic() - self.started

@@ -22,23 +22,16 @@ RUN_ID = "run-id"
 
 
 def require_trackers(log_with: Sequence[Any]) -> None:
-    """Raise TrainingError for a name that accelerate does not know, or whose package is not installed.
+    """Raise TrainingError for the name of a tracker that accelerate does not know, or whose package is not installed.
 
     Instances of accelerate.tracking.GeneralTracker pass.
     """
-    known, installed = LoggerType.list(), [str(name) for name in tracking.get_available_trackers()]
-    for name in (entry for entry in log_with if isinstance(entry, str)):
-        if name not in known and name not in tracking.LOGGER_TYPE_TO_CLASS:
-            raise TrainingError(f"there is no tracker {name!r}: accelerate knows {', '.join(sorted(known))}")
-        if name == "all" and not installed:
+    installed = [str(name) for name in tracking.get_available_trackers()]
+    for name in log_with:
+        if isinstance(name, str) and name not in installed and not (name == "all" and installed):
             raise TrainingError(
-                f"no tracker is installed: pip install one of {', '.join(sorted(set(known) - {'all'}))}, or leave log-with out"
-            )
-        if name != "all" and name in known and name not in installed:
-            package = name.replace("_", "-")
-            raise TrainingError(
-                f"the tracker {name} is not installed: `pip install {package}`, or log with another (here: "
-                f"{', '.join(installed) or 'none'})"
+                f"no tracker {name!r} is installed: accelerate knows {', '.join(sorted(LoggerType.list()))}, and of these "
+                f"{', '.join(installed) or 'none'} can be used here. Install its package, or log without it"
             )
 
 

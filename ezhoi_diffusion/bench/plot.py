@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from ezhoi_diffusion.files import write_atomic
+from ezhoi_diffusion.report.png import save_png
 
 CLOSEST = 1e-8  # a logarithm's 0
 
@@ -41,6 +40,4 @@ def plot_bench(result: dict[str, Any], path: Path) -> None:
     axes.set_title(f"{result['machine']['device']}; numbers are evaluations", loc="left", fontsize="medium")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
-    picture = BytesIO()
-    figure.savefig(picture, format="png", dpi=130, metadata={"Software": None})
-    write_atomic(path, picture.getvalue())
+    save_png(figure, path)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ezhoi_diffusion.evaluation.changes import changes
 from ezhoi_diffusion.evaluation.comparison import FULL, REFERENCE, Comparison
 from ezhoi_diffusion.features.statistics import unit
+from ezhoi_diffusion.report.png import png_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,9 +86,7 @@ def render(panel: Panel) -> Image.Image:
     axes.set_axisbelow(True)
     panel.draw(axes)
     figure.suptitle(panel.title, x=0.01, ha="left", fontsize=9)
-    picture = BytesIO()
-    figure.savefig(picture, format="png", dpi=DPI)
-    return Image.open(picture).convert("RGB")
+    return Image.open(BytesIO(png_bytes(figure, DPI))).convert("RGB")
 
 
 def joined(drawn: Sequence[Image.Image]) -> Image.Image:

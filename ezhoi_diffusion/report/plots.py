@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ezhoi_diffusion.evaluation.effect import Effect
-from ezhoi_diffusion.files import write_atomic
+from ezhoi_diffusion.report.png import save_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,12 +22,6 @@ def _figure(columns: int, width: float = 5.0) -> tuple[Figure, list[Axes]]:
 
     figure = Figure(figsize=(width * columns, 4.0), layout="constrained")
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
-
-
-def _save(figure: Any, path: Path) -> None:
-    picture = BytesIO()
-    figure.savefig(picture, format="png", dpi=130, metadata={"Software": None})
-    write_atomic(path, picture.getvalue())
 
 
 def plot_effect(effect: Effect, path: Path) -> None:
@@ -58,7 +51,7 @@ def plot_effect(effect: Effect, path: Path) -> None:
     top.set_title("top class under the host's score", loc="left")
     for axes in (cosine, norms, pairs, top):
         axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save_png(figure, path)
 
 
 def plot_embedding(points: Sequence[Tensor], method: str, path: Path) -> None:
@@ -72,7 +65,7 @@ def plot_embedding(points: Sequence[Tensor], method: str, path: Path) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     axes.legend(frameon=False)
-    _save(figure, path)
+    save_png(figure, path)
 
 
 def plot_statistics(norms: tuple[Tensor, Tensor], cosines: tuple[Tensor, Tensor, Tensor], path: Path) -> None:
@@ -88,7 +81,7 @@ def plot_statistics(norms: tuple[Tensor, Tensor], cosines: tuple[Tensor, Tensor,
         axes.set_ylabel("density")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-    _save(figure, path)
+    save_png(figure, path)
 
 
 _BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
@@ -139,4 +132,4 @@ def plot_training(facts: dict[str, Any], path: Path) -> None:
     axes.spines["top"].set_visible(False)
     rate.spines["top"].set_visible(False)
     by_range.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save_png(figure, path)

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -311,3 +312,15 @@ def _finish(folder: Path) -> None:
             path.replace(folder / path.name)
         sync_folder(folder)
         committed.rmdir()
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder, and raise EzhoiDiffusionError where nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise EzhoiDiffusionError(
+            f"{folder} cannot hold results ({error}): give another folder, or free space there"
+        ) from error

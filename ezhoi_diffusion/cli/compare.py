@@ -1,160 +1,220 @@
-"""`ezhoi-diffusion compare FEATURES --bridges none,…`: the host's own score, replayed on stored features."""
+"""`ezhoi-diffusion compare FEATURES --bridges none,…`: EZ-HOI's own score on captured features."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ezhoi_diffusion.cli import arguments
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import torch
 
-    from ezhoi_diffusion.bridge import Bridge
+    from ezhoi_diffusion.evaluation.comparison import Comparison
+    from ezhoi_diffusion.evaluation.variants import Variant
     from ezhoi_diffusion.features.store import FeatureStore
 
 DESCRIPTION = """\
-Compare bridges on captured features of the test split: the table that `run … --eval --compare` prints, without the host,
-its weights or its images, with intervals and p-values of a paired bootstrap over images. `none` is scored with the host's
-own logits; the published score is first checked against them."""
+Compare bridges on captured test features: the table of `run … --eval --compare`, without EZ-HOI, its weights or its images.
+Intervals and p-values come from a paired bootstrap over images. `none` has EZ-HOI's own logits. With --out it writes
+report.html, report.json and pictures."""
 EPILOG = """\
-reading it:
-  an interval that holds 0 is no difference. The adjusted p-value is for all variants of the table together: of sixty points of
-  a sweep some look good by chance. Both are about images; train with --seeds 3 to see what another seed does.
-  what a sweep shows on the test split is for looking at: choose with `ezhoi-diffusion tune`, which uses training images.
-  identity and mean_shift are the controls: a bridge counts against the best of them, not against none alone.
+how to read it:
+  An interval that contains 0 shows no difference. The adjusted p-value covers all variants of the table: of the sixty points of
+  a sweep, some look good by chance.
+  identity and mean_shift are baselines: a bridge has to beat the better of them, not only none.
+  Intervals cover the choice of images, not the training seed. To cover seeds, train several: train --seeds 3.
+  Choose settings with `ezhoi-diffusion tune`, on training images. A sweep on the test split is for looking only.
 
 examples:
-  ezhoi-diffusion run main_tip_finetune.py … --eval --resume CKPT --plugin capture --capture TEST_FEATURES
-  ezhoi-diffusion compare TEST_FEATURES --bridge BRIDGE --bridges none,identity,mean_shift,diffusion --out REPORT
-  ezhoi-diffusion compare TEST_FEATURES --bridge BRIDGE --bridges none,diffusion --sweep start_timestep=50,100,200 --sweep blend=0.25,0.5,1
+  ezhoi-diffusion compare TEST_FEATURES --bridge BRIDGE --out REPORT
+  ezhoi-diffusion compare TEST_FEATURES --bridges none,identity,diffusion=BRIDGE,diffusion=hf:USER/REPO
+  ezhoi-diffusion compare TEST_FEATURES --bridge BRIDGE --bridges none,diffusion --sweep start_timestep=50,100 --sweep blend=0.5,1
+  ezhoi-diffusion compare TEST_FEATURES --bridge BRIDGE --bridges none,diffusion --num-images 20 --out LOOK
   ezhoi-diffusion compare VCOCO_FEATURES --vcoco V-COCO_CHECKOUT --bridge BRIDGE
 """
-LEAST_REPLICATES = 100
-DEFAULT = "none,identity,mean_shift,diffusion"
+BRIDGES = "none,identity,mean_shift,diffusion"
+MIN_REPLICATES = 100
+NUM_TOP = 5  # best scored interactions of an image, in effect.json
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
-    from ezhoi_diffusion.evaluation.bootstrap import REPLICATES
-
     parser.description, parser.epilog = DESCRIPTION, EPILOG
-    parser.add_argument("features", type=Path, metavar="FEATURES", help="the folder of a capture of the test split")
-    parser.add_argument("--bridges", default=DEFAULT, metavar="none,NAME[=DIR],…", help=f"what to compare ({DEFAULT})")
-    parser.add_argument(
-        "--bridge",
-        default="",
-        metavar="DIR",
-        help="the folder of those that name none; any DIR may be hf:USER/NAME[@REVISION] of the Hugging Face Hub",
+    add_flags(parser, bridges=BRIDGES, num_images=None)
+
+
+def add_flags(parser: argparse.ArgumentParser, *, bridges: str, num_images: int | None) -> None:
+    """Declare the flags of `compare`, which are those of `test` with other defaults."""
+    arguments.add_features(parser, "test")
+    arguments.add_out(parser, "folder for the results", required=num_images is not None)
+    group = parser.add_argument_group("what to compare")
+    arguments.add_bridges(group, bridges)
+    arguments.add_settings(group)
+    arguments.add_sweep(group)
+    group = parser.add_argument_group("a few images only")
+    group.add_argument(
+        "--num-images", "--num-test-images", type=int, default=num_images, metavar="N",
+        help=f"draw N images that have pairs ({num_images or 'default: all'}); --out also gets diffusion_effect.png and "
+        "effect.json about the first bridge that is no baseline, with each image's top 5. The guide's --num_test_images",
+    )  # fmt: skip
+    group.add_argument("--seed", type=int, default=0, help="draws the images (0)")
+    group.add_argument(
+        "--embedding", choices=("tsne", "umap"), help="also draw a map of both modalities; umap needs umap-learn"
     )
-    parser.add_argument(
-        "--sweep", action="append", default=[], metavar="KEY=V,V,…",
-        help="also take every bridge that has settings at each point of a grid: start_timestep, steps, strength, output",
-    )  # fmt: skip
-    parser.add_argument(
+    group = parser.add_argument_group("how to score")
+    group.add_argument(
         "--setting", choices=("default", "known-object"), default="default",
-        help="known-object: a class is scored on the images that hold its object alone, as HICO-DET's second setting has it",
+        help="known-object: score a class only on images with its object, HICO-DET's second setting",
     )  # fmt: skip
-    parser.add_argument(
+    group.add_argument(
         "--ap", choices=("11P", "AUC"), default="11P",
-        help="average precision: by 11 points, as EZ-HOI prints it (default), or the area under the curve",
+        help="average precision at 11 points, as EZ-HOI prints it (default), or the area under the curve",
     )  # fmt: skip
-    parser.add_argument(
-        "--replicates", type=int, default=REPLICATES, metavar="N",
-        help=f"of the bootstrap over images; 0 for no intervals ({REPLICATES})",
-    )  # fmt: skip
-    parser.add_argument(
+    group.add_argument(
+        "--replicates", type=int, metavar="N", help="resamplings of the bootstrap over images; 0 leaves intervals out"
+    )
+    group.add_argument(
         "--vcoco", type=Path, metavar="DIR",
-        help="for a capture of V-COCO: role AP in both scenarios, from V-COCO's own annotations in this checkout or data folder",
+        help="for a capture of V-COCO: role AP in both scenarios, with the annotations in this checkout or data folder",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write report.html, report.json and pictures there")
-    declare_application(parser)
-    parser.add_argument("--no-plugin", action="append", default=[], metavar="NAME", help="do not even import a plugin")
+    group = parser.add_argument_group("how to run")
+    arguments.add_device(group)
+    arguments.add_force(group)
+    arguments.add_no_plugin(group)
 
 
 def run(args: argparse.Namespace) -> int:
-    """EzHoiScore, print, and write where asked."""
-    import torch
-
+    """Score, print, and write where asked."""
+    from ezhoi_diffusion.device import pick_device
     from ezhoi_diffusion.evaluation.alignment import disagreements
-    from ezhoi_diffusion.evaluation.replay import replay
+    from ezhoi_diffusion.evaluation.drawing import draw_images
     from ezhoi_diffusion.evaluation.variants import parse_settings, parse_sweep, resolve_variants
-    from ezhoi_diffusion.evaluation.vcoco import replay_roles
     from ezhoi_diffusion.features.store import FeatureStore
+    from ezhoi_diffusion.files import check_writable
     from ezhoi_diffusion.plugins import PluginManager
+    from ezhoi_diffusion.report.embedding import require_library
     from ezhoi_diffusion.report.headline import headline
-    from ezhoi_diffusion.report.write import report_folder, write_report
+    from ezhoi_diffusion.report.write import write_report
 
-    if args.vcoco and (args.ap, args.setting) != ("11P", "default"):
-        raise EzhoiDiffusionError("--ap and --setting are for HICO-DET: leave them out with --vcoco")
+    _check(args)
+    if args.embedding:
+        require_library(args.embedding)
     store = FeatureStore(args.features)
     forced: list[str] = []
-    accept = acceptance(store, args, forced)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    plugins = PluginManager(args.no_plugin)
+    device = pick_device(args.device)
     variants = resolve_variants(
         args.bridges,
-        plugins,
+        PluginManager(args.no_plugin),
         folder=args.bridge,
-        check=accept,
+        check=arguments.fingerprint_check(store, args.force, forced),
         device=device,
-        settings=parse_settings((), args.inference_steps),
+        settings=parse_settings(args.set, args.inference_steps),
         sweep=parse_sweep(args.sweep),
     )
     if args.out:
-        with report_folder(args.out):
-            pass  # refused now, not after the work
-    if args.replicates and args.replicates < LEAST_REPLICATES:
-        raise EzhoiDiffusionError(
-            f"--replicates must be 0 or at least {LEAST_REPLICATES}, not {args.replicates}: with fewer no p-value could be small"
-        )
-    options: dict[str, Any] = {"replicates": args.replicates, "aligned": True, "device": device, "forced": forced}
-    if args.vcoco:
-        comparison = replay_roles(store, variants, args.vcoco, **options)
-    else:
-        comparison = replay(store, variants, algorithm=args.ap, setting=args.setting, **options)
-    if store.meta.get("max_images") is not None:
-        comparison.caveats.append(
-            f"The first {store.meta['max_images']} images of the split, and the classes annotated there: no result to report."
-        )
-    if store.split != "test":
-        comparison.caveats.append(f"These are images of the {store.split} split: no result to report.")
+        check_writable(args.out)
+    chosen = None if args.num_images is None else draw_images(store.images, args.num_images, args.seed)
+    comparison = _score(args, store, variants, chosen, device, forced)
     notes = disagreements(comparison.alignment, {name: comparison.mean_ap(name, "full") for name in comparison.ap})
     print("\n".join(["", comparison.table(), *notes, headline(comparison).text]), flush=True)
     if args.out:
         write_report(comparison, args.out, notes)
+    if chosen is not None:
+        _show_effect(args, store, variants, comparison, chosen, device)
     return 0
 
 
-def declare_application(parser: argparse.ArgumentParser) -> None:
-    """The flags that say how bridges are applied, and on which hosts."""
-    declare_force(parser)
-    parser.add_argument(
-        "--inference-steps", type=int, metavar="N",
-        help="apply diffusion bridges from level N with N evaluations, whatever their recipe says: the level is how strongly a "
-        "feature is bridged, the evaluations are what that costs",
-    )  # fmt: skip
+def _check(args: argparse.Namespace) -> None:
+    """Raise EzhoiDiffusionError for flags that contradict each other, before any work."""
+    if args.vcoco and (args.ap, args.setting) != ("11P", "default"):
+        raise EzhoiDiffusionError("--ap and --setting are for HICO-DET: leave them out with --vcoco")
+    if args.vcoco and args.num_images is not None:
+        raise EzhoiDiffusionError("--num-images is for HICO-DET: leave it out with --vcoco")
+    if args.num_images is not None and args.num_images < 1:
+        raise EzhoiDiffusionError(f"--num-images must be at least 1, not {args.num_images}")
+    if args.embedding and (args.num_images is None or args.out is None):
+        raise EzhoiDiffusionError("--embedding draws a few images: add --num-images N and --out DIR")
+    if args.replicates and args.replicates < MIN_REPLICATES:
+        raise EzhoiDiffusionError(
+            f"--replicates must be 0 or at least {MIN_REPLICATES}, not {args.replicates}: with fewer no p-value could be small"
+        )
 
 
-def declare_force(parser: argparse.ArgumentParser) -> None:
-    """The flag that `acceptance` reads."""
-    parser.add_argument("--force", action="store_true", help="use a bridge made for another host; the results say so")
+def _score(
+    args: argparse.Namespace,
+    store: FeatureStore,
+    variants: Mapping[str, Variant],
+    chosen: set[int] | None,
+    device: torch.device,
+    forced: list[str],
+) -> Comparison:
+    from ezhoi_diffusion.evaluation.bootstrap import REPLICATES
+    from ezhoi_diffusion.evaluation.replay import replay
+    from ezhoi_diffusion.evaluation.vcoco import replay_roles
+
+    replicates = REPLICATES if args.replicates is None else args.replicates
+    options: dict[str, Any] = {"replicates": replicates, "aligned": True, "device": device, "forced": forced}
+    if args.vcoco:
+        comparison = replay_roles(store, variants, args.vcoco, **options)
+    else:
+        comparison = replay(store, variants, chosen=chosen, algorithm=args.ap, setting=args.setting, **options)
+    parts = (
+        (
+            chosen is not None,
+            f"{len(chosen or ())} images were drawn from the {store.split} split, by --seed {args.seed}",
+        ),
+        (
+            store.meta.get("max_images") is not None,
+            f"The capture has the first {store.meta.get('max_images')} images only",
+        ),
+        (store.split != "test", f"These are images of the {store.split} split"),
+    )
+    comparison.caveats += [f"{what}: no result to report." for is_so, what in parts if is_so]
+    return comparison
 
 
-def acceptance(store: FeatureStore, args: argparse.Namespace, forced: list[str]) -> Callable[[Bridge, str], None]:
-    """Holds a bridge against the host that the features came from, as the host itself does: see Host.accept."""
-    from ezhoi_diffusion.bridge import fingerprint_mismatch
+def _show_effect(
+    args: argparse.Namespace,
+    store: FeatureStore,
+    variants: Mapping[str, Variant],
+    comparison: Comparison,
+    chosen: set[int],
+    device: torch.device,
+) -> None:
+    """Print what the first bridge does to single pairs of the drawn images, and write it where asked."""
+    from ezhoi_diffusion.evaluation.effect import verdict
+    from ezhoi_diffusion.evaluation.replay import effect_of
+    from ezhoi_diffusion.files import write_json
+    from ezhoi_diffusion.report.embedding import embed
+    from ezhoi_diffusion.report.plots import plot_effect, plot_embedding
 
-    def accept(bridge: Bridge, name: str) -> None:
-        difference = fingerprint_mismatch(bridge, name, store.fingerprint)
-        if difference is None:
-            return
-        if not args.force:
-            raise EzhoiDiffusionError(
-                f"{difference.message} (here: the host of {store.folder}). Capture both splits from one host, with the same "
-                f"--seed, and train on its features; or add --force to use it all the same"
-            )
-        forced.append(difference.message)
-
-    return accept
+    variant = next((v for v in variants.values() if not v.bridge.baseline), next(iter(variants.values())))
+    effect = effect_of(store, variant.apply, chosen, NUM_TOP, device)
+    words = verdict(effect, comparison, variant.name)
+    print(f"\n{variant.name}:\n{words}", flush=True)
+    if args.out is None:
+        return
+    facts = {
+        "bridge": variant.name,
+        "folder": str(variant.source.folder) if variant.source and variant.source.folder else None,
+        "features": str(store.folder),
+        "split": store.split,
+        "seed": args.seed,
+        "forced": comparison.forced,
+        "verdict": words.splitlines(),
+        "mean_ap": comparison.to_dict()["mean_ap"],
+        **effect.to_dict(),
+    }
+    write_json(args.out / "effect.json", facts)
+    plot_effect(effect, args.out / "diffusion_effect.png")
+    if args.embedding:
+        points = embed([effect.before, effect.after, effect.text], args.embedding)
+        plot_embedding(points, args.embedding, args.out / f"{args.embedding}.png")
+    print(
+        f"pairs: {args.out / 'diffusion_effect.png'}; top {NUM_TOP} of each image: {args.out / 'effect.json'}",
+        flush=True,
+    )

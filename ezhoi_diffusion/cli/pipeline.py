@@ -7,7 +7,7 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ezhoi_diffusion.cli.compare import DEFAULT
+from ezhoi_diffusion.cli.compare import BRIDGES as DEFAULT
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def make_steps(args: argparse.Namespace, host_flags: list[str]) -> list[Step]:
-    """The six steps for these flags. Raises EzhoiDiffusionError for a flag that a later step would refuse."""
+    """The five steps for these flags. Raises EzhoiDiffusionError for a flag that a later step would refuse."""
     from importlib.metadata import version
 
     from ezhoi_diffusion.cli import build_parser
@@ -94,7 +94,7 @@ def make_steps(args: argparse.Namespace, host_flags: list[str]) -> list[Step]:
     from ezhoi_diffusion.pipeline import Step, content
 
     work: Path = args.out
-    folders = {name: work / name for name in ("features", "statistics", "bridge", "features-test", "test", "report")}
+    folders = {name: work / name for name in ("features", "bridge", "features-test", "test", "report")}
     package = {"package": version("ezhoi-diffusion")}
     given = vars(read_flags(args.script, host_flags))  # its defaults as well
     _require_usable(given, args)
@@ -124,10 +124,6 @@ def make_steps(args: argparse.Namespace, host_flags: list[str]) -> list[Step]:
     looks = ["test", test_features, "--bridge", bridge, "--out", str(folders["test"])]
     return [
         capture("features", "train"),
-        Step(
-            "statistics", "figures of the features", folders["statistics"],
-            ["statistics", features, "--out", str(folders["statistics"])], package, ["features"],
-        ),
         Step(
             "bridge", "train the bridge", folders["bridge"], ["train", features, "--out", bridge, *training],
             {**package, "flags": training}, ["features"], ["--resume"],

@@ -1,4 +1,4 @@
-"""`ezhoi-diffusion plugins`: what is installed, and whether it works; `plugins new NAME`: the package of a new one."""
+"""`ezhoi-diffusion plugins`: the installed plugins; `plugins new NAME`: the package of a new one."""
 
 from __future__ import annotations
 
@@ -8,30 +8,40 @@ import shlex
 from dataclasses import asdict
 from pathlib import Path
 
-NEW = """\
-Write an installable package with a bridge that works, as a plugin: one module, its tests, README.md and pyproject.toml. It
-passes its tests, ruff and mypy --strict as it is. INTEGRATION.md, "Writing a plugin", says the rest."""
+from ezhoi_diffusion.cli.arguments import add_no_plugin, add_out
+from ezhoi_diffusion.cli.terminal import print_table
 
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
-    parser.description = "List the plugins found in this environment. Broken ones are listed with the reason."
-    parser.epilog = """\
+DESCRIPTION = """\
+List the plugins of this environment: name, version, status, source and hooks. A broken plugin is listed with the reason.
+`plugins new NAME` starts a plugin of your own."""
+EPILOG = """\
 environment variables:
   EZHOI_DIFFUSION_DISABLE=a,b   do not import these plugins (* for every installed one)
   EZHOI_DIFFUSION_ALLOW=a,b     of the installed plugins, import only these
   EZHOI_DIFFUSION_STRICT=1      a broken plugin is an error
+
+examples:
+  ezhoi-diffusion plugins
+  ezhoi-diffusion plugins new my-bridge
 """
-    parser.add_argument("--json", action="store_true", help="machine-readable")
-    parser.add_argument("--no-plugin", action="append", default=[], metavar="NAME", help="do not even import this one")
-    actions = parser.add_subparsers(dest="action", metavar="new", title="to begin one of your own")
+NEW = """\
+Write an installable package with a working bridge as a plugin: one module, its tests, README.md and pyproject.toml. It passes
+its tests, ruff and mypy --strict as it is. plugins/README.md is the tutorial."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    parser.add_argument("--json", action="store_true", help="print the list as JSON")
+    add_no_plugin(parser)
+    actions = parser.add_subparsers(dest="action", metavar="new", title="start a plugin")
     new = actions.add_parser("new", help="plugins new NAME: write the package of a new plugin", description=NEW)
-    new.add_argument("name", metavar="NAME", help="of the package; with underscores that of its bridge")
-    new.add_argument("--out", type=Path, metavar="DIR", help="the package's folder, a new one (default: NAME)")
+    new.add_argument("name", metavar="NAME", help="name of the package; with underscores, name of its bridge")
+    add_out(new, "folder of the package, a new one (default: NAME)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the list, or write a new one."""
+    """Print the list, or write a new plugin."""
     if args.action == "new":
         return _new(args.name, args.out)
     from ezhoi_diffusion.plugins import PluginManager
@@ -40,11 +50,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([asdict(info) for info in found], indent=2))
         return 0
-    rows = [("name", "version", "status", "source", "hooks")]
-    rows += [(i.name, i.version, i.status, i.source, ", ".join(i.hooks) or i.reason) for i in found]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    for row in rows:
-        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]))
+    print_table(
+        ("name", "version", "status", "source", "hooks"),
+        [(one.name, one.version, one.status, one.source, ", ".join(one.hooks) or one.reason) for one in found],
+    )
     return 0
 
 
@@ -52,8 +61,8 @@ def _new(name: str, out: Path | None) -> int:
     from ezhoi_diffusion.testing.scaffold import new_plugin
 
     bridge, folder = new_plugin(name, out)
-    print(f"plugin '{bridge}': {folder}. Next:", flush=True)
+    print(f"plugin '{bridge}': {folder}. Next:")
     print(f"  pip install -e {shlex.quote(f'{folder}[test]')}")
     print(f"  pytest {shlex.quote(str(folder))}")
-    print(f"  ezhoi-diffusion fit {bridge} FEATURES --out BRIDGE", flush=True)
+    print(f"  ezhoi-diffusion train FEATURES --bridge {bridge} --out BRIDGE", flush=True)
     return 0

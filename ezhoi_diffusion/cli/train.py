@@ -8,14 +8,49 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ezhoi_diffusion.cli import arguments
 from ezhoi_diffusion.errors import EzhoiDiffusionError, Interrupted
 
 if TYPE_CHECKING:
-    from ezhoi_diffusion.diffusion.recipes import Recipe
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.training.config import TrainConfig
-    from ezhoi_diffusion.training.data import TrainingData
 
+DESCRIPTION = """\
+Make a bridge from captured training features: train a diffusion bridge (default), fit the bridge of an installed plugin
+(--bridge NAME), or distil a diffusion bridge into a student that needs one network evaluation (--student-of BRIDGE). A tenth of
+the images is held out, so that `ezhoi-diffusion tune` can choose on it."""
+EPILOG = """\
+recipes:
+  gentle  (default) learns the text features; a visual feature starts at a low timestep and is blended with itself
+  paper   learns the text features; starts at timestep 600, 5 evaluations (Diffusion Bridge, CVPR 2025)
+  paired  learns from pairs of seen classes (a visual feature, the text of its class), with noise augmentation and --patience 5
+  guide   learns visual features without the text mean; 600 evaluations, unit norm. It hurt wherever it was measured.
+
+what the numbers mean:
+  --inference-steps N sets two things: the timestep where a feature starts, which is how much it changes, and the number of
+      network evaluations, which is the cost. More is a larger change, not better quality. In the small worlds measured, 5 and
+      600 evaluations were 0.02 mAP apart.
+  --scale-factor S is the norm of every network input. It sets how much noise a timestep means, so the bridge stores it.
+  --train-steps counts optimizer steps. The guide's 500,000 (8-15 hours on a GPU) are for unet1d on visual features. The default
+      network needs one or two thousand on texts; on visual features and pairs the default is 5000. In the guide's folders
+      model-K.pt has K = step / 10000: step 500,000 is model-50.pt.
+  The loss is weighted by the signal-to-noise ratio. Compare the validation loss with the isotropic estimate, which knows no
+      data: a network above it learned nothing that generalises. A lower loss does not promise a higher mAP: use compare.
+  The bridge is that of the lowest validation loss. --patience N stops after N validations without a new lowest one.
+
+examples:
+  ezhoi-diffusion train FEATURES --out BRIDGE
+  ezhoi-diffusion train FEATURES --out BRIDGE --resume
+  ezhoi-diffusion train FEATURES --out BRIDGE --recipe paper --denoiser unet1d --train-steps 500000
+  ezhoi-diffusion train FEATURES --out BRIDGE --bridge procrustes --set mode=ridge
+  ezhoi-diffusion train FEATURES --out STUDENT --student-of BRIDGE --start-timestep 600 --num-steps 50
+
+several processes, on GPUs or CPUs (they share the batch; the result is that of one process, to rounding):
+  accelerate launch --multi_gpu --num_processes 4 -m ezhoi_diffusion train FEATURES --out BRIDGE
+several machines (FEATURES on all of them; --out is used on the first only):
+  accelerate launch --multi_gpu --num_machines 2 --num_processes 8 --machine_rank RANK --main_process_ip FIRST \\
+    --main_process_port 29500 -m ezhoi_diffusion train FEATURES --out BRIDGE
+"""
 RECIPE_FLAGS = (
     "start_timestep",
     "num_steps",
@@ -26,142 +61,194 @@ RECIPE_FLAGS = (
     "scale_factor",
     "noise_augmentation",
 )
-# Where the defaults, which fit few texts and the mlp, do not: rows by the ten thousand, and the reference's rate for its UNet
-ON_VISUAL_ROWS = {"train_steps": 5000, "val_every": 500, "checkpoint_every": 1000, "learning_rate": 8e-5}
-ON_PAIRS = {**ON_VISUAL_ROWS, "patience": 5}
-OF_UNET = {"learning_rate": 8e-5}
-EPILOG = """\
-recipes:
-  gentle   (default) learns the text features; at eval a visual row is bridged from a low level and blended with itself
-  paper   learns the text features; starts at level 600, 5 evaluations (Diffusion Bridge, CVPR 2025)
-  paired  learns from pairs (an annotated visual row, the text of its class) of seen classes, with noise augmentation, and
-          stops early (--patience 5)
-  guide   learns visual features less the text mean; 600 evaluations, unit output. It hurt wherever it was measured.
-
-what the numbers mean:
-  --inference-steps N is two things in one: a feature starts at level N of the noise schedule, which is how strongly it is
-      changed, and takes N network evaluations, which is what it costs. More is not better quality: it is a stronger change.
-      --start-timestep and --num-steps set the two apart; in the small worlds measured, 5 and 600 evaluations were .02 mAP apart.
-  --scale-factor S is the norm of every row that the network sees, after its mean is taken off. It sets how much noise a level
-      is, so training and eval need the same one: it is stored in the bridge, and eval has no flag for it.
-  --train-steps counts optimizer steps. The 500,000 of the guide (8-15 hours on a GPU) are for the unet1d and visual rows; the
-      default network has enough after one or two thousand on texts; on visual rows and pairs, which are many, the default is
-      5000 at a learning rate of 8e-5, the reference's, as it is for unet1d. In the guide's folders model-K.pt is
-      K = step // 10000: the model of step 500,000 is model-50.pt, and model-500.pt would be five million.
-  the loss is weighted by the signal-to-noise ratio, so its size says nothing by itself. Compare the validation loss with the
-      isotropic estimate, which knows no data: a network above it has learned nothing that generalises. training.json and the
-      curve have both for five ranges of levels. A lower loss does not promise a higher mAP: compare on the host.
-  the bridge is that of the step with the lowest validation loss (best/ has it while the training runs): from there on a network
-      mostly learns its rows by heart. --patience N stops when N validations in a row brought no new lowest loss. Resumed, a stopped
-      training stays stopped; a larger --patience takes it further, as larger --train-steps do unless --lr-schedule follows them.
-
-flags may be written with underscores, as in the guide. --use_amp is --mixed-precision fp16 (or bf16).
-
-examples:
-  ezhoi-diffusion train FEATURES --out BRIDGE
-  ezhoi-diffusion train FEATURES --out BRIDGE --recipe paper --denoiser unet1d --train-steps 500000
-  ezhoi-diffusion train FEATURES --out BRIDGE --train-steps 5000 --patience 5 --lr-schedule cosine --warmup-steps 200 --log-with tensorboard
-  ezhoi-diffusion train FEATURES --out BRIDGE --resume
-
-several processes, on GPUs or, as written, on CPUs (the batch is divided among them; the result is that of one process, to rounding):
-  accelerate launch --multi_gpu --num_processes 4 -m ezhoi_diffusion train FEATURES --out BRIDGE
-several machines, on each with its own RANK; FEATURES on all of them, --out is used on the first only:
-  accelerate launch --multi_gpu --num_machines 2 --num_processes 8 --machine_rank RANK --main_process_ip FIRST \\
-    --main_process_port 29500 -m ezhoi_diffusion train FEATURES --out BRIDGE
-"""
-# flags of the guide whose counterpart has another name or shape
-ELSEWHERE = {
-    "--data-path": "the first argument, FEATURES: the folder of a capture",
-    "--results-folder": "--out DIR",
-    "--use-amp": "--mixed-precision fp16, or bf16",
-    "--init-dim": """--denoiser unet1d --denoiser-options '{"init_dim": 32}'""",
-    "--dim-mults": """--denoiser unet1d --denoiser-options '{"dim_mults": [1, 2, 4, 8]}'""",
-}
-
-
-class _Elsewhere(argparse.Action):
-    """Ends the command with the name that a flag of the guide has here."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: object, values: object, option_string: str | None = None
-    ) -> None:
-        parser.exit(2, f"ezhoi-diffusion: error: {option_string} of the guide is {self.const} here\n")
+EVERYDAY = ("denoiser", "train_steps", "seed")  # fields of TrainConfig by group of flags
+VALIDATION = ("val_fraction", "val_every", "patience", "checkpoint_every")
+FOR_FIT = ("features", "data_path", "out", "bridge", "set", "no_plugin")
+FOR_STUDENT = (
+    "features", "out", "student_of", "min_cosine", "set", "inference_steps", "start_timestep", "num_steps", "train_steps", "seed",
+    "device", "no_plugin",
+)  # fmt: skip
+ONLY_FOR_STUDENT = ("min_cosine", "device")
+STUDENT_STEPS = 2000
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags: the fields of TrainConfig, and those of its recipe that change how it is applied."""
+    """Declare the flags: fields of TrainConfig, and those of its recipe that change how the bridge is applied."""
+    from importlib.metadata import entry_points
+
+    from ezhoi_diffusion.plugins import ENTRY_POINT_GROUP
+
+    installed = ", ".join(sorted(point.name for point in entry_points(group=ENTRY_POINT_GROUP))) or "none"
+    parser.description = DESCRIPTION
+    parser.epilog = f"{EPILOG}\ninstalled plugins (`train --bridge NAME` alone explains how one is fitted): {installed}"
+    parser.usage = "%(prog)s FEATURES --out DIR [--recipe NAME | --bridge NAME | --student-of BRIDGE] [options]"
+    arguments.add_features(parser, "train", nargs="?")
+    arguments.add_out(parser, "folder for the bridge and its checkpoints (required)")
+    group = parser.add_argument_group("instead of training a diffusion bridge")
+    group.add_argument(
+        "--bridge",
+        metavar="NAME",
+        help="fit the bridge of this plugin; --set gives its options. Without FEATURES, explain them",
+    )
+    group.add_argument("--student-of", metavar="BRIDGE", help="distil this bridge, a folder or hf:USER/REPO")
+    group.add_argument(
+        "--min-cosine", type=float, metavar="C",
+        help="of a student: refuse it below this mean cosine to its teacher on held-out features (0.99)",
+    )  # fmt: skip
+    _add_everyday(parser)
+    group = parser.add_argument_group("optimisation")
+    _add_fields(group, leave_out=(*EVERYDAY, *VALIDATION))
+    group = parser.add_argument_group("validation and checkpoints")
+    _add_fields(group, only=VALIDATION)
+    group.add_argument(
+        "--log-with", type=lambda names: names.split(","), metavar="NAMES",
+        help="experiment trackers by accelerate's names, for example tensorboard,wandb, or all (none)",
+    )  # fmt: skip
+    group = parser.add_argument_group(
+        "names of the training guide", "they also work with underscores, as every flag does"
+    )
+    group.add_argument("--data-path", type=Path, metavar="FEATURES", help="FEATURES")
+    group.add_argument(
+        "--results-folder", type=Path, dest="out", default=argparse.SUPPRESS, metavar="DIR", help="--out DIR"
+    )
+    group.add_argument(
+        "--use-amp", dest="mixed_precision", action="store_const", const="fp16", help="--mixed-precision fp16"
+    )
+    group.add_argument("--init-dim", type=int, metavar="N", help="--denoiser unet1d with this width")
+    group.add_argument(
+        "--dim-mults", type=int, nargs="+", metavar="N", help="--denoiser unet1d with these multiples of it"
+    )
+    parser.set_defaults(
+        flags={action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
+    )
+
+
+def _add_everyday(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("everyday options")
+    add = group.add_argument
+    add("--recipe", metavar="NAME", help="gentle (default), paper, paired or guide; see below")
+    _add_fields(group, only=EVERYDAY)
+    add(
+        "--seeds", type=int, metavar="N",
+        help="train N bridges, with --seed and the N-1 after it, into DIR/seed-…; compare and tune take DIR as one bridge (1)",
+    )  # fmt: skip
+    add("--resume", action="store_true", help="continue from the newest complete checkpoint in --out")
+    add(
+        "--start-timestep",
+        type=int,
+        metavar="T",
+        help="timestep at which a feature starts: how much it changes (recipe's)",
+    )
+    add("--num-steps", type=int, metavar="N", help="network evaluations for a feature at eval: the cost (recipe's)")
+    add("--spacing", metavar="NAME", help="spacing of the evaluated timesteps: linear, quadratic or cubic (recipe's)")
+    add("--sampler", metavar="NAME", help="ddim, or one that a plugin registers (recipe's)")
+    add("--blend", type=float, metavar="L", help="share of the bridged direction in the result, 0 to 1 (recipe's)")
+    add("--output-mode", dest="output", metavar="NAME", help="keep_norm or unit_norm (recipe's)")
+    add("--scale-factor", type=float, metavar="S", help="norm of every network input (recipe's, 5)")
+    add(
+        "--noise-augmentation", type=float, metavar="S",
+        help="recipe paired: noise added to visual features, as a share of their norm (recipe's)",
+    )  # fmt: skip
+    arguments.add_settings(group)
+    arguments.add_device(group)
+    arguments.add_no_plugin(group)
+
+
+def _add_fields(group: arguments.Container, only: tuple[str, ...] = (), leave_out: tuple[str, ...] = ()) -> None:
+    """Flags of fields of TrainConfig."""
     from dataclasses import MISSING, fields
     from typing import Literal, get_args, get_origin, get_type_hints
 
     from ezhoi_diffusion.training.config import TrainConfig
 
-    parser.description = (
-        "Train a diffusion bridge on features that `run … --plugin capture` captured from training images."
-    )
-    parser.epilog = EPILOG
-    parser.add_argument("features", type=Path, metavar="FEATURES", help="the folder of a capture of the train split")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for bridge and checkpoints")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in --out")
-    parser.add_argument(
-        "--seeds", type=int, default=1, metavar="N",
-        help="train N bridges, with --seed and the N-1 after it, into DIR/seed-…; compare and tune take DIR as one bridge with "
-        "a mean and a spread (1)",
-    )  # fmt: skip
-    parser.add_argument("--recipe", metavar="NAME", help="gentle (default), paper, paired or guide; see below")
-    parser.add_argument(
-        "--start-timestep", type=int, help="t0, the level at which a feature enters: strength (recipe's)"
-    )
-    parser.add_argument("--num-steps", type=int, help="S, network evaluations a feature costs at eval (recipe's)")
-    parser.add_argument(
-        "--inference-steps",
-        type=int,
-        metavar="N",
-        help="the guide's: --start-timestep N --num-steps N, strength and cost in one",
-    )
-    parser.add_argument(
-        "--spacing",
-        help="spacing of the evaluations' levels: linear, or quadratic or cubic, denser near the end (recipe's)",
-    )
-    parser.add_argument(
-        "--sampler", metavar="NAME", help="registered sampler: ddim, published, or a plugin's (recipe's)"
-    )
-    parser.add_argument("--blend", type=float, help="share of the bridged direction in the result, 0..1 (recipe's)")
-    parser.add_argument(
-        "--output-mode", dest="output", help="keep_norm (keeps each row's norm) or unit_norm (recipe's)"
-    )
-    parser.add_argument(
-        "--noise-augmentation",
-        type=float,
-        help="noise added to visual rows of pairs, as a share of their norm (recipe's)",
-    )
-    parser.add_argument(
-        "--scale-factor", dest="scale_factor", type=float, help="norm of every network input (recipe's, 5)"
-    )
-    parser.add_argument(
-        "--log-with",
-        type=lambda names: names.split(","),
-        default=[],
-        metavar="NAMES",
-        help="experiment trackers by accelerate's names, e.g. tensorboard,wandb, or all (none)",
-    )
     types = get_type_hints(TrainConfig)
     for entry in fields(TrainConfig):
-        if entry.name == "recipe":
+        if entry.name == "recipe" or entry.name in leave_out or (only and entry.name not in only):
             continue
         kind, default = types[entry.name], "" if entry.default is MISSING else f" ({entry.default})"
-        names = [f"--{entry.name.replace('_', '-')}"]
-        parser.add_argument(
-            *names + (["--timesteps"] if entry.name == "num_timesteps" else []),
+        names = [f"--{entry.name.replace('_', '-')}", *(["--timesteps"] if entry.name == "num_timesteps" else [])]
+        group.add_argument(
+            *names,
             type={int: int, float: float, str: str}.get(kind, str if get_origin(kind) is Literal else json.loads),
             choices=get_args(kind) if get_origin(kind) is Literal else None,
+            metavar=None if get_origin(kind) is Literal else {int: "N", float: "X", str: "NAME"}.get(kind, "JSON"),
             help=entry.metadata["help"] + default,
         )
-    for flag, ours in ELSEWHERE.items():
-        parser.add_argument(flag, nargs="*", action=_Elsewhere, const=ours, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, and draw the curve."""
+    """Train, fit or distil."""
+    args.features = args.features or args.data_path
+    if args.bridge and args.features is None:
+        print(_describe_fit(args.bridge))
+        return 0
+    if args.features is None or args.out is None:
+        raise EzhoiDiffusionError(
+            "FEATURES and --out DIR are required: name the captured features and a folder for the bridge"
+        )
+    if args.features.is_file():
+        raise EzhoiDiffusionError(
+            f"{args.features} is a file, perhaps of the training guide: convert it with `ezhoi-diffusion import FILE… --out FEATURES`"
+        )
+    if args.bridge and args.student_of:
+        raise EzhoiDiffusionError(
+            "--bridge fits a plugin's bridge and --student-of distils one: use one of the two flags"
+        )
+    if args.bridge:
+        _refuse_others(args, FOR_FIT, "--bridge")
+        return _fit(args)
+    if args.student_of:
+        _refuse_others(args, FOR_STUDENT, "--student-of")
+        return _distil(args)
+    for name in ONLY_FOR_STUDENT:
+        if getattr(args, name) is not None:
+            raise EzhoiDiffusionError(f"{args.flags[name]} is for --student-of: leave it out")
+    return _train(args)
+
+
+def _refuse_others(args: argparse.Namespace, known: tuple[str, ...], mode: str) -> None:
+    """Raise EzhoiDiffusionError for a flag that this way of making a bridge would ignore."""
+    for name, flag in args.flags.items():
+        if name not in known and getattr(args, name, None) not in (None, False, []):
+            raise EzhoiDiffusionError(f"{flag} has no effect with {mode}: leave it out")
+
+
+def recipe_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What --set, --inference-steps and the flags named like settings say, each setting at most once."""
+    from ezhoi_diffusion.evaluation.variants import parse_settings
+
+    settings = parse_settings(args.set, args.inference_steps)
+    flags = {name: getattr(args, name) for name in RECIPE_FLAGS if getattr(args, name) is not None}
+    if twice := sorted(settings.keys() & flags.keys()):
+        raise EzhoiDiffusionError(
+            f"{', '.join(twice)} is given twice, by its own flag and by --set or --inference-steps: use one of them"
+        )
+    return {**settings, **flags}
+
+
+def train_config(args: argparse.Namespace) -> TrainConfig:
+    """What the flags say. Raises EzhoiDiffusionError for values out of range and for unknown names."""
+    from dataclasses import fields
+
+    from ezhoi_diffusion.diffusion.components import components
+    from ezhoi_diffusion.plugins import PluginManager
+    from ezhoi_diffusion.training.config import TrainConfig
+    from ezhoi_diffusion.training.defaults import choose_config, choose_recipe
+
+    names = [field.name for field in fields(TrainConfig) if field.name != "recipe"]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    unet = {name: getattr(args, name) for name in ("init_dim", "dim_mults") if getattr(args, name) is not None}
+    if unet:
+        given = {"denoiser": "unet1d", **given, "denoiser_options": {**unet, **given.get("denoiser_options", {})}}
+    recipe = choose_recipe(args.recipe, recipe_settings(args))
+    parts = components(PluginManager(args.no_plugin))
+    _ = parts.samplers[recipe.sampler]
+    config = choose_config(recipe, given)
+    _ = parts.denoisers[config.denoiser]
+    return config
+
+
+def _train(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from ezhoi_diffusion.artifact import CONFIG
@@ -172,110 +259,141 @@ def run(args: argparse.Namespace) -> int:
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.files import current
     from ezhoi_diffusion.plugins import PluginManager
-    from ezhoi_diffusion.report.plots import plot_training
-    from ezhoi_diffusion.training.curve import notes
     from ezhoi_diffusion.training.processes import exit_distributed
+    from ezhoi_diffusion.training.sources import training_data
     from ezhoi_diffusion.training.trainer import train
 
     config = train_config(args)
-    if args.seeds < 1:
-        raise EzhoiDiffusionError(f"--seeds must be at least 1, not {args.seeds}")
-    if args.seeds > 1 and current(args.out, CONFIG).exists():
-        raise EzhoiDiffusionError(
-            f"{args.out} holds a trained bridge, so it cannot hold several seeds: give another folder"
-        )
+    seeds = 1 if args.seeds is None else args.seeds
+    if seeds < 1:
+        raise EzhoiDiffusionError(f"--seeds must be at least 1, not {seeds}")
+    if seeds > 1 and current(args.out, CONFIG).exists():
+        raise EzhoiDiffusionError(f"{args.out} holds one bridge, so it cannot hold several seeds: give another folder")
     data = training_data(FeatureStore(args.features), config.recipe.trained_on)
-    denoiser = build_denoiser(config.bridge_config(data.statistics.dim), components(PluginManager()))
-    if args.seeds > 1 and isinstance(denoiser, FittedDenoiser) and config.recipe.trained_on == "text":
+    parts = components(PluginManager(args.no_plugin))
+    denoiser = build_denoiser(config.bridge_config(data.statistics.dim), parts)
+    if seeds > 1 and isinstance(denoiser, FittedDenoiser) and config.recipe.trained_on == "text":
         raise EzhoiDiffusionError(
-            f"{config.denoiser} is fitted to all texts, whatever the seed: several seeds would be the same bridge. Leave --seeds out"
+            f"{config.denoiser} is fitted to all texts, so several seeds give the same bridge: leave --seeds out"
         )
-    for number in range(args.seeds):
-        seeded = replace(config, seed=config.seed + number)
-        folder = args.out if args.seeds == 1 else args.out / f"{SEED_PREFIX}{seeded.seed}"
+    for seed in range(config.seed, config.seed + seeds):
+        folder = args.out if seeds == 1 else args.out / f"{SEED_PREFIX}{seed}"
         try:
             out = train(
-                data, seeded, folder, registry=components(PluginManager()), resume=args.resume, log_with=args.log_with
+                data,
+                replace(config, seed=seed),
+                folder,
+                registry=parts,
+                resume=args.resume,
+                log_with=args.log_with or [],
             )
         except Interrupted as stopped:
             exit_distributed(stopped.status, f"ezhoi-diffusion: {stopped}\n")
             raise
         if int(os.environ.get("RANK", "0")) == 0:
-            facts = json.loads((out / "training.json").read_text())
-            if not facts["history"]:
-                of_it = (
-                    "which says nothing: it cannot give back a text that it does not hold"
-                    if isinstance(denoiser, FittedDenoiser) and denoiser.memorizes
-                    else f"of the isotropic estimate {facts['isotropic_val_loss']:.4f}"
-                )
-                print(
-                    f"{facts['stopped']}; without the held-out rows its loss on those is {facts['val_loss']:.4f}, {of_it}\nbridge: {out}",
-                    flush=True,
-                )
-                continue
-            plot_training(facts, out / "training.png")
-            for note in notes(facts):
-                print(f"note: {note}", flush=True)
-            print(f"bridge: {out}, of step {facts['best_step']}; curve: {out / 'training.png'}", flush=True)
+            _report_training(out, memorizes=isinstance(denoiser, FittedDenoiser) and denoiser.memorizes)
     exit_distributed()
     return 0
 
 
-def train_config(args: argparse.Namespace) -> TrainConfig:
-    """What the flags say. Raises EzhoiDiffusionError for values that cannot be meant, names that nobody knows."""
-    from dataclasses import fields
+def _report_training(out: Path, *, memorizes: bool) -> None:
+    """Draw the curve, and print what it shows."""
+    from ezhoi_diffusion.report.plots import plot_training
+    from ezhoi_diffusion.training.curve import notes
 
-    from ezhoi_diffusion.diffusion.components import components
+    facts = json.loads((out / "training.json").read_text())
+    if not facts["history"]:
+        compared = (
+            "which says nothing: it only knows the texts it was fitted to"
+            if memorizes
+            else f"the isotropic estimate's {facts['isotropic_val_loss']:.4f}"
+        )
+        print(
+            f"{facts['stopped']}. Loss on held-out features {facts['val_loss']:.4f}, {compared}\nbridge: {out}",
+            flush=True,
+        )
+        return
+    plot_training(facts, out / "training.png")
+    for note in notes(facts):
+        print(f"note: {note}")
+    print(f"bridge: {out}, from step {facts['best_step']}; curve: {out / 'training.png'}", flush=True)
+
+
+def _fit(args: argparse.Namespace) -> int:
+    from ezhoi_diffusion.evaluation.variants import parse_settings
+    from ezhoi_diffusion.features.store import FeatureStore
+    from ezhoi_diffusion.files import require_unused
     from ezhoi_diffusion.plugins import PluginManager
-    from ezhoi_diffusion.training.config import TrainConfig
+    from ezhoi_diffusion.training.fitted import fit_artifact, known_fits
 
-    given = _given(args, [f.name for f in fields(TrainConfig) if f.name != "recipe"])
-    recipe = chosen_recipe(args)
-    own: dict[str, Any] = {"text": {}, "visual": ON_VISUAL_ROWS, "pairs": ON_PAIRS}[recipe.trained_on]
-    unet = OF_UNET if given.get("denoiser") == "unet1d" else {}
-    config = TrainConfig(**{"recipe": recipe, **own, **unet, **given})
-    _ = components(PluginManager()).denoisers[config.denoiser]
-    return config
-
-
-def chosen_recipe(args: argparse.Namespace) -> Recipe:
-    """The named recipe with what the flags change of it. Raises EzhoiDiffusionError for flags that contradict."""
-    from dataclasses import replace
-
-    from ezhoi_diffusion.diffusion.recipes import DEFAULT_RECIPE, RECIPES
-
-    if args.recipe is not None and args.recipe not in RECIPES:
-        raise EzhoiDiffusionError(f"there is no recipe '{args.recipe}'; recipes are {', '.join(RECIPES)}")
-    recipe = RECIPES[args.recipe] if args.recipe else DEFAULT_RECIPE
-    if args.inference_steps is not None:
-        if args.start_timestep is not None or args.num_steps is not None:
-            raise EzhoiDiffusionError("--inference-steps sets --start-timestep and --num-steps both: give it, or them")
-        args.start_timestep = args.num_steps = args.inference_steps
-    return replace(recipe, **_given(args, RECIPE_FLAGS))
+    fit = known_fits(PluginManager(args.no_plugin))[args.bridge]
+    options = parse_settings(args.set)
+    require_unused(args.out, EzhoiDiffusionError)
+    fit_artifact(args.bridge, fit, FeatureStore(args.features), options).save(args.out)
+    print(f"bridge: {args.out}; compare it with --bridges none,identity,{args.bridge}={args.out}", flush=True)
+    return 0
 
 
-def training_data(store: FeatureStore, side: str) -> TrainingData:
-    """What may be learned from; visual rows are read only where `side` is "visual" or "pairs".
+def _describe_fit(name: str) -> str:
+    import inspect
 
-    Raises EzhoiDiffusionError for a capture of test images.
-    """
-    import torch
+    from ezhoi_diffusion.plugins import PluginManager
+    from ezhoi_diffusion.training.fitted import fit_options, known_fits
 
-    from ezhoi_diffusion.features.labels import seen_pairs
-    from ezhoi_diffusion.training.data import TrainingData
+    fit = known_fits(PluginManager())[name]
+    settings = " ".join(f"[--set {option}={default}]" for option, default in fit_options(fit).items())
+    return f"usage: ezhoi-diffusion train FEATURES --bridge {name} --out DIR {settings}\n\n{inspect.getdoc(fit) or ''}"
 
-    store.require_training_images("a bridge is trained on")
-    provenance = {"fingerprint": store.fingerprint, "features": {"rows": len(store), "images": len(store.images)}}
-    visual, image, own_text = store.text[:0], torch.zeros(0, dtype=torch.long), None
-    if side == "visual":
-        visual, image = store.adapter_feat(), store.image_index()
-    elif side == "pairs":
-        pairs = seen_pairs(store, held_out=None)
-        visual, image, own_text = pairs.visual, pairs.image, pairs.text
-    return TrainingData(
-        visual, image, store.text, store.statistics(), provenance, store.context, own_text, len(store.images)
+
+def _distil(args: argparse.Namespace) -> int:
+    from ezhoi_diffusion.device import pick_device
+    from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
+    from ezhoi_diffusion.diffusion.components import components
+    from ezhoi_diffusion.features.store import FeatureStore
+    from ezhoi_diffusion.files import check_writable, require_unused
+    from ezhoi_diffusion.hub import local
+    from ezhoi_diffusion.plugins import PluginManager
+    from ezhoi_diffusion.training.distillation import MIN_COSINE, distill
+
+    train_steps = STUDENT_STEPS if args.train_steps is None else args.train_steps
+    min_cosine = MIN_COSINE if args.min_cosine is None else args.min_cosine
+    if train_steps < 1:
+        raise EzhoiDiffusionError(f"--train-steps must be at least 1, not {train_steps}")
+    store = FeatureStore(args.features)
+    store.require_training_images("a student learns from")
+    require_unused(args.out, EzhoiDiffusionError)
+    check_writable(args.out)
+    registry = components(PluginManager(args.no_plugin))
+    teacher = DiffusionBridge.from_pretrained(local(args.student_of), registry=registry)
+    arguments.fingerprint_check(store, False, [])(teacher, args.student_of)
+    teacher = teacher.override(**recipe_settings(args))
+    training, held_out = _split(store)
+    student, reached = distill(
+        teacher, training, held_out, store.text,
+        train_steps=train_steps, seed=args.seed or 0, device=pick_device(args.device),
+    )  # fmt: skip
+    recipe = teacher.config.recipe
+    print(f"one evaluation instead of {recipe.num_steps} from timestep {recipe.start_timestep}: {reached}", flush=True)
+    if not reached.cosine >= min_cosine:
+        raise EzhoiDiffusionError(
+            f"the student's mean cosine to its teacher on held-out features is {reached.cosine:.4f}, below {min_cosine}, so it was "
+            f"not written: use more --train-steps, features of more images, or a lower --start-timestep; or lower --min-cosine"
+        )
+    student.save_pretrained(args.out)
+    print(
+        f"student: {args.out}; compare it with --bridges none,diffusion={args.student_of},diffusion={args.out}",
+        flush=True,
     )
+    return 0
 
 
-def _given(args: argparse.Namespace, names: Any) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+def _split(store: FeatureStore) -> tuple[Any, Any]:
+    """Features [N, D] of training images, and of those that are held out."""
+    from ezhoi_diffusion.features.split import validation_mask
+
+    try:
+        held_out = validation_mask(len(store.images))[store.image_index()]
+    except ValueError as error:
+        raise EzhoiDiffusionError(f"{store.folder} has too few images: {error}") from error
+    features = store.adapter_feat()
+    return features[~held_out], features[held_out]

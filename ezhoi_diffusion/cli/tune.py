@@ -1,116 +1,117 @@
-"""`ezhoi-diffusion tune FEATURES --bridges …`: chooses bridge and settings by mAP on held-out training images."""
+"""`ezhoi-diffusion tune FEATURES --bridges …`: choose bridge and settings on held-out training images."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from ezhoi_diffusion.cli import arguments
+from ezhoi_diffusion.cli.terminal import print_table
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 
+if TYPE_CHECKING:
+    from ezhoi_diffusion.bridge import Bridge
+    from ezhoi_diffusion.evaluation.comparison import Comparison
+    from ezhoi_diffusion.evaluation.tune import Candidate
+
 DESCRIPTION = """\
-Choose a bridge, its start step, steps, strength and output mode by mAP on a validation split of the *training* images: the
-tenth of them that no training and no fit takes a step on (paired stops early by it), seen classes only. Labels of unseen classes are not read, and the test
-split is not touched. `none` is among the candidates, so the choice is never worse than no bridge on these images. The choice
-and what speaks for it are written as a bridge of its own, `tuned`."""
+Choose a bridge and its settings by mAP on held-out *training* images: the tenth that no training takes a step on, seen classes
+only. Neither labels of unseen classes nor test images are read. `none` is a candidate and wins ties. --out gets the choice as
+a bridge named `tuned`, and a report of the comparison in report/."""
 EPILOG = """\
-reading it:
-  the best of many candidates looks better than it is. The interval and the adjusted p-value say how much of its lead is
-  chance; evaluate it once on the test split, beside the controls, and report that.
-  of a bridge that was trained with several seeds (train --seeds 3) the mean over the seeds counts, and the first is taken.
+how to read it:
+  The best of many candidates looks better than it is. The interval and the adjusted p-value show how much of its lead is
+  chance. Test the choice once on the test split, next to the baselines, and report that.
+  Of a bridge trained with several seeds (train --seeds 3), the mean over the seeds counts, and the first seed is taken.
 
 example:
   ezhoi-diffusion tune FEATURES --bridges mean_shift,diffusion,diffusion=PAIRED --bridge BRIDGE --out CHOICE
-  ezhoi-diffusion compare TEST_FEATURES --bridges none,identity,mean_shift,diffusion,tuned=CHOICE --bridge BRIDGE --report R
-  ezhoi-diffusion run main_tip_finetune.py … --eval --resume CKPT --plugin tuned --bridge CHOICE
+  ezhoi-diffusion compare TEST_FEATURES --bridges none,identity,mean_shift,tuned=CHOICE --bridge BRIDGE --out REPORT
+  ezhoi-diffusion run main_tip_finetune.py … --eval --resume CKPT --plugin tuned=CHOICE
 """
-SHOWN = 10
+NUM_SHOWN = 10
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
-    from ezhoi_diffusion.cli.compare import declare_force
-    from ezhoi_diffusion.evaluation.tune import DEFAULT_SWEEP
-
     parser.description, parser.epilog = DESCRIPTION, EPILOG
-    grid = " ".join(f"{key}={','.join(str(value) for value in values)}" for key, values in DEFAULT_SWEEP.items())
-    parser.add_argument("features", type=Path, metavar="FEATURES", help="the folder of a capture of the train split")
-    parser.add_argument(
-        "--bridges", default="mean_shift,diffusion", metavar="NAME[=DIR],…",
-        help="candidates beside none (mean_shift,diffusion)",
-    )  # fmt: skip
-    parser.add_argument("--bridge", default="", metavar="DIR", help="the folder of those that name none")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the choice")
-    parser.add_argument(
-        "--sweep", action="append", default=[], metavar="KEY=V,V,…",
-        help=f"settings to try of every bridge that has them; given once or more, it replaces the default grid ({grid})",
-    )  # fmt: skip
-    parser.add_argument("--report", type=Path, metavar="DIR", help="also write the whole comparison there, as a report")
-    declare_force(parser)
-    parser.add_argument("--no-plugin", action="append", default=[], metavar="NAME", help="do not even import a plugin")
+    arguments.add_features(parser, "train")
+    arguments.add_out(parser, "folder for the choice", required=True)
+    group = parser.add_argument_group("candidates beside none")
+    arguments.add_bridges(group, "mean_shift,diffusion")
+    arguments.add_settings(group)
+    arguments.add_sweep(group, "default: a grid of start_timestep, num_steps, blend and output")
+    group = parser.add_argument_group("how to run")
+    arguments.add_device(group)
+    arguments.add_force(group)
+    arguments.add_no_plugin(group)
 
 
 def run(args: argparse.Namespace) -> int:
     """Score the candidates, choose, and write."""
-    import torch
-
-    from ezhoi_diffusion.bridge import Bridge
-    from ezhoi_diffusion.cli.compare import acceptance
-    from ezhoi_diffusion.evaluation.comparison import REFERENCE
+    from ezhoi_diffusion.device import pick_device
     from ezhoi_diffusion.evaluation.tune import DEFAULT_SWEEP, TUNED, require_labels_unseen, tune, write_choice
-    from ezhoi_diffusion.evaluation.variants import parse_sweep, resolve_variants
+    from ezhoi_diffusion.evaluation.variants import parse_settings, parse_sweep, resolve_variants
     from ezhoi_diffusion.features.store import FeatureStore
-    from ezhoi_diffusion.files import require_unused
+    from ezhoi_diffusion.files import check_writable, require_unused
     from ezhoi_diffusion.plugins import PluginManager
-    from ezhoi_diffusion.report.write import report_folder, write_report
+    from ezhoi_diffusion.report.write import write_report
 
+    if TUNED in [part.partition("=")[0].strip() for part in args.bridges.split(",")]:
+        raise EzhoiDiffusionError(f"--bridges {TUNED}: that is what tune makes; name the bridges themselves")
     store = FeatureStore(args.features)
     require_unused(args.out, EzhoiDiffusionError)
-    if args.report:
-        with report_folder(args.report):
-            pass  # refused now, not after the work
-    if TUNED in [part.partition("=")[0].strip() for part in args.bridges.split(",")]:
-        raise EzhoiDiffusionError("--bridges: tuned is what tune makes; name the bridges themselves")
-    with report_folder(args.out):
-        pass
+    check_writable(args.out)
     forced: list[str] = []
-    accepted = acceptance(store, args, forced)
+    fits_the_run = arguments.fingerprint_check(store, args.force, forced)
 
-    def accept(bridge: Bridge, name: str) -> None:
-        accepted(bridge, name)
+    def check(bridge: Bridge, name: str) -> None:
+        fits_the_run(bridge, name)
         require_labels_unseen(bridge, name, store)
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(args.device)
     variants = resolve_variants(
         args.bridges,
         PluginManager(args.no_plugin),
         folder=args.bridge,
-        check=accept,
+        check=check,
         device=device,
+        settings=parse_settings(args.set, args.inference_steps),
         sweep=parse_sweep(args.sweep) if args.sweep else DEFAULT_SWEEP,
         skip_refused=not args.sweep,
     )
     comparison, candidates = tune(store, variants, device, forced)
-    best, host = candidates[0], comparison.mean_ap(REFERENCE, "full")
-    print(
-        f"\n{len(candidates)} candidates by mAP of seen classes on {comparison.images} held-out training images (of a bridge with "
-        f"several seeds the mean); the best {min(SHOWN, len(candidates))}:"
-    )
-    for candidate in candidates[:SHOWN]:
-        print(f"  {candidate.mean_ap:6.2f}  {candidate.name}{'   <- chosen' if candidate is best else ''}")
-    if REFERENCE not in [candidate.name for candidate in candidates[:SHOWN]]:
-        print(f"  {host:6.2f}  {REFERENCE}")
-    if best.variant != REFERENCE and comparison.significance is not None:
-        lead = comparison.significance.difference[best.variant]["full"]
-        print(
-            f"{best.variant}: {comparison.difference(best.variant, 'full'):+.2f} points over none, 95 % interval {lead.low:+.2f} "
-            f"to {lead.high:+.2f}, p {lead.p:.3f}, adjusted for {len(variants)} variants {lead.p_adjusted:.3f}"
-        )
-        if not comparison.is_significant(best.variant, "full"):
-            print("That lead cannot be told from chance: expect no gain on the test split.")
-    if args.report:
-        write_report(comparison, args.report)
+    _print(comparison, candidates, len(variants))
     write_choice(args.out, comparison, candidates, variants, store)
+    write_report(comparison, args.out / "report")
     print(
-        f"choice: {args.out}; now score it once on the test split: ezhoi-diffusion compare TEST_FEATURES --bridges none,identity,tuned={args.out}"
+        f"choice: {args.out}. Test it once:\n"
+        f"  ezhoi-diffusion compare TEST_FEATURES --bridges none,identity,tuned={args.out}",
+        flush=True,
     )
     return 0
+
+
+def _print(comparison: Comparison, candidates: Sequence[Candidate], num_variants: int) -> None:
+    from ezhoi_diffusion.evaluation.comparison import REFERENCE
+
+    best, shown = candidates[0], candidates[:NUM_SHOWN]
+    shown = [*shown, *(one for one in candidates[NUM_SHOWN:] if one.name == REFERENCE)]
+    print(
+        f"\n{len(candidates)} candidates on {comparison.images} held-out training images. mAP of seen classes, best first:"
+    )
+    print_table(
+        ("mAP", "candidate", ""),
+        [(f"{one.mean_ap:.2f}", one.name, "<- chosen" if one is best else "") for one in shown],
+        numbers=[0],
+    )
+    if best.variant == REFERENCE or comparison.significance is None:
+        return
+    lead = comparison.significance.difference[best.variant]["full"]
+    print(
+        f"{best.variant}: {comparison.difference(best.variant, 'full'):+.2f} points over none, 95 % interval {lead.low:+.2f} to "
+        f"{lead.high:+.2f}, p {lead.p:.3f}, adjusted for {num_variants} variants {lead.p_adjusted:.3f}"
+    )
+    if not comparison.is_significant(best.variant, "full"):
+        print("Chance may explain that lead: expect no gain on the test split.")

@@ -18,6 +18,7 @@ from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.testing.bridges import seeded
 from ezhoi_diffusion.testing.rules import Rule, apply_rules
 from ezhoi_diffusion.testing.synthetic import synthetic_store
+from ezhoi_diffusion.training.fitted import with_origin
 
 Fit = Callable[..., Artifact]
 IMAGES = 40
@@ -65,12 +66,10 @@ def check_fit(name: str, fit: Fit, folder: Path, *, dim: int = 32) -> Path:
         ConformanceError: Some rules are broken; it lists them all.
         FeatureStoreError: `folder` is in use.
     """
-    from ezhoi_diffusion.cli.fit import from_host
-
     trial = FitTrial(name, fit, folder, dim)
     assert len(trial.features)  # made before the first rule, so that a folder in use is no broken rule
     apply_rules(f"fit '{name}'", trial, FIT_RULES, basic=("artefact",))
-    from_host(trial.artifact, trial.features, name, {}).save(folder / "bridge")
+    with_origin(trial.artifact, trial.features, name, {}).save(folder / "bridge")
     return folder / "bridge"
 
 

@@ -1,0 +1,44 @@
+"""Recipe and configuration of a training from what a user gave, with defaults that fit the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from ezhoi_diffusion.diffusion.recipes import DEFAULT_RECIPE, RECIPES, Recipe
+from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.training.config import TrainConfig
+
+# TrainConfig's defaults fit a few hundred texts and the mlp. Visual features are many, and unet1d has its published rate.
+FOR_VISUAL = {"train_steps": 5000, "val_every": 500, "checkpoint_every": 1000, "learning_rate": 8e-5}
+FOR_PAIRS = {**FOR_VISUAL, "patience": 5}
+FOR_UNET = {"learning_rate": 8e-5}
+RECIPE_SETTINGS = [field.name for field in fields(Recipe) if field.name not in ("name", "trained_on")]
+
+
+def choose_recipe(name: str | None, settings: Mapping[str, Any]) -> Recipe:
+    """The recipe `name`, by default "gentle", with these settings.
+
+    Raises:
+        EzhoiDiffusionError: There is no such recipe or setting.
+        RecipeError: A value is out of range.
+    """
+    if name is not None and name not in RECIPES:
+        raise EzhoiDiffusionError(f"there is no recipe '{name}'; recipes are {', '.join(RECIPES)}")
+    if unknown := sorted(settings.keys() - set(RECIPE_SETTINGS)):
+        raise EzhoiDiffusionError(
+            f"a recipe has no setting {', '.join(unknown)}; its settings are {', '.join(RECIPE_SETTINGS)}"
+        )
+    return replace(RECIPES[name] if name else DEFAULT_RECIPE, **settings)
+
+
+def choose_config(recipe: Recipe, given: Mapping[str, Any]) -> TrainConfig:
+    """The configuration of a training: what was given, and for the rest defaults that fit recipe and denoiser.
+
+    Raises:
+        TrainingError: A value is out of range.
+    """
+    defaults: dict[str, Any] = {"text": {}, "visual": FOR_VISUAL, "pairs": FOR_PAIRS}[recipe.trained_on]
+    unet = FOR_UNET if given.get("denoiser") == "unet1d" else {}
+    return TrainConfig(**{"recipe": recipe, **defaults, **unet, **given})

@@ -1,0 +1,71 @@
+"""Bridges that plugins fit to captured features."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ezhoi_diffusion.artifact import CONTEXT, Artifact
+from ezhoi_diffusion.errors import EzhoiDiffusionError, attributed_to
+from ezhoi_diffusion.features.store import FeatureStore
+from ezhoi_diffusion.plugins import PluginManager
+from ezhoi_diffusion.registry import Registry
+
+Fit = Callable[..., Artifact]
+
+
+def known_fits(plugins: PluginManager) -> Registry[Fit]:
+    """The fits that installed plugins register, by name of their bridge."""
+    empty: dict[str, Fit] = {}
+    return plugins.collect("register_fits", Registry("fit", empty))
+
+
+def fit_options(fit: Fit) -> dict[str, Any]:
+    """Option -> default of a fit: its arguments after the features."""
+    return {parameter.name: parameter.default for parameter in list(inspect.signature(fit).parameters.values())[1:]}
+
+
+def fit_artifact(name: str, fit: Fit, store: FeatureStore, options: Mapping[str, Any]) -> Artifact:
+    """Fit a bridge to captured features of training images.
+
+    Args:
+        name: The name of the bridge.
+        fit: What a plugin registered under that name.
+        store: A capture of the train split.
+        options: Values for some of `fit_options(fit)`.
+
+    Returns:
+        The artefact, with fingerprint, context vectors, and options.
+
+    Raises:
+        EzhoiDiffusionError: An option is unknown, the fit raises something, or it returns no artefact of that bridge.
+    """
+    known = fit_options(fit)
+    if unknown := sorted(options.keys() - known.keys()):
+        raise EzhoiDiffusionError(
+            f"bridge '{name}' has no option {', '.join(unknown)}; its options are {', '.join(known) or 'none'}"
+        )
+    store.require_training_images("a bridge is fitted to")
+    with attributed_to(f"fit '{name}'", EzhoiDiffusionError):
+        artifact = fit(store, **options)
+    return with_origin(artifact, store, name, options)
+
+
+def with_origin(artifact: Any, store: FeatureStore, name: str, options: Mapping[str, Any]) -> Artifact:
+    """What a fit returned, with where it comes from: fingerprint, context vectors, and options.
+
+    Raises:
+        EzhoiDiffusionError: It is no Artifact, or one of another bridge.
+    """
+    if not isinstance(artifact, Artifact) or artifact.bridge != name:
+        found = artifact.bridge if isinstance(artifact, Artifact) else type(artifact).__name__
+        raise EzhoiDiffusionError(f"fit '{name}' returned {found!r} instead of an Artifact of bridge '{name}'")
+    provenance = {
+        **artifact.provenance,
+        "fingerprint": store.fingerprint,
+        "features": {"rows": len(store), "images": len(store.images)},
+        "fit": {"name": name, "options": dict(options)},
+    }
+    context = {CONTEXT: store.context} if store.context else {}
+    return Artifact(name, artifact.config, {**artifact.files, **context}, provenance)

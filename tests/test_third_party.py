@@ -100,7 +100,7 @@ def test_being_found_costs_no_import_of_what_is_needed_later(environment):
 
 
 def test_options_are_explained(environment):
-    done = environment.command("fit", "--help")
+    done = environment.command("train", "--help")
     assert done.returncode == 0, done.stderr
     for said in (*NAMES, "[mode=diagonal]", "train_steps: optimiser steps", "Schönemann"):
         assert said in done.stdout, said
@@ -123,8 +123,8 @@ def test_all_five_are_fitted_and_compared_in_one_run(environment, stores, tmp_pa
         == 0
     )
     for name in NAMES:
-        options = ["--option", "train_steps=100", "--option", "width=64"] if name == "flow" else []
-        fitted = environment.command("fit", name, stores / "train", "--out", tmp_path / name, *options)
+        options = ["--set", "train_steps=100", "--set", "width=64"] if name == "flow" else []
+        fitted = environment.command("train", stores / "train", "--bridge", name, "--out", tmp_path / name, *options)
         assert fitted.returncode == 0, fitted.stderr
         assert (tmp_path / name / "config.json").exists()
     given = {name: f"{name}={tmp_path / name}" for name in NAMES}

@@ -59,7 +59,7 @@ def add_flags(parser: argparse.ArgumentParser, *, bridges: str, num_images: int 
     group.add_argument(
         "--num-images", "--num-test-images", type=int, default=num_images, metavar="N",
         help=f"draw N images that have pairs ({num_images or 'default: all'}); --out also gets diffusion_effect.png and "
-        "effect.json about the first bridge that is no baseline, with each image's top 5. The guide's --num_test_images",
+        "effect.json about the first bridge that is no baseline, with each image's top 5",
     )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, help="draws the images (0)")
     group.add_argument(

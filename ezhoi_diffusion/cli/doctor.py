@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
         print(f"\n{count['problem']} problems, {count['warning']} warnings, {count['note']} notes, {count['ok']} ok")
-    readable = not any(finding.level == "problem" and finding.name.startswith("features") for finding in findings)
+    problems = {finding.name for finding in findings if finding.level == "problem"}
+    readable = not problems & {"features.open", "features.files", "input"}
     if features is not None and readable and (args.out is not None or not args.json):
         _statistics(features, None if args.json else print_table, args.out)
     return 1 if count["problem"] else 0

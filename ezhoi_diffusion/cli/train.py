@@ -74,13 +74,7 @@ STUDENT_STEPS = 2000
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the flags: fields of TrainConfig, and those of its recipe that change how the bridge is applied."""
-    from importlib.metadata import entry_points
-
-    from ezhoi_diffusion.plugins import ENTRY_POINT_GROUP
-
-    installed = ", ".join(sorted(point.name for point in entry_points(group=ENTRY_POINT_GROUP))) or "none"
-    parser.description = DESCRIPTION
-    parser.epilog = f"{EPILOG}\ninstalled plugins (`train --bridge NAME` alone explains how one is fitted): {installed}"
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
     parser.usage = "%(prog)s FEATURES --out DIR [--recipe NAME | --bridge NAME | --student-of BRIDGE] [options]"
     arguments.add_features(parser, "train", nargs="?")
     arguments.add_out(parser, "folder for the bridge and its checkpoints (required)")
@@ -88,7 +82,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--bridge",
         metavar="NAME",
-        help="fit the bridge of this plugin; --set gives its options. Without FEATURES, explain them",
+        help="fit this bridge of an installed plugin, see below; --set gives its options",
     )
     group.add_argument("--student-of", metavar="BRIDGE", help="distil this bridge, a folder or hf:USER/REPO")
     group.add_argument(
@@ -118,6 +112,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dim-mults", type=int, nargs="+", metavar="N", help="--denoiser unet1d with these multiples of it"
     )
+    format_help = parser.format_help
+
+    def format_help_with_fits() -> str:
+        return f"{format_help()}\nbridges of installed plugins, for --bridge NAME --set K=V:\n{_fits()}\n"
+
+    parser.format_help = format_help_with_fits  # type: ignore[method-assign]  # only the help has to import plugins
     parser.set_defaults(
         flags={action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
     )
@@ -179,9 +179,6 @@ def _add_fields(group: arguments.Container, only: tuple[str, ...] = (), leave_ou
 def run(args: argparse.Namespace) -> int:
     """Train, fit or distil."""
     args.features = args.features or args.data_path
-    if args.bridge and args.features is None:
-        print(_describe_fit(args.bridge))
-        return 0
     if args.features is None or args.out is None:
         raise EzhoiDiffusionError(
             "FEATURES and --out DIR are required: name the captured features and a folder for the bridge"
@@ -334,15 +331,20 @@ def _fit(args: argparse.Namespace) -> int:
     return 0
 
 
-def _describe_fit(name: str) -> str:
+def _fits() -> str:
+    """Every registered fit with its options and its docstring."""
     import inspect
 
     from ezhoi_diffusion.plugins import PluginManager
     from ezhoi_diffusion.training.fitted import fit_options, known_fits
 
-    fit = known_fits(PluginManager())[name]
-    settings = " ".join(f"[--set {option}={default}]" for option, default in fit_options(fit).items())
-    return f"usage: ezhoi-diffusion train FEATURES --bridge {name} --out DIR {settings}\n\n{inspect.getdoc(fit) or ''}"
+    fits = known_fits(PluginManager())
+    described = []
+    for name in fits.names():
+        options = " ".join(f"[{option}={default}]" for option, default in fit_options(fits[name]).items())
+        text = (inspect.getdoc(fits[name]) or "").replace("\n", "\n      ")
+        described.append(f"  {name} {options}\n      {text}")
+    return "\n\n".join(described) or "  none: install a plugin first"
 
 
 def _distil(args: argparse.Namespace) -> int:

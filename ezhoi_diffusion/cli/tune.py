@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from ezhoi_diffusion.report.write import write_report
 
     if TUNED in [part.partition("=")[0].strip() for part in args.bridges.split(",")]:
-        raise EzhoiDiffusionError(f"--bridges {TUNED}: that is what tune makes; name the bridges themselves")
+        raise EzhoiDiffusionError(f"--bridges: {TUNED} is what tune makes; name the bridges themselves")
     store = FeatureStore(args.features)
     require_unused(args.out, EzhoiDiffusionError)
     check_writable(args.out)

@@ -400,8 +400,8 @@ def test_a_sound_bridge(look, trained):
 
 def test_the_data_of_a_visual_recipe_are_recognised_too(look, tmp_path, trained):
     features, _ = trained
-    from ezhoi_diffusion.cli.train import training_data
     from ezhoi_diffusion.features.store import FeatureStore
+    from ezhoi_diffusion.training.sources import training_data
 
     for recipe in ("guide", "paper"):
         config = TrainConfig(

@@ -182,7 +182,7 @@ def test_what_rows_share_is_what_a_mean_leaves():
 def test_statistics_tell_what_was_captured(tmp_path, capsys):
     rows = torch.cat([batch.adapter_feat for batch in IMAGES])
     store = write(tmp_path / "f")
-    assert main(["statistics", str(tmp_path / "f"), "--out", str(tmp_path / "s")]) == 0
+    assert main(["doctor", str(tmp_path / "f"), "--out", str(tmp_path / "s")]) in (0, 1)
     found = read_json(tmp_path / "s" / "statistics.json", FeatureStoreError, "")
     assert (found["rows"], found["images"], found["images_without_pairs"]) == (14, 6, 2)
     assert found["pairs_per_image"] == {"median": 2.0, "max": 5}

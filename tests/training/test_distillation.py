@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from ezhoi_diffusion.cli import main
-from ezhoi_diffusion.cli.train import training_data
 from ezhoi_diffusion.diffusion.bridge import BridgeError, DiffusionBridge
 from ezhoi_diffusion.evaluation.fidelity import fidelity
 from ezhoi_diffusion.features.split import validation_mask
@@ -16,6 +15,7 @@ from ezhoi_diffusion.testing import synthetic_store
 from ezhoi_diffusion.training import distillation
 from ezhoi_diffusion.training.config import TrainingError
 from ezhoi_diffusion.training.distillation import distill
+from ezhoi_diffusion.training.sources import training_data
 from ezhoi_diffusion.training.trainer import train
 from helpers.bridges import make
 from helpers.trainings import QUICK, low_rank
@@ -167,9 +167,12 @@ def stores(tmp_path_factory):
 def test_the_command_writes_a_student_that_compare_takes(stores, tmp_path, capsys):
     folder, bridge = stores
     out = tmp_path / "student"
-    assert main(["distill", str(bridge), str(folder / "train"), "--out", str(out), "--train-steps", "300"]) == 0
+    assert (
+        main(["train", str(folder / "train"), "--student-of", str(bridge), "--out", str(out), "--train-steps", "300"])
+        == 0
+    )
     said = capsys.readouterr().out
-    assert "one evaluation against the teacher's 10 from level 600: cosine 0.99" in said or "cosine 1.0" in said
+    assert "one evaluation instead of 10 from timestep 600: cosine 0.99" in said or "cosine 1.0" in said
     assert json.loads((out / "config.json").read_text())["provenance"]["distilled"]["held_out"]["cosine"] >= 0.99
     names = f"none,diffusion={bridge},diffusion={out}"
     assert main(["compare", str(folder / "test"), "--bridges", names, "--replicates", "0"]) == 0
@@ -185,7 +188,7 @@ def test_the_command_learns_from_images_that_are_not_held_out(stores, tmp_path, 
         raise TrainingError("seen enough")
 
     monkeypatch.setattr(distillation, "distill", stop)
-    assert main(["distill", str(bridge), str(folder / "train"), "--out", str(tmp_path / "x")]) == 2
+    assert main(["train", str(folder / "train"), "--student-of", str(bridge), "--out", str(tmp_path / "x")]) == 2
     store = FeatureStore(folder / "train")
     apart = validation_mask(len(store.images))[store.image_index()]
     assert torch.equal(given[0][0], store.adapter_feat()[~apart])
@@ -201,7 +204,7 @@ def test_steps_for_all_name_the_student_that_cannot_take_them(stores, tmp_path, 
     names = f"none,diffusion={tmp_path}"
     assert main(["compare", str(folder / "test"), "--bridges", names, "--inference-steps", "5"]) == 2
     said = capsys.readouterr().err
-    assert f"--inference-steps 5 cannot be used with 'diffusion={tmp_path}'" in said
+    assert f"bridge 'diffusion={tmp_path}'" in said
     assert main(["doctor", str(folder / "train"), str(tmp_path)]) in (0, 1)
     assert "a student of mlp, 10 evaluations from level 600; mean cosine to that" in capsys.readouterr().out
 
@@ -209,7 +212,7 @@ def test_steps_for_all_name_the_student_that_cannot_take_them(stores, tmp_path, 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        (["--min-cosine", "1.1"], "so it is not written"),
+        (["--min-cosine", "1.1"], "so it was not written"),
         (["--train-steps", "0"], "--train-steps"),
         (["--num-steps", "601"], "num_steps"),
         (["--num-steps", "1"], "one evaluation already"),
@@ -218,7 +221,17 @@ def test_steps_for_all_name_the_student_that_cannot_take_them(stores, tmp_path, 
 def test_what_the_command_refuses_it_does_not_write(stores, tmp_path, capsys, changes, says):
     folder, bridge = stores
     out = tmp_path / "student"
-    words = ["distill", str(bridge), str(folder / "train"), "--out", str(out), "--train-steps", "3", *changes]
+    words = [
+        "train",
+        str(folder / "train"),
+        "--student-of",
+        str(bridge),
+        "--out",
+        str(out),
+        "--train-steps",
+        "3",
+        *changes,
+    ]
     assert main(words) == 2
     assert says in capsys.readouterr().err
     assert not (out / "config.json").exists()
@@ -226,7 +239,7 @@ def test_what_the_command_refuses_it_does_not_write(stores, tmp_path, capsys, ch
 
 def test_a_student_is_not_made_of_test_images_or_another_hosts(stores, tmp_path, capsys):
     folder, bridge = stores
-    assert main(["distill", str(bridge), str(folder / "test"), "--out", str(tmp_path / "a")]) == 2
+    assert main(["train", str(folder / "test"), "--student-of", str(bridge), "--out", str(tmp_path / "a")]) == 2
     assert "training images only" in capsys.readouterr().err
-    assert main(["distill", str(bridge), str(folder / "other"), "--out", str(tmp_path / "b")]) == 2
-    assert "another host" in capsys.readouterr().err
+    assert main(["train", str(folder / "other"), "--student-of", str(bridge), "--out", str(tmp_path / "b")]) == 2
+    assert "another EZ-HOI run" in capsys.readouterr().err

@@ -195,7 +195,7 @@ def test_the_command_learns_from_images_that_are_not_held_out(stores, tmp_path, 
     assert torch.equal(given[0][1], store.adapter_feat()[apart])
 
 
-def test_steps_for_all_name_the_student_that_cannot_take_them(stores, tmp_path, capsys):
+def test_steps_that_no_bridge_can_take_are_refused(stores, tmp_path, capsys):
     folder, bridge = stores
     teacher = DiffusionBridge.from_pretrained(bridge)
     data = FeatureStore(folder / "train")
@@ -204,7 +204,7 @@ def test_steps_for_all_name_the_student_that_cannot_take_them(stores, tmp_path, 
     names = f"none,diffusion={tmp_path}"
     assert main(["compare", str(folder / "test"), "--bridges", names, "--inference-steps", "5"]) == 2
     said = capsys.readouterr().err
-    assert f"bridge 'diffusion={tmp_path}'" in said
+    assert f"diffusion={tmp_path} has a setting num_steps, start_timestep" in said
     assert main(["doctor", str(folder / "train"), str(tmp_path)]) in (0, 1)
     assert "a student of mlp, 10 evaluations from level 600; mean cosine to that" in capsys.readouterr().out
 

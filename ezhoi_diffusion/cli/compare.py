@@ -119,7 +119,10 @@ def run(args: argparse.Namespace) -> int:
         check_writable(args.out)
     chosen = None if args.num_images is None else draw_images(store.images, args.num_images, args.seed)
     comparison = _score(args, store, variants, chosen, device, forced)
-    notes = disagreements(comparison.alignment, {name: comparison.mean_ap(name, "full") for name in comparison.ap})
+    notes = disagreements(
+        {name: v.alignment for name, v in comparison.variants.items() if v.alignment},
+        {name: comparison.mean_ap(name, "full") for name in comparison.variants},
+    )
     print("\n".join(["", comparison.table(), *notes, headline(comparison).text]), flush=True)
     if args.out:
         write_report(comparison, args.out, notes)

@@ -106,9 +106,10 @@ def _print(comparison: Comparison, candidates: Sequence[Candidate], num_variants
         [(f"{one.mean_ap:.2f}", one.name, "<- chosen" if one is best else "") for one in shown],
         numbers=[0],
     )
-    if best.variant == REFERENCE or comparison.significance is None:
+    bootstrap = comparison.variants[best.variant].bootstrap
+    if best.variant == REFERENCE or bootstrap is None:
         return
-    lead = comparison.significance.difference[best.variant]["full"]
+    lead = bootstrap.difference["full"]
     print(
         f"{best.variant}: {comparison.difference(best.variant, 'full'):+.2f} points over none, 95 % interval {lead.low:+.2f} to "
         f"{lead.high:+.2f}, p {lead.p:.3f}, adjusted for {num_variants} variants {lead.p_adjusted:.3f}"

@@ -14,8 +14,8 @@ recall_at_1, recall_at_5: share of annotated pairs with a class of A among the k
 top1: share of annotated pairs whose highest logit among possible targets is of a class of A, 0 to 1.
 calibration_error: sum over 15 equal bins of p = sigmoid(logit) of the bin's share times |mean p − share annotated|, over
     possible targets of annotated pairs, 0 to 1. Guo et al., ICML 2017, with every target a prediction of its own.
-shared_part: |mean of (u − mean v)/|u − mean v||, 0 to 1: what rows have in common once the text mean is taken off, as
-    `features.statistics.shared_part`.
+mean_resultant_length: |mean of (u − mean v)/|u − mean v||, 0 to 1: what rows have in common once the text mean is taken off, as
+    `features.statistics.mean_resultant_length`.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Alignment:
             "recall_at_5": recall_at_5,
             "top1": top1,
             "calibration_error": float(self._excess.abs().sum()) / self._targets if self._targets else None,
-            "shared_part": float((self._sum_centred / self._rows).norm()) if self._rows else None,
+            "mean_resultant_length": float((self._sum_centred / self._rows).norm()) if self._rows else None,
         }
 
 

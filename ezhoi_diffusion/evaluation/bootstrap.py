@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,20 @@ from ezhoi_diffusion.evaluation.average_precision import RECALLS, Algorithm, Sco
 from ezhoi_diffusion.rng import generator
 
 REPLICATES = 1000
-LEAST_IMAGES = 3  # of a class: with fewer, a made-up null put 15 to 43 % of its intervals beside 0
+REFERENCE = "none"  # bare EZ-HOI, the first variant of every comparison
+LEVEL = 0.95
+MIN_IMAGES = 3  # of a class; with fewer, 15 to 43 % of the intervals of a simulated null missed 0
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference in mean AP to another variant, in points: its interval, and p-values (two-sided).
+    """A difference in mean AP to another variant, in points: its interval, and two-sided p-values.
 
-    p_adjusted holds for all variants of the comparison together, p for this one alone.
+    Attributes:
+        low: Lower bound of the interval.
+        high: Upper bound of the interval.
+        p: For this variant alone.
+        p_adjusted: For all variants of the comparison together (max-T).
     """
 
     low: float
@@ -35,40 +41,35 @@ class Difference:
 
 
 @dataclass(frozen=True, eq=False)
-class Significance:
-    """What a paired bootstrap says, for K interaction classes.
+class BootstrapResult:
+    """What a paired bootstrap says of one variant, for K classes.
 
-    mean_ap: variant -> group -> interval of mean AP, percent. difference: variant (all but the reference) -> group.
-    per_class: variant (all but the reference) -> [K, 2] interval of the class's difference, points; NaN for a class
-    annotated in fewer than three images. over: control -> variant (all but it) -> group, the difference to that control.
+    Attributes:
+        mean_ap: Group -> interval of mean AP, in percent.
+        over: `none` or a baseline -> group -> difference to it; without the variant itself.
+        per_class: Interval of each class's difference to `none`, [K, 2] in points. NaN for a class annotated in fewer than
+            three images. None for `none` itself.
     """
 
-    replicates: int
-    level: float
-    seed: int
-    mean_ap: dict[str, dict[str, tuple[float, float]]]
-    difference: dict[str, dict[str, Difference]]
-    per_class: dict[str, Tensor]
-    over: dict[str, dict[str, dict[str, Difference]]] = field(default_factory=dict)
+    mean_ap: dict[str, tuple[float, float]]
+    over: dict[str, dict[str, Difference]]
+    per_class: Tensor | None = None
+
+    @property
+    def difference(self) -> dict[str, Difference]:
+        """Group -> difference to `none`; empty for `none` itself."""
+        return self.over.get(REFERENCE, {})
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form; NaN is null."""
+        """The JSON form; NaN becomes null."""
+        bounds = [] if self.per_class is None else self.per_class.tolist()
         return {
-            "replicates": self.replicates,
-            "level": self.level,
-            "seed": self.seed,
-            "mean_ap": {v: {g: list(i) for g, i in groups.items()} for v, groups in self.mean_ap.items()},
-            "difference": _as_json(self.difference),
-            "over": {control: _as_json(difference) for control, difference in self.over.items()},
-            "per_class": {
-                v: [None if low != low else [low, high] for low, high in bounds.tolist()]
-                for v, bounds in self.per_class.items()
+            "mean_ap": {group: list(interval) for group, interval in self.mean_ap.items()},
+            "over": {
+                base: {group: asdict(found) for group, found in groups.items()} for base, groups in self.over.items()
             },
+            "per_class": [None if low != low else [low, high] for low, high in bounds],
         }
-
-
-def _as_json(difference: Mapping[str, Mapping[str, Difference]]) -> dict[str, Any]:
-    return {v: {g: asdict(d) for g, d in groups.items()} for v, groups in difference.items()}
 
 
 def paired_bootstrap(
@@ -76,48 +77,61 @@ def paired_bootstrap(
     annotations: Tensor,
     groups: Mapping[str, Tensor],
     *,
-    reference: str = "none",
-    controls: Sequence[str] = (),
+    baselines: Sequence[str] = (),
     algorithm: Algorithm = "11P",
     replicates: int = REPLICATES,
-    level: float = 0.95,
+    level: float = LEVEL,
     seed: int = 0,
-) -> Significance:
-    """How sure mean AP is, and its difference to that of `reference`, had the I images been others of their kind.
+) -> dict[str, BootstrapResult]:
+    """How certain mean AP is, and its differences, had the I images been other images of their kind.
 
-    scored: variant -> its detections. annotations [I, K] int64: annotated pairs of each image and class. groups: group
-    -> classes [k] int64. controls: variants that the others are also held against. Images are drawn with replacement, the same for all variants, and an image drawn twice has all
-    its detections and annotations twice. A class without any annotation has an AP of zero, as on the host; one whose
-    images were not drawn is left out of that replicate's mean, and a bound is NaN where no replicate is left.
+    Images are drawn with replacement, the same ones for every variant. An image drawn twice has its detections and
+    annotations twice. A class without any annotation has an AP of zero, as EZ-HOI has it. A class whose images were not
+    drawn is left out of that replicate's mean, and a bound is NaN where no replicate is left.
 
     Bounds are percentiles of the replicates (Efron & Tibshirani 1993, chapter 13). Those of mean AP, not of differences,
-    are moved by as much as the replicates' mean is off what was found: copies of a true positive follow each other,
-    which raises AP where annotations are few, so much that the mean AP of a made-up test set of HICO-DET's size lay
-    outside of its own interval. They are for the mean AP on another test set of this size.
-    p is that of the bootstrap centred on the difference d that was found: P(|d* - d| >= |d|), counted as
-    (1 + x) / (1 + replicates) (Davison & Hinkley 1997, chapter 4). p_adjusted holds for all variants within the group:
-    |d| is held against the largest |d* - d| of any variant, each in units of its standard deviation (single-step max-T:
-    Westfall & Young 1993; Romano & Wolf 2005).
+    are shifted by the bootstrap's bias: copies of a true positive follow each other, which raises AP where annotations are
+    few. Without the shift, the mean AP of a made-up test set of HICO-DET's size lay outside its own interval.
 
-    Memory: int32 [I, replicates], and a few times [true positives of the largest class, replicates]. Raises ValueError
-    for replicates < 1 and for a level that is not between 0 and 1.
+    p is that of the bootstrap centred on the difference d that was found: P(|d* − d| >= |d|), counted as
+    (1 + x) / (1 + replicates) (Davison & Hinkley 1997, chapter 4). p_adjusted compares |d| with the largest |d* − d| of
+    any variant in the group, each in units of its standard deviation (single-step max-T: Westfall & Young 1993; Romano &
+    Wolf 2005).
+
+    Memory: int32 [I, replicates], and a few times [true positives of the largest class, replicates].
+
+    Args:
+        scored: Variant -> its detections. `none` is among them.
+        annotations: Annotated pairs of each image and class, [I, K] int64.
+        groups: Group -> classes [k] int64.
+        baselines: Variants to which the others are compared too.
+        algorithm: Of average precision.
+        replicates: Number of resamplings.
+        level: Of the intervals.
+        seed: Of the draws.
+
+    Returns:
+        Variant -> its intervals and differences.
+
+    Raises:
+        ValueError: replicates < 1, or level is not between 0 and 1.
     """
     if replicates < 1 or not 0 < level < 1:
         raise ValueError(f"need replicates >= 1 and 0 < level < 1, not replicates={replicates}, level={level}")
     weights = _weights(len(annotations), replicates, seed)
     annotated = np.stack([n[n > 0] @ weights[n > 0] for n in annotations.T.numpy().astype(np.int32)])
     images_of = (annotations > 0).sum(0).numpy()
-    variants = [reference, *(name for name in scored if name != reference)]
+    variants = [REFERENCE, *(name for name in scored if name != REFERENCE)]
     means = np.empty((len(groups), len(variants), 1 + replicates))
     per_class: dict[str, Tensor] = {}
     for number, name in enumerate(tqdm(variants, desc="bootstrap", unit="variant", file=sys.stderr)):
         ap = 100 * _resampled_ap(scored[name], weights, annotated, algorithm)
         means[:, number] = [_mean(ap[index.numpy()]) for index in groups.values()]
-        if name == reference:
+        if name == REFERENCE:
             bare = ap
         else:
             interval = _interval(ap - bare, level)
-            interval[images_of < LEAST_IMAGES] = np.nan
+            interval[images_of < MIN_IMAGES] = np.nan
             per_class[name] = torch.from_numpy(interval)
     mean_ap: dict[str, dict[str, tuple[float, float]]] = {name: {} for name in variants}
     for group, mean in zip(groups, means, strict=True):
@@ -126,21 +140,20 @@ def paired_bootstrap(
         for name, (low, high) in zip(variants, bounds.tolist(), strict=True):
             mean_ap[name][group] = low, high
 
-    def over(base: str) -> dict[str, dict[str, Difference]]:
+    over: dict[str, dict[str, dict[str, Difference]]] = {name: {} for name in variants}
+    for base in (REFERENCE, *baselines):
         at = variants.index(base)
         others = [name for name in variants if name != base]
         columns = [
-            # one image resampled is itself, and says nothing of chance
+            # One image, resampled, is itself and says nothing of chance.
             _differences(np.delete(mean, at, axis=0) - mean[at], level)
             if (annotations[:, index] > 0).any(1).sum() > 1
             else [Difference(-100.0, 100.0, 1.0, 1.0)] * len(others)
             for mean, index in zip(means, groups.values(), strict=True)
         ]
-        return {name: dict(zip(groups, found, strict=True)) for name, *found in zip(others, *columns, strict=True)}
-
-    return Significance(
-        replicates, level, seed, mean_ap, over(reference), per_class, {control: over(control) for control in controls}
-    )
+        for name, *found in zip(others, *columns, strict=True):
+            over[name][base] = dict(zip(groups, found, strict=True))
+    return {name: BootstrapResult(mean_ap[name], over[name], per_class.get(name)) for name in variants}
 
 
 def _weights(images: int, replicates: int, seed: int) -> NDArray[np.int32]:

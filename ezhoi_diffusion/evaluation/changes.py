@@ -50,10 +50,10 @@ class Changes:
 def changes(comparison: Comparison, variant: str) -> Changes:
     """The changes that `variant` makes to the classes of the full group that are annotated."""
     classes = comparison.groups[FULL]
-    if comparison.annotations is not None:
-        classes = classes[comparison.annotations[classes] > 0]
-    points = (comparison.ap[variant] - comparison.ap[REFERENCE])[classes].double() * 100
+    classes = classes[comparison.annotations[classes] > 0]
+    points = (comparison.variants[variant].ap - comparison.variants[REFERENCE].ap)[classes].double() * 100
     order = points.argsort(descending=True, stable=True)
-    known = comparison.significance
-    bounds = None if known is None else known.per_class[variant][classes[order]]
+    bootstrap = comparison.variants[variant].bootstrap
+    per_class = None if bootstrap is None else bootstrap.per_class
+    bounds = None if per_class is None else per_class[classes[order]]
     return Changes(classes[order], points[order], bounds)

@@ -1,100 +1,195 @@
-"""One run, many variants of the same pairs: what each is worth, and the difference to the bare host."""
+"""The result of a comparison: what each variant is worth, and its difference to bare EZ-HOI."""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ezhoi_diffusion.evaluation.average_precision import Algorithm
-from ezhoi_diffusion.evaluation.bootstrap import Significance
+from ezhoi_diffusion.evaluation.average_precision import Algorithm, Scored, average_precision
+from ezhoi_diffusion.evaluation.bootstrap import LEVEL, REFERENCE, BootstrapResult, paired_bootstrap
 
-REFERENCE = "none"
+if TYPE_CHECKING:
+    from ezhoi_diffusion.evaluation.variants import Variant
+
+__all__ = ["FULL", "REFERENCE", "Comparison", "VariantResult", "p_text", "versions"]
 FULL = "full"  # the group of all classes, which every comparison has
 
 
 def p_text(p: float) -> str:
-    """A p-value with as many digits as a thousand replicates are good for."""
+    """A p-value with as many digits as a thousand replicates justify."""
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 @dataclass(frozen=True, eq=False)
-class Sample:
-    """The same R pairs, drawn at random, as every variant has them, for pictures: rows[variant] and text [N_sel, D]."""
+class VariantResult:
+    """What one variant is worth.
 
-    rows: dict[str, Tensor]
-    text: Tensor
+    Attributes:
+        name: What tables call it.
+        ap: AP of each of K classes, [K] float64 in 0..1.
+        added_ms: Mean milliseconds that it adds to an image.
+        baseline: Whether it is there to be beaten.
+        seed_group: Its name without its seed, where a training has several seeds.
+        provenance: Where the bridge comes from and how it is applied, as JSON.
+        alignment: Measure -> value, as in `evaluation.alignment`; empty where nothing was measured.
+        sample: Its features [R, D] of some pairs drawn at random, the same pairs for every variant; None where none are kept.
+        bootstrap: Intervals and p-values; None where there are none.
+    """
+
+    name: str
+    ap: Tensor
+    added_ms: float = 0.0
+    baseline: bool = False
+    seed_group: str | None = None
+    provenance: dict[str, Any] | None = None
+    alignment: Mapping[str, float | None] = field(default_factory=dict)
+    sample: Tensor | None = None
+    bootstrap: BootstrapResult | None = None
 
 
 @dataclass
 class Comparison:
-    """Results of a comparison run, of K interaction classes.
+    """Results of all variants on the same pairs.
 
-    ap: variant -> [K] float64 AP per interaction class, in 0..1; the first variant is `none`.
-    groups: group -> interaction classes whose mean AP is reported.
-    ezhoi_ms: mean time of the host's own forward pass on an image, None where the host did not run.
-    bridge_ms: variant -> mean time it adds to an image.
-    names: what each interaction class is called, where the host says so. annotations: [K] annotated pairs of each class.
-    significance: intervals and p-values of a paired bootstrap over images. alignment: variant -> measure -> value.
-    families: name of a bridge that was trained with several seeds -> its variants. controls: variants that say of
-    themselves to be no bridge but what one has to beat. caveats: why these figures are no
-    result to report, such as a part of a split.
+    Attributes:
+        variants: Every variant by name; the first is `none`.
+        groups: Group -> classes [k] whose mean AP is reported. `full` is always there.
+        images: Number of images.
+        pairs: Number of human-object pairs.
+        annotations: Annotated pairs of each class, [K].
+        fingerprint: Of the run, as JSON.
+        names: What each class is called, where EZ-HOI says it.
+        ezhoi_ms: Mean milliseconds of EZ-HOI's own forward pass on an image; None where EZ-HOI did not run.
+        algorithm: Of average precision.
+        setting: `default` or `known-object`.
+        replicates: Of the bootstrap over images; 0 without intervals.
+        level: Of the intervals.
+        forced: Fingerprint checks that were forced.
+        degraded: Plugins that were switched off, with the reason.
+        sample_text: The text features [N_sel, D], beside the variants' samples.
+        caveats: Why these figures are no result to report.
     """
 
-    ap: dict[str, Tensor]
+    variants: dict[str, VariantResult]
     groups: dict[str, Tensor]
     images: int
     pairs: int
-    ezhoi_ms: float | None
-    bridge_ms: dict[str, float]
+    annotations: Tensor
     fingerprint: dict[str, Any]
-    provenance: dict[str, Any] = field(default_factory=dict)
+    names: list[str] | None = None
+    ezhoi_ms: float | None = None
+    algorithm: Algorithm = "11P"
+    setting: str = "default"
+    replicates: int = 0
+    level: float = LEVEL
     forced: list[str] = field(default_factory=list)
     degraded: dict[str, str] = field(default_factory=dict)
-    names: list[str] | None = None
-    annotations: Tensor | None = None
-    algorithm: Algorithm = "11P"
-    setting: str = "default"  # or known-object
-    significance: Significance | None = None
-    alignment: dict[str, dict[str, float | None]] = field(default_factory=dict)
-    seed_groups: dict[str, list[str]] = field(default_factory=dict)
-    sample: Sample | None = None
-    controls: list[str] = field(default_factory=list)
+    sample_text: Tensor | None = None
     caveats: list[str] = field(default_factory=list)
+
+    @classmethod
+    def from_detections(
+        cls,
+        detections: Mapping[str, Scored],
+        annotations: Tensor,
+        groups: dict[str, Tensor],
+        variants: Mapping[str, Variant],
+        *,
+        added_ms: Mapping[str, float],
+        num_gt: Tensor | None = None,
+        alignment: Mapping[str, Mapping[str, float | None]] | None = None,
+        samples: Mapping[str, Tensor] | None = None,
+        measure: Callable[[Scored, Tensor, Algorithm], Tensor] = average_precision,
+        algorithm: Algorithm = "11P",
+        replicates: int = 0,
+        **facts: Any,
+    ) -> Comparison:
+        """Score the detections of all variants: the one place where a comparison is made, live and offline.
+
+        Args:
+            detections: Variant -> its scored detections; the first is `none`.
+            annotations: Annotated pairs of each image and class, [I, K] int64.
+            groups: Group -> classes [k].
+            variants: The variants but `none`.
+            added_ms: Variant -> mean milliseconds that it adds to an image.
+            num_gt: Annotated pairs of each class [K], where they are not the sum of `annotations`.
+            alignment: Variant -> measure -> value.
+            samples: Variant -> its features [R, D] of the sampled pairs.
+            measure: AP of each class [K] from detections, counts of annotations [K] and algorithm.
+            algorithm: Of average precision.
+            replicates: Of the bootstrap over images; 0 for none.
+            facts: The other attributes.
+        """
+        num_gt = annotations.sum(0) if num_gt is None else num_gt
+        bootstrap: Mapping[str, BootstrapResult] = {}
+        if replicates:
+            baselines = [name for name, variant in variants.items() if variant.bridge.baseline]
+            bootstrap = paired_bootstrap(
+                detections, annotations, groups, baselines=baselines, algorithm=algorithm, replicates=replicates
+            )
+        results = {}
+        for name, scored in detections.items():
+            variant = variants.get(name)
+            results[name] = VariantResult(
+                name,
+                measure(scored, num_gt, algorithm),
+                added_ms=added_ms.get(name, 0.0),
+                baseline=variant is not None and variant.bridge.baseline,
+                seed_group=variant.seed_group if variant is not None else None,
+                provenance=variant.bridge.provenance if variant is not None else None,
+                alignment=(alignment or {}).get(name, {}),
+                sample=(samples or {}).get(name),
+                bootstrap=bootstrap.get(name),
+            )
+        return cls(
+            results, groups, annotations=num_gt, algorithm=algorithm, replicates=replicates, images=len(annotations), **facts
+        )  # fmt: skip
 
     def mean_ap(self, variant: str, group: str) -> float:
         """Mean AP of a group of classes, in percent."""
-        return float(self.ap[variant][self.groups[group]].mean()) * 100
+        return float(self.variants[variant].ap[self.groups[group]].mean()) * 100
 
     def difference(self, variant: str, group: str) -> float:
-        """Percentage points of mean AP over the bare host."""
+        """Percentage points of mean AP over bare EZ-HOI."""
         return self.mean_ap(variant, group) - self.mean_ap(REFERENCE, group)
 
     def is_significant(self, variant: str, group: str, over: str = REFERENCE) -> bool:
-        """Whether the difference to the bare host, or over a control, can be told from chance: its interval excludes 0, and
-        so many variants do not explain it.
+        """Whether chance does not explain the difference to bare EZ-HOI, or over a baseline.
+
+        The interval excludes 0, and the p-value adjusted for all variants is below 1 − level.
         """
-        if self.significance is None:
+        bootstrap = self.variants[variant].bootstrap
+        if bootstrap is None:
             return False
-        differences = self.significance.difference if over == REFERENCE else self.significance.over[over]
-        found = differences[variant][group]
-        return found.p_adjusted < 1 - self.significance.level and not found.low <= 0 <= found.high
+        found = bootstrap.over[over][group]
+        return found.p_adjusted < 1 - self.level and not found.low <= 0 <= found.high
+
+    @property
+    def seed_groups(self) -> dict[str, list[str]]:
+        """Name of a bridge that was trained with several seeds -> names of its variants."""
+        groups: dict[str, list[str]] = {}
+        for name, variant in self.variants.items():
+            if variant.seed_group is not None:
+                groups.setdefault(variant.seed_group, []).append(name)
+        return groups
 
     def spread(self, seed_group: str, group: str) -> tuple[float, float | None]:
-        """Mean of a family's mean AP in percent, and its standard deviation over seeds (n - 1); None for one seed."""
+        """Mean over seeds of mean AP in percent, and its standard deviation (n − 1); None for one seed."""
         values = torch.tensor([self.mean_ap(v, group) for v in self.seed_groups[seed_group]], dtype=torch.float64)
         return float(values.mean()), float(values.std()) if len(values) > 1 else None
 
     def ranked(self) -> list[str]:
-        """All variants but the reference, the highest full mean AP first."""
-        return sorted((v for v in self.ap if v != REFERENCE), key=lambda v: self.mean_ap(v, FULL), reverse=True)
+        """All variants but `none`, the highest full mean AP first."""
+        return sorted((v for v in self.variants if v != REFERENCE), key=lambda v: self.mean_ap(v, FULL), reverse=True)
 
     def warnings(self) -> list[str]:
-        """What a reader must know before any figure."""
+        """What a reader must know before any number."""
         return [
             *self.caveats,
             *(f"FORCED: {message}" for message in self.forced),
@@ -102,33 +197,42 @@ class Comparison:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form; AP in percent. It has no date, so that the same results give the same."""
+        """The JSON form, AP in percent. It has no date, so equal results give equal files."""
         return {
-            "mean_ap": {v: {g: self.mean_ap(v, g) for g in self.groups} for v in self.ap},
-            "difference": {v: {g: self.difference(v, g) for g in self.groups} for v in self.ap if v != REFERENCE},
-            "per_class_ap": {v: (ap * 100).tolist() for v, ap in self.ap.items()},
+            "variants": [self._variant(result) for result in self.variants.values()],
+            "seed_groups": {name: self._seed_group(name) for name in self.seed_groups},
             "classes": {group: index.tolist() for group, index in self.groups.items()},
             "names": self.names,
-            "annotations": None if self.annotations is None else self.annotations.tolist(),
+            "annotations": self.annotations.tolist(),
             "algorithm": self.algorithm,
             "setting": self.setting,
-            "significance": None if self.significance is None else self.significance.to_dict(),
-            "alignment": self.alignment,
-            "families": {name: self._family(name) for name in self.seed_groups},
-            "controls": self.controls,
+            "bootstrap": {"replicates": self.replicates, "level": self.level} if self.replicates else None,
             "images": self.images,
             "pairs": self.pairs,
-            "host_ms_per_image": self.ezhoi_ms,
-            "bridge_ms_per_image": self.bridge_ms,
+            "ezhoi_ms_per_image": self.ezhoi_ms,
             "fingerprint": self.fingerprint,
-            "provenance": self.provenance,
             "forced": self.forced,
             "degraded": self.degraded,
             "caveats": self.caveats,
             "versions": versions(),
         }
 
-    def _family(self, name: str) -> dict[str, Any]:
+    def _variant(self, result: VariantResult) -> dict[str, Any]:
+        name = result.name
+        return {
+            "name": name,
+            "baseline": result.baseline,
+            "seed_group": result.seed_group,
+            "mean_ap": {group: self.mean_ap(name, group) for group in self.groups},
+            "difference": None if name == REFERENCE else {g: self.difference(name, g) for g in self.groups},
+            "bootstrap": None if result.bootstrap is None else result.bootstrap.to_dict(),
+            "per_class_ap": (result.ap * 100).tolist(),
+            "alignment": dict(result.alignment),
+            "added_ms_per_image": result.added_ms,
+            "provenance": result.provenance,
+        }
+
+    def _seed_group(self, name: str) -> dict[str, Any]:
         spreads = {group: self.spread(name, group) for group in self.groups}
         return {
             "variants": self.seed_groups[name],
@@ -136,44 +240,47 @@ class Comparison:
         }
 
     def table(self) -> str:
-        """The results as text, one variant a row, differences below, then what is known of chance."""
+        """The results as plain text: mean AP, differences, intervals, warnings."""
+        names = list(self.variants)
         head = ["mAP", *self.groups, "ms/image"]
-        rows = [[v, *(f"{self.mean_ap(v, g):.2f}" for g in self.groups), self._ms(v)] for v in self.ap]
+        rows = [[v, *(f"{self.mean_ap(v, g):.2f}" for g in self.groups), self._ms(v)] for v in names]
         rows += [
-            [f"{v} - {REFERENCE}", *(f"{self.difference(v, g):+.2f}" for g in self.groups), f"{self.bridge_ms[v]:+.2f}"]
-            for v in self.ap
-            if v != REFERENCE
+            [
+                f"{v} - {REFERENCE}",
+                *(f"{self.difference(v, g):+.2f}" for g in self.groups),
+                f"{self.variants[v].added_ms:+.2f}",
+            ]
+            for v in names[1:]
         ]
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
         line = "  ".join("-" * width for width in widths)
         text = [_row(head, widths), line, *(_row(row, widths) for row in rows)]
-        text.insert(2 + len(self.ap), line)
+        text.insert(2 + len(names), line)
         counts = "  ".join(f"{group} {len(index)}" for group, index in self.groups.items())
         text.append(f"{self.images} images, {self.pairs} pairs; classes: {counts}")
-        text += self._chance()
-        return "\n".join([*text, *self.warnings()])
+        return "\n".join([*text, *self._intervals(), *self.warnings()])
 
-    def _chance(self) -> list[str]:
-        """What is known of chance: an interval and a p-value for each difference, and what they leave out."""
-        known = self.significance
-        if known is None:
+    def _intervals(self) -> list[str]:
+        """An interval and a p-value for each difference, and what they do not cover."""
+        if not self.replicates:
             return ["One run without intervals: small differences may be chance."]
         rows = [["", *self.groups]]
-        for variant, groups in known.difference.items():
-            cells = [
-                f"{self.difference(variant, g):+.2f} [{d.low:+.2f} {d.high:+.2f}] {p_text(d.p_adjusted)}"
-                for g, d in groups.items()
-            ]
-            rows.append([variant, *cells])
+        for name, result in self.variants.items():
+            if name != REFERENCE and result.bootstrap is not None:
+                cells = [
+                    f"{self.difference(name, g):+.2f} [{d.low:+.2f} {d.high:+.2f}] {p_text(d.p_adjusted)}"
+                    for g, d in result.bootstrap.difference.items()
+                ]
+                rows.append([name, *cells])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return [
-            f"difference to {REFERENCE} [{100 * known.level:g} % interval] p, adjusted for all variants:",
+            f"difference to {REFERENCE} [{100 * self.level:g} % interval] p, adjusted for all variants:",
             *(_row(row, widths) for row in rows),
-            f"Intervals are over images ({known.replicates} resamplings); they do not cover the seed of a bridge's training.",
+            f"Intervals cover the choice of images ({self.replicates} resamplings), not the training seed.",
         ]
 
     def _ms(self, variant: str) -> str:
-        return "-" if self.ezhoi_ms is None else f"{self.ezhoi_ms + self.bridge_ms.get(variant, 0.0):.2f}"
+        return "-" if self.ezhoi_ms is None else f"{self.ezhoi_ms + self.variants[variant].added_ms:.2f}"
 
 
 def _row(cells: list[str], widths: list[int]) -> str:
@@ -181,7 +288,7 @@ def _row(cells: list[str], widths: list[int]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """What computed the results."""
+    """The software that computed the results."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -14,9 +14,8 @@ from tqdm import tqdm
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.alignment import Alignment
-from ezhoi_diffusion.evaluation.average_precision import Algorithm, Scored, average_precision, known_object
-from ezhoi_diffusion.evaluation.bootstrap import paired_bootstrap
-from ezhoi_diffusion.evaluation.comparison import FULL, REFERENCE, Comparison, Sample
+from ezhoi_diffusion.evaluation.average_precision import Algorithm, Scored, known_object
+from ezhoi_diffusion.evaluation.comparison import FULL, REFERENCE, Comparison
 from ezhoi_diffusion.evaluation.effect import Effect
 from ezhoi_diffusion.evaluation.protocols import (
     Detections,
@@ -26,7 +25,7 @@ from ezhoi_diffusion.evaluation.protocols import (
     hicodet,
     stored_images,
 )
-from ezhoi_diffusion.evaluation.variants import Variant, seed_groups
+from ezhoi_diffusion.evaluation.variants import Variant
 from ezhoi_diffusion.features.batch import Pairs
 from ezhoi_diffusion.features.score import EzHoiScore, ScoreError, names_of_interactions, require_replayable
 from ezhoi_diffusion.features.store import FeatureStore
@@ -106,34 +105,26 @@ def replay(
     if part:
         # of a few images most classes have no annotation, and would only thin the mean
         groups = {name: index[num_gt[index] > 0] for name, index in groups.items() if (num_gt[index] > 0).any()}
-    controls = [name for name, variant in variants.items() if variant.bridge.baseline]
     if FULL not in groups:
         raise ScoreError(
             f"{store.folder}: none of these {len(images)} images has an annotation of a class that counts: capture more images"
         )
-    return Comparison(
-        ap={name: average_precision(one, num_gt, algorithm) for name, one in scored.items()},
-        groups=groups,
-        images=len(annotations),
-        pairs=rows,
-        ezhoi_ms=None,
-        bridge_ms={name: _milliseconds(cards[name].seconds, store, images) for name in variants},
-        fingerprint=store.fingerprint,
-        provenance={name: v.bridge.provenance for name, v in variants.items() if v.bridge.provenance is not None},
-        forced=forced or [],
-        names=evaluation.names,
-        annotations=num_gt,
-        algorithm=algorithm,
-        setting=setting,
-        significance=paired_bootstrap(
-            scored, annotations, groups, controls=controls, algorithm=algorithm, replicates=replicates
-        )
-        if replicates
-        else None,
+    return Comparison.from_detections(
+        scored,
+        annotations,
+        groups,
+        variants,
+        added_ms={name: _milliseconds(cards[name].seconds, store, images) for name in variants},
         alignment={name: card.alignment.measures() for name, card in cards.items() if card.alignment is not None},
-        seed_groups=seed_groups(variants),
-        controls=controls,
-        sample=Sample({name: torch.cat(card.shown) for name, card in cards.items()}, score.text) if aligned else None,
+        samples={name: torch.cat(card.shown) for name, card in cards.items()} if aligned else None,
+        sample_text=score.text if aligned else None,
+        algorithm=algorithm,
+        replicates=replicates,
+        pairs=rows,
+        names=evaluation.names,
+        fingerprint=store.fingerprint,
+        forced=forced or [],
+        setting=setting,
     )
 
 

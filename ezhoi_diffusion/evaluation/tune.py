@@ -179,13 +179,14 @@ def write_choice(
 
 def evidence(comparison: Comparison, candidates: Sequence[Candidate]) -> dict[str, Any]:
     """What the choice rests on, as JSON: mean AP of the candidates, and every variant's difference to `none`."""
-    found = comparison.significance
     return {
         "images": comparison.images,
         "pairs": comparison.pairs,
         "mean_ap": {candidate.name: candidate.mean_ap for candidate in candidates},
         "difference": {
-            name: asdict(groups["full"]) for name, groups in (found.difference.items() if found is not None else ())
+            name: asdict(result.bootstrap.difference["full"])
+            for name, result in comparison.variants.items()
+            if result.bootstrap is not None and name != REFERENCE
         },
     }
 

@@ -289,12 +289,3 @@ def _require_known(names: set[str], variants: Mapping[str, Variant]) -> None:
             f"none of {', '.join(variants)} has a setting {', '.join(unknown)}; they have "
             f"{', '.join(sorted(known)) or 'none'}"
         )
-
-
-def seed_groups(variants: Mapping[str, Variant]) -> dict[str, list[str]]:
-    """Name of a bridge that was trained with several seeds -> names of its variants."""
-    groups: dict[str, list[str]] = {}
-    for name, variant in variants.items():
-        if variant.seed_group is not None:
-            groups.setdefault(variant.seed_group, []).append(name)
-    return groups

@@ -155,7 +155,7 @@ class Attachment:
                 if run.args.out:
                     write_report(comparison, Path(run.args.out))
                 run.plugins.notify("on_comparison", comparison=comparison)
-        return comparison.ap[REFERENCE]
+        return comparison.variants[REFERENCE].ap
 
     # -- capture -----------------------------------------------------------------------------------------
 

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ezhoi_diffusion.evaluation.average_precision import Scored, associate_pairs, average_precision
-from ezhoi_diffusion.evaluation.bootstrap import paired_bootstrap
+from ezhoi_diffusion.evaluation.average_precision import Algorithm, Scored, associate_pairs, average_precision
 from ezhoi_diffusion.evaluation.comparison import REFERENCE, Comparison
-from ezhoi_diffusion.evaluation.variants import Variant, seed_groups
+from ezhoi_diffusion.evaluation.variants import Variant
 from ezhoi_diffusion.ezhoi.capture_pass import to_device
 from ezhoi_diffusion.ezhoi.feature_tap import FeatureTap, Inject
 from ezhoi_diffusion.ezhoi.run import EzHoiRun
@@ -76,29 +75,22 @@ def comparison_pass(run: EzHoiRun, loader: Any, variants: Mapping[str, Variant],
         run.model.train(was_training)
     tap.require_hits()
     scored = {name: Scored(*map(torch.cat, zip(*parts, strict=True))) for name, parts in found.items()}
-    groups = class_groups(run)
-    controls = [name for name, variant in variants.items() if variant.bridge.baseline]
     per_image = 1000 / images_seen
-    return Comparison(
-        ap={name: _average_precision(one, num_gt) for name, one in scored.items()},
-        groups=groups,
-        images=images_seen,
+    return Comparison.from_detections(
+        scored,
+        torch.stack(annotations),
+        class_groups(run),
+        variants,
+        added_ms={name: clock.seconds.get(name, 0.0) * per_image for name in variants},
+        num_gt=torch.tensor(num_gt),
+        measure=_average_precision,
+        replicates=replicates,
         pairs=pairs_seen,
         ezhoi_ms=clock.seconds[REFERENCE] * per_image,
-        bridge_ms={name: clock.seconds.get(name, 0.0) * per_image for name in variants},
         fingerprint=run.fingerprint.to_dict(),
-        provenance={name: v.bridge.provenance for name, v in variants.items() if v.bridge.provenance is not None},
         forced=list(run.forced),
         degraded=run.plugins.degraded,
         names=interaction_names(run),
-        annotations=torch.tensor(num_gt),
-        significance=paired_bootstrap(
-            scored, torch.stack(annotations), groups, controls=controls, replicates=replicates
-        )
-        if replicates
-        else None,
-        seed_groups=seed_groups(variants),
-        controls=controls,
     )
 
 
@@ -109,12 +101,12 @@ def _association() -> Callable[..., Tensor]:
     return found
 
 
-def _average_precision(scored: Scored, num_gt: list[int]) -> Tensor:
-    """By the host's own meter where it brings pocket, so that `none` is what the host prints; else by ours."""
+def _average_precision(scored: Scored, num_gt: Tensor, algorithm: Algorithm) -> Tensor:
+    """AP by EZ-HOI's own meter where it brings pocket, so that `none` is what EZ-HOI prints; else by ours."""
     pocket = sys.modules.get("pocket")
     if pocket is None:
-        return average_precision(scored, num_gt)
-    meter = pocket.utils.DetectionAPMeter(len(num_gt), nproc=1, num_gt=num_gt, algorithm="11P")
+        return average_precision(scored, num_gt, algorithm)
+    meter = pocket.utils.DetectionAPMeter(len(num_gt), nproc=1, num_gt=num_gt.tolist(), algorithm=algorithm)
     meter.append(scored.scores, scored.classes, scored.labels)
     with contextlib.redirect_stdout(io.StringIO()):  # a warning for each class without detections
         ap: Tensor = meter.eval()

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from ezhoi_diffusion.evaluation.changes import changes
 from ezhoi_diffusion.evaluation.comparison import FULL, REFERENCE, Comparison
-from ezhoi_diffusion.features.statistics import unit
 from ezhoi_diffusion.report.png import png_bytes
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ FAR = 5  # times the median reach of a row, beyond which it leaves the picture
 SHOWN, NAMED = 3, 10  # variants that get pictures of their own; that many have colours in those with all
 MAPPED = 200  # pairs in the map of both modalities: t-SNE takes seconds for them and the texts
 PICTURED = ("centroid_gap", "cosine_to_own_text", "calibration_error")  # measures worth a picture against mean AP
+MIN_MAPPED = 5  # points of a map; fewer show nothing
 BINS = 40
 GAIN, LOSS, UNCLEAR, GRID = "#0b7a5b", "#c2410c", "0.55", "0.88"
 
@@ -49,7 +50,7 @@ def pictures(comparison: Comparison) -> dict[str, list[Panel]]:
         "comparison": _absolute(comparison),
         "forest": _forest(comparison),
         "per_class": [_per_class(comparison, variant) for variant in shown(comparison)],
-        "cost": [_cost(comparison)] if comparison.bridge_ms else [],
+        "cost": [_cost(comparison)] if len(comparison.variants) > 1 else [],
         "measures": _measures(comparison),
         "embedding": _embedding(comparison),
         "histograms": _histograms(comparison),
@@ -71,7 +72,7 @@ def named(comparison: Comparison) -> list[str]:
 def _colors(comparison: Comparison) -> dict[str, str]:
     """Every variant's colour, the same in all pictures; those without a name come first, and so lie below."""
     known = {variant: f"C{number}" for number, variant in enumerate(named(comparison))}
-    return {**{variant: "0.75" for variant in comparison.ap if variant not in known}, **known}
+    return {**{variant: "0.75" for variant in comparison.variants if variant not in known}, **known}
 
 
 def render(panel: Panel) -> Image.Image:
@@ -114,36 +115,40 @@ def png(drawn: Image.Image) -> bytes:
 
 def _absolute(comparison: Comparison) -> list[Panel]:
     """Mean AP of every variant, a panel a group."""
-    variants, known = [REFERENCE, *comparison.ranked()], comparison.significance
     panels = []
     for group in comparison.groups:
         rows = [
-            _Row(v, comparison.mean_ap(v, group), known.mean_ap[v][group] if known else None, "C0", True)
-            for v in variants
+            _Row(v, comparison.mean_ap(v, group), _interval(comparison, v, group), "C0", True)
+            for v in [REFERENCE, *comparison.ranked()]
         ]
         title = f"{group}, {len(comparison.groups[group])} classes: mAP, %"
         panels.append(_intervals(rows, rows[0].value, title, f"Mean AP of {len(rows)} variants in {group}."))
     return panels
 
 
+def _interval(comparison: Comparison, variant: str, group: str) -> tuple[float, float] | None:
+    bootstrap = comparison.variants[variant].bootstrap
+    return None if bootstrap is None else bootstrap.mean_ap[group]
+
+
 def _forest(comparison: Comparison) -> list[Panel]:
-    """Differences to the bare host, a panel a group.
+    """Differences to bare EZ-HOI, a panel a group.
 
     Grey: the interval contains 0. Green or orange: it does not. Full: the adjusted p agrees.
     """
-    variants, known = comparison.ranked(), comparison.significance
     panels = []
     for group in comparison.groups:
         rows = []
-        for v in variants:
-            found = known.difference[v][group] if known else None
+        for v in comparison.ranked():
+            bootstrap = comparison.variants[v].bootstrap
+            found = None if bootstrap is None else bootstrap.difference[group]
             color = UNCLEAR if found is None or found.low <= 0 <= found.high else GAIN if found.low > 0 else LOSS
             bounds = None if found is None else (found.low, found.high)
             rows.append(_Row(v, comparison.difference(v, group), bounds, color, comparison.is_significant(v, group)))
         above, below = (sum(row.color == color for row in rows) for color in (GAIN, LOSS))
         alt = f"Differences to {REFERENCE} in {group} mean AP, {len(rows)} variants. " + (
             f"Intervals above 0: {above}; below 0: {below}; containing 0: {len(rows) - above - below}."
-            if known
+            if comparison.replicates
             else "There are no intervals."
         )
         title = f"{group}, {len(comparison.groups[group])} classes: points over {REFERENCE}"
@@ -237,13 +242,13 @@ def _cost(comparison: Comparison) -> Panel:
     """What a variant adds to an image's time, against its mean AP."""
 
     def draw(axes: Axes) -> None:
-        _points(comparison, axes, {v: comparison.bridge_ms.get(v, 0.0) for v in comparison.ap}, "ms added to an image")
+        _points(comparison, axes, {name: v.added_ms for name, v in comparison.variants.items()}, "ms added to an image")
         axes.set_xscale("symlog", linthresh=0.1)
         axes.set_xlim(left=-0.02)
         axes.xaxis.set_major_formatter("{x:g}")
 
     figures = (
-        f"{v} {comparison.bridge_ms.get(v, 0.0):.2f} ms, {comparison.mean_ap(v, FULL):.2f} %" for v in named(comparison)
+        f"{v} {comparison.variants[v].added_ms:.2f} ms, {comparison.mean_ap(v, FULL):.2f} %" for v in named(comparison)
     )
     alt = f"Time that a variant adds to an image, against full mean AP: {'; '.join(figures)}."
     return Panel("time against full mAP", alt, 3.2 + 0.12 * len(named(comparison)), draw)
@@ -253,7 +258,9 @@ def _measures(comparison: Comparison) -> list[Panel]:
     """Measures of alignment against mean AP: whether what is nearer to the texts also detects better."""
     panels = []
     for measure in PICTURED:
-        found = {v: value for v, of in comparison.alignment.items() if (value := of.get(measure)) is not None}
+        found = {
+            name: value for name, v in comparison.variants.items() if (value := v.alignment.get(measure)) is not None
+        }
         if len(found) > 2:  # two points show no relation
             panels.append(_measure(comparison, measure.replace("_", " "), found))
     return panels
@@ -266,14 +273,15 @@ def _measure(comparison: Comparison, measure: str, found: Mapping[str, float]) -
 
 
 def _points(comparison: Comparison, axes: Axes, at: Mapping[str, float], what: str) -> None:
-    known, colors = comparison.significance, _colors(comparison)
+    colors = _colors(comparison)
     for variant in filter(at.__contains__, colors):
         x, color = at[variant], colors[variant]
-        if known is not None:
-            axes.plot((x, x), known.mean_ap[variant][FULL], color=color, linewidth=1.2)
+        interval = _interval(comparison, variant, FULL)
+        if interval is not None:
+            axes.plot((x, x), interval, color=color, linewidth=1.2)
         label = _label(variant) if variant in named(comparison) else None
         axes.plot(x, comparison.mean_ap(variant, FULL), "o", color=color, markersize=5, label=label)
-    if len(comparison.ap) > NAMED:
+    if len(comparison.variants) > NAMED:
         axes.plot([], [], "o", color="0.75", markersize=5, label="others")
     axes.set_xlabel(what, fontsize=8)
     axes.set_ylabel("full mAP, %", fontsize=8)
@@ -281,19 +289,26 @@ def _points(comparison: Comparison, axes: Axes, at: Mapping[str, float], what: s
     _legend(axes)
 
 
-# -- rows and texts ----------------------------------------------------------------------------------------------
+# -- features and texts ----------------------------------------------------------------------------------------------
 
 
 def _histograms(comparison: Comparison) -> list[Panel]:
     """Cosine to the nearest text, and norms, of the sampled pairs."""
-    if comparison.sample is None:
+    samples = _samples(comparison)
+    if not samples or comparison.sample_text is None:
         return []
-    text, rows = unit(comparison.sample.text.float()), comparison.sample.rows
-    rows = {v: rows[v].float() for v in [REFERENCE, *shown(comparison)] if v in rows}
+    text = normalize(comparison.sample_text.float(), dim=1)
+    cosines = {v: (normalize(x, dim=1) @ text.T).amax(1) for v, x in samples.items()}
     return [
-        _histogram(comparison, "cosine to the nearest text", {v: (unit(x) @ text.T).amax(1) for v, x in rows.items()}),
-        _histogram(comparison, "norm of a row", {v: x.norm(dim=1) for v, x in rows.items()}),
+        _histogram(comparison, "cosine to the nearest text", cosines),
+        _histogram(comparison, "norm of a feature", {v: x.norm(dim=1) for v, x in samples.items()}),
     ]
+
+
+def _samples(comparison: Comparison) -> dict[str, Tensor]:
+    """The sampled features [R, D] of bare EZ-HOI and of the variants in `shown`, where they were kept."""
+    samples = {v: comparison.variants[v].sample for v in [REFERENCE, *shown(comparison)]}
+    return {v: x.float() for v, x in samples.items() if x is not None}
 
 
 def _histogram(comparison: Comparison, what: str, values: Mapping[str, Tensor]) -> Panel:
@@ -314,16 +329,14 @@ def _histogram(comparison: Comparison, what: str, values: Mapping[str, Tensor]) 
 
 
 def _embedding(comparison: Comparison) -> list[Panel]:
-    """One map of texts and pairs, a panel a variant. What changes no row is left out: it would lie on the bare host's."""
+    """One map of texts and pairs, a panel a variant. A variant that changes no feature is left out."""
     from ezhoi_diffusion.report.embedding import embed
 
-    if comparison.sample is None:
+    samples = {v: x[:MAPPED] for v, x in _samples(comparison).items()}
+    if comparison.sample_text is None or len(samples[REFERENCE]) + len(comparison.sample_text) < MIN_MAPPED:
         return []
-    rows = {v: x[:MAPPED] for v, x in comparison.sample.rows.items()}
-    if len(rows[REFERENCE]) + len(comparison.sample.text) < 5:  # a map of fewer shows nothing
-        return []
-    moved = [v for v in shown(comparison) if v in rows and not torch.equal(rows[v], rows[REFERENCE])][: COLUMNS - 1]
-    *parts, text = embed([*(rows[v] for v in (REFERENCE, *moved)), comparison.sample.text], "tsne")
+    moved = [v for v, x in samples.items() if not torch.equal(x, samples[REFERENCE])][: COLUMNS - 1]
+    *parts, text = embed([*(samples[v] for v in (REFERENCE, *moved)), comparison.sample_text], "tsne")
     points = dict(zip((REFERENCE, *moved), parts, strict=True))
     return [_map(comparison, variant, points, text) for variant in points]
 

@@ -29,7 +29,7 @@ MEASURES = {
     "recall_at_5": "share of annotated pairs with a class of their own among the five nearest texts",
     "top1": "share of annotated pairs whose highest possible logit is a class of their own",
     "calibration_error": "mean distance of a probability from the share that is right; smaller is better",
-    "shared_part": "what all rows have in common without the texts' mean, 0 to 1",
+    "mean_resultant_length": "what all features share without the text mean, 0 to 1",
 }
 ALGORITHMS = {
     "11P": "11-point interpolated AP",
@@ -55,13 +55,14 @@ def page(comparison: Comparison, pictures: Mapping[str, Sequence[tuple[str, byte
         base64=lambda data: b64encode(data).decode(),
     )
     environment.tests.update(
-        control=comparison.controls.__contains__, nested=lambda value: isinstance(value, (dict, list)) and bool(value)
+        baseline=lambda name: comparison.variants[name].baseline,
+        nested=lambda value: isinstance(value, (dict, list)) and bool(value),
     )
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         c=comparison,
-        known=comparison.significance,
+        known=bool(comparison.replicates),
         headline=headline(comparison),
-        level=f"{100 * comparison.significance.level:g} %" if comparison.significance else None,
+        level=f"{100 * comparison.level:g} %",
         tone=functools.partial(_tone, comparison),
         side=_side,
         reference=REFERENCE,
@@ -70,7 +71,7 @@ def page(comparison: Comparison, pictures: Mapping[str, Sequence[tuple[str, byte
         pictures=pictures,
         notes=notes,
         classes={variant: _class_table(comparison, variant) for variant in shown(comparison)},
-        measures=list(dict.fromkeys(name for of in comparison.alignment.values() for name in of)),
+        measures=list(dict.fromkeys(name for v in comparison.variants.values() for name in v.alignment)),
         meaning=MEASURES,
         algorithm=ALGORITHMS[comparison.algorithm],
         versions=versions(),
@@ -95,20 +96,21 @@ def _class(comparison: Comparison, variant: str, found: Changes, at: int) -> dic
     index = int(found.classes[at])
     return {
         "name": comparison.names[index] if comparison.names else f"interaction {index}",
-        "annotations": None if comparison.annotations is None else int(comparison.annotations[index]),
-        "before": float(comparison.ap[REFERENCE][index]) * 100,
-        "after": float(comparison.ap[variant][index]) * 100,
+        "annotations": int(comparison.annotations[index]),
+        "before": float(comparison.variants[REFERENCE].ap[index]) * 100,
+        "after": float(comparison.variants[variant].ap[index]) * 100,
         "change": float(found.points[at]),
         "interval": None if found.bounds is None else found.bounds[at].tolist(),
     }
 
 
 def _tone(comparison: Comparison, variant: str, group: str) -> str:
-    """What a cell's colour says: on which side of 0 its interval is, and whether it is told from chance."""
-    if comparison.significance is None:
+    """The class of a table cell: on which side of 0 its interval lies, and whether it is significant."""
+    bootstrap = comparison.variants[variant].bootstrap
+    if bootstrap is None:
         return ""
-    side = _side(comparison.significance.difference[variant][group])
-    return f"{side} told" if comparison.is_significant(variant, group) else side
+    side = _side(bootstrap.difference[group])
+    return f"{side} significant" if comparison.is_significant(variant, group) else side
 
 
 def _side(bounds: Difference | Sequence[float]) -> str:

@@ -1,4 +1,4 @@
-"""The miniature EZ-HOI, made once a session, in process and as a script."""
+"""Fixtures around the miniature EZ-HOI, in this process and as a script."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ezhoi_diffusion.demo import world
+from ezhoi_diffusion.ezhoi.launch import read_flags
 from ezhoi_diffusion.features.store import FeatureStore
 from helpers.miniature import (
     MINIATURE,
     VCOCO_ACTIONS,
     dump,
     ezhoi_flags,
-    parse_ezhoi_flags,
 )
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Networks this small are fastest on one thread, and two processes then do not fight for two cores."""
+    """One thread is fastest for networks this small, and leaves cores to other processes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -34,7 +34,7 @@ def _one_thread():
 
 @pytest.fixture(scope="session")
 def small_world(tmp_path_factory):
-    """Data and pretrained weights of a miniature EZ-HOI that was never fine-tuned."""
+    """Data and pretrained weights of the miniature, without a fine-tuned checkpoint."""
     folder = tmp_path_factory.mktemp("world")
     world.make_world(folder, n_train=36, n_test=30)
     return folder
@@ -42,7 +42,7 @@ def small_world(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def vcoco(small_world, tmp_path_factory):
-    """The same scenes as V-COCO has them: actions in place of interactions, objects counted from 1."""
+    """The same scenes in V-COCO's format: actions instead of interactions, objects counted from 1."""
     folder = tmp_path_factory.mktemp("vcoco")
     shutil.copytree(small_world / "weights", folder / "weights")
     (folder / "data").mkdir()
@@ -88,11 +88,11 @@ def ezhoi_modules():
 
 @pytest.fixture
 def make_ezhoi(small_world, ezhoi_modules):
-    """Build a miniature detector in this process: make_ezhoi(*flags) -> model, args, images, targets."""
+    """Build a miniature detector in this process: make_ezhoi(*flags) -> model, args, images, targets, dataset."""
 
     def make(*flags: str, zs_type: str | None = "unseen_verb", drop: tuple[str, ...] = ()):
         line = [f for f in ezhoi_flags(small_world, evaluate=True, zs_type=zs_type) if f not in drop]
-        args = parse_ezhoi_flags([*line, *flags])
+        args = read_flags(MINIATURE / "main_tip_finetune.py", [*line, *flags])
         args.clip_model_name, args.human_idx = "ViT-B/16", 0
         factory = ezhoi_modules.utils.DataFactory
         testset = factory("hicodet", "test2015", args.data_root, args.clip_model_name)
@@ -100,7 +100,7 @@ def make_ezhoi(small_world, ezhoi_modules):
         model = ezhoi_modules.upt.build_detector(
             args, testset.dataset.object_to_verb, testset.dataset.object_n_verb_to_interaction, args.clip_dir_vit
         ).eval()
-        # a fresh mem_adapter is the identity, which would hide a mistake
+        # a fresh mem_adapter is the identity, which would hide mistakes
         if hasattr(model, "mem_adapter"):
             torch.nn.init.normal_(model.mem_adapter.up_proj_mem.weight, std=0.05)
         images, targets = map(list, zip(*(testset[i] for i in range(len(testset))), strict=True))
@@ -111,7 +111,7 @@ def make_ezhoi(small_world, ezhoi_modules):
 
 @pytest.fixture(scope="session")
 def captured(small_world, tmp_path_factory):
-    """The train split's features, and what EZ-HOI computed while they were captured."""
+    """Captured features of the train split, and what EZ-HOI computed in that pass."""
     folder = tmp_path_factory.mktemp("captured")
     flags = [*ezhoi_flags(small_world, evaluate=False), "--plugin", "capture", "--capture", str(folder / "features")]
     done, tensors = dump(folder / "seen.safetensors", "launched", *flags)

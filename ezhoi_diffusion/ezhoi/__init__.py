@@ -1,1 +1,1 @@
-"""Everything that knows EZ-HOI; nothing outside this folder does."""
+"""Everything about a live run. No other part of the package touches EZ-HOI's objects."""

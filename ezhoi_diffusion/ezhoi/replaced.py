@@ -11,8 +11,10 @@ from typing import Any
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Let `owner.name` be `value` inside the block.
 
-    An attribute that `owner` did not hold itself (a method of its class) is removed again. One that somebody else
-    replaced meanwhile stays theirs.
+    Args:
+        owner: An object, class or module.
+        name: Name of the attribute. If `owner` only inherits it, the end of the block removes it again.
+        value: If somebody else replaces it inside the block, their value stays.
     """
     own = vars(owner)
     had, before = name in own, own.get(name)

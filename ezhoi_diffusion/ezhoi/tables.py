@@ -1,4 +1,4 @@
-"""Which classes there are, which are rare or unseen, and the constants of the host's score."""
+"""Read from a run: its classes, which of them are rare or unseen, and the constants of EZ-HOI's score."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ezhoi_diffusion.ezhoi.run import EzHoiRun
 
-RARE_BELOW = 10  # annotations in the training set: HICO-DET's own border
+RARE_BELOW = 10  # annotations in the training set, as HICO-DET defines it
 
 
 def class_groups(run: EzHoiRun) -> dict[str, Tensor]:
-    """Group name -> interaction classes [k]: full, and where the run knows them unseen, seen, rare, non-rare.
+    """Return group name -> interaction classes [k]: full, rare, non-rare, and with --zs unseen and seen.
 
-    V-COCO has actions in their place, and no groups: its data set counts no interactions, its splits hide none.
+    V-COCO has actions instead of interactions, and only the group `full`.
     """
     counts = getattr(run.engine._train_loader.dataset.dataset, "anno_interaction", None)
     if counts is None:
@@ -33,9 +33,9 @@ def class_groups(run: EzHoiRun) -> dict[str, Tensor]:
 
 
 def interaction_names(run: EzHoiRun) -> list[str] | None:
-    """What the host calls each interaction class, from its module `hico_text_label`; None where it has no such names.
+    """Return EZ-HOI's name of each interaction class, from its module `hico_text_label`; None where it has none.
 
-    V-COCO's actions are called as its data set calls them, e.g. `hit instr`.
+    V-COCO's names are those of its data set, e.g. `hit instr`.
     """
     if run.args.dataset == "vcoco":
         return [str(name) for name in run.engine._train_loader.dataset.dataset.actions]
@@ -51,19 +51,24 @@ def interaction_names(run: EzHoiRun) -> list[str] | None:
 
 
 def score_lookup(run: EzHoiRun) -> Tensor:
-    """[objects, verbs] int64 interaction classes, -1 where an object has no such verb. V-COCO's are its actions."""
+    """Return int64 interaction classes [objects, verbs], -1 where an object has no such verb. V-COCO's are its actions."""
     objects = len(run.model.object_class_to_target_class)
-    lookup = torch.as_tensor(run.model.object_n_verb_to_interaction)[-objects:]  # V-COCO's has a row for no object
+    lookup = torch.as_tensor(run.model.object_n_verb_to_interaction)[-objects:]  # V-COCO's has one more, for no object
     classes = torch.arange(lookup.shape[1]) if run.args.dataset == "vcoco" else lookup
     return torch.where(lookup.isnan(), -1, classes).long()
 
 
 def score_tables(run: EzHoiRun, text: Tensor) -> dict[str, Tensor]:
-    """What the host multiplies and looks up to turn adapter_feat into scores.
+    """Return the tensors with which EZ-HOI turns adapter_feat into scores.
 
-    text [N_sel, D], label [N_sel, num_classes], sample_lens [num_classes], logit_scale [], hyper_lambda [],
-    object_to_target [objects, num_classes] bool, object_n_verb_to_interaction [objects, verbs] with -1 for none,
-    and the groups of interaction classes as `classes/NAME`.
+    Args:
+        run: The run.
+        text: Text features [N_sel, D].
+
+    Returns:
+        text [N_sel, D], label [N_sel, num_classes], sample_lens [num_classes], logit_scale [], hyper_lambda [],
+        object_to_target [objects, num_classes] bool, object_n_verb_to_interaction [objects, verbs] with -1 for none,
+        and each group of interaction classes as `classes/NAME`; all on the CPU.
     """
     model = run.model
     label = model.label_HO_eval if hasattr(model, "label_HO_eval") else model.label_HO
@@ -79,7 +84,7 @@ def score_tables(run: EzHoiRun, text: Tensor) -> dict[str, Tensor]:
         "object_to_target": allowed,
         "object_n_verb_to_interaction": score_lookup(run),
     }
-    if hasattr(model, "logit_scale_HO"):  # absent where the host predicts weights instead
+    if hasattr(model, "logit_scale_HO"):  # absent where EZ-HOI predicts weights instead
         tables["logit_scale"] = model.logit_scale_HO
     tables |= {f"classes/{name}": index for name, index in class_groups(run).items()}
     return {name: tensor.detach().cpu() for name, tensor in tables.items()}

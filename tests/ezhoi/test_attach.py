@@ -110,7 +110,7 @@ def test_a_fork_that_forgot_the_flags_is_told(ezhoi):
 
 def test_a_plugin_that_only_contributes_is_not_enabled(ezhoi, use):
     use(gives=SimpleNamespace(register_bridges=hookimpl(lambda register: register("gives", lambda folder: None))))
-    with pytest.raises(EzhoiDiffusionError, match="plugin 'gives' takes no part in a run"):
+    with pytest.raises(EzhoiDiffusionError, match="--plugin gives has no effect on a run"):
         attach(ezhoi.model, Namespace(**{**vars(ezhoi.args), "plugin": ["gives"]}))
 
 
@@ -119,7 +119,7 @@ def test_plugins_are_told_of_attach_and_detach_once(ezhoi, use):
     plugin = SimpleNamespace(
         on_attach=hookimpl(lambda run: events.append(("attach", run.args.zs_type))),
         on_detach=hookimpl(lambda run: events.append(("detach", run.failed))),
-        post_adapter_feat=hookimpl(lambda adapter_feat, context: adapter_feat * 2),
+        post_adapter_feat=hookimpl(lambda adapter_feat, pairs: adapter_feat * 2),
     )
     use(doubles=plugin)
     ezhoi.args.plugin = ["doubles"]
@@ -211,23 +211,17 @@ def test_a_bridge_without_a_readable_fingerprint_is_refused(ezhoi, provenance):
     run.check_fingerprint(bridge_of(None), "fits every run")
 
 
-def test_a_bridge_that_fails_is_named(ezhoi, use):
-    def load(folder):
-        return lambda x: x / "0"
-
-    use(
-        breaks=SimpleNamespace(register_bridges=hookimpl(lambda register: register("breaks", lambda folder: 1 / 0))),
-        late=SimpleNamespace(register_bridges=hookimpl(lambda register: register("late", load))),
-    )
-    from ezhoi_diffusion.ezhoi import attach as module
-
-    plugins, device = module.PluginManager(), torch.device("cpu")
-    run = EzHoiRun(ezhoi.model, ezhoi.args, None, plugins, find_feature_module(ezhoi.model))
-    with pytest.raises(EzhoiDiffusionError, match="bridge 'breaks' could not be loaded: ZeroDivisionError"):
-        resolve_variants("breaks", plugins, "", run.check_fingerprint, device)
-    inject = resolve_variants("late", plugins, "", run.check_fingerprint, device)["late"].inject
+def test_a_bridge_that_fails_is_named():
+    plugins = PluginManager(discover=False)
+    for name, load in (("breaks", lambda folder: 1 / 0), ("late", lambda folder: lambda x: x / "0")):
+        hook = hookimpl(lambda register, name=name, load=load: register(name, load))
+        plugins.register(SimpleNamespace(register_bridges=hook), name)
+    options = {"check": lambda bridge, name: None, "device": "cpu"}
+    with pytest.raises(EzhoiDiffusionError, match=r"'breaks'.*ZeroDivisionError"):
+        resolve_variants("breaks", plugins, **options)
+    late = resolve_variants("late", plugins, **options)["late"]
     with pytest.raises(EzhoiDiffusionError, match="bridge 'late' raised TypeError"):
-        inject(torch.ones(2, 2), None)
+        late.apply(torch.ones(2, 2), None)
 
 
 def test_mean_shift_needs_the_statistics_only(ezhoi, tmp_path):

@@ -1,4 +1,4 @@
-"""Runs an EZ-HOI script and writes down what it computed, by means that share nothing with the package.
+"""Run an EZ-HOI script and save what it computed, with hooks of its own that share no code with the package.
 
     python dump.py OUT.safetensors bare|launched SCRIPT FLAGS…
 

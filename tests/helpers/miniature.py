@@ -1,11 +1,9 @@
-"""The miniature EZ-HOI as a script: its flags, its processes, what it prints."""
+"""Run the miniature EZ-HOI as a script, and read what it prints."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
-import runpy
 import socket
 import subprocess
 import sys
@@ -29,13 +27,14 @@ VCOCO_ACTIONS = [f"{verb} {('obj', 'instr')[i % 2]}" for i, verb in enumerate(wo
 
 
 def free_port() -> str:
+    """A port that no other process listens on."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         return str(s.getsockname()[1])
 
 
 def ezhoi_flags(folder: Path, *, evaluate: bool, **kwargs) -> list[str]:
-    """The miniature's command line, with an output folder and a port of its own."""
+    """Flags of the miniature on the world in `folder`, with an output folder and a free port."""
     return [
         *world.host_args(folder, evaluate=evaluate, **kwargs),
         "--output-dir",
@@ -46,6 +45,7 @@ def ezhoi_flags(folder: Path, *, evaluate: bool, **kwargs) -> list[str]:
 
 
 def vcoco_flags(folder: Path, out: Path, *, cache: bool) -> list[str]:
+    """Flags of the miniature on V-COCO, with the CLIP features that --cache or a training needs."""
     clip = folder / "data" / f"clip_img_vcoco_{'val' if cache else 'train'}"
     return [
         *ezhoi_flags(folder, evaluate=False, zs_type=None),
@@ -74,47 +74,24 @@ def launch(*flags: str, **kwargs) -> subprocess.CompletedProcess[str]:
 
 
 def rewrite(path: Path, **changes) -> None:
-    """A JSON as its writer would have written it, had it said something else; None deletes an entry."""
+    """Change entries of a JSON file and keep its checksum valid; None deletes an entry."""
     content = {**read_json(path, EzhoiDiffusionError, ""), **changes}
     write_json(path, {key: value for key, value in content.items() if value is not None})
 
 
-class _Parsed(Exception):
-    pass
-
-
-def parse_ezhoi_flags(flags: list[str]) -> argparse.Namespace:
-    """What the miniature's own parser makes of `flags`, ours included."""
-    from ezhoi_diffusion import add_arguments
-
-    original, found = argparse.ArgumentParser.parse_args, []
-
-    def parse_args(self, args=None, namespace=None):
-        add_arguments(self, flags)
-        found.append(original(self, flags))
-        raise _Parsed
-
-    argparse.ArgumentParser.parse_args = parse_args
-    try:
-        runpy.run_path(str(MINIATURE / "main_tip_finetune.py"), run_name="__main__")
-    except _Parsed:
-        return found[0]
-    finally:
-        argparse.ArgumentParser.parse_args = original
-    raise AssertionError("the script parsed nothing")
-
-
 def dump(out: Path, how: str, *flags: str):
+    """Run the miniature `bare` or `launched`. Returns the process, and what dump.py wrote into `out`."""
     done = run_in_miniature(str(DUMP_SCRIPT), str(out), how, "main_tip_finetune.py", *flags)
     return done, load_file(out) if out.exists() else {}
 
 
 def same(a, b):
+    """Whether two dicts of tensors are equal bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def printed_by_ezhoi(text: str) -> dict[str, str]:
-    """What the script prints at its end, by group."""
+    """The mAP that the script prints at its end, by group."""
     full, rare, non_rare, _, unseen, seen = re.findall(r"\d+\.\d\d|nan", text[text.index("The mAP is") :])
     return {"full": full, "rare": rare, "non-rare": non_rare, "unseen": unseen, "seen": seen}
 
@@ -127,5 +104,5 @@ def rows_of(table: str) -> dict[str, dict[str, str]]:
 
 
 def same_figures(row: dict[str, str], printed: dict[str, str]) -> bool:
-    """All printed digits; a group without classes is nan for EZ-HOI and absent in the table."""
+    """Whether all printed digits agree. A group without classes is nan in EZ-HOI and absent in the table."""
     return row == {group: value for group, value in printed.items() if value != "nan"}

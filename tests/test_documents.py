@@ -25,7 +25,7 @@ from ezhoi_diffusion.cli import COMMANDS, build_parser, main
 from ezhoi_diffusion.diffusion.bridge import SETTINGS, DiffusionBridge
 from ezhoi_diffusion.diffusion.components import Components, components
 from ezhoi_diffusion.diffusion.recipes import RECIPES
-from ezhoi_diffusion.evaluation.comparison import Comparison
+from ezhoi_diffusion.evaluation.comparison import Comparison, VariantResult
 from ezhoi_diffusion.ezhoi import launch
 from ezhoi_diffusion.ezhoi.attach import attach
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
@@ -538,8 +538,9 @@ def test_post_adapter_feat(plugin):
 
 @pytest.mark.parametrize("plugin", ["on_comparison"], indirect=True)
 def test_on_comparison(plugin, capsys):
-    ap = {"none": torch.tensor([0.5, 0.25]), "diffusion": torch.tensor([0.5, 0.5])}
-    result = Comparison(ap, {"full": torch.tensor([0, 1])}, 1, 2, 1.0, {"diffusion": 0.1}, {})
+    results = {"none": torch.tensor([0.5, 0.25]), "diffusion": torch.tensor([0.5, 0.5])}
+    variants = {name: VariantResult(name, ap) for name, ap in results.items()}
+    result = Comparison(variants, {"full": torch.tensor([0, 1])}, 1, 2, torch.tensor([1, 1]), {})
     plugin.notify("on_comparison", comparison=result)
     assert capsys.readouterr().out == "none 37.5\ndiffusion 50.0\n"
 

@@ -1,4 +1,4 @@
-"""The bridge's contracts: identity, determinism, independence, precision, artefact."""
+"""Contracts of the diffusion bridge: identity, determinism, independence, precision, settings, artefact."""
 
 import json
 import subprocess
@@ -51,13 +51,13 @@ def test_unet1d_is_the_papers_network(dim, parameters):
         assert unet(torch.randn(1, dim), torch.tensor([599])).shape == (1, dim)
 
 
-def test_unet1d_says_what_to_install(monkeypatch):
+def test_unet1d_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "denoising_diffusion_pytorch.denoising_diffusion_pytorch_1d", None)
     with pytest.raises(DenoiserError, match="pip install --upgrade torch torchvision"):
         build_denoiser(BridgeConfig(512, RECIPES["paper"], "unet1d"))
 
 
-def test_unet1d_refuses_odd_widths():
+def test_unet1d_refuses_widths_it_cannot_halve():
     with pytest.raises(DenoiserError, match="multiple of 8"):
         build_denoiser(BridgeConfig(510, RECIPES["paper"], "unet1d"))
     with pytest.raises(DenoiserError, match="multiple of 2"):
@@ -75,13 +75,13 @@ def test_unet1d_refuses_odd_widths():
     ],
 )
 def test_unet1d_of_other_sizes_is_the_published_class(dim, options, parameters):
-    """Counts of the published class, whose outputs were equal to the last digit."""
+    """The counts are those of the published class. Its outputs were equal to the last digit."""
     unet = build_denoiser(BridgeConfig(dim, RECIPES["paper"], "unet1d", options))
     assert sum(p.numel() for p in unet.parameters()) == parameters
 
 
 def published_unet1d(dim: int, options: dict) -> nn.Module:
-    """Random weights all over: fresh gains are one, and would hide one that is left out."""
+    """Random weights everywhere. Fresh gains are one, and would hide a missing one."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         unet = build_denoiser(BridgeConfig(dim, RECIPES["paper"], "unet1d", options)).eval()
@@ -95,12 +95,13 @@ SMALL = {"init_dim": 8, "dim_mults": [1, 2]}
 
 
 @pytest.mark.parametrize("timesteps", ["one for all", "one each"])
+@torch.no_grad()
 def test_unet1d_returns_what_the_published_class_returns(timesteps):
     unet = published_unet1d(64, SMALL)
     x = 5 * nn.functional.normalize(features(20, 64), dim=1)
     t = torch.tensor([300]) if timesteps == "one for all" else torch.arange(20)
     expected = unet.net(x.unsqueeze(1), t.expand(20)).squeeze(1)
-    assert torch.allclose(unet(x, t), expected, atol=1e-5 * float(expected.norm(dim=1).max()), rtol=0)
+    assert torch.allclose(unet(x, t), expected, atol=1e-4)
     assert all(name.startswith("net.") for name in unet.state_dict())
 
 
@@ -150,14 +151,14 @@ def test_deterministic_and_independent_of_batch_and_chunks(recipe, objective):
     assert (alone - y).abs().max() / scale < 1e-5
 
 
-def test_outputs_of_the_two_modes():
+def test_keep_norm_keeps_norms_and_unit_norm_gives_unit_vectors():
     x = features()
     assert torch.allclose(make("gentle")(x).norm(dim=1), x.norm(dim=1), rtol=1e-5)
-    unit_rows = make("guide", num_steps=5)(x)
-    assert torch.allclose(unit_rows.norm(dim=1), torch.ones(len(x)), rtol=1e-5)
+    unit_norm = make("guide", num_steps=5)(x)
+    assert torch.allclose(unit_norm.norm(dim=1), torch.ones(len(x)), rtol=1e-5)
 
 
-def test_no_rows_and_zero_rows():
+def test_no_features_and_features_of_norm_zero():
     bridge = make()
     assert bridge(torch.empty(0, DIM)).shape == (0, DIM)
     x = features(3)
@@ -167,7 +168,7 @@ def test_no_rows_and_zero_rows():
     assert torch.isfinite(y).all()
 
 
-def test_precision_is_float32_whatever_comes_in():
+def test_computes_in_float32_for_every_input_dtype_and_under_autocast():
     bridge, x = make(), features()
     y = bridge(x)
     half = bridge(x.half())
@@ -178,7 +179,7 @@ def test_precision_is_float32_whatever_comes_in():
         assert torch.equal(bridge(x), y)
 
 
-def test_no_gradient_and_no_random_number():
+def test_tracks_no_gradient_and_draws_no_random_number():
     bridge, x = make(), features().requires_grad_()
     state = torch.get_rng_state()
     assert not bridge(x).requires_grad
@@ -196,16 +197,16 @@ def test_no_gradient_and_no_random_number():
         torch.full((3, DIM), torch.inf),
     ],
 )
-def test_refused_inputs(x):
+def test_refuses_inputs(x):
     with pytest.raises(BridgeError):
         make()(x)
 
 
-def test_refused_statistics():
+def test_refuses_statistics():
     config = BridgeConfig(DIM, RECIPES["paper"], "identity")
-    one_row = ModalityStatistics.of([features()], features(1))
+    one_text = ModalityStatistics.of([features()], features(1))
     with pytest.raises(BridgeError, match="text mean"):
-        DiffusionBridge(config, Identity(), replace(one_row, text_mean=torch.eye(DIM)[0]))
+        DiffusionBridge(config, Identity(), replace(one_text, text_mean=torch.eye(DIM)[0]))
     with pytest.raises(BridgeError, match="visual mean"):
         DiffusionBridge(config, Identity(), replace(statistics(), visual_mean=torch.zeros(3)))
 
@@ -226,7 +227,7 @@ def test_round_trip_is_bit_equal_and_draws_nothing(tmp_path):
     assert loaded.statistics.visual_rows == 40
 
 
-def test_saving_replaces_an_older_artefact_and_nothing_else(tmp_path):
+def test_saving_replaces_an_older_artefact_and_keeps_other_files(tmp_path):
     make("paper").save_pretrained(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     make("gentle").save_pretrained(tmp_path)
@@ -280,7 +281,7 @@ def edit(folder, **changes):
 
 
 def nan_weights(folder):
-    """As nobody's `save` would write them."""
+    """Write weights that `save` refuses."""
     tensors = load_file(folder / "model.safetensors")
     next(iter(tensors.values())).fill_(torch.nan)
     files = json.loads((folder / "config.json").read_text())["files"]
@@ -325,14 +326,14 @@ def nan_weights(folder):
         (nan_weights, "NaN"),
     ],
 )
-def test_damaged_artefacts_are_refused(tmp_path, damage, says):
+def test_refuses_damaged_artefacts(tmp_path, damage, says):
     make("paper").save_pretrained(tmp_path)
     damage(tmp_path)
     with pytest.raises(BridgeError, match=says):
         DiffusionBridge.from_pretrained(tmp_path)
 
 
-def test_plugins_contribute_by_name(tmp_path):
+def test_a_plugin_denoiser_is_found_by_name(tmp_path):
     registry = Components()
     registry.denoisers.register("identity", lambda dim, schedule, objective, scale_factor: Identity())
     with pytest.raises(RegistryError, match="registered already"):
@@ -354,12 +355,12 @@ def test_importing_the_bridge_stays_light():
     assert found.stdout.strip() == "[]"
 
 
-def test_only_what_no_weight_depends_on_is_overridden_and_all_of_it_is_noted():
+def test_settings_are_overridden_and_recorded_in_the_provenance():
     bridge, x = make("paper"), features(3)
     before = bridge(x)
     other = bridge.override(num_steps=3).override(start_timestep=50)
     assert other.provenance["overridden"] == {"num_steps": 3, "start_timestep": 50}
-    assert torch.equal(bridge(x), before), "the bridge itself stays what it is"
+    assert torch.equal(bridge(x), before), "the bridge itself does not change"
     assert not torch.equal(other(x), before)
     assert torch.equal(other(x), make("paper", num_steps=3, start_timestep=50)(x))
     for wrong in ({"input_mean": "text"}, {"scale_factor": 2.0}, {"typo": 1}):
@@ -369,7 +370,7 @@ def test_only_what_no_weight_depends_on_is_overridden_and_all_of_it_is_noted():
         other.override(num_steps=51)
 
 
-def test_a_sweep_samples_once_for_all_points_that_share_it_and_each_point_is_the_override():
+def test_a_sweep_gives_the_overrides_and_samples_once_where_points_differ_in_blend_only():
     bridge, x, y = make("paper"), features(3), features(4)
     points = [{"start_timestep": s, "blend": w} for s in (20, 300) for w in (0.1, 0.5, 1.0)]
     expected = [bridge.override(**point)(x) for point in points]
@@ -378,12 +379,36 @@ def test_a_sweep_samples_once_for_all_points_that_share_it_and_each_point_is_the
     swept = bridge.sweep(points)
     assert [torch.equal(other(x), wanted) for other, wanted in zip(swept, expected, strict=True)] == [True] * 6
     assert len(calls) == 2 * bridge.config.recipe.num_steps
-    assert torch.equal(swept[0](y), bridge.override(**points[0])(y)), "other rows are sampled anew"
+    assert torch.equal(swept[0](y), bridge.override(**points[0])(y)), "other features are sampled again"
     with pytest.raises(BridgeError, match="num_steps <= start_timestep"):
         bridge.sweep([{"num_steps": 7, "start_timestep": 5}])
 
 
-def test_an_override_needs_the_means_that_it_uses():
+def one_evaluation(predict, z, *, schedule, timesteps, scale_factor):
+    return predict(z, timesteps[0])
+
+
+def test_a_plugin_sampler_is_a_setting(tmp_path):
+    registry = Components()
+    registry.samplers.register("one_evaluation", one_evaluation)
+    plain = make("paper")
+    bridge = DiffusionBridge(plain.config, plain.denoiser, plain.statistics, registry=registry)
+    x = features(3)
+    other = bridge.override(sampler="one_evaluation")
+    assert torch.allclose(other(x), bridge.override(num_steps=1)(x), rtol=1e-5)
+    swept = bridge.sweep([{"sampler": "ddim"}, {"sampler": "one_evaluation"}])
+    assert [torch.equal(a(x), b(x)) for a, b in zip(swept, (bridge, other), strict=True)] == [True, True]
+    other.save_pretrained(tmp_path)
+    assert torch.equal(DiffusionBridge.from_pretrained(tmp_path, registry=registry)(x), other(x))
+    for refused in (
+        lambda: plain.override(sampler="one_evaluation"),
+        lambda: DiffusionBridge.from_pretrained(tmp_path),
+    ):
+        with pytest.raises(BridgeError, match="unknown sampler 'one_evaluation': known are ddim, published"):
+            refused()
+
+
+def test_override_refuses_a_mean_that_is_not_known():
     config = BridgeConfig(DIM, replace(RECIPES["guide"], restored_mean="visual"), "identity")
     bridge = DiffusionBridge(config, Identity(), ModalityStatistics.text_only(statistics().text_mean))
     with pytest.raises(BridgeError, match="uses the visual mean, which is not known"):
@@ -400,14 +425,14 @@ def test_an_override_needs_the_means_that_it_uses():
         {"bytes": -1, "sha256": "0" * 64},
     ],
 )
-def test_sealed_facts_that_are_none_are_refused(tmp_path, facts):
+def test_refuses_file_entries_without_size_and_checksum(tmp_path, facts):
     make().save_pretrained(tmp_path)
     rewrite(tmp_path / "config.json", files={"model.safetensors": facts, "statistics.safetensors": facts})
     with pytest.raises(BridgeError, match="size and SHA-256"):
         DiffusionBridge.from_pretrained(tmp_path)
 
 
-def test_a_bridge_that_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+def test_loading_retries_while_the_artefact_is_replaced(tmp_path, monkeypatch):
     make(num_steps=2).save_pretrained(tmp_path)
     other, calls = make("paper"), []
     nn.init.ones_(next(other.denoiser.parameters()))

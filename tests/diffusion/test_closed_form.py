@@ -1,4 +1,4 @@
-"""Denoisers that need no training, against the formulas they stand for."""
+"""Denoisers that are fitted: their formulas, and how `train` handles them."""
 
 import json
 from dataclasses import replace
@@ -11,7 +11,8 @@ from sklearn.covariance import LedoitWolf
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
 from ezhoi_diffusion.diffusion.closed_form import build_empirical, build_gaussian
-from ezhoi_diffusion.diffusion.denoiser import DenoiserError
+from ezhoi_diffusion.diffusion.components import Components
+from ezhoi_diffusion.diffusion.denoiser import DenoiserError, FittedDenoiser
 from ezhoi_diffusion.diffusion.normalization import normalize, rescale
 from ezhoi_diffusion.diffusion.recipes import RECIPES
 from ezhoi_diffusion.diffusion.schedule import Schedule, isotropic_estimate
@@ -21,13 +22,11 @@ from ezhoi_diffusion.training.trainer import TrainingError, train
 from helpers.trainings import QUICK, low_rank
 
 SCHEDULE, SCALE, DIM = Schedule.cosine(), 5.0, 48
-GAUSSIAN, TEXTS = (
-    replace(QUICK, denoiser_options={}, denoiser="gaussian"),
-    replace(QUICK, denoiser_options={}, denoiser="empirical"),
-)
+GAUSSIAN = replace(QUICK, denoiser_options={}, denoiser="gaussian")
+EMPIRICAL = replace(GAUSSIAN, denoiser="empirical")
 
 
-def rows(count: int, rank: int = 6, seed: int = 0) -> torch.Tensor:
+def centred(count: int, rank: int = 6, seed: int = 0) -> torch.Tensor:
     """z [count, DIM] of norm SCALE near a plane."""
     draw = torch.Generator().manual_seed(seed)
     plane = torch.randn(rank, DIM, generator=torch.Generator().manual_seed(99))
@@ -40,15 +39,15 @@ def noisy(z: torch.Tensor, t: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("t", [0, 99, 599, 999])
-def test_wiener_is_the_conditional_mean_of_a_joint_normal(t):
-    """E[x0|x_t] from the joint covariance of (x0, x_t), solved in float64; nothing of it is computed along axes."""
-    z = rows(30)
+def test_gaussian_is_the_conditional_mean_of_a_joint_normal(t):
+    """E[x0|x_t] from the joint covariance of (x0, x_t), solved in float64 without axes."""
+    z = centred(30)
     denoiser = build_gaussian(DIM, SCHEDULE, "pred_x0", SCALE)
     denoiser.fit(z)
     estimate = LedoitWolf().fit(z.double().numpy())
     mean, covariance = torch.from_numpy(estimate.location_), torch.from_numpy(estimate.covariance_)
     alpha_bar = SCHEDULE.alphas_cumprod[t]
-    x = rescale(noisy(rows(7, seed=1), t), SCALE)
+    x = rescale(noisy(centred(7, seed=1), t), SCALE)
     x_t = x.double() * SCHEDULE.expected_norm(t, DIM, SCALE) / SCALE
     joint = alpha_bar * covariance + (1 - alpha_bar) * torch.eye(DIM, dtype=torch.float64)
     off = (x_t - alpha_bar.sqrt() * mean).T
@@ -58,21 +57,21 @@ def test_wiener_is_the_conditional_mean_of_a_joint_normal(t):
     assert torch.allclose(denoiser(x, torch.full((7,), t)), found, atol=1e-6)
 
 
-def test_wiener_misses_held_out_rows_by_less_than_the_estimate_that_knows_no_data():
+def test_gaussian_beats_the_isotropic_estimate_on_held_out_features():
     denoiser = build_gaussian(DIM, SCHEDULE, "pred_x0", SCALE)
-    denoiser.fit(rows(200))
+    denoiser.fit(centred(200))
     skip, _ = isotropic_estimate(SCHEDULE, "pred_x0", DIM, SCALE)
     for t in (50, 300, 700):
-        z = rows(300, seed=5)
+        z = centred(300, seed=5)
         x = rescale(noisy(z, t), SCALE)
-        missed = (denoiser(x, torch.tensor([t])) - z).square().mean()
-        assert missed < 0.7 * (float(skip[t]) * x - z).square().mean()
+        error = (denoiser(x, torch.tensor([t])) - z).square().mean()
+        assert error < 0.7 * (float(skip[t]) * x - z).square().mean()
 
 
 @pytest.mark.parametrize("t", [0, 99, 599])
-def test_texts_weighs_each_row_by_its_likelihood(t):
-    """Bayes' rule with a normal likelihood of each stored row, written out with distances."""
-    z = rows(9)
+def test_empirical_weighs_stored_features_by_their_likelihood(t):
+    """Bayes' rule with a normal likelihood, written out with distances."""
+    z = centred(9)
     denoiser = build_empirical(DIM, SCHEDULE, "pred_x0", SCALE, rows=9)
     denoiser.fit(z)
     x = rescale(noisy(z[:5], t), SCALE)
@@ -86,10 +85,10 @@ def test_texts_weighs_each_row_by_its_likelihood(t):
     assert torch.allclose(denoiser(x, torch.full((5,), t)), found, atol=1e-6)
 
 
-def test_texts_leads_a_row_to_the_text_it_is_nearest_to(tmp_path):
+def test_empirical_leads_to_the_nearest_text(tmp_path):
     data = low_rank()
     recipe = replace(RECIPES["paper"], num_steps=20, start_timestep=300, output="unit_norm")
-    bridge = DiffusionBridge.from_pretrained(train(data, replace(TEXTS, recipe=recipe), tmp_path / "out"))
+    bridge = DiffusionBridge.from_pretrained(train(data, replace(EMPIRICAL, recipe=recipe), tmp_path / "out"))
     texts = normalize(data.text, data.statistics.text_mean, 1.0)[0]
     mixed = F.normalize(0.8 * texts[:10] + 0.2 * texts[10:20], dim=-1)
     found = bridge(mixed + data.statistics.visual_mean)
@@ -98,14 +97,13 @@ def test_texts_leads_a_row_to_the_text_it_is_nearest_to(tmp_path):
     assert (found @ texts.T).max(1).values.mean() > nearest.max(1).values.mean()
 
 
-@pytest.mark.parametrize(("config", "known"), [(GAUSSIAN, 60), (TEXTS, 60)])
-def test_a_fitted_bridge_is_an_artefact_as_any_other(tmp_path, config, known):
-    """It knows all 60 texts, also those that its validation loss was without; and the folder is whole for the next step."""
+@pytest.mark.parametrize("config", [GAUSSIAN, EMPIRICAL])
+def test_a_fit_writes_a_bridge_of_all_texts(tmp_path, config):
     data = low_rank()
     out = train(data, config, tmp_path / "out")
     facts = json.loads((out / "training.json").read_text())
     bridge = DiffusionBridge.from_pretrained(out)
-    assert bridge.provenance["training"]["rows"] == known
+    assert bridge.provenance["training"]["rows"] == len(data.text)
     assert bridge.provenance["host"] == "test"
     assert torch.equal(bridge.context["ctx"], torch.ones(2))
     assert facts["history"] == []
@@ -121,7 +119,38 @@ def test_a_fitted_bridge_is_an_artefact_as_any_other(tmp_path, config, known):
     assert (out / "config.json").read_bytes() == before
 
 
-def test_what_another_training_left_is_not_replaced(tmp_path):
+class Nearest(FittedDenoiser):
+    """A plugin's: its shape depends on what it is fitted to."""
+
+    def __init__(self, dim, count):
+        super().__init__()
+        self.register_buffer("kept", torch.zeros(count, dim))
+
+    def fit(self, z):
+        self.kept = z[::2].clone()
+
+    def fitted_options(self):
+        return {"count": len(self.kept)}
+
+    def forward(self, x, t):
+        return self.kept[(x @ self.kept.T).argmax(1)]
+
+
+def test_a_denoiser_of_a_plugin_is_fitted(tmp_path):
+    registry = Components()
+    registry.denoisers.register("nearest", lambda dim, schedule, objective, scale_factor, count=1: Nearest(dim, count))
+    data = low_rank()
+    out = train(data, replace(GAUSSIAN, denoiser="nearest"), tmp_path / "out", registry=registry)
+    bridge = DiffusionBridge.from_pretrained(out, registry=registry)
+    assert torch.equal(bridge.denoiser.kept, normalize(data.text, data.statistics.text_mean, SCALE)[0][::2])
+    assert bridge.config.denoiser_options == {"count": 30}
+    visual = replace(GAUSSIAN, denoiser="nearest", recipe=replace(RECIPES["guide"], num_steps=5))
+    train(data, visual, tmp_path / "visual", registry=registry)
+    with pytest.raises(TrainingError, match="leave it out"):
+        train(data, replace(visual, denoiser_options={"count": 3}), tmp_path / "more", registry=registry)
+
+
+def test_a_fit_leaves_other_trainings_alone(tmp_path):
     data = low_rank()
     out = train(data, QUICK, tmp_path / "mlp")
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -130,12 +159,12 @@ def test_what_another_training_left_is_not_replaced(tmp_path):
             train(data, config, out, resume=True)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     fitted = train(data, GAUSSIAN, tmp_path / "gaussian")
-    for other, config in ((data, TEXTS), (low_rank(texts=61), GAUSSIAN)):
+    for other, config in ((data, EMPIRICAL), (low_rank(texts=61), GAUSSIAN)):
         with pytest.raises(TrainingError, match="holds another training"):
             train(other, config, fitted, resume=True)
 
 
-def test_seeds_of_a_closed_form_would_be_no_spread(tmp_path, capsys):
+def test_the_command_refuses_several_seeds_of_a_fit_to_texts(tmp_path, capsys):
     synthetic_store(tmp_path / "train")
     assert (
         main(["train", str(tmp_path / "train"), "--out", str(tmp_path / "x"), "--denoiser", "gaussian", "--seeds", "3"])
@@ -145,7 +174,7 @@ def test_seeds_of_a_closed_form_would_be_no_spread(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("denoiser", ["gaussian", "empirical"])
-def test_the_commands_know_a_closed_form(tmp_path, capsys, denoiser):
+def test_the_commands_take_a_fitted_bridge(tmp_path, capsys, denoiser):
     store = synthetic_store(tmp_path / "train")
     synthetic_store(tmp_path / "test", split="test", images=8)
     assert main(["train", str(store.folder), "--out", str(tmp_path / "bridge"), "--denoiser", denoiser]) == 0
@@ -158,17 +187,17 @@ def test_the_commands_know_a_closed_form(tmp_path, capsys, denoiser):
     assert main(["compare", str(tmp_path / "test"), "--bridges", names, "--replicates", "0"]) == 0
 
 
-def test_the_loss_of_a_closed_form_is_that_of_texts_it_was_not_fitted_to(tmp_path):
-    """wiener learns from them what is common to all; texts cannot return what it does not hold."""
+def test_the_validation_loss_is_that_of_a_fit_without_the_held_out_texts(tmp_path):
+    """Gaussian learns what texts have in common. Empirical cannot return a text it was not fitted to."""
     losses = {}
-    for config in (GAUSSIAN, TEXTS):
+    for config in (GAUSSIAN, EMPIRICAL):
         facts = json.loads((train(low_rank(), config, tmp_path / config.denoiser) / "training.json").read_text())
         losses[config.denoiser] = facts["val_loss"] / facts["isotropic_val_loss"]
     assert losses["gaussian"] < 0.8
     assert losses["empirical"] > losses["gaussian"]
 
 
-def test_wiener_of_visual_rows_knows_the_training_images_alone(tmp_path):
+def test_a_fit_to_visual_features_uses_training_images_only(tmp_path):
     data = low_rank()
     out = train(data, replace(GAUSSIAN, recipe=replace(RECIPES["guide"], num_steps=5)), tmp_path / "out")
     facts = DiffusionBridge.from_pretrained(out).provenance["training"]
@@ -178,20 +207,20 @@ def test_wiener_of_visual_rows_knows_the_training_images_alone(tmp_path):
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        (replace(TEXTS, recipe=RECIPES["guide"]), "learns from visual features"),
+        (replace(EMPIRICAL, recipe=RECIPES["guide"]), "learns from visual features"),
         (replace(GAUSSIAN, objective="pred_v"), "pred_x0"),
         (replace(GAUSSIAN, denoiser_options={"width": 8}), "does not take"),
-        (replace(TEXTS, denoiser_options={"rows": 5}), "leave it out"),
+        (replace(EMPIRICAL, denoiser_options={"rows": 5}), "leave it out"),
         (replace(GAUSSIAN, denoiser_options={"rows": 5}), "denoiser 'gaussian' does not take"),
     ],
 )
-def test_what_a_closed_form_cannot_do_is_one_error_and_leaves_no_bridge(tmp_path, config, says):
+def test_a_refused_fit_leaves_no_bridge(tmp_path, config, says):
     with pytest.raises(EzhoiDiffusionError, match=says):
         train(low_rank(), config, tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_pairs_have_no_closed_form(tmp_path):
+def test_pairs_cannot_be_fitted(tmp_path):
     data = low_rank()
     paired = replace(data, own_text=data.text[torch.arange(len(data.visual)) % len(data.text)])
     with pytest.raises(TrainingError, match="Gaussian"):
@@ -208,6 +237,6 @@ def test_pairs_have_no_closed_form(tmp_path):
         (lambda: build_empirical(8, SCHEDULE, "pred_x0", SCALE).fit(torch.ones(0, 8)), "rows"),
     ],
 )
-def test_refused(build, says):
+def test_denoisers_refuse(build, says):
     with pytest.raises(DenoiserError, match=says):
         build()

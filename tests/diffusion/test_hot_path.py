@@ -1,4 +1,4 @@
-"""What the bridge costs while it runs: it waits for no device, copies nothing between devices, and fits into its memory."""
+"""The bridge and the loss wait for no device, copy nothing between devices, and fit into memory."""
 
 import copy
 from dataclasses import replace
@@ -18,7 +18,7 @@ from helpers.bridges import DIM, MLP, features, make, statistics
 
 
 class CrossesDevices(TorchDispatchMode):
-    """Operations on tensors of more than one device: name, device of the result, and its numbers."""
+    """Records operations on tensors of several devices: name, device and size of the result."""
 
     def __init__(self):
         super().__init__()
@@ -32,10 +32,10 @@ class CrossesDevices(TorchDispatchMode):
         return result
 
 
-def on_a_pretended_gpu(bridge: nn.Module) -> nn.Module:
-    """A copy whose tensors have a device, shapes, and no values: whatever asks for a value raises.
+def on_a_fake_gpu(bridge: nn.Module) -> nn.Module:
+    """Copy a bridge to tensors that have a device and shapes, but no values: asking for a value raises.
 
-    Tables that are made once, on the CPU, are there already.
+    Tables that are made once, on the CPU, exist already.
     """
     bridge(features())
     moved = copy.deepcopy(bridge, {id(bridge.schedule): bridge.schedule})
@@ -49,7 +49,7 @@ def on_a_pretended_gpu(bridge: nn.Module) -> nn.Module:
             for name, value in module._buffers.items():
                 if value is not None:
                     module._buffers[name] = torch.empty(value.shape, dtype=value.dtype, device="cuda")
-    moved.pretended = mode
+    moved.fake_mode = mode
     return moved
 
 
@@ -62,9 +62,9 @@ def around(denoiser: str, options: dict, recipe: str, objective: str = "pred_x0"
     ("denoiser", "options"), [("mlp", MLP), ("unet1d", {"init_dim": 8}), ("gaussian", {}), ("empirical", {"rows": 5})]
 )
 @pytest.mark.parametrize("recipe", ["gentle", "guide", "paper"])
-def test_nothing_waits_for_a_device_or_copies_from_another(denoiser, options, recipe):
-    bridge = on_a_pretended_gpu(around(denoiser, options, recipe))
-    with bridge.pretended:
+def test_the_bridge_waits_for_no_device_and_copies_between_none(denoiser, options, recipe):
+    bridge = on_a_fake_gpu(around(denoiser, options, recipe))
+    with bridge.fake_mode:
         x = torch.empty(16, DIM, device="cuda")
         with CrossesDevices() as crossing:
             y = bridge(x)
@@ -73,27 +73,27 @@ def test_nothing_waits_for_a_device_or_copies_from_another(denoiser, options, re
 
 
 @pytest.mark.parametrize("objective", ["pred_noise", "pred_v"])
-def test_nor_does_another_objective(objective):
-    bridge = on_a_pretended_gpu(around("mlp", MLP, "guide", objective))
-    with bridge.pretended, CrossesDevices() as crossing:
+def test_other_objectives_do_not_either(objective):
+    bridge = on_a_fake_gpu(around("mlp", MLP, "guide", objective))
+    with bridge.fake_mode, CrossesDevices() as crossing:
         bridge(torch.empty(16, DIM, device="cuda"))
     assert crossing.found == []
 
 
-def test_the_pretended_device_notices_who_asks_for_a_value():
-    bridge = on_a_pretended_gpu(make())
-    with bridge.pretended, pytest.raises(Exception, match="_local_scalar_dense"):
+def test_the_fake_gpu_notices_who_asks_for_a_value():
+    bridge = on_a_fake_gpu(make())
+    with bridge.fake_mode, pytest.raises(Exception, match="_local_scalar_dense"):
         bool(torch.isfinite(bridge(torch.empty(4, DIM, device="cuda"))).all())
 
 
-@pytest.mark.filterwarnings("ignore:Accessing the data pointer")  # of a tensor that pretends, by a copy of it
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")  # of a fake tensor, by a copy of it
 @pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize("objective", ["pred_x0", "pred_noise", "pred_v"])
-def test_loss_and_update_wait_for_no_device_and_take_nothing_to_it_but_levels(objective, paired):
-    """Rows and noise are there; what is known of a level is looked up on the CPU, and copied: a number for a row."""
-    bridge = on_a_pretended_gpu(around("mlp", MLP, "gentle", objective))
+def test_loss_and_update_wait_for_no_device_and_copy_timesteps_only(objective, paired):
+    """Schedule tables are looked up on the CPU, and one number per feature is copied."""
+    bridge = on_a_fake_gpu(around("mlp", MLP, "gentle", objective))
     network, t = bridge.denoiser.train().requires_grad_(True), torch.arange(16)
-    with bridge.pretended as mode:
+    with bridge.fake_mode as mode:
         mode.allow_non_fake_inputs = True
         z, noise = (torch.empty(16, DIM, device="cuda") for _ in range(2))
         optimizer = torch.optim.AdamW(network.parameters(), fused=True)
@@ -112,12 +112,12 @@ def test_loss_and_update_wait_for_no_device_and_take_nothing_to_it_but_levels(ob
 
 @pytest.mark.parametrize("objective", ["pred_x0", "pred_noise", "pred_v"])
 @pytest.mark.parametrize("spacing", ["linear", "quadratic", "cubic"])
-def test_one_level_for_all_rows_is_that_level_in_every_row(objective, spacing):
-    """The fast path computes what depends on the level once; the plain one for every row."""
+def test_one_timestep_for_all_equals_one_for_each(objective, spacing):
+    """The sampler passes one timestep for all features. The other bridge repeats it for each."""
     bridge, x = make("paper", objective, spacing=spacing), features()
     fast, plain = bridge(x), copy.deepcopy(bridge)
 
-    class EveryRow(nn.Module):
+    class OneForEach(nn.Module):
         def __init__(self, net):
             super().__init__()
             self.net = net
@@ -125,12 +125,12 @@ def test_one_level_for_all_rows_is_that_level_in_every_row(objective, spacing):
         def forward(self, x, t):
             return self.net(x, t.expand(len(x)).contiguous())
 
-    plain.denoiser = EveryRow(plain.denoiser)
+    plain.denoiser = OneForEach(plain.denoiser)
     assert torch.allclose(plain(x), fast, rtol=1e-5, atol=1e-5 * float(fast.norm(dim=1).max()))
 
 
-class Short(nn.Module):
-    """A device with room for so many rows."""
+class LittleMemory(nn.Module):
+    """A denoiser on a device with memory for `room` features."""
 
     def __init__(self, net: nn.Module, room: int) -> None:
         super().__init__()
@@ -139,14 +139,14 @@ class Short(nn.Module):
     def forward(self, x, t):
         self.asked.append(len(x))
         if len(x) > self.room:
-            raise torch.OutOfMemoryError("pretended")
+            raise torch.OutOfMemoryError("fake")
         return self.net(x, t)
 
 
-def test_chunks_halve_until_they_fit_and_stay_so():
+def test_chunks_halve_until_they_fit_and_stay_small():
     x, plain = features(100), make()
     bridge = make()
-    bridge.denoiser = Short(bridge.denoiser, 13)
+    bridge.denoiser = LittleMemory(bridge.denoiser, 13)
     assert torch.allclose(bridge(x), plain(x), rtol=1e-5)
     assert bridge.chunk_rows == 13
     bridge.denoiser.asked.clear()
@@ -154,8 +154,8 @@ def test_chunks_halve_until_they_fit_and_stay_so():
     assert max(bridge.denoiser.asked) == 13
 
 
-def test_memory_that_is_too_short_for_one_row_is_the_devices_own_error():
+def test_without_memory_for_one_feature_the_error_of_the_device_passes():
     bridge = make()
-    bridge.denoiser = Short(bridge.denoiser, 0)
+    bridge.denoiser = LittleMemory(bridge.denoiser, 0)
     with pytest.raises(torch.OutOfMemoryError):
         bridge(features(9))

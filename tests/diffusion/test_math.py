@@ -1,4 +1,4 @@
-"""Normalization, schedule, grid and sampler against closed forms and independently written loops."""
+"""Normalization, schedule, timesteps and samplers against closed forms and independent loops."""
 
 import math
 from dataclasses import replace
@@ -23,7 +23,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
 
 @pytest.mark.parametrize("dim", [512, 768])
 @pytest.mark.parametrize("mean_norm", [0.0, 0.7, 0.9, 0.999])
-def test_chain_is_inverted_exactly(dim, mean_norm):
+def test_uncenter_inverts_normalize(dim, mean_norm):
     x = 7 * normal(50, dim)
     mean = mean_norm * F.normalize(normal(dim, seed=1), dim=-1)
     z, norm = normalize(x, mean, 5.0)
@@ -32,13 +32,13 @@ def test_chain_is_inverted_exactly(dim, mean_norm):
     assert error.max() < 1e-6
 
 
-def test_chain_takes_zero_rows():
+def test_normalize_takes_features_of_norm_zero():
     z, norm = normalize(torch.zeros(2, 8), torch.full((8,), 0.1), 5.0)
     assert torch.isfinite(z).all()
     assert (norm == 0).all()
 
 
-def test_a_mean_on_the_sphere_has_no_inverse():
+def test_uncenter_refuses_a_mean_of_norm_one():
     with pytest.raises(ValueError, match="norm is 1"):
         uncenter(normal(3, 8), torch.eye(8)[0])
 
@@ -72,22 +72,20 @@ def test_loss_weights():
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_isotropic_estimate_is_the_best_multiple_of_the_input(objective):
-    """Against the least-squares multiple, on data without a preferred direction."""
+    """Compared with the least-squares multiple, on data without a preferred direction."""
     dim, scale = 512, 5.0
     skip, residual = isotropic_estimate(SCHEDULE, objective, dim, scale)
-    for level in (20, 99, 300, 599):
-        z, noise = scale * F.normalize(normal(2000, dim, seed=level), dim=-1), normal(2000, dim, seed=level + 1)
-        x = scale * F.normalize(SCHEDULE.q_sample(z, level, noise), dim=-1)
-        target = SCHEDULE.target(objective, z, level, noise)
+    for t in (20, 99, 300, 599):
+        z, noise = scale * F.normalize(normal(2000, dim, seed=t), dim=-1), normal(2000, dim, seed=t + 1)
+        x = scale * F.normalize(SCHEDULE.q_sample(z, t, noise), dim=-1)
+        target = SCHEDULE.target(objective, z, t, noise)
         best = (target * x).sum() / x.square().sum()
-        assert skip[level].item() == pytest.approx(best.item(), rel=0.02, abs=0.02)
-        assert residual[level].abs().item() == pytest.approx(
-            (target - best * x).square().mean().sqrt().item(), rel=0.02
-        )
+        assert skip[t].item() == pytest.approx(best.item(), rel=0.02, abs=0.02)
+        assert residual[t].abs().item() == pytest.approx((target - best * x).square().mean().sqrt().item(), rel=0.02)
 
 
 @pytest.mark.parametrize(
-    ("num_steps", "start_timestep", "levels"),
+    ("num_steps", "start_timestep", "timesteps"),
     [
         (5, 600, [599, 479, 359, 239, 119, -1]),
         (600, 600, list(range(599, -2, -1))),
@@ -97,35 +95,35 @@ def test_isotropic_estimate_is_the_best_multiple_of_the_input(objective):
         (7, 10, [9, 7, 6, 4, 3, 1, 0, -1]),
     ],
 )
-def test_grid(num_steps, start_timestep, levels):
-    assert make_timesteps("linear", num_steps, start_timestep) == tuple(levels)
+def test_linear_timesteps(num_steps, start_timestep, timesteps):
+    assert make_timesteps("linear", num_steps, start_timestep) == tuple(timesteps)
 
 
 @pytest.mark.parametrize(("num_steps", "start_timestep"), [(0, 5), (6, 5), (-1, 5), (1, 0)])
-def test_grid_refuses_repeated_levels(num_steps, start_timestep):
+def test_more_steps_than_timesteps_are_refused(num_steps, start_timestep):
     with pytest.raises(ValueError, match="num_steps"):
         make_timesteps("linear", num_steps, start_timestep)
 
 
 @pytest.mark.parametrize(
-    ("spacing", "num_steps", "levels"),
+    ("spacing", "num_steps", "timesteps"),
     [
         ("quadratic", 5, [599, 383, 215, 95, 23, -1]),
         ("cubic", 5, [599, 306, 128, 37, 3, -1]),
         ("cubic", 1, [599, -1]),
     ],
 )
-def test_grids_of_a_power(spacing, num_steps, levels):
+def test_quadratic_and_cubic_timesteps(spacing, num_steps, timesteps):
     """600·(i/5)^p − 1, rounded down."""
-    assert make_timesteps(spacing, num_steps, 600) == tuple(levels)
+    assert make_timesteps(spacing, num_steps, 600) == tuple(timesteps)
 
 
 @pytest.mark.parametrize("spacing", ["quadratic", "cubic"])
 @pytest.mark.parametrize(("num_steps", "start_timestep"), [(600, 600), (50, 60), (99, 100), (20, 1000), (7, 8)])
-def test_no_grid_repeats_a_level(spacing, num_steps, start_timestep):
-    levels = make_timesteps(spacing, num_steps, start_timestep)
-    assert (levels[0], levels[-1], len(levels)) == (start_timestep - 1, -1, num_steps + 1)
-    assert all(after < before for before, after in pairwise(levels))
+def test_no_timestep_is_repeated(spacing, num_steps, start_timestep):
+    timesteps = make_timesteps(spacing, num_steps, start_timestep)
+    assert (timesteps[0], timesteps[-1], len(timesteps)) == (start_timestep - 1, -1, num_steps + 1)
+    assert all(after < before for before, after in pairwise(timesteps))
 
 
 @pytest.mark.parametrize("sampler", [ddim, published])
@@ -138,15 +136,15 @@ def test_samplers_equal_the_published_loop(sampler):
     def predict(x, t):
         return torch.tanh(x @ weights) + t / 1000
 
-    levels = torch.linspace(-1, 599, 6).trunc().int().tolist()[::-1]
+    timesteps = torch.linspace(-1, 599, 6).trunc().int().tolist()[::-1]
     x = z
-    for t, after in pairwise(levels):
+    for t, after in pairwise(timesteps):
         x = 5 * x / x.norm(dim=1, keepdim=True)
         x0 = predict(x, t)
         if after >= 0:
             noise = (x / alpha_bar[t].sqrt() - x0) / (1 / alpha_bar[t] - 1).sqrt()
             x = alpha_bar[after].sqrt() * x0 + (1 - alpha_bar[after]).sqrt() * noise
-    found = sampler(predict, z, schedule=SCHEDULE, timesteps=levels, scale_factor=5.0)
+    found = sampler(predict, z, schedule=SCHEDULE, timesteps=timesteps, scale_factor=5.0)
     assert torch.allclose(found, x0, atol=1e-12)
 
 
@@ -154,7 +152,7 @@ def test_ddim_with_the_exact_posterior_moves_to_the_nearer_of_two_points():
     points = 5 * F.normalize(normal(2, 128), dim=-1)
 
     def posterior_mean(x, t):
-        """x has lost its norm; given x_t's expected norm, the posterior over two points is a softmax."""
+        """With the expected norm of x_t, the posterior over two points is a softmax."""
         norm = float(SCHEDULE.expected_norm(t, 128, 5.0))
         alpha_bar = float(SCHEDULE.alphas_cumprod[t])
         logits = (x / 5 * norm) @ points.T * math.sqrt(alpha_bar) / (1 - alpha_bar)
@@ -203,15 +201,15 @@ def test_recipe_refuses(change):
     assert isinstance(replace(RECIPES["paper"], num_steps=10), Recipe)
 
 
-def test_the_guide_has_the_published_levels():
-    """reverse(trunc(linspace(−1, t0−1, S+1))) in float32, where that is not what whole numbers give."""
+def test_the_guide_has_the_published_timesteps():
+    """reverse(trunc(linspace(−1, t0−1, S+1))) in float32, in a case where whole numbers differ."""
     expected = [int(v) for v in torch.linspace(-1, 59, 51).tolist()][::-1]
     assert make_timesteps(RECIPES["guide"].spacing, 50, 60) == tuple(expected)
     assert make_timesteps("linear", 50, 60) != tuple(expected)
 
 
 @pytest.mark.parametrize("sampler", [ddim, published])
-def test_a_sampler_evaluates_at_every_level_but_the_last(sampler):
+def test_a_sampler_evaluates_at_every_timestep_but_the_last(sampler):
     visited = []
     sampler(
         lambda x, t: visited.append(t) or x, normal(1, 8), schedule=SCHEDULE, timesteps=[9, 4, 3, -1], scale_factor=5.0

@@ -462,7 +462,7 @@ def test_learned_by_heart(look, tmp_path):
     folder = write_bridge(tmp_path / "b", training={"val_loss": 0.3})
     history = [{"step": step, "loss": 1.0, "val_loss": loss} for step, loss in ((1, 0.3), (2, 0.4))]
     (folder / "training.json").write_text(json.dumps({"history": history}))
-    one(look(folder), "bridge.training", "warning", "by heart", "--denoiser gaussian")
+    one(look(folder), "bridge.training", "warning", "memorised", "--denoiser gaussian")
 
 
 def test_a_bridge_that_costs_too_much_is_not_tried(look, tmp_path, trained, monkeypatch):

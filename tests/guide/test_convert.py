@@ -248,7 +248,7 @@ def test_incomplete_networks_and_networks_out_of_bounds(files, tmp_path, capsys)
         big[part][f"{prefix}model.downs.1.3.weight"] = torch.zeros(8 * 200, 8, 3)
     torch.save(big, files.folder / "big.pt")
     assert run(files.folder / "big.pt", files.mean, "--out", tmp_path / "out") == 2
-    assert "at most 1024 channels of init_dim = 8, not [1, 200]" in capsys.readouterr().err
+    assert "at most 1024 channels with init_dim = 8, not [1, 200]" in capsys.readouterr().err
 
 
 def test_an_out_in_use_is_left_alone(files, tmp_path, capsys):
@@ -434,7 +434,7 @@ def test_the_guides_recipe_trains_on_it(files, tmp_path, capsys):
     assert (
         main(["train", str(tmp_path / "features"), "--recipe", "paper", *small, "--out", str(tmp_path / "text")]) == 2
     )
-    assert "too few text rows" in capsys.readouterr().err
+    assert "too few text features" in capsys.readouterr().err
 
 
 # The guide's module
@@ -526,7 +526,7 @@ def test_drop_in_changes_nothing_of_the_module_around_it(files):
         ("model", None, 5, GuideFileError, "the text mean is missing"),
         ("mean", "mean", 5, GuideFileError, "both a text mean"),
         ("host", "mean", 5, GuideFileError, "there is no model among the files"),
-        ("model", "mean", 1001, GuideFileError, "beyond the schedule's 1000 levels"),
+        ("model", "mean", 1001, GuideFileError, "schedule has 1000 timesteps"),
         ("model", "mean", 0, EzhoiDiffusionError, "num_steps"),
         ("nowhere", "mean", 5, GuideFileError, "cannot be read"),
         ("folder", None, 5, BridgeError, "config.json"),

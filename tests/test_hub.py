@@ -260,7 +260,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 from ezhoi_diffusion.builtin.diffusion import plugin
-from ezhoi_diffusion.cli.pipeline import _require_bridges
+from ezhoi_diffusion.pipeline.steps import bridge_folders
 from ezhoi_diffusion.evaluation.variants import resolve_variants
 from ezhoi_diffusion.plugins import PluginHost
 
@@ -269,7 +269,7 @@ accept = lambda bridge, name: seen.append(bridge.provenance["training"]["step"])
 resolve_variants("none,mean_shift,diffusion=hf:{name}@main", plugins, "hf:{name}", accept, torch.device("cpu"))
 args = SimpleNamespace(compare="", bridge="hf:{name}", plugin_folders={{}}, set=[], inference_steps=None)
 plugin.on_attach(SimpleNamespace(args=args, plugins=plugins, accept=accept, device=torch.device("cpu")))
-(folder,) = _require_bridges("none,diffusion=hf:{name}", [])
+(folder,) = bridge_folders("none,diffusion=hf:{name}", [])
 print(*seen, (Path(folder) / "config.json").is_file())
 """)
     assert out == "5000 5000 5000 True\n"

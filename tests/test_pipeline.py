@@ -1,4 +1,4 @@
-"""What the pipeline does, skips and does again."""
+"""What the pipeline runs, skips and runs again."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from ezhoi_diffusion import files, pipeline
+from ezhoi_diffusion import files
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.errors import Interrupted
-from ezhoi_diffusion.pipeline import PipelineError, Step, StepFailed, run_steps
+from ezhoi_diffusion.pipeline import run as process
+from ezhoi_diffusion.pipeline.record import PipelineError, Record, Step, content
+from ezhoi_diffusion.pipeline.run import StepFailed, run_steps
 from helpers.miniature import MINIATURE, ezhoi_flags, run_in_miniature
 
 
@@ -24,14 +27,14 @@ def commands(monkeypatch):
 
     def run(command):
         ran.append(list(command))
-        folder = pipeline.Path(command[1])
+        folder = Path(command[1])
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "result").write_text(" ".join(command[2:]) or "nothing")
         if command[0] in run.fail:
             raise StepFailed("it failed", 75)
 
     run.ran, run.fail = ran, set()
-    monkeypatch.setattr(pipeline, "_run", run)
+    monkeypatch.setattr(process, "_run", run)
     return run
 
 
@@ -88,7 +91,7 @@ def test_a_result_that_was_changed_or_removed_is_made_again(tmp_path, commands, 
     assert names(commands) == ""
 
 
-def test_an_interrupted_step_goes_on_and_a_changed_one_begins_anew(tmp_path, commands):
+def test_an_interrupted_step_resumes_and_a_changed_one_starts_again(tmp_path, commands):
     commands.fail.add("b")
     with pytest.raises(StepFailed):
         run_steps(three(tmp_path), tmp_path)
@@ -107,8 +110,8 @@ def test_an_interrupted_step_goes_on_and_a_changed_one_begins_anew(tmp_path, com
     assert not (tmp_path / "b" / "half").exists()
 
 
-def test_a_typo_costs_nothing(tmp_path, commands, capsys):
-    """A finished result is kept aside while another is made, and taken back when the old inputs are."""
+def test_an_old_result_is_kept_until_the_new_one_is_there(tmp_path, commands, capsys):
+    """It is put back where the old inputs come back before that."""
     run_steps(three(tmp_path), tmp_path)
     (tmp_path / "a" / "hours").write_text("of work")
     commands.fail.add("a")
@@ -131,11 +134,11 @@ def test_killed_between_two_renames_nothing_is_lost(tmp_path, commands, monkeypa
     run_steps(three(tmp_path), tmp_path)
     names(commands)
 
-    def killed(self, name, record):
+    def killed(self, step, record):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline._State, "_write", killed)
+        patch.setattr(Record, "_write", killed)
         with pytest.raises(KeyboardInterrupt):
             run_steps(three(tmp_path, text="other"), tmp_path)
     assert not (tmp_path / "a").exists()
@@ -143,20 +146,42 @@ def test_killed_between_two_renames_nothing_is_lost(tmp_path, commands, monkeypa
     assert names(commands) == ""
 
 
-def test_what_others_put_beside_a_result_does_not_count(tmp_path, commands):
+@pytest.mark.parametrize("killed_at", ["_write", "rename"])
+def test_killed_while_an_old_result_is_put_back_nothing_is_lost(tmp_path, commands, monkeypatch, killed_at):
+    run_steps(three(tmp_path), tmp_path)
+    (tmp_path / "a" / "hours").write_text("of work")
+    commands.fail.add("a")
+    with pytest.raises(StepFailed):
+        run_steps(three(tmp_path, text="typo"), tmp_path)
+    commands.fail.clear()
+    names(commands)
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Record if killed_at == "_write" else Path, killed_at, killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_steps(three(tmp_path), tmp_path)
+    assert run_steps(three(tmp_path), tmp_path) == 0
+    assert names(commands) == ""
+    assert (tmp_path / "a" / "hours").exists()
+
+
+def test_files_that_others_put_beside_a_result_do_not_count(tmp_path, commands):
     run_steps(three(tmp_path), tmp_path)
     (tmp_path / "a" / "notes.txt").write_text("mine")
     assert run_steps(three(tmp_path), tmp_path) == 0
 
 
-def test_a_request_to_end_stops_between_steps(tmp_path, commands, monkeypatch):
+def test_sigterm_stops_between_steps(tmp_path, commands, monkeypatch):
     calls = commands
 
     def asked(command):
         calls(command)
         return command[0] == "a"
 
-    monkeypatch.setattr(pipeline, "_run", asked)
+    monkeypatch.setattr(process, "_run", asked)
     with pytest.raises(Interrupted, match="after step a"):
         run_steps(three(tmp_path), tmp_path)
     assert names(commands) == "a"
@@ -167,12 +192,12 @@ def test_a_request_to_end_stops_between_steps(tmp_path, commands, monkeypatch):
 @pytest.mark.parametrize(("status", "kind"), [(75, Interrupted), (-15, Interrupted), (2, StepFailed), (-9, StepFailed)])
 def test_how_a_step_ends(monkeypatch, status, kind):
     code = f"import os, sys; sys.exit({status})" if status >= 0 else f"import os; os.kill(os.getpid(), {-status})"
-    popen = pipeline.subprocess.Popen
+    popen = process.subprocess.Popen
     monkeypatch.setattr(
-        pipeline.subprocess, "Popen", lambda command, **more: popen([sys.executable, "-c", code], **more)
+        process.subprocess, "Popen", lambda command, **more: popen([sys.executable, "-c", code], **more)
     )
-    with pytest.raises(kind, match="same pipeline command goes on") as raised:
-        pipeline._run(["x"])
+    with pytest.raises(kind, match="run the same command to continue") as raised:
+        process._run(["x"])
     assert raised.value.status == {75: 75, -15: 75, 2: 2, -9: 137}[status]
 
 
@@ -181,7 +206,8 @@ def test_two_pipelines_do_not_share_a_folder(tmp_path, commands):
     code = f"""
 import sys
 from pathlib import Path
-from ezhoi_diffusion.pipeline import PipelineError, run_steps
+from ezhoi_diffusion.pipeline.record import PipelineError
+from ezhoi_diffusion.pipeline.run import run_steps
 try:
     run_steps([], Path({str(tmp_path)!r}))
 except PipelineError as error:
@@ -195,18 +221,18 @@ def test_contents_of_files_and_folders(tmp_path):
     data, work = tmp_path / "data", tmp_path / "data" / "work"
     work.mkdir(parents=True)
     (data / "a.txt").write_text("1")
-    assert pipeline.content(3, work) == 3
-    assert pipeline.content("no such file", work) == "no such file"
-    assert pipeline.content("x" * 5000, work) == "x" * 5000
-    file, folder = pipeline.content(str(data / "a.txt"), work), pipeline.content(str(data), work)
+    assert content(3, work) == 3
+    assert content("no such file", work) == "no such file"
+    assert content("x" * 5000, work) == "x" * 5000
+    file, folder = content(str(data / "a.txt"), work), content(str(data), work)
     (work / "result").write_text("what the pipeline itself writes does not count")
-    assert pipeline.content(str(data), work) == folder
+    assert content(str(data), work) == folder
     (data / "a.txt").write_text("2")
-    assert pipeline.content(str(data / "a.txt"), work) != file
-    assert pipeline.content(str(data), work) != folder
+    assert content(str(data / "a.txt"), work) != file
+    assert content(str(data), work) != folder
 
 
-def test_folders_of_others_and_broken_records_are_refused(tmp_path, commands):
+def test_foreign_folders_and_broken_records_are_refused(tmp_path, commands):
     work = tmp_path / "work"
     work.mkdir()
     (work / "thesis.tex").write_text("precious")
@@ -282,11 +308,11 @@ def test_the_pipeline_on_the_miniature(small_world, checkpoint, tmp_path):
     quick = ["--max-images", "12", "--num-test-images", "3", "--inference-steps", "50", "--scale-factor", "4"]
     first = run("--train-steps", "10", *quick)
     assert first.returncode == 0, first.stderr
-    assert "6 of 6 steps were done" in first.stdout
+    assert "5 of 5 steps ran" in first.stdout
     report = json.loads((work / "report" / "report.json").read_text())
     assert report["images"] == 12
     recipe = json.loads((work / "bridge" / "config.json").read_text())["recipe"]
-    assert (recipe["start_timestep"], recipe["steps"], recipe["scale_factor"]) == (50, 50, 4)
+    assert (recipe["start_timestep"], recipe["num_steps"], recipe["scale_factor"]) == (50, 50, 4)
     assert (work / "test" / "diffusion_effect.png").stat().st_size > 10_000
 
     second = run("--train-steps", "10", *quick)
@@ -302,4 +328,4 @@ def test_the_pipeline_on_the_miniature(small_world, checkpoint, tmp_path):
 
     third = run("--train-steps", "12", *quick)
     assert third.returncode == 0, third.stderr
-    assert "3 of 6 steps were done" in third.stdout
+    assert "3 of 5 steps ran" in third.stdout

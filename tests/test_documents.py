@@ -261,7 +261,7 @@ ADVISED_AGAINST = re.compile(
 def test_sentences_are_short_and_plain(name):
     text = re.sub(r"^(?:\||#|- \[).*$", "\n", prose(DOCUMENTS[name]), flags=re.MULTILINE)
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
-    sentences = re.split(r"(?<=[.!?:])\s+|\n\n|\n- ", text)
+    sentences = re.split(r"(?<=[.!?])\s+|\n\n|\n- ", text)
     assert [sentence for sentence in sentences if len(sentence.split()) > 35] == []
     assert [found[0] for found in ADVISED_AGAINST.finditer(prose(DOCUMENTS[name]))] == []
 

@@ -42,6 +42,7 @@ examples:
   ezhoi-diffusion train FEATURES --out BRIDGE
   ezhoi-diffusion train FEATURES --out BRIDGE --resume
   ezhoi-diffusion train FEATURES --out BRIDGE --recipe paper --denoiser unet1d --train-steps 500000
+  ezhoi-diffusion train --bridge list                    (the bridges of installed plugins, and their options)
   ezhoi-diffusion train FEATURES --out BRIDGE --bridge procrustes --set mode=ridge
   ezhoi-diffusion train FEATURES --out STUDENT --student-of BRIDGE --start-timestep 600 --num-steps 50
 
@@ -70,11 +71,17 @@ FOR_STUDENT = (
 )  # fmt: skip
 ONLY_FOR_STUDENT = ("min_cosine", "device")
 STUDENT_STEPS = 2000
+LIST = "list"  # --bridge list
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the flags: fields of TrainConfig, and those of its recipe that change how the bridge is applied."""
-    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    from importlib.metadata import entry_points
+
+    from ezhoi_diffusion.plugins import ENTRY_POINT_GROUP
+
+    installed = ", ".join(sorted(point.name for point in entry_points(group=ENTRY_POINT_GROUP))) or "none"
+    parser.description, parser.epilog = DESCRIPTION, f"{EPILOG}\ninstalled plugins: {installed}"
     parser.usage = "%(prog)s FEATURES --out DIR [--recipe NAME | --bridge NAME | --student-of BRIDGE] [options]"
     arguments.add_features(parser, "train", nargs="?")
     arguments.add_out(parser, "folder for the bridge and its checkpoints (required)")
@@ -82,7 +89,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--bridge",
         metavar="NAME",
-        help="fit this bridge of an installed plugin, see below; --set gives its options",
+        help="fit this bridge of an installed plugin; --set gives its options. `train --bridge list` explains them",
     )
     group.add_argument("--student-of", metavar="BRIDGE", help="distil this bridge, a folder or hf:USER/REPO")
     group.add_argument(
@@ -112,12 +119,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dim-mults", type=int, nargs="+", metavar="N", help="--denoiser unet1d with these multiples of it"
     )
-    format_help = parser.format_help
-
-    def format_help_with_fits() -> str:
-        return f"{format_help()}\nbridges of installed plugins, for --bridge NAME --set K=V:\n{_fits()}\n"
-
-    parser.format_help = format_help_with_fits  # type: ignore[method-assign]  # only the help has to import plugins
     parser.set_defaults(
         flags={action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
     )
@@ -179,6 +180,9 @@ def _add_fields(group: arguments.Container, only: tuple[str, ...] = (), leave_ou
 def run(args: argparse.Namespace) -> int:
     """Train, fit or distil."""
     args.features = args.features or args.data_path
+    if args.bridge == LIST:
+        print(f"bridges that can be fitted, and their options:\n{_describe_fits()}")
+        return 0
     if args.features is None or args.out is None:
         raise EzhoiDiffusionError(
             "FEATURES and --out DIR are required: name the captured features and a folder for the bridge"
@@ -331,7 +335,7 @@ def _fit(args: argparse.Namespace) -> int:
     return 0
 
 
-def _fits() -> str:
+def _describe_fits() -> str:
     """Every registered fit with its options and its docstring."""
     import inspect
 

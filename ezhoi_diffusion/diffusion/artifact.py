@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from ezhoi_diffusion.artifact import CONFIG, CONTEXT, Artifact, BridgeError
-from ezhoi_diffusion.diffusion.recipes import Recipe
-from ezhoi_diffusion.diffusion.schedule import OBJECTIVES, Objective, Schedule
+from ezhoi_diffusion.diffusion.recipes import MAX_TIMESTEPS, OBJECTIVES, Objective, Recipe
+from ezhoi_diffusion.diffusion.schedule import Schedule
 from ezhoi_diffusion.files import current
 
 BRIDGE = "diffusion"
 MODEL, STATISTICS = "model.safetensors", "statistics.safetensors"
-MAX_DIM, MAX_TIMESTEPS = 65536, 100_000
+MAX_DIM = 65536
 
 
 @dataclass(frozen=True)

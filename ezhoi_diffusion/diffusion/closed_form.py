@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ezhoi_diffusion.diffusion.denoiser import DenoiserError, FittedDenoiser
-from ezhoi_diffusion.diffusion.schedule import Objective, Schedule
+from ezhoi_diffusion.diffusion.recipes import Objective
+from ezhoi_diffusion.diffusion.schedule import Schedule
 
 MAX_DIM, MAX_ROWS = 4096, 65_536
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ezhoi_diffusion.diffusion.denoiser import DenoiserError
-from ezhoi_diffusion.diffusion.schedule import Objective, Schedule, isotropic_estimate
+from ezhoi_diffusion.diffusion.recipes import Objective
+from ezhoi_diffusion.diffusion.schedule import Schedule, isotropic_estimate
 
 TIME_FEATURES = 128
 

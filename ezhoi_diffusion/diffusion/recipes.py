@@ -13,6 +13,9 @@ Source = Literal["visual", "text", "pairs"]
 Output = Literal["keep_norm", "unit_norm"]
 NoisyNorm = Literal["expected", "scale_factor"]
 Spacing = Literal["linear", "quadratic", "cubic", "published"]
+Objective = Literal["pred_x0", "pred_noise", "pred_v"]
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+MAX_TIMESTEPS = 100_000
 
 
 class RecipeError(EzhoiDiffusionError, ValueError):

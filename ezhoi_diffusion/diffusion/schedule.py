@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args, overload
+from typing import overload
 
 import torch
 from torch import Tensor
 
-Objective = Literal["pred_x0", "pred_noise", "pred_v"]
-OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+from ezhoi_diffusion.diffusion.recipes import Objective
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,8 @@ from typing import cast
 from torch import Tensor, nn
 
 from ezhoi_diffusion.diffusion.denoiser import DenoiserError
-from ezhoi_diffusion.diffusion.schedule import Objective, Schedule
+from ezhoi_diffusion.diffusion.recipes import Objective
+from ezhoi_diffusion.diffusion.schedule import Schedule
 
 INIT_DIM = 32
 DIM_MULTS = (1, 2, 4, 8)

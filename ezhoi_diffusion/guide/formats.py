@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ezhoi_diffusion.diffusion.artifact import MAX_TIMESTEPS
-from ezhoi_diffusion.diffusion.schedule import Objective, Schedule
+from ezhoi_diffusion.diffusion.recipes import MAX_TIMESTEPS, Objective
+from ezhoi_diffusion.diffusion.schedule import Schedule
 from ezhoi_diffusion.guide.reading import GuideFileError, damaged, printable, read_untrusted, to_tensor
 
 HOI_CLASSES = 600

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from ezhoi_diffusion.diffusion.artifact import MAX_TIMESTEPS, BridgeConfig
-from ezhoi_diffusion.diffusion.recipes import DEFAULT_RECIPE, Recipe
-from ezhoi_diffusion.diffusion.schedule import OBJECTIVES, Objective
+from ezhoi_diffusion.diffusion.recipes import DEFAULT_RECIPE, MAX_TIMESTEPS, OBJECTIVES, Objective, Recipe
 from ezhoi_diffusion.errors import EzhoiDiffusionError
+
+if TYPE_CHECKING:
+    from ezhoi_diffusion.diffusion.artifact import BridgeConfig
 
 MixedPrecision = Literal["no", "fp16", "bf16"]
 LrSchedule = Literal["constant", "cosine", "linear"]
@@ -110,6 +111,10 @@ class TrainConfig:
 
     def bridge_config(self, dim: int) -> BridgeConfig:
         """Return the configuration of the bridge that this training gives for features of width D."""
+        from ezhoi_diffusion.diffusion.artifact import (
+            BridgeConfig,  # imports torch, which the flags of `train` do without
+        )
+
         return BridgeConfig(
             dim=dim,
             recipe=self.recipe,

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ezhoi_diffusion.diffusion.normalization import rescale
-from ezhoi_diffusion.diffusion.schedule import Objective, Schedule
+from ezhoi_diffusion.diffusion.recipes import Objective
+from ezhoi_diffusion.diffusion.schedule import Schedule
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 

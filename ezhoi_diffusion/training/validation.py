@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ezhoi_diffusion.diffusion.schedule import Objective, Schedule, isotropic_estimate
+from ezhoi_diffusion.diffusion.recipes import Objective
+from ezhoi_diffusion.diffusion.schedule import Schedule, isotropic_estimate
 from ezhoi_diffusion.rng import generator
 from ezhoi_diffusion.training.config import TrainConfig
 from ezhoi_diffusion.training.data import TrainingSet

@@ -82,9 +82,8 @@ def test_a_fit_that_cannot_work_is_one_line(installed, stores, tmp_path, capsys,
     assert not (tmp_path / "b").exists()
 
 
-def test_help_lists_what_can_be_fitted(installed, capsys):
-    with pytest.raises(SystemExit):
-        main(["train", "--help"])
+def test_the_list_explains_what_can_be_fitted(installed, capsys):
+    assert main(["train", "--bridge", "list"]) == 0
     out = capsys.readouterr().out
     assert "scaled [factor=2.0]" in out
     assert "factor: what features are multiplied by." in out

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from ezhoi_diffusion.diffusion.normalization import normalize, uncenter
-from ezhoi_diffusion.diffusion.recipes import RECIPES, Recipe, RecipeError
+from ezhoi_diffusion.diffusion.recipes import OBJECTIVES, RECIPES, Recipe, RecipeError
 from ezhoi_diffusion.diffusion.samplers import ddim, published
-from ezhoi_diffusion.diffusion.schedule import OBJECTIVES, Schedule, isotropic_estimate
+from ezhoi_diffusion.diffusion.schedule import Schedule, isotropic_estimate
 from ezhoi_diffusion.diffusion.timesteps import make_timesteps
 
 SCHEDULE = Schedule.cosine()

@@ -191,7 +191,7 @@ def test_it_is_listed_fitted_compared_swept_and_refused_by_another_run(environme
     assert (listed["my_shift"]["status"], listed["my_shift"]["version"]) == ("loaded", "0.1.0")
     assert listed["my_shift"]["source"] == "my-shift"
     assert {"register_bridges", "register_fits", "post_adapter_feat"} <= set(listed["my_shift"]["hooks"])
-    assert "my_shift [blend=1.0]" in succeeds(python("-m", "ezhoi_diffusion", "train", "--help"))
+    assert "my_shift [blend=1.0]" in succeeds(python("-m", "ezhoi_diffusion", "train", "--bridge", "list"))
 
     for split in ("train", "test"):
         synthetic_store(tmp_path / split, split=split, images=40)

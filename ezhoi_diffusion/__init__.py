@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ezhoi_diffusion.guide.bridge_hoi import DiffusionBridgeHOI as DiffusionBridgeHOI
     from ezhoi_diffusion.hookspecs import hookimpl as hookimpl
     from ezhoi_diffusion.plugins import PluginManager as PluginManager
+    from ezhoi_diffusion.report.hub_card import push_to_hub as push_to_hub
 
 _WHERE = {
     "Artifact": "artifact",
@@ -57,6 +58,7 @@ _WHERE = {
     "add_arguments": "ezhoi.flags",
     "attach": "ezhoi.attach",
     "hookimpl": "hookspecs",
+    "push_to_hub": "report.hub_card",
     "seen_pairs": "features.labels",
 }
 __all__ = sorted(_WHERE)

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from uuid import uuid4
@@ -20,10 +20,11 @@ import torch
 from ezhoi_diffusion.artifact import Artifact, BridgeError
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
-from ezhoi_diffusion.evaluation.bootstrap import Difference, Significance
-from ezhoi_diffusion.evaluation.comparison import Comparison
+from ezhoi_diffusion.evaluation.bootstrap import BootstrapResult, Difference
+from ezhoi_diffusion.evaluation.comparison import Comparison, VariantResult
 from ezhoi_diffusion.files import COMMITTED, read_json, write_json, write_tensors
-from ezhoi_diffusion.hub import SharingError, fetch, local, model_card, package, read_report
+from ezhoi_diffusion.hub import SharingError, build_upload, fetch, resolve_path
+from ezhoi_diffusion.report.hub_card import model_card, read_report
 from helpers import TESTS, fakehub
 from helpers.bridges import features, make
 from helpers.miniature import free_port, rewrite
@@ -168,7 +169,7 @@ def name():
 def bridge(tmp_path):
     """An artefact in the folder of a training, with much beside it that nobody else should get."""
     made = make()
-    made.config = replace(made.config, provenance=PROVENANCE)
+    made.provenance = PROVENANCE
     made.context = {"ctx.0": torch.ones(2, 3)}
     folder = tmp_path / "bridge"
     made.save_pretrained(folder)
@@ -182,25 +183,38 @@ OWN = {"config.json", "model.safetensors", "statistics.safetensors", "context.sa
 POINTS = {"diffusion": (-3.25, -0.5), "mean_shift": (-20.0, 1.5)}
 
 
-def comparison(provenance=PROVENANCE, **changes) -> dict:
+def comparison(provenance=PROVENANCE, intervals: bool = False, **changes) -> dict:
     """A report of two classes, `full` both of them and `rare` the second: 40 and 20 % without a bridge."""
     none = torch.tensor([0.6, 0.2], dtype=torch.float64)
-    ap = {"none": none} | {
-        v: none + torch.tensor([2 * full - rare, rare], dtype=torch.float64) / 100 for v, (full, rare) in POINTS.items()
-    }
+    variants = {"none": VariantResult("none", none)}
+    for name, (full, rare) in POINTS.items():
+        variants[name] = VariantResult(
+            name,
+            none + torch.tensor([2 * full - rare, rare], dtype=torch.float64) / 100,
+            baseline=name == "mean_shift",
+            provenance=provenance,
+            bootstrap=BootstrapResult({}, {"none": DIFFERENCES[name]}) if intervals else None,
+        )
     groups = {"full": torch.tensor([0, 1]), "rare": torch.tensor([1])}
     result = Comparison(
-        ap, groups, 9658, 123456, None, dict.fromkeys(POINTS, 0.1), MINIATURE, dict.fromkeys(POINTS, provenance)
+        variants, groups, 9658, 123456, torch.tensor([3, 4]), MINIATURE, replicates=1000 if intervals else 0
     )
     return {**result.to_dict(), **changes}
 
 
-def significance() -> dict:
-    differences = {
-        "diffusion": {"full": Difference(-4.125, -2.25, 0.001, 0.002), "rare": Difference(-1.5, 0.75, 0.4, 0.5)},
-        "mean_shift": {"full": Difference(-22.0, -18.0, 0.001, 0.002), "rare": Difference(0.5, 2.5, 0.01, 0.02)},
-    }
-    return Significance(1000, 0.95, 0, {}, differences, {}).to_dict()
+DIFFERENCES = {
+    "diffusion": {"full": Difference(-4.125, -2.25, 0.001, 0.002), "rare": Difference(-1.5, 0.75, 0.4, 0.5)},
+    "mean_shift": {"full": Difference(-22.0, -18.0, 0.001, 0.002), "rare": Difference(0.5, 2.5, 0.01, 0.02)},
+}
+
+
+def without(*names: str, **changes) -> dict:
+    """`comparison()` without some variants, and with changes to the diffusion bridge's."""
+    shown = comparison()
+    shown["variants"] = [
+        {**v, **(changes if v["name"] == "diffusion" else {})} for v in shown["variants"] if v["name"] not in names
+    ]
+    return shown
 
 
 def report(folder: Path, content: dict) -> Path:
@@ -237,14 +251,19 @@ def test_what_was_pushed_comes_back_bit_for_bit_and_nothing_else_was_sent(
     assert {served.rpartition("/")[2] for served in hub.served} == OWN
 
 
-def test_python_pushes_too_and_a_revision_is_kept(hub, online, offline, bridge, name):
+def test_python_pushes_too_and_a_revision_is_kept(hub, online, offline, bridge, name, tmp_path):
     load = f"from ezhoi_diffusion import DiffusionBridge\nbridge = DiffusionBridge.from_pretrained({str(bridge)!r})\n"
-    out = online.python(f"{load}print(bridge.push_to_hub({name!r}, private=True))")
+    out = online.python(
+        f"from pathlib import Path\nfrom ezhoi_diffusion import push_to_hub\n"
+        f"print(push_to_hub(Path({str(bridge)!r}), {name!r}, private=True))"
+    )
     repository = hub.repositories[name]
     assert repository.private
     assert out == f"{hub.url}/{name}/commit/{repository.oid()}\n"
     first = repository.oid()
-    online.python(f"{load}bridge.override(blend=0.9).push_to_hub({name!r}, private=True)")
+    changed = tmp_path / "changed"
+    online.python(f"{load}bridge.override(blend=0.9).save_pretrained({str(changed)!r})")
+    online.push(str(changed), name, "--private")
     stored = DiffusionBridge.from_pretrained(bridge)
     before, after = stored(features()), stored.override(blend=0.9)(features())
     assert torch.equal(online.bridged(name), after)
@@ -262,13 +281,15 @@ import torch
 from ezhoi_diffusion.builtin.diffusion import plugin
 from ezhoi_diffusion.pipeline.steps import bridge_folders
 from ezhoi_diffusion.evaluation.variants import resolve_variants
-from ezhoi_diffusion.plugins import PluginHost
+from ezhoi_diffusion.plugins import PluginManager
 
-seen, plugins = [], PluginHost()
-accept = lambda bridge, name: seen.append(bridge.provenance["training"]["step"])
-resolve_variants("none,mean_shift,diffusion=hf:{name}@main", plugins, "hf:{name}", accept, torch.device("cpu"))
+seen, plugins = [], PluginManager()
+check = lambda bridge, name: seen.append(bridge.provenance["training"]["step"])
+spec = "none,mean_shift,diffusion=hf:{name}@main"
+resolve_variants(spec, plugins, folder="hf:{name}", check=check, device=torch.device("cpu"))
 args = SimpleNamespace(compare="", bridge="hf:{name}", plugin_folders={{}}, set=[], inference_steps=None)
-plugin.on_attach(SimpleNamespace(args=args, plugins=plugins, accept=accept, device=torch.device("cpu")))
+run = SimpleNamespace(args=args, plugins=plugins, check_fingerprint=check, device=torch.device("cpu"))
+plugin.on_attach(run)
 (folder,) = bridge_folders("none,diffusion=hf:{name}", [])
 print(*seen, (Path(folder) / "config.json").is_file())
 """)
@@ -315,7 +336,7 @@ def test_a_config_that_names_other_files_is_refused_before_they_are_asked_for(
 ):
     rewrite(bridge / "config.json", files={file: {"bytes": 1, "sha256": "0" * 64}})
     with pytest.raises(BridgeError, match="does not describe a bridge: 'files' names"):
-        package(bridge, name)
+        build_upload(bridge, name, card="")
     repository = hub.repositories[name] = fakehub.Repository()
     repository.commits[-1]["config.json"] = (bridge / "config.json").read_bytes()
     hub.served.clear()
@@ -341,12 +362,12 @@ def test_what_is_not_a_whole_artefact_is_not_pushed(bridge, capsys, harm, says):
 
 
 def test_a_bridge_whose_move_into_place_was_interrupted_is_pushed_whole(bridge):
-    whole = package(bridge, "user/name")
+    whole = build_upload(bridge, "user/name", card="")
     (bridge / COMMITTED).mkdir()
     for file in ("config.json", "model.safetensors"):
         (bridge / file).rename(bridge / COMMITTED / file)
     (bridge / "model.safetensors").write_bytes(b"of an older bridge")
-    assert package(bridge, "user/name") == whole
+    assert build_upload(bridge, "user/name", card="") == whole
 
 
 def with_nan(folder: Path) -> dict:
@@ -359,8 +380,13 @@ def with_nan(folder: Path) -> dict:
     [
         ("online", ["user/new"], "hf_bad", "hf auth login"),
         ("online", ["other/new"], fakehub.TOKEN, "hf auth login"),
-        ("online", ["user/new", "--license", "none"], fakehub.TOKEN, 'mend what it names .*"license" must be one of'),
-        ("online", ["user/-new-"], fakehub.TOKEN, "mend what it names"),
+        (
+            "online",
+            ["user/new", "--license", "none"],
+            fakehub.TOKEN,
+            'correct what it names .*"license" must be one of',
+        ),
+        ("online", ["user/-new-"], fakehub.TOKEN, "correct what it names"),
         ("online", ["new"], fakehub.TOKEN, "give USER/NAME"),
         ("online", ["user/public", "--private"], fakehub.TOKEN, "exists and is public, so nothing was uploaded"),
         ("unreachable", ["user/new"], fakehub.TOKEN, "network, HF_ENDPOINT and HF_HUB_OFFLINE"),
@@ -410,10 +436,10 @@ def test_a_cache_that_cannot_be_written_is_one_line_too(hub, features_folder, br
 def test_a_folder_here_comes_first_and_a_path_is_never_a_name(bridge, monkeypatch):
     monkeypatch.chdir(bridge.parent.parent)
     named = f"{bridge.parent.name}/{bridge.name}"
-    assert local(named, bare=True) == Path(named)
-    assert local(Path("no/such"), bare=True) == Path("no/such")
-    assert local("no/such") == Path("no/such")
-    with pytest.raises(SharingError, match="'v1' is one of a bridge on the Hub"):
+    assert resolve_path(named, bare=True) == Path(named)
+    assert resolve_path(Path("no/such"), bare=True) == Path("no/such")
+    assert resolve_path("no/such") == Path("no/such")
+    with pytest.raises(SharingError, match="'v1' is for a bridge on the Hub"):
         DiffusionBridge.from_pretrained(named, revision="v1")
     with pytest.raises(SharingError, match="give USER/NAME"):
         fetch("a/b/c")
@@ -430,12 +456,13 @@ def table(card: str, section: str) -> dict[str, list[str]]:
 
 
 def test_the_card_has_the_numbers_of_the_comparison(bridge, tmp_path):
-    shown = read_report(report(tmp_path / "report", comparison(significance=significance())))
+    shown = read_report(report(tmp_path / "report", comparison(intervals=True)))
     card = model_card(bridge, shown)
     rows = table(card, "What it does to mAP")
     assert rows["mAP"] == ["`full`", "`rare`"]
-    for variant, groups in shown["mean_ap"].items():
-        assert [float(cell) for cell in rows[f"`{variant}`"]] == pytest.approx([*groups.values()], abs=0.005)
+    for variant in shown["variants"]:
+        cells = [float(cell) for cell in rows[f"`{variant['name']}`"]]
+        assert cells == pytest.approx([*variant["mean_ap"].values()], abs=0.005)
     assert rows["`diffusion` − `none`"] == ["-3.25 (-4.12 to -2.25, p 0.002)", "-0.50 (-1.50 to +0.75, p 0.500)"]
     assert rows["`mean_shift` − `none`"] == ["-20.00 (-22.00 to -18.00, p 0.002)", "+1.50 (+0.50 to +2.50, p 0.020)"]
     assert "9658 images, 123456 pairs" in card
@@ -448,17 +475,17 @@ def test_the_card_has_the_numbers_of_the_comparison(bridge, tmp_path):
     [
         (1.5, 0.5, 2.5, 0.02, "**a gain**"),
         (-1.5, -2.5, -0.5, 0.02, "**a loss**"),
-        (1.5, 0.5, 2.5, 0.06, "not told apart from chance"),
-        (-1.5, -2.5, -0.5, 0.06, "not told apart from chance"),
-        (0.2, -0.1, 0.5, 0.04, "not told apart from chance"),
-        (-0.2, -0.5, 0.1, 0.04, "not told apart from chance"),
+        (1.5, 0.5, 2.5, 0.06, "may be chance"),
+        (-1.5, -2.5, -0.5, 0.06, "may be chance"),
+        (0.2, -0.1, 0.5, 0.04, "may be chance"),
+        (-0.2, -0.5, 0.1, 0.04, "may be chance"),
     ],
 )
 def test_a_loss_is_written_as_plainly_as_a_gain(bridge, points, low, high, p, verdict):
-    found = significance()
-    found["difference"]["diffusion"]["full"] = {"low": low, "high": high, "p": p, "p_adjusted": p}
-    shown = comparison(significance=found)
-    shown["difference"]["diffusion"]["full"] = points
+    shown = comparison(intervals=True)
+    measured = shown["variants"][1]
+    measured["difference"]["full"] = points
+    measured["bootstrap"]["over"]["none"]["full"] = {"low": low, "high": high, "p": p, "p_adjusted": p}
     line = f"- `diffusion`, `full`: {points:+.2f} points of mAP, 95% interval {low:+.2f} to {high:+.2f}, p {p:.3f}: {verdict}."
     assert line in model_card(bridge, shown).splitlines()
 
@@ -473,9 +500,9 @@ def test_a_loss_is_written_as_plainly_as_a_gain(bridge, points, low, high, p, ve
 )
 def test_without_intervals_the_card_says_that_chance_was_not_examined(bridge, points, says):
     shown = comparison()
-    shown["difference"]["diffusion"]["full"] = points
+    shown["variants"][1]["difference"]["full"] = points
     card = model_card(bridge, shown)
-    assert f"- `diffusion`, `full`: {says}; whether that is chance was not examined." in card.splitlines()
+    assert f"- `diffusion`, `full`: {says}; there are no intervals, so it may be chance." in card.splitlines()
     assert "**a " not in card
 
 
@@ -491,9 +518,9 @@ def test_circumstances_of_a_comparison_are_in_the_card(bridge):
     assert "- **Degraded:** `p went off`" in card
     assert "setting `known-object`" in card
     assert '- **Not as stored:** `diffusion` was applied with `{"num_steps": 7}`' in card
-    assert "controls: a bridge counts against the best of them" in card
-    shown["difference"]["diffusion"]["rare"] = float("nan")
-    assert "- `diffusion`, `rare`: not measured, for want of annotations." in model_card(bridge, shown)
+    assert "- Baselines: `mean_shift`. A bridge has to beat the best of them." in card
+    shown["variants"][1]["difference"]["rare"] = float("nan")
+    assert "- `diffusion`, `rare`: not measured, because nothing is annotated." in model_card(bridge, shown)
 
 
 def test_a_card_without_a_comparison_says_that_nothing_was_measured(bridge):
@@ -506,8 +533,8 @@ def test_a_card_without_a_comparison_says_that_nothing_was_measured(bridge):
     "content",
     [
         comparison({**PROVENANCE, "training": {"step": 1}}),
-        {**comparison(), "difference": {"mean_shift": {"full": 1.0, "rare": 1.0}}},
-        {**comparison(), "difference": {"diffusion-2": {"full": 1.0, "rare": 1.0}}},
+        without("diffusion"),
+        without(name="diffusion-2"),
     ],
 )
 def test_a_report_of_another_bridge_is_refused(bridge, tmp_path, capsys, content):
@@ -517,44 +544,51 @@ def test_a_report_of_another_bridge_is_refused(bridge, tmp_path, capsys, content
 
 
 @pytest.mark.parametrize(
-    "content", [{"a": 1}, {**comparison(), "images": None}, {**comparison(), "mean_ap": {"none": {"full": "x"}}}]
+    "content",
+    [
+        {"a": 1},
+        {**comparison(), "images": None},
+        without(difference={"full": "x", "rare": 1.0}),
+        without("none", "diffusion", "mean_shift"),
+    ],
 )
 def test_what_is_no_report_is_refused(bridge, tmp_path, content):
-    with pytest.raises(SharingError, match="not that of a comparison"):
-        package(bridge, "user/name", comparison=report(tmp_path / "report", content))
+    with pytest.raises(SharingError, match="not one of a comparison"):
+        model_card(bridge, read_report(report(tmp_path / "report", content)))
 
 
-def test_the_card_names_the_host_the_recipe_and_the_training(bridge):
+def test_the_card_names_the_run_the_recipe_and_the_training(bridge):
     card = model_card(bridge, None, repo_id="user/name", license="mit")
-    host, applied, made = (table(card, s) for s in ("The host it is for", "How it is applied", "How it was made"))
-    assert host["`backbone`"] == ["`ViT-B-16`"]
-    assert host["`weights`"] == [f"`{MINIATURE['weights']}`"]
-    assert host["`options.vlmtxt`"] == ["`null`"]
-    assert "any other, be it in a flag, a weight or a context vector, is refused" in card
+    run, applied, made = (table(card, s) for s in ("The run it is for", "How it is applied", "How it was made"))
+    assert run["`backbone`"] == ["`ViT-B-16`"]
+    assert run["`weights`"] == [f"`{MINIATURE['weights']}`"]
+    assert run["`options.vlmtxt`"] == ["`null`"]
+    assert "A run with another flag, weight or context vector refuses it" in card
     assert "--restore-context" in card
-    assert (applied["`recipe.name`"], applied["`recipe.strength`"]) == (["`gentle`"], ["`0.3`"])
+    assert (applied["`recipe.name`"], applied["`recipe.blend`"]) == (["`gentle`"], ["`0.3`"])
     assert (made["`training.step`"], made["`training.val_loss`"]) == (["`5000`"], ["`0.0123`"])
-    assert "--plugin diffusion --bridge hf:user/name\n" in card
+    assert "--plugin diffusion=hf:user/name\n" in card
     assert "DiffusionBridge.from_pretrained('user/name')" in card
     assert card.startswith('---\nlibrary_name: ezhoi-diffusion\nlicense: "mit"\ntags:\n')
     unlicensed = model_card(bridge, None)
     assert "license:" not in unlicensed
-    assert "The author has stated no licence." in unlicensed
+    assert "The author states no licence." in unlicensed
 
 
 def test_a_bridge_without_an_origin_says_so(bridge):
     rewrite(bridge / "config.json", provenance={})
     card = model_card(bridge, None)
-    assert "every host refuses it unless `--force` is given" in card
-    assert "\n## How it was made\n\nIts files do not say." in card
+    assert "Every run refuses it unless `--force` is given" in card
+    assert "\n## How it was made\n\nIts files do not state it." in card
 
 
 def test_a_third_partys_bridge_is_shared_alike(tmp_path):
     Artifact("linear-map", {"rank": 3}, {"map.safetensors": {"weight": torch.eye(3)}}).save(tmp_path)
-    files = package(tmp_path, "user/name")
+    card = model_card(tmp_path, None, repo_id="user/name")
+    files = build_upload(tmp_path, "user/name", card=card)
     assert files.keys() == {"config.json", "map.safetensors", "README.md"}
-    card = files["README.md"].decode()
-    assert "--compare none,identity,linear-map --bridge hf:user/name" in card
+    assert files["README.md"].decode() == card
+    assert "--compare none,identity,linear-map=hf:user/name" in card
     assert "contributes the bridge `linear-map`" in card
     assert table(card, "How it is applied")["`rank`"] == ["`3`"]
 

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from ezhoi_diffusion.diffusion.components import components
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.files import check_writable, write_json
-    from ezhoi_diffusion.hub import local
+    from ezhoi_diffusion.hub import resolve_path
     from ezhoi_diffusion.plugins import PluginManager
 
     if args.bridge and not args.features:
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     subject = captured(store) if store else made_up()
     bridge, forced = None, list[str]()
     if args.bridge and store:
-        bridge = DiffusionBridge.from_pretrained(local(args.bridge), registry=registry)
+        bridge = DiffusionBridge.from_pretrained(resolve_path(args.bridge), registry=registry)
         require_fit(bridge, args.bridge, subject)
         arguments.fingerprint_check(store, args.force, forced)(bridge, args.bridge)
     if args.out:

@@ -45,14 +45,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Upload, or show what would be uploaded."""
-    from ezhoi_diffusion.hub import CARD, PREFIX, package, push
+    from ezhoi_diffusion.hub import PREFIX, build_upload, push
+    from ezhoi_diffusion.report.hub_card import model_card, read_report
 
+    report = None if args.report is None else read_report(args.report)
+    card = model_card(args.bridge, report, repo_id=args.repository, license=args.license)
     if args.dry_run:
-        files = package(args.bridge, args.repository, comparison=args.report, license=args.license)
-        print(files[CARD].decode())
+        files = build_upload(args.bridge, args.repository, card=card)
+        print(card)
         for name, content in files.items():
             print(f"{len(content):12,} bytes  {name}")
         return 0
-    options = {"comparison": args.report, "private": args.private, "license": args.license}
-    print(f"pushed: {push(args.bridge, args.repository, **options)}; use it with --bridge {PREFIX}{args.repository}")
+    url = push(args.bridge, args.repository, card=card, private=args.private)
+    print(f"pushed: {url}; use it with --bridge {PREFIX}{args.repository}")
     return 0

@@ -357,7 +357,7 @@ def _distil(args: argparse.Namespace) -> int:
     from ezhoi_diffusion.diffusion.components import components
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.files import check_writable, require_unused
-    from ezhoi_diffusion.hub import local
+    from ezhoi_diffusion.hub import resolve_path
     from ezhoi_diffusion.plugins import PluginManager
     from ezhoi_diffusion.training.distillation import MIN_COSINE, distill
 
@@ -370,7 +370,7 @@ def _distil(args: argparse.Namespace) -> int:
     require_unused(args.out, EzhoiDiffusionError)
     check_writable(args.out)
     registry = components(PluginManager(args.no_plugin))
-    teacher = DiffusionBridge.from_pretrained(local(args.student_of), registry=registry)
+    teacher = DiffusionBridge.from_pretrained(resolve_path(args.student_of), registry=registry)
     arguments.fingerprint_check(store, False, [])(teacher, args.student_of)
     teacher = teacher.override(**recipe_settings(args))
     training, held_out = _split(store)

@@ -23,7 +23,7 @@ from ezhoi_diffusion.diffusion.recipes import Recipe, Side
 from ezhoi_diffusion.diffusion.timesteps import make_timesteps
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.features.statistics import ModalityStatistics
-from ezhoi_diffusion.hub import local
+from ezhoi_diffusion.hub import resolve_path
 
 if TYPE_CHECKING:
     from ezhoi_diffusion.features.batch import Pairs
@@ -261,7 +261,7 @@ class DiffusionBridge(Bridge):
             SharingError: The Hub does not give it.
         """
         registry = registry or Components()
-        config, artifact = read_artifact(local(folder, revision, bare=True))
+        config, artifact = read_artifact(resolve_path(folder, revision, bare=True))
         try:
             with torch.random.fork_rng(devices=[]):
                 denoiser = build_denoiser(config, registry)

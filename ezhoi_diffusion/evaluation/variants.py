@@ -19,7 +19,7 @@ from ezhoi_diffusion.errors import EzhoiDiffusionError, attributed_to
 from ezhoi_diffusion.evaluation.comparison import REFERENCE
 from ezhoi_diffusion.features.batch import Pairs
 from ezhoi_diffusion.files import current
-from ezhoi_diffusion.hub import local
+from ezhoi_diffusion.hub import resolve_path
 from ezhoi_diffusion.plugins import PluginManager
 from ezhoi_diffusion.registry import Registry
 
@@ -274,7 +274,7 @@ def _seeds(item: str, where: str) -> list[tuple[str, Path | None]]:
     """(name, folder) of every seed of the training in a folder, or of the one bridge in it."""
     if not where:
         return [(item, None)]
-    path = local(where)
+    path = resolve_path(where)
     seeds = sorted(path.glob(f"{SEED_PREFIX}*/"), key=lambda seed: (len(seed.name), seed.name))
     if not seeds or current(path, CONFIG).exists():
         return [(item, path)]

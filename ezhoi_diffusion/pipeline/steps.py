@@ -102,7 +102,7 @@ def bridge_folders(bridges: str, blocked: Sequence[str]) -> list[str]:
     """
     from ezhoi_diffusion.evaluation.comparison import REFERENCE
     from ezhoi_diffusion.evaluation.variants import known_bridges
-    from ezhoi_diffusion.hub import local
+    from ezhoi_diffusion.hub import resolve_path
     from ezhoi_diffusion.plugins import PluginManager
 
     known = known_bridges(PluginManager(blocked))
@@ -112,7 +112,7 @@ def bridge_folders(bridges: str, blocked: Sequence[str]) -> list[str]:
         if name != REFERENCE:
             _ = known[name]
         if folder:
-            path = local(folder)
+            path = resolve_path(folder)
             if not path.is_dir():
                 raise EzhoiDiffusionError(f"--bridges: there is no folder {folder}")
             folders.append(str(path))

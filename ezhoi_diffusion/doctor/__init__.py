@@ -1,1 +1,1 @@
-"""What may be wrong with an environment, features, a bridge, and a host's command line; nothing here changes anything."""
+"""Checks of an environment, features, a bridge and EZ-HOI's flags. They change nothing."""

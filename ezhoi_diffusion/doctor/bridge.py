@@ -1,176 +1,124 @@
-"""A trained bridge: whole, of a recipe that is worth using, trained long enough, and made for these features."""
+"""A trained bridge: a useful recipe, trained long enough, made for these features."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from ezhoi_diffusion.bridge import fingerprint_differences
+from ezhoi_diffusion.bridge import fingerprint_mismatch
 from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
-from ezhoi_diffusion.diffusion.components import components
 from ezhoi_diffusion.diffusion.denoiser import FittedDenoiser
-from ezhoi_diffusion.diffusion.recipes import Recipe
-from ezhoi_diffusion.doctor.features import Scan
+from ezhoi_diffusion.doctor.features import Contents
 from ezhoi_diffusion.doctor.finding import TRAIN, Finding, ok
-from ezhoi_diffusion.features.statistics import ModalityStatistics, unit
 from ezhoi_diffusion.features.store import FeatureStore
-from ezhoi_diffusion.plugins import PluginManager
 from ezhoi_diffusion.training.curve import unlearned
 from ezhoi_diffusion.training.distillation import MIN_COSINE
 
-EFFECT_ROWS = 512
-EFFECT_LEAST = 8  # fewer say nothing
-EFFECT_SECONDS = 10.0
-LITTLE_LEFT = 0.3
-WASHES_OUT = 600  # the level from which strength 1 lost most, wherever measured
+NUM_EFFECT, MIN_EFFECT = 512, 8  # features to try; fewer say nothing
+MAX_SECONDS = 10.0
+MAX_STEPS = 50  # beyond 20 evaluations, almost nothing changed where it was measured
+MIN_KEPT = 0.3
+WASHES_OUT = 600  # start timestep from which blend 1 lost most, wherever measured
+STILL = 0.98  # a loss that is not below this share of another has not changed
+MEASURE = "measure it: `ezhoi-diffusion compare TEST_FEATURES --bridge BRIDGE`"
 
 
-def load(folder: Path) -> DiffusionBridge:
-    """The bridge in `folder`, with what plugins contribute. Raises BridgeError, PluginError."""
-    return DiffusionBridge.from_pretrained(folder, registry=components(PluginManager()))
-
-
-def unfinished(folder: Path) -> bool:
-    """Whether a training was begun there and not ended."""
+def is_unfinished(folder: Path) -> bool:
+    """Whether a training was begun there and did not end."""
     return (folder / "checkpoints").is_dir() and not (folder / "config.json").is_file()
 
 
-def artefact(bridge: DiffusionBridge) -> Iterator[Finding]:
-    """What the bridge is, does and costs, from its configuration."""
-    config, parameters = bridge.config, sum(p.numel() for p in bridge.denoiser.parameters())
-    yield ok(
-        "bridge.artefact", f"{config.denoiser}, D = {config.dim}, {parameters:,} parameters, files whole and finite"
-    )
-    yield _recipe(config.recipe)
-    yield _means(config.recipe, bridge.statistics)
-    steps = config.recipe.num_steps
-    found = f"{steps} network evaluations a row, of {parameters:,} parameters each"
-    if steps > 50:
-        yield Finding(
-            "bridge.cost", "note", f"{found}; beyond 20 evaluations buy almost nothing",
-            "--num-steps (the guide's --inference-steps) is cost, --start-timestep is strength: lower --num-steps",
-        )  # fmt: skip
-    else:
-        yield ok("bridge.cost", found)
-
-
-def _recipe(recipe: Recipe) -> Finding:
-    name = "bridge.recipe"
+def check_config(bridge: DiffusionBridge) -> Iterator[Finding]:
+    """Check the recipe, and what the bridge costs."""
+    recipe = bridge.config.recipe
     found = (
-        f"{recipe.name}: learned {recipe.trained_on} rows; a row enters at level {recipe.start_timestep} (strength), takes "
-        f"{recipe.num_steps} evaluations (cost), {recipe.blend:.0%} of the result is bridged, output {recipe.output}"
+        f"{recipe.name}, learned from {recipe.trained_on}: subtracts the {recipe.input_mean} mean, start_timestep "
+        f"{recipe.start_timestep}, blend {recipe.blend:g}, output {recipe.output}"
+        + (f" with the {recipe.restored_mean} mean" if recipe.output == "keep_norm" else "")
     )
-    if recipe.input_mean == "text" or recipe.output == "unit_norm":
-        return Finding(
-            name, "warning", f"{found}. The guide's recipe: it hurt wherever it was measured",
-            f"{TRAIN} (recipe gentle), and compare with --compare none,mean_shift,diffusion",
-        )  # fmt: skip
-    if recipe.start_timestep >= WASHES_OUT and recipe.blend == 1:
-        return Finding(
-            name, "note", f"{found}. From {WASHES_OUT} at full strength a row's identity is washed out where measured",
-            "try --recipe gentle, or a --start-timestep of 50 to 300",
-        )  # fmt: skip
-    return ok(name, found)
-
-
-def _means(recipe: Recipe, statistics: ModalityStatistics) -> Finding:
-    given_back = f"gives back the {recipe.restored_mean} mean" if recipe.output == "keep_norm" else "gives no mean back"
-    found = (
-        f"takes the {recipe.input_mean} mean off visual rows, {given_back}; norms: visual "
-        f"{statistics.visual_mean.norm():.4f}, text {statistics.text_mean.norm():.4f} (the guide's 0.01-0.05 is impossible), "
-        f"gap {statistics.gap:.3f}"
-    )
+    name, gentle = "bridge.recipe", f"{TRAIN} (recipe gentle)"
     if recipe.input_mean == "text":
-        return Finding(
-            "bridge.means", "warning", f"{found}. The text mean leaves in every visual row a vector that all share",
-            f"train a recipe that takes the visual mean off: {TRAIN}",
-        )  # fmt: skip
-    if recipe.output == "keep_norm" and recipe.restored_mean == "text":
-        return Finding(
-            "bridge.means", "warning",
-            f"{found}. EZ-HOI's score is a plain dot product that was trained with the visual mean in place",
-            "use restored_mean visual, as recipes gentle and paper do",
-        )  # fmt: skip
-    return ok("bridge.means", found)
-
-
-def training(bridge: DiffusionBridge, folder: Path) -> Iterator[Finding]:
-    """Whether it was trained long enough, and not by heart: from its provenance, and the curve beside it."""
-    if bridge.config.student_of is not None:
-        yield _student(bridge)
-        return
-    facts = bridge.provenance.get("training")
-    if not isinstance(facts, dict):
-        yield Finding(
-            "bridge.training", "note", "nothing is known of its training (imported?)",
-            "compare it on your host, or train one here",
-        )  # fmt: skip
-        return
-    loss, bar = float(facts["val_loss"]), float(facts["isotropic_val_loss"])
-    if isinstance(bridge.denoiser, FittedDenoiser):
-        said = f"a closed form of {facts['rows']} rows; without the held-out ones its loss on those is {loss:.5f}, the bar {bar:.5f}"
-        bad = not bridge.denoiser.memorizes and loss >= bar
-        yield (
-            Finding("bridge.training", "warning", said, f"its rows have nothing in common; {TRAIN}")
-            if bad
-            else ok("bridge.training", said)
+        said = (
+            f"{found}. The text mean leaves a vector that all visual features share; it hurt wherever it was measured"
         )
-        return
-    found = f"step {facts['step']}, validation loss {loss:.5f}, the bar (a closed-form estimate without data) {bar:.5f}"
-    history = _history(folder / "training.json")
-    validations = [record["val_loss"] for record in history if "val_loss" in record]
-    if not math.isfinite(loss):
-        yield Finding("bridge.training", "problem", found, f"lower --learning-rate, and {TRAIN}")
-    elif min([*validations, loss]) < 0.98 * loss:
-        yield Finding(
-            "bridge.training", "warning",
-            f"{found}; the lowest loss of the curve beside it is {min(validations):.5f}: this is not the bridge of that step", TRAIN,
-        )  # fmt: skip
-    elif loss >= bar:
-        why, remedy = unlearned(history, bridge.config.recipe.trained_on)
-        yield Finding(
-            "bridge.training", "warning", f"{found}: no better than that estimate; {why}",
-            f"{remedy}. See features.rows, features.text and features.norms, too",
-        )  # fmt: skip
+        yield Finding(name, "warning", said, f"{gentle}; {MEASURE}")
+    elif recipe.output == "unit_norm":
+        said = f"{found}. EZ-HOI does not normalise, so norm 1 rescales every score"
+        yield Finding(name, "warning", said, f"{gentle}; {MEASURE}")
+    elif recipe.output == "keep_norm" and recipe.restored_mean == "text":
+        said = f"{found}. EZ-HOI's score is a dot product, trained with the visual mean in place"
+        yield Finding(name, "warning", said, "use restored_mean visual, as recipes gentle and paper do")
+    elif recipe.start_timestep >= WASHES_OUT and recipe.blend == 1:
+        said = f"{found}. From timestep {WASHES_OUT} on, features lost their identity where it was measured"
+        yield Finding(name, "note", said, "try --recipe gentle, or a --start-timestep of 50 to 300")
     else:
-        yield ok("bridge.training", found)
-    if len(validations) > 1 and validations[-1] < 0.98 * validations[-2]:
-        yield Finding(
-            "bridge.curve", "note",
-            f"the validation loss was still falling: {validations[-2]:.5f}, then {validations[-1]:.5f}",
-            "it may gain from more steps: the same command with a larger --train-steps and --resume",
-        )  # fmt: skip
-    losses = [record["loss"] for record in history]
-    if len(losses) > 3 and min(losses[-2:]) > 0.98 * losses[0]:
-        yield Finding(
-            "bridge.curve", "warning", f"the training loss does not fall: {losses[0]:.5f} at first, {losses[-1]:.5f} at last",
-            "see features.norms and features.finite; then --learning-rate 1e-4 (lower) or 1e-3 (higher), or a larger "
-            "--batch-size",
-        )  # fmt: skip
+        yield ok(name, found)
+    parameters = sum(p.numel() for p in bridge.denoiser.parameters())
+    cost = f"{bridge.config.denoiser} with {parameters:,} parameters, {recipe.num_steps} evaluations for each feature"
+    if recipe.num_steps > MAX_STEPS:
+        fix = "--num-steps sets the cost, --start-timestep the strength: lower --num-steps"
+        yield Finding("bridge.cost", "note", f"{cost}; beyond 20, almost nothing changes", fix)
+    else:
+        yield ok("bridge.cost", cost)
 
 
-def _student(bridge: DiffusionBridge) -> Finding:
-    teacher, made = bridge.config.student_of or {}, bridge.provenance.get("distilled", {})
-    reached = made.get("held_out", {}).get("cosine", math.nan)
-    said = (
-        f"a student of {teacher.get('denoiser')}, {teacher.get('num_steps')} evaluations from level {teacher.get('start_timestep')}; mean "
-        f"cosine to that {reached:.4f} on held-out rows"
-    )
-    if not reached >= MIN_COSINE:
-        return Finding("bridge.training", "warning", said, "distil again with more --train-steps, or use the teacher")
-    return ok("bridge.training", said)
+def check_training(bridge: DiffusionBridge, folder: Path) -> Iterator[Finding]:
+    """Check whether the bridge was trained long enough, from its provenance and the training.json beside it."""
+    name, provenance = "bridge.training", bridge.provenance or {}
+    if bridge.config.student_of is not None:
+        cosine = provenance.get("distilled", {}).get("held_out", {}).get("cosine", math.nan)
+        found = f"a student of {bridge.config.student_of.get('denoiser')}; mean cosine {cosine:.4f} to it on held-out features"
+        if cosine >= MIN_COSINE:
+            yield ok(name, found)
+        else:
+            yield Finding(name, "warning", found, "distil again with more --train-steps, or use the teacher")
+        return
+    facts = provenance.get("training")
+    if not isinstance(facts, dict) or "val_loss" not in facts:
+        fix = f"compare it in your EZ-HOI run, or {TRAIN}"
+        yield Finding(name, "note", "nothing is known of its training (imported?)", fix)
+        return
+    loss, baseline = float(facts["val_loss"]), float(facts["isotropic_val_loss"])
+    found = f"validation loss {loss:.5f}, and {baseline:.5f} of an estimate that knows no data"
+    history = _read_history(folder / "training.json")
+    validations = [record["val_loss"] for record in history if "val_loss" in record]
+    fitted = isinstance(bridge.denoiser, FittedDenoiser)
+    if not math.isfinite(loss):
+        yield Finding(name, "problem", found, f"lower --learning-rate, and {TRAIN}")
+    elif min([*validations, loss]) < STILL * loss:
+        said = f"{found}; training.json reaches {min(validations):.5f}: this is not the bridge of that step"
+        yield Finding(name, "warning", said, TRAIN)
+    elif loss < baseline or (fitted and bridge.denoiser.memorizes):
+        yield ok(name, found)  # what memorizes cannot return features that it does not hold
+    elif fitted:
+        yield Finding(name, "warning", f"{found}: no better; the data have little in common", TRAIN)
+    else:
+        why, remedy = unlearned(history, bridge.config.recipe.trained_on)
+        fix = f"{remedy}. See features.text and features.norms, too"
+        yield Finding(name, "warning", f"{found}: no better; {why}", fix)
+    yield from _check_curve([record["loss"] for record in history], validations)
 
 
-def _history(path: Path) -> list[dict[str, float]]:
-    """The training's records, where they lie beside the bridge; `best` has none."""
+def _check_curve(losses: list[float], validations: list[float]) -> Iterator[Finding]:
+    name = "bridge.curve"
+    if len(validations) > 1 and validations[-1] < STILL * validations[-2]:
+        found = f"the validation loss was still falling: {validations[-2]:.5f}, then {validations[-1]:.5f}"
+        fix = "more steps may help: the same command with a larger --train-steps and --resume"
+        yield Finding(name, "note", found, fix)
+    if len(losses) > 3 and min(losses[-2:]) > STILL * losses[0]:
+        fix = "see features.norms; then --learning-rate 1e-4 (lower) or 1e-3 (higher), or a larger --batch-size"
+        yield Finding(name, "warning", f"the training loss does not fall: {losses[0]:.5f}, then {losses[-1]:.5f}", fix)
+
+
+def _read_history(path: Path) -> list[dict[str, float]]:
+    """The training's records; empty where there are none beside the bridge."""
     try:
         found = json.loads(path.read_text())["history"]
         return [
@@ -180,104 +128,69 @@ def _history(path: Path) -> list[dict[str, float]]:
         return []
 
 
-def against_features(bridge: DiffusionBridge, store: FeatureStore, found: Scan) -> Iterator[Finding]:
-    """Whether the bridge was made from these features, and for the host that they came from."""
-    theirs, own = bridge.provenance.get("fingerprint"), store.fingerprint
-    theirs = theirs if isinstance(theirs, dict) else {}
-    differing = fingerprint_differences(own, theirs)
-    if differing:
-        listed = "; ".join(f"{key} {here!s:.40} here, {there!s:.40} there" for key, (here, there) in differing.items())
-        yield Finding(
-            "bridge.fingerprint", "problem" if set(differing) - {"context"} else "warning",
-            f"the bridge was made for another host than the features: {listed}",
-            f"run the host with --restore-context, which uses the bridge's context vectors; or {TRAIN}"
-            if set(differing) == {"context"} else TRAIN,
-        )  # fmt: skip
+def check_features(bridge: DiffusionBridge, store: FeatureStore, contents: Contents) -> Iterator[Finding]:
+    """Check whether the bridge was made from these features, and for the EZ-HOI run that they came from."""
+    mismatch = fingerprint_mismatch(bridge, "diffusion", store.fingerprint)
+    if mismatch is None:
+        yield ok("bridge.fingerprint", "of the same EZ-HOI run as the features")
+    elif mismatch.fields == {"context"}:
+        fix = f"run EZ-HOI with --restore-context, which uses the bridge's context vectors; or {TRAIN}"
+        yield Finding("bridge.fingerprint", "warning", mismatch.message, fix)
     else:
-        yield ok("bridge.fingerprint", "the same host as the features'")
-    if bridge.config.dim != store.text.shape[1] or found.statistics is None:
+        yield Finding("bridge.fingerprint", "problem", mismatch.message, TRAIN)
+    here, there = contents.statistics, bridge.statistics
+    if here is None or here.dim != bridge.config.dim:
         return
-    recorded = (bridge.provenance.get("training") or {}).get("data_sha256")
-    if recorded is None:
-        return
-    if recorded == _data_sha256(bridge.config.recipe, store, found):
-        yield ok("bridge.data", "trained on these very features")
+    same_visual = not there.visual_known or torch.allclose(here.visual_mean, there.visual_mean, atol=1e-6)
+    if same_visual and torch.allclose(here.text_mean, there.text_mean, atol=1e-6):
+        yield ok("bridge.data", "its means are those of these features")
     else:
-        yield Finding("bridge.data", "warning", "trained on other features than these", f"if they are newer: {TRAIN}")
+        yield Finding("bridge.data", "warning", "its means are those of other features", f"if these are newer: {TRAIN}")
 
 
-def _data_sha256(recipe: Recipe, store: FeatureStore, found: Scan) -> str:
-    """What training records of its rows: SHA-256 over them as they are, then over the mean that they lose."""
-    assert found.statistics is not None
-    means = {"visual": found.statistics.visual_mean, "text": found.statistics.text_mean}
-    if recipe.trained_on == "text":
-        digest, mean = hashlib.sha256(store.text.contiguous().numpy().tobytes()), means["text"]
-    else:
-        digest, mean = found.digest.copy(), means[recipe.input_mean]
-    digest.update(mean.contiguous().numpy().tobytes())
-    return str(digest.hexdigest())
-
-
-def effect(bridge: DiffusionBridge, sample: Tensor, text: Tensor) -> Iterator[Finding]:
-    """What the bridge does to at most 512 rows of sample [n, D]: norms, direction, similarity to the nearest text."""
-    if bridge.config.dim != sample.shape[1]:
-        yield Finding(
-            "bridge.effect", "problem", f"the bridge has D = {bridge.config.dim}, the features {sample.shape[1]}",
-            f"train on features of this backbone: {TRAIN}",
-        )  # fmt: skip
-        return
-    sample = sample[torch.isfinite(sample).all(dim=1) & (sample.norm(dim=1) > 0)]
-    affordable = _affordable(bridge)
-    if min(affordable, len(sample)) < EFFECT_LEAST:
-        yield Finding(
-            "bridge.effect", "note",
-            f"not tried: of {len(sample)} usable rows {affordable} could be bridged here in {EFFECT_SECONDS:.0f} s",
-            "see bridge.cost: fewer --num-steps, or the denoiser mlp; or ask on a GPU with `ezhoi-diffusion run … --compare`",
-        )  # fmt: skip
-        return
-    chosen = torch.randperm(len(sample), generator=torch.Generator().manual_seed(0))
-    before = sample[chosen[: min(EFFECT_ROWS, affordable)]].float()
+def check_effect(bridge: DiffusionBridge, features: Tensor, text: Tensor) -> Finding:
+    """Apply the bridge to some features [N, D], and compare norms, directions and the nearest text of [N_sel, D]."""
+    name = "bridge.effect"
+    if bridge.config.dim != features.shape[1]:
+        found = f"the bridge has D = {bridge.config.dim}, the features {features.shape[1]}"
+        return Finding(name, "problem", found, f"train on features of this backbone: {TRAIN}")
+    usable = features[features.norm(dim=1) > 0]
+    count = min(NUM_EFFECT, len(usable), _affordable(bridge))
+    if count < MIN_EFFECT:
+        found = f"not tried: of {len(usable)} usable features {count} could be bridged in {MAX_SECONDS:.0f} s"
+        return Finding(name, "note", found, "fewer --num-steps, or the denoiser mlp; or ask on a machine with a GPU")
+    before = usable[torch.randperm(len(usable), generator=torch.Generator().manual_seed(0))[:count]]
     after = bridge(before)
     if not torch.isfinite(after).all():
-        yield Finding("bridge.effect", "problem", "its output holds NaN or infinity", TRAIN)
-        return
+        return Finding(name, "problem", "its output holds NaN or infinity", TRAIN)
     ratio = float((after.norm(dim=1) / before.norm(dim=1)).median())
-    own = [unit(unit(x) - bridge.statistics.visual_mean) for x in (before, after)]  # what a row does not share with all
+    directions = normalize(before, dim=-1), normalize(after, dim=-1)
+    own = [normalize(x - bridge.statistics.visual_mean, dim=-1) for x in directions]  # without what all share
     kept = float((own[0] * own[1]).sum(1).median())
-    similar = [(unit(x) @ unit(text).T).max(dim=1) for x in (before, after)]
-    changed = float((similar[0].indices != similar[1].indices).float().mean())
+    nearest = [(x @ normalize(text, dim=-1).T).max(dim=1) for x in directions]
+    changed = float((nearest[0].indices != nearest[1].indices).float().mean())
     found = (
-        f"on {len(before)} rows: norm x {ratio:.3f}, cosine to the row before, less the mean, {kept:.3f}, cosine to the nearest text "
-        f"{similar[0].values.mean():.3f} -> {similar[1].values.mean():.3f}, nearest text changed for {changed:.0%}. A higher "
-        f"cosine does not mean a higher mAP"
+        f"on {count} features: norm x {ratio:.3f}, cosine to the centred feature before {kept:.3f}, cosine to the nearest text "
+        f"{nearest[0].values.mean():.3f} -> {nearest[1].values.mean():.3f} (higher is not always better), nearest text changed "
+        f"for {changed:.0%}"
     )
-    measure = "measure it: `ezhoi-diffusion run … --eval --bridge BRIDGE --compare none,mean_shift,diffusion`"
     if not 0.5 < ratio < 2:
-        yield Finding(
-            "bridge.effect", "warning", f"{found}. EZ-HOI does not normalise, so this change of norm rescales every score",
-            f"take a recipe with output keep_norm; {measure}",
-        )  # fmt: skip
-    elif kept < LITTLE_LEFT:
-        yield Finding(
-            "bridge.effect", "warning", f"{found}. Little is left of each row",
-            f"a lower --start-timestep or --blend; {measure}",
-        )  # fmt: skip
-    else:
-        yield ok("bridge.effect", found)
+        return Finding(
+            name, "warning", f"{found}. EZ-HOI does not normalise: every score changes", f"output keep_norm; {MEASURE}"
+        )
+    if kept < MIN_KEPT:
+        return Finding(
+            name, "warning", f"{found}. Little is left of each", f"a lower --start-timestep or --blend; {MEASURE}"
+        )
+    return ok(name, found)
 
 
 def _affordable(bridge: DiffusionBridge) -> int:
-    """Rows that can be bridged in EFFECT_SECONDS, judged by one evaluation of a few after a first to warm up."""
-    rows, levels = torch.zeros(EFFECT_LEAST, bridge.config.dim), torch.zeros(EFFECT_LEAST, dtype=torch.long)
+    """How many features can be bridged in MAX_SECONDS, from the time of one evaluation after a first to warm up."""
+    features, timesteps = torch.zeros(MIN_EFFECT, bridge.config.dim), torch.zeros(MIN_EFFECT, dtype=torch.long)
     with torch.no_grad():
-        bridge.denoiser(rows, levels)
-        begun = time.perf_counter()
-        bridge.denoiser(rows, levels)
-    seconds = (time.perf_counter() - begun) / len(rows) * bridge.config.recipe.num_steps
-    return int(EFFECT_SECONDS / max(seconds, 1e-9))
-
-
-def facts_for_host(bridge: DiffusionBridge) -> dict[str, Any]:
-    """The fingerprint that the bridge demands of a host; empty where it knows none."""
-    found = bridge.provenance.get("fingerprint")
-    return found if isinstance(found, dict) else {}
+        bridge.denoiser(features, timesteps)
+        start = time.perf_counter()
+        bridge.denoiser(features, timesteps)
+    seconds = (time.perf_counter() - start) / MIN_EFFECT * bridge.config.recipe.num_steps
+    return int(MAX_SECONDS / max(seconds, 1e-9))

@@ -1,77 +1,70 @@
-"""A folder of captured features: whole, of the right images, and such that a bridge can learn from it."""
+"""Captured features: whole, of the right images, and good enough to train a bridge."""
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 from tqdm import tqdm
 
+from ezhoi_diffusion.doctor import statistics
 from ezhoi_diffusion.doctor.finding import CAPTURE, Finding, Level, ok
 from ezhoi_diffusion.features.fingerprint import Fingerprint
-from ezhoi_diffusion.features.statistics import ModalityStatistics, mean_resultant_length, unit
+from ezhoi_diffusion.features.statistics import ModalityStatistics
 from ezhoi_diffusion.features.store import FeatureStore
 
 AGAIN = f"capture again, into a new folder: {CAPTURE}"
-PAIRS_EXPECTED = 15  # the host keeps at least 3 humans and 3 objects: 3 · (3 + 3 - 1)
-SAMPLE = 4096
-# Where measured, the mean direction left in a row was .57-.71 without the text mean, and .10-.16 without its own.
-COMMON_SHARE = 0.4
+MIN_PAIRS = 15  # EZ-HOI keeps at least 3 humans and 3 objects: 3 · (3 + 3 − 1) pairs
+MAX_COMMON = 0.4  # mean resultant length; measured: 0.10-0.16 after the own mean, 0.57-0.71 after the text mean
 TEXT_MEAN_NORM = (0.7, 0.9)
 
 
-@dataclass
-class Scan:
-    """What one pass over all rows gives: norms [N], row hashes [N], statistics, a seeded sample [n, D]."""
+@dataclass(frozen=True)
+class Contents:
+    """What one pass over the shards reads.
 
-    statistics: ModalityStatistics | None = None
-    norms: list[Tensor] = field(default_factory=list)
-    hashes: list[Tensor] = field(default_factory=list)
-    sample: list[Tensor] = field(default_factory=list)
-    labelled: set[int] = field(default_factory=set)  # interaction classes that occur as labels
-    digest: Any = field(default_factory=hashlib.sha256)  # over the bytes of all rows, as training takes it
+    Attributes:
+        features: All pair features [N, D].
+        statistics: None where there are no features.
+        labelled: The interaction classes that occur in annotations and labels.
+    """
 
-
-def scan(store: FeatureStore) -> Scan:
-    """Read every shard once, with a progress bar; hashes are checked. Raises FeatureStoreError."""
-    result, dim, total = Scan(), store.text.shape[1], len(store)
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.zeros(total, dtype=torch.bool)
-    chosen[torch.randperm(total, generator=generator)[:SAMPLE]] = True
-    # odd 64-bit factors: two rows agree in this hash if they are equal, and else with probability 2^-64 or so
-    factors = torch.randint(-(2**62), 2**62, (dim,), generator=generator) * 2 + 1
-    size = sum(shard["bytes"] for shard in store.index["shards"])
-    bar = tqdm(total=size, desc="reading features", unit="B", unit_scale=True, file=sys.stderr, disable=None)
-
-    def blocks() -> Iterator[Tensor]:
-        start = 0
-        for entry, shard in zip(store.index["shards"], store.shards(), strict=True):
-            rows = shard["adapter_feat"].float()
-            result.digest.update(rows.contiguous().numpy().tobytes())
-            result.norms.append(rows.norm(dim=1))
-            result.hashes.append((rows.contiguous().view(torch.int32).long() * factors).sum(1))
-            result.sample.append(rows[chosen[start : start + len(rows)]])
-            result.labelled |= _labelled(store, shard)
-            start += len(rows)
-            bar.update(entry["bytes"])
-            yield rows
-
-    with bar:
-        if "text_mean" in store.ezhoi:
-            result.statistics = ModalityStatistics.around(blocks(), store.ezhoi["text_mean"], len(store.text))
-        else:
-            result.statistics = ModalityStatistics.of(blocks(), store.text)
-    return result
+    features: Tensor
+    statistics: ModalityStatistics | None
+    labelled: set[int]
 
 
-def _labelled(store: FeatureStore, shard: dict[str, Tensor]) -> set[int]:
-    """Interaction classes that occur in a shard's annotations, and in its labels where those are by interaction."""
+def is_unfinished(folder: Path) -> bool:
+    """Whether a capture was begun there and did not end."""
+    return (folder / "meta.json").is_file() and not (folder / "index.json").is_file()
+
+
+def read_contents(store: FeatureStore) -> Contents:
+    """Read every shard once, with a progress bar. Raises FeatureStoreError for a damaged one."""
+    blocks, labelled = [store.text[:0]], set()
+    shards = tqdm(
+        store.shards(), total=len(store.index["shards"]), desc="reading features", file=sys.stderr, disable=None
+    )
+    for shard in shards:
+        blocks.append(shard["adapter_feat"].float())
+        labelled |= _labelled_classes(store, shard)
+    features = torch.cat(blocks)
+    if len(features) == 0:
+        return Contents(features, None, labelled)
+    if "text_mean" in store.ezhoi:
+        found = ModalityStatistics.around(blocks, store.ezhoi["text_mean"], len(store.text))
+    else:
+        found = ModalityStatistics.of(blocks, store.text)
+    return Contents(features, found, labelled)
+
+
+def _labelled_classes(store: FeatureStore, shard: dict[str, Tensor]) -> set[int]:
     if store.imported is not None:
         return set()
     found = set(shard["gt_hoi"].tolist())
@@ -81,207 +74,190 @@ def _labelled(store: FeatureStore, shard: dict[str, Tensor]) -> set[int]:
     return found
 
 
-def meta(store: FeatureStore) -> Iterator[Finding]:
-    """What the store says of itself: size, split, the images it covers, the CLIP features read, the host."""
-    images, split = store.images, store.split
-    with_pairs = sum(image["rows"] > 0 for image in images)
-    yield ok("features.rows", f"{len(store)} rows of {len(images)} images, D = {store.text.shape[1]}")
-    yield _pairs(len(store), len(images), with_pairs)
-    if split == "train":
+# -- meta.json ---------------------------------------------------------------------------------------------------
+
+
+def check_meta(store: FeatureStore) -> Iterator[Finding]:
+    """Check what the store says of itself: pairs, split, images, CLIP features, fingerprint, origin."""
+    yield _check_pairs(store)
+    if store.split == "train":
         yield ok("features.split", "train")
     else:
         yield Finding(
-            "features.split", "warning", f"{split}: fit for looking at a bridge, and refused by training",
+            "features.split", "warning", f"{store.split}: fit to look at a bridge, and refused by training",
             "to train, capture the training images: add --capture-split train, or leave --eval out",
         )  # fmt: skip
     limit = store.meta.get("max_images")
-    if limit is not None:
+    if limit is None:
+        yield ok("features.images", f"the whole {store.split} split, {len(store.images)} images")
+    else:
         yield Finding(
             "features.images", "note", f"captured with --max-images {limit}: a part of the split",
-            "for the real thing capture without --max-images, into a new folder",
+            "for results, capture without --max-images, into a new folder",
         )  # fmt: skip
-    else:
-        yield ok("features.images", f"the whole {split} split, {len(images)} images")
-    yield _clip_folder(store.meta, split)
-    yield _fingerprint(store)
-    if "imported" in store.meta:
-        raw = "raw_clip" in str(store.meta["imported"])
+    if store.imported is None:
+        yield _check_clip_folder(store.meta, store.split)
+    yield _check_fingerprint(store.fingerprint)
+    if store.imported is not None:
+        raw = "raw_clip" in str(store.imported)
         yield Finding(
             "features.imported", "warning" if raw else "note",
-            f"imported{', with text features of raw CLIP: not those that EZ-HOI multiplies with' if raw else ''}: "
-            f"{store.meta['imported']!s:.200}",
-            f"use the adapted text features: {AGAIN}" if raw else "a capture of your own knows more: norms, boxes, labels",
+            f"imported{', with text of raw CLIP, which EZ-HOI does not multiply with' if raw else ''}: {store.imported!s:.200}",
+            f"use the adapted text features: {AGAIN}" if raw else "a capture of your own adds norms, boxes and labels",
         )  # fmt: skip
 
 
-def _pairs(rows: int, images: int, with_pairs: int) -> Finding:
-    mean = rows / max(with_pairs, 1)
+def _check_pairs(store: FeatureStore) -> Finding:
+    images = len(store.images)
+    with_pairs = sum(image["rows"] > 0 for image in store.images)
+    mean = len(store) / max(with_pairs, 1)
     found = (
-        f"{mean:.1f} pairs an image that has any (EZ-HOI keeps 3 humans and 3 objects whatever their score, so expect "
-        f"{PAIRS_EXPECTED} and more, 570,000 on HICO-DET's training images), {images - with_pairs} of {images} images have none"
+        f"{mean:.1f} pairs in an image that has any ({MIN_PAIRS} or more expected); {images - with_pairs} of {images} images "
+        f"have none"
     )
-    few = mean < PAIRS_EXPECTED or with_pairs < images / 2
-    fix = "is --pretrained a detector for this data set? See also --min-instances and --box-score-thresh" if few else ""
-    return Finding("features.pairs", "warning" if few else "ok", found, fix)
+    if mean < MIN_PAIRS or with_pairs < images / 2:
+        fix = "is --pretrained a detector for this data set? See also --min-instances and --box-score-thresh"
+        return Finding("features.pairs", "warning", found, fix)
+    return ok("features.pairs", found)
 
 
-def _clip_folder(facts: dict[str, Any], split: str) -> Finding:
-    name = "features.clip"
-    if "clip_img_file" not in facts:
-        return Finding(
-            name, "note", "the store does not say which CLIP image features the host read (older versions did not)",
-            f"nothing, where --clip_img_file named the {split} split's folder; else {AGAIN}",
-        )  # fmt: skip
-    folder = facts["clip_img_file"]
+def _check_clip_folder(meta: dict[str, Any], split: str) -> Finding:
+    folder = meta.get("clip_img_file")
     if folder is None:
-        return ok(name, "the host read no CLIP image features (--img_clip_pt is off)")
-    other = "test" if split == "train" else "train"
-    if str(folder).endswith(f"_{other}"):
+        return ok("features.clip", "EZ-HOI read no CLIP image features (--img_clip_pt is off)")
+    if str(folder).endswith("_test" if split == "train" else "_train"):
         return Finding(
-            name, "problem", f"the host read {folder} for the {split} split",
+            "features.clip", "problem", f"EZ-HOI read {folder} for the {split} split",
             f"give the {split} split's folder as --clip_img_file, and {AGAIN}",
         )  # fmt: skip
-    return ok(name, f"the host read {folder}")
+    return ok("features.clip", f"EZ-HOI read {folder}")
 
 
-def _fingerprint(store: FeatureStore) -> Finding:
-    known = store.fingerprint
-    # without --zs there is no zs_type; nothing else may be empty, and False is a value
-    empty = [name for name, value in known.items() if value is not False and value in ("", 0)]
-    missing = [f.name for f in fields(Fingerprint) if f.name not in known or f.name in empty]
+def _check_fingerprint(known: dict[str, Any]) -> Finding:
+    # without --zs there is no zs_type; False is a value
+    empty = [name for name, value in known.items() if value in ("", 0) and value is not False]
+    missing = [field.name for field in fields(Fingerprint) if field.name not in known or field.name in empty]
     if missing:
-        return Finding(
-            "features.fingerprint", "problem", f"lacks {', '.join(missing)}: a host would refuse the bridge made from it", AGAIN
-        )  # fmt: skip
-    what = ", ".join(f"{key} {known[key]}" for key in ("backbone", "dim", "zs_type", "text_rows"))
-    return ok("features.fingerprint", f"complete: {what}; {len(store.context)} context vectors")
+        found = f"lacks {', '.join(missing)}: EZ-HOI runs would refuse a bridge made from these features"
+        return Finding("features.fingerprint", "problem", found, AGAIN)
+    listed = ", ".join(f"{key} {known[key]}" for key in ("backbone", "dim", "zs_type", "text_rows"))
+    return ok("features.fingerprint", f"complete: {listed}")
 
 
-def rows(store: FeatureStore, found: Scan) -> Iterator[Finding]:
-    """Values, norms, duplicates, labels and means of all rows."""
-    shards = store.index["shards"]
-    size = sum(shard["bytes"] for shard in shards)
-    yield ok("features.files", f"{len(shards)} shards, {size / 1e6:.1f} MB, every SHA-256 is right")
-    yield ok("features.finite", "no NaN, no infinity")  # a file that holds any is refused when it is read
-    yield _duplicates(torch.cat(found.hashes))
-    yield _labels(store, found.labelled)
-    if found.statistics is not None:
-        yield _norms(torch.cat(found.norms))
-        yield from means(found.statistics, torch.cat(found.sample))
+# -- tensors -----------------------------------------------------------------------------------------------------
 
 
-def _norms(norms: Tensor) -> Finding:
+def check_text(text: Tensor) -> Finding:
+    """Check that the text features [N_sel, D] are distinct and span more than a few directions."""
+    name = "features.text"
+    if len(text) == 0:
+        return Finding(name, "warning", "no text features, only their mean", "import the file of text embeddings too")
+    if zero := int((text.norm(dim=1) == 0).sum()):
+        fix = f"classes that were not selected do not belong there: {AGAIN}"
+        return Finding(name, "problem", f"of {len(text)} text features {zero} are zero", fix)
+    distinct = len(text.unique(dim=0))
+    if distinct == 1:
+        return Finding(name, "problem", f"all {len(text)} text features are equal", f"are the prompts trained? {AGAIN}")
+    directions = normalize(text.double(), dim=-1)
+    rank = int(torch.linalg.matrix_rank(directions - directions.mean(0), rtol=1e-3))
+    found = f"{len(text)} text features, {distinct} distinct, spanning {rank} directions"
+    if distinct < len(text) or rank < min(text.shape) / 10:
+        fix = "near-equal prompts give near-equal scores: is --resume the checkpoint that belongs to these flags?"
+        return Finding(name, "warning", found, fix)
+    return ok(name, found)
+
+
+def check_contents(store: FeatureStore, contents: Contents, out: Path | None) -> Iterator[Finding]:
+    """Check values, duplicates, labels and means, and show the statistics.
+
+    Args:
+        store: Where the features come from.
+        contents: What was read from it.
+        out: Where to write statistics.json and statistics.png.
+    """
+    details = ""
+    if contents.statistics is not None:
+        found = statistics.compute_statistics(store, contents.features, contents.statistics)
+        details = statistics.format_statistics(found)
+        if out is not None:
+            statistics.write_statistics(store, contents.features, found, out)
+            details += f"\nwrote {out / 'statistics.json'}, {out / 'statistics.png'}"
+    # the store refuses a shard of another size or checksum, and one that holds NaN or infinity
+    whole = f"{len(store.index['shards'])} shards: sizes and checksums are right, all values finite"
+    yield ok("features.files", whole, details)
+    yield _check_labels(store, contents.labelled)
+    if contents.statistics is not None:
+        yield _check_duplicates(contents.features)
+        yield _check_norms(contents.features.norm(dim=1))
+        yield from _check_means(found)
+
+
+def _check_norms(norms: Tensor) -> Finding:
     zero = int((norms == 0).sum())
-    low, middle, high = float(norms.min()), float(norms.median()), float(norms.max())
-    found = f"least {low:.4g}, median {middle:.4g}, largest {high:.4g}; {zero} rows of norm zero"
+    found = f"min {norms.min():.4g}, median {norms.median():.4g}, max {norms.max():.4g}; {zero} features are zero"
     if zero:
-        fix = "the host gave these pairs no feature, and a bridge leaves them alone: is --resume a trained checkpoint?"
+        fix = "EZ-HOI gave these pairs no feature, and a bridge leaves them alone: is --resume a trained checkpoint?"
         return Finding("features.norms", "problem" if zero > len(norms) / 2 else "warning", found, fix)
-    if high > 100 * middle:
-        return Finding("features.norms", "warning", found, "a few rows explode: look at the host's checkpoint")
+    if norms.max() > 100 * norms.median():
+        return Finding("features.norms", "warning", found, "a few features explode: look at EZ-HOI's checkpoint")
     return ok("features.norms", found)
 
 
-def _duplicates(hashes: Tensor) -> Finding:
-    share = 1 - len(hashes.unique()) / len(hashes)
-    found = f"{share:.1%} of the rows equal an earlier one"
+def _check_duplicates(features: Tensor) -> Finding:
+    distinct = len({hash(feature.tobytes()) for feature in features.contiguous().numpy()})
+    share = 1 - distinct / len(features)
+    found = f"{share:.1%} of the features equal an earlier one"
     if share > 0.01:
         level: Level = "problem" if share > 0.5 else "warning"
-        fix = f"were images captured twice, or does the host ignore its input? {AGAIN}"
+        fix = f"were images captured twice, or does EZ-HOI ignore its input? {AGAIN}"
         return Finding("features.duplicates", level, found, fix)
     return ok("features.duplicates", found)
 
 
-def _labels(store: FeatureStore, labelled: set[int]) -> Finding:
-    name = "features.labels"
+def _check_labels(store: FeatureStore, labelled: set[int]) -> Finding:
     unseen = set(store.ezhoi.get("classes/unseen", torch.zeros(0)).tolist())
-    if store.split != "train" or not unseen:
-        return ok(name, "no class is held out" if store.split == "train" else "not for training, so of all classes")
-    leaked = unseen & labelled
+    leaked = sorted(unseen & labelled) if store.split == "train" else []
     if leaked:
         return Finding(
-            name, "problem", f"{len(leaked)} unseen classes are labelled, e.g. {sorted(leaked)[0]}: they must not reach training",
+            "features.labels", "problem",
+            f"{len(leaked)} unseen classes are labelled, e.g. {leaked[0]}: they must not reach training",
             f"with the --zs and --zs_type of the checkpoint, {AGAIN}",
         )  # fmt: skip
-    return ok(name, f"none of the {len(unseen)} unseen classes is labelled, {len(labelled)} seen ones are")
-
-
-def means(statistics: ModalityStatistics, sample: Tensor) -> Iterator[Finding]:
-    """Norms of both means, their gap, and what a row still shares with all others once a mean is off. sample: [n, D]."""
-    visual, text = float(statistics.visual_mean.norm()), float(statistics.text_mean.norm())
-    yield _mean_norm("text", text)
-    yield _mean_norm("visual", visual)
-    yield ok("features.gap", f"distance of the two means {statistics.gap:.3f}")
-    share = {
-        side: mean_resultant_length([sample], mean)
-        for side, mean in (("own", statistics.visual_mean), ("text", statistics.text_mean))
-    }
-    found = (
-        f"after centring, all visual rows still share a vector of norm {share['own']:.2f} with their own mean off, "
-        f"{share['text']:.2f} with the text mean off (of 1; .10-.16 and .57-.71 where it was measured before)"
+    return ok(
+        "features.labels",
+        f"none of {len(unseen)} unseen classes is labelled" if store.split == "train" else "not for training",
     )
-    if share["own"] > COMMON_SHARE:
-        fix = f"a few rows far from the rest drag the mean: see features.norms and features.duplicates; else {AGAIN}"
-        yield Finding("features.centring", "warning", found, fix)
-    elif share["text"] > COMMON_SHARE:
-        fix = "take a recipe that takes the visual mean off (gentle, paper); the guide's takes off the text mean, and hurt"
-        yield Finding("features.centring", "note", found, fix)
+
+
+def _check_means(found: dict[str, Any]) -> Iterator[Finding]:
+    for side in ("text", "visual"):
+        yield _check_mean_norm(side, found[f"{side}_mean_norm"])
+    own, text = (found["mean_resultant_length"][f"after_{side}_mean"] for side in ("visual", "text"))
+    said = (
+        f"what all features share: {own:.2f} after their own mean is subtracted, {text:.2f} after the text mean (of 1)"
+    )
+    if own > MAX_COMMON:
+        fix = f"a few outliers shift the mean: see features.norms and features.duplicates; else {AGAIN}"
+        yield Finding("features.centring", "warning", said, fix)
+    elif text > MAX_COMMON:
+        fix = "take a recipe that subtracts the visual mean (gentle, paper); the guide's subtracts the text mean"
+        yield Finding("features.centring", "note", said, fix)
     else:
-        yield ok("features.centring", found)
+        yield ok("features.centring", said)
 
 
-def _mean_norm(side: str, norm: float) -> Finding:
+def _check_mean_norm(side: str, norm: float) -> Finding:
     name = f"features.{side}_mean"
     low, high = TEXT_MEAN_NORM
-    what = f"norm {norm:.4f}, the root of the mean pairwise cosine of the {side} rows"
+    found = f"norm {norm:.4f}, the root of the mean pairwise cosine"
     if side == "text":
-        what += f" ({low}-{high} is usual for CLIP text; the guide's 0.01-0.05 is impossible)"
+        found += f" ({low}-{high} is usual for CLIP text; the guide's 0.01-0.05 is impossible)"
     if not norm < 0.999:
-        return Finding(
-            name,
-            "problem",
-            f"{what}: all rows point the same way",
-            f"is --resume a trained checkpoint? {AGAIN}",
-        )
+        fix = f"is --resume a trained checkpoint? {AGAIN}"
+        return Finding(name, "problem", f"{found}: all {side} features point the same way", fix)
     if norm < 0.3:
-        return Finding(
-            name, "warning", f"{what}: the rows look centred already",
-            f"features must be as the host computes them, neither centred nor scaled: {AGAIN}",
-        )  # fmt: skip
+        fix = f"features must be as EZ-HOI computes them, neither centred nor scaled: {AGAIN}"
+        return Finding(name, "warning", f"{found}: the {side} features look centred already", fix)
     if side == "text" and not low <= norm <= high:
-        return Finding(
-            name, "note", f"{what}: outside of what is usual", "nothing, if the host was trained; else see --resume"
-        )
-    return ok(name, what)
-
-
-def text(store: FeatureStore) -> Iterator[Finding]:
-    """Whether the text rows [N_sel, D] are distinct, and span more than a few directions."""
-    name, rows_ = "features.text", store.text
-    if len(rows_) == 0:
-        yield Finding(name, "warning", "no text rows, only their mean", "import the file of text embeddings as well")
-        return
-    zero = int((rows_.norm(dim=1) == 0).sum())
-    if zero:
-        yield Finding(
-            name, "problem", f"of {len(rows_)} text rows {zero} are zero",
-            f"rows of classes that were not selected do not belong there: {AGAIN}",
-        )  # fmt: skip
-        return
-    distinct = len(rows_.unique(dim=0))
-    if distinct == 1:
-        yield Finding(name, "problem", f"all {len(rows_)} text rows are equal", f"are the prompts trained? {AGAIN}")
-        return
-    directions = unit(rows_.double())
-    rank = int(torch.linalg.matrix_rank(directions - directions.mean(0), rtol=1e-3))
-    found = f"{len(rows_)} text rows, {distinct} distinct, spanning {rank} directions"
-    if distinct < len(rows_) or rank < min(len(rows_), rows_.shape[1]) / 10:
-        fix = "near-equal prompts cannot be told apart: is --resume the checkpoint that belongs to these flags?"
-        yield Finding(name, "warning", found, fix)
-    else:
-        yield ok(name, f"{found}, as the host multiplied with them")
-
-
-def unfinished(folder: Path) -> bool:
-    """Whether a capture was begun there and not ended."""
-    return (folder / "meta.json").is_file() and not (folder / "index.json").is_file()
+        return Finding(name, "note", f"{found}: unusual", "nothing, if EZ-HOI was trained; else see --resume")
+    return ok(name, found)

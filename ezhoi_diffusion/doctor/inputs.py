@@ -1,112 +1,94 @@
-"""Features, a bridge and a host's command line: what a later check needs, an earlier one has opened."""
+"""Features, a bridge and EZ-HOI's flags: each check gets what an earlier one opened."""
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ezhoi_diffusion.artifact import CONFIG, describe
-from ezhoi_diffusion.diffusion.artifact import BRIDGE as BRIDGE_KIND
-from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
+from ezhoi_diffusion.builtin.diffusion import load
+from ezhoi_diffusion.diffusion.artifact import BRIDGE as DIFFUSION
 from ezhoi_diffusion.doctor import bridge as bridges
-from ezhoi_diffusion.doctor import ezhoi as host
-from ezhoi_diffusion.doctor import features
-from ezhoi_diffusion.doctor.finding import BRIDGE, FEATURES, TRAIN, Finding, run_check
+from ezhoi_diffusion.doctor import ezhoi, features
+from ezhoi_diffusion.doctor.finding import BRIDGE, FEATURES, TRAIN, Finding, attempt, run_check
 from ezhoi_diffusion.features.store import FeatureStore
+from ezhoi_diffusion.plugins import PluginManager
 
 
-def check_inputs(kinds: Mapping[str, Path], host_line: Sequence[str]) -> Iterator[Finding]:
-    """Findings about a features folder and a bridge folder, by kind, and about a script with its flags."""
-    demanded: dict[str, dict[str, Any]] = {}
-    store: FeatureStore | None = None
-    found = features.Scan()
+def check_inputs(kinds: Mapping[str, Path], script_line: Sequence[str], out: Path | None) -> Iterator[Finding]:
+    """Yield findings about a features folder and a bridge folder, by kind, and about a script with its flags."""
+    fingerprints: dict[str, dict[str, Any]] = {}
+    store, contents = None, None
     if FEATURES in kinds:
-        store, lines = _store(kinds[FEATURES])
-        yield from lines
-    if store is not None:
-        opened = store
-        demanded[FEATURES] = opened.fingerprint
-        yield from run_check("features.text", lambda: features.text(opened), features.AGAIN)
-        scans: list[features.Scan] = []
-        yield from run_check("features.files", lambda: _rows(opened, scans), features.AGAIN)
-        found = scans[0] if scans else found
+        folder = kinds[FEATURES]
+        fix = "run the capture command again, it resumes" if features.is_unfinished(folder) else features.AGAIN
+        opened = attempt("features.open", lambda: FeatureStore(folder), fix)
+        if isinstance(opened, Finding):
+            yield opened
+        else:
+            store = opened
+            fingerprints[FEATURES] = opened.fingerprint
+            yield from run_check("features.open", lambda: features.check_meta(opened), features.AGAIN)
+            yield from run_check("features.text", lambda: [features.check_text(opened.text)], features.AGAIN)
+            read = attempt("features.files", lambda: features.read_contents(opened), features.AGAIN)
+            if isinstance(read, Finding):
+                yield read
+            else:
+                contents = read
+                yield from run_check(
+                    "features.files", lambda: features.check_contents(opened, read, out), features.AGAIN
+                )
     if BRIDGE in kinds:
-        yield from _bridge(kinds[BRIDGE], store, found, demanded)
-    if host_line:
-        yield from _host(Path(host_line[0]), host_line[1:], demanded)
+        yield from _check_bridge(kinds[BRIDGE], store, contents, fingerprints)
+    if script_line:
+        yield from _check_flags(Path(script_line[0]), script_line[1:], fingerprints)
 
 
-def _store(folder: Path) -> tuple[FeatureStore | None, list[Finding]]:
-    stores: list[FeatureStore] = []
-
-    def opening() -> Iterator[Finding]:
-        stores.append(FeatureStore(folder))
-        yield from features.meta(stores[0])
-
-    fix = "give the capture command again, it goes on" if features.unfinished(folder) else features.AGAIN
-    lines = run_check("features.open", opening, fix)
-    return (stores[0] if stores else None), lines
-
-
-def _rows(store: FeatureStore, scans: list[features.Scan]) -> Iterator[Finding]:
-    scans.append(features.scan(store))
-    yield from features.rows(store, scans[0])
-
-
-def _bridge(
-    folder: Path, store: FeatureStore | None, found: features.Scan, demanded: dict[str, dict[str, Any]]
+def _check_bridge(
+    folder: Path,
+    store: FeatureStore | None,
+    contents: features.Contents | None,
+    fingerprints: dict[str, dict[str, Any]],
 ) -> Iterator[Finding]:
-    loaded: list[DiffusionBridge] = []
-
-    def opening() -> Iterator[Finding]:
-        kind = describe(folder)["bridge"] if (folder / CONFIG).exists() else BRIDGE_KIND
-        if kind != BRIDGE_KIND:
-            yield Finding(
-                "bridge.open", "note", f"{folder} holds a '{kind}' bridge, which only the plugin that brings it knows",
-                f"to see what it does: ezhoi-diffusion test TEST_FEATURES --name {kind} --bridge {folder} --out DIR",
-            )  # fmt: skip
-            return
-        loaded.append(bridges.load(folder))
-        yield from bridges.artefact(loaded[0])
-
-    again = f"restore it from where it came, or {TRAIN}"
-    fix = "give the training command again with --resume" if bridges.unfinished(folder) else again
-    yield from run_check("bridge.open", opening, fix)
-    if not loaded:
+    again = f"restore it from a copy, or {TRAIN}"
+    kind = attempt(
+        "bridge.open", lambda: describe(folder)["bridge"] if (folder / CONFIG).exists() else DIFFUSION, again
+    )
+    if isinstance(kind, Finding):
+        yield kind
         return
-    bridge = loaded[0]
-    demanded[BRIDGE] = bridges.facts_for_host(bridge)
-    yield from run_check("bridge.training", lambda: bridges.training(bridge, folder), again)
-    if store is not None:
-        opened = store
-        yield from run_check("bridge.features", lambda: bridges.against_features(bridge, opened, found), again)
-        if found.sample:
-            sample = torch.cat(found.sample)
-            yield from run_check("bridge.effect", lambda: bridges.effect(bridge, sample, opened.text), again)
-
-
-def _host(script: Path, argv: Sequence[str], demanded: dict[str, dict[str, Any]]) -> Iterator[Finding]:
-    read: list[Namespace] = []
-
-    def reading() -> Iterator[Finding]:
-        args, line = host.flags(script, argv)
-        read.extend([args] if args else [])
-        yield line
-
-    yield from run_check("host.flags", reading, "give them as you give them to the script")
-    if not read:
+    if kind != DIFFUSION:
+        yield Finding(
+            "bridge.open", "note", f"{folder} holds a '{kind}' bridge; only its plugin can examine it",
+            f"to see what it does: ezhoi-diffusion test TEST_FEATURES --bridges {kind}={folder} --out DIR",
+        )  # fmt: skip
         return
-    flags = read[0]
+    fix = "run the training command again with --resume" if bridges.is_unfinished(folder) else again
+    bridge = attempt("bridge.open", lambda: load(folder, PluginManager()), fix)
+    if isinstance(bridge, Finding):
+        yield bridge
+        return
+    fingerprints[BRIDGE] = (bridge.provenance or {}).get("fingerprint") or {}
+    yield from run_check("bridge.recipe", lambda: bridges.check_config(bridge), again)
+    yield from run_check("bridge.training", lambda: bridges.check_training(bridge, folder), again)
+    if store is not None and contents is not None:
+        text, found = store, contents
+        yield from run_check("bridge.features", lambda: bridges.check_features(bridge, text, found), again)
+        yield from run_check("bridge.effect", lambda: [bridges.check_effect(bridge, found.features, text.text)], again)
+
+
+def _check_flags(script: Path, argv: Sequence[str], fingerprints: dict[str, dict[str, Any]]) -> Iterator[Finding]:
+    args = ezhoi.read(script, argv)
+    if isinstance(args, Finding):
+        yield args
+        return
     again = "see EZ-HOI's scripts/ for flags that belong together"
-    strictest = demanded.get(BRIDGE) or demanded.get(FEATURES) or {}
-    yield from run_check("host.options", lambda: host.options(flags), again)
-    yield from run_check("host.paths", lambda: host.paths(flags), again)
-    yield from run_check("host.data", lambda: host.data(flags), again)
-    unreadable = "download or copy the checkpoint again; one that needs a pickle executed is not to be trusted"
-    yield from run_check("host.checkpoint", lambda: host.checkpoint(flags, strictest), unreadable)
-    for what, fingerprint in demanded.items():
-        yield from run_check(f"host.{what}", lambda w=what, f=fingerprint: iter([host.fits(flags, w, f)]), again)  # type: ignore[misc]
+    unreadable = "download or copy the checkpoint again; do not trust one that needs a pickle executed"
+    strictest = fingerprints.get(BRIDGE) or fingerprints.get(FEATURES) or {}
+    yield from run_check("ezhoi.options", lambda: ezhoi.check_options(args), again)
+    yield from run_check("ezhoi.paths", lambda: ezhoi.check_paths(args), again)
+    yield from run_check("ezhoi.data", lambda: ezhoi.check_data(args), again)
+    yield from run_check("ezhoi.checkpoint", lambda: ezhoi.check_checkpoint(args, strictest), unreadable)
+    for kind, known in fingerprints.items():
+        yield from run_check(f"ezhoi.{kind}", lambda k=kind, f=known: [ezhoi.check_fingerprint(args, k, f)], again)  # type: ignore[misc]

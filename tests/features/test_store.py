@@ -184,7 +184,7 @@ def test_statistics_tell_what_was_captured(tmp_path, capsys):
     store = write(tmp_path / "f")
     assert main(["doctor", str(tmp_path / "f"), "--out", str(tmp_path / "s")]) in (0, 1)
     found = read_json(tmp_path / "s" / "statistics.json", FeatureStoreError, "")
-    assert (found["rows"], found["images"], found["images_without_pairs"]) == (14, 6, 2)
+    assert (found["pairs"], found["images"], found["images_without_pairs"]) == (14, 6, 2)
     assert found["pairs_per_image"] == {"median": 2.0, "max": 5}
     assert found["visual_norm"]["max"] == pytest.approx(float(rows.norm(dim=1).max()))
     units = torch.nn.functional.normalize(rows, dim=1)

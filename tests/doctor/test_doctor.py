@@ -461,7 +461,7 @@ def test_curves(look, tmp_path, curve, name, level, word):
     one(look(folder), name, level, word)
 
 
-def test_learned_by_heart(look, tmp_path):
+def test_a_network_that_memorised_its_features(look, tmp_path):
     folder = write_bridge(tmp_path / "b", training={"val_loss": 0.3})
     history = [{"step": step, "loss": 1.0, "val_loss": loss} for step, loss in ((1, 0.3), (2, 0.4))]
     (folder / "training.json").write_text(json.dumps({"history": history}))

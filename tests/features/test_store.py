@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.features import shard as shard_module
 from ezhoi_diffusion.features.statistics import ModalityStatistics, mean_resultant_length
 from ezhoi_diffusion.features.store import FeatureStore, FeatureStoreError
 from ezhoi_diffusion.features.writer import FeatureWriter, finish_store, write_ezhoi_tensors
-from ezhoi_diffusion.files import read_json, sealed
+from ezhoi_diffusion.files import sealed
 from helpers.miniature import rewrite
 from helpers.stores import IMAGES, META, D, image, write
 
@@ -177,22 +176,6 @@ def test_what_rows_share_is_what_a_mean_leaves():
     off = torch.tensor([0.0, 0.5])  # leaves (.6, .3) and (.6, -1.3)
     left = torch.stack([torch.tensor([0.6, 0.3]) / 0.45**0.5, torch.tensor([0.6, -1.3]) / 2.05**0.5])
     assert mean_resultant_length([rows], off) == pytest.approx(float(left.mean(0).norm()))
-
-
-def test_statistics_tell_what_was_captured(tmp_path, capsys):
-    rows = torch.cat([batch.adapter_feat for batch in IMAGES])
-    store = write(tmp_path / "f")
-    assert main(["doctor", str(tmp_path / "f"), "--out", str(tmp_path / "s")]) in (0, 1)
-    found = read_json(tmp_path / "s" / "statistics.json", FeatureStoreError, "")
-    assert (found["pairs"], found["images"], found["images_without_pairs"]) == (14, 6, 2)
-    assert found["pairs_per_image"] == {"median": 2.0, "max": 5}
-    assert found["visual_norm"]["max"] == pytest.approx(float(rows.norm(dim=1).max()))
-    units = torch.nn.functional.normalize(rows, dim=1)
-    assert found["visual_mean_norm"] == pytest.approx(float(units.mean(0).norm()), rel=1e-5)
-    texts = torch.nn.functional.normalize(store.text, dim=1)
-    assert found["gap"] == pytest.approx(float((units.mean(0) - texts.mean(0)).norm()), rel=1e-5)
-    assert (tmp_path / "s" / "statistics.png").read_bytes().startswith(b"\x89PNG")
-    assert "14 of 6 train images, 2 without" in capsys.readouterr().out
 
 
 def test_what_could_not_be_read_back_is_not_written(tmp_path):

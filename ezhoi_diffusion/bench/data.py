@@ -39,8 +39,11 @@ class BenchError(EzhoiDiffusionError):
 
 @dataclass(frozen=True, eq=False)
 class BenchData:
-    """Visual rows [N, D] that nothing has learned from, others that something may learn from [M, D], text rows [N_sel, D], the
-    means of both sides, and where all that comes from."""
+    """The features that are measured on.
+
+    Visual features [N, D] that nothing has learned from, others to learn from [M, D], text features [N_sel, D], the means of
+    both sides, and where they come from.
+    """
 
     rows: Tensor
     learnable: Tensor

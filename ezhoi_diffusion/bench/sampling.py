@@ -67,8 +67,11 @@ def bridge_cases(
     student: DiffusionBridge | None = None,
     gaussian: DiffusionBridge | None = None,
 ) -> list[BridgeCase]:
-    """The guide's system, the bridge as it is applied, the same network with more or fewer evaluations from level 600, and what
-    else there is to be had. Of a bridge that is a student itself only how it is applied."""
+    """List the bridges to measure.
+
+    They are the guide's system, the bridge as it is applied, the same network with more or fewer evaluations from timestep
+    600, and `student` and `gaussian` where they are given. A student is measured only as it is applied.
+    """
     start = min(START, bridge.config.num_timesteps)
     name, recipe = bridge.config.denoiser, bridge.config.recipe
     entries = [BridgeCase(GUIDES, guide(bridge, registry), None, slow=True)]

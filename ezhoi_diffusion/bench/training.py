@@ -70,8 +70,10 @@ def speed(
     registry: Components,
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """Steps a second of every trainee at this batch, taken in turn until `seconds` are over, and `rounds` times at least; and how
-    many times those of the guide's that is."""
+    """Measure the steps a second of every trainer at this batch, and their ratio to the guide's.
+
+    The trainers take turns until `seconds` are over, and at least `rounds` times.
+    """
     taken: dict[TrainerCase, list[float]] = {trainer_case: [] for trainer_case in TRAINER_CASES}
     end, done = time.perf_counter() + seconds, 0
     with ExitStack() as stack:

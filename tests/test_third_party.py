@@ -140,8 +140,9 @@ def test_all_five_are_fitted_and_compared_in_one_run(environment, stores, tmp_pa
         assert (f"{variant}[blend=0.5]" in rows) == (name in ("flow", "procrustes"))
     assert len({tuple(rows[variant].items()) for variant in given.values()}) == len(NAMES)
     assert "FORCED" not in done.stdout, "all were made for this host"
-    controls = ["identity", "mean_shift", given["center"], given["softmax"], given["standardize"]]
-    assert sorted(json.loads((tmp_path / "report" / "report.json").read_text())["controls"]) == sorted(controls)
+    baselines = ["identity", "mean_shift", given["center"], given["softmax"], given["standardize"]]
+    written = json.loads((tmp_path / "report" / "report.json").read_text())["variants"]
+    assert sorted(variant["name"] for variant in written if variant["baseline"]) == sorted(baselines)
     assert done.stderr.count("could not be loaded: RuntimeError: broken on purpose; the run goes on without it") == 1
 
 

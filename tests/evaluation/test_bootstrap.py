@@ -85,7 +85,7 @@ def test_what_is_said_is_what_resampled_images_give(seed, algorithm):
         mean = {v: np.nanmean(of[there][:, index], axis=1) for v, of in ap.items()}
         for name, (value, *drawn) in mean.items():
             moved = np.array(drawn) - np.mean(drawn) + value
-            assert found.mean_ap[name][group] == pytest.approx(np.clip(percentiles(moved, level), 0, 100), **close)
+            assert found[name].mean_ap[group] == pytest.approx(np.clip(percentiles(moved, level), 0, 100), **close)
         change = {name: mean[name] - mean["none"] for name in ("a", "b")}
         off = {name: abs(both[1:] - both[0]) for name, both in change.items()}
         deviation = {name: both[1:].std() for name, both in change.items()}
@@ -93,7 +93,7 @@ def test_what_is_said_is_what_resampled_images_give(seed, algorithm):
             [off[name] / deviation[name] for name in change if deviation[name] > 1e-9] or [0 * off["a"]], 0
         )
         for name, (d, *drawn) in change.items():
-            said = found.difference[name][group]
+            said = found[name].difference[group]
             if (annotations[:, index] > 0).any(1).sum() < 2:
                 assert said == Difference(-100.0, 100.0, 1.0, 1.0), "one image says nothing of chance"
                 continue
@@ -103,7 +103,7 @@ def test_what_is_said_is_what_resampled_images_give(seed, algorithm):
     for name in ("a", "b"):
         for c in range(classes):
             drawn = (ap[name] - ap["none"])[1:, c] if (annotations[:, c] > 0).sum() >= 3 else []
-            assert found.per_class[name][c].tolist() == pytest.approx(percentiles(drawn, level), **close)
+            assert found[name].per_class[c].tolist() == pytest.approx(percentiles(drawn, level), **close)
 
 
 # -- against closed forms --------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def test_the_interval_of_a_mean_of_images_is_the_closed_form_and_scipys():
 
     change = (after.double() - before.double()).numpy()
     mean, error = 100 * change.mean(), 100 * change.std() / math.sqrt(images)
-    said = found.difference["a"]["full"]
+    said = found["a"].difference["full"]
     assert [said.low, said.high] == pytest.approx([mean - 1.96 * error, mean + 1.96 * error], abs=0.1 * error)
     assert said.p == pytest.approx(2 * scipy.stats.norm.sf(mean / error), rel=0.1)
     values = tuple(100 * x.double().numpy() for x in (after, before))
@@ -130,7 +130,7 @@ def test_the_interval_of_a_mean_of_images_is_the_closed_form_and_scipys():
     share = before.double().mean().item()
     error = 100 * math.sqrt(share * (1 - share) / images)
     center = 100 * (share - 1 / images)
-    assert found.mean_ap["none"]["full"] == pytest.approx(
+    assert found["none"].mean_ap["full"] == pytest.approx(
         [center - 1.96 * error, center + 1.96 * error], abs=0.1 * error
     )
 
@@ -142,7 +142,7 @@ def test_intervals_and_p_values_keep_what_they_promise():
         draw = torch.rand(3, 150, generator=draws)
         before, after, same = draw[0] < 0.6, torch.where(draw[1] < 0.5, draw[0] < 0.6, draw[2] < 0.8), draw[1] < 0.6
         found = of_one_annotation({"none": before, "better": after, "same": same}, replicates=199, seed=seed)
-        better, other = found.difference["better"]["full"], found.difference["same"]["full"]
+        better, other = found["better"].difference["full"], found["same"].difference["full"]
         covered.append(better.low <= 100 * 0.5 * 0.2 <= better.high)
         small.append(other.p <= 0.05)
     assert 0.92 <= np.mean(covered) <= 0.98  # of 0.95, give or take 0.014
@@ -165,9 +165,9 @@ def test_the_interval_of_mean_ap_holds_where_plain_percentiles_do_not():
         values.append(100 * average_precision(some, annotations.sum(0)).mean().item())
         groups = {"full": torch.arange(classes)}
         found = paired_bootstrap({"none": nothing, "a": some}, annotations, groups, replicates=199, seed=seed)
-        moved.append(found.mean_ap["a"]["full"])
-        plain.append((found.difference["a"]["full"].low, found.difference["a"]["full"].high))  # to a mean AP of zero
-        assert found.mean_ap["none"]["full"] == (0, 0)
+        moved.append(found["a"].mean_ap["full"])
+        plain.append((found["a"].difference["full"].low, found["a"].difference["full"].high))  # to a mean AP of zero
+        assert found["none"].mean_ap["full"] == (0, 0)
         assert moved[-1][0] <= values[-1] <= moved[-1][1]
     covered = [np.mean([low <= np.mean(values) <= high for low, high in bounds]) for bounds in (moved, plain)]
     assert covered[0] >= 0.87
@@ -184,7 +184,7 @@ def test_one_of_many_variants_without_effect_is_rarely_called_an_effect():
         found = of_one_annotation(
             {name: torch.rand(150, generator=draws) < 0.6 for name in ("none", *"abcdef")}, replicates=199, seed=seed
         )
-        said = [of["full"] for of in found.difference.values()]
+        said = [of.difference["full"] for name, of in found.items() if name != "none"]
         assert all(d.p_adjusted >= d.p for d in said)
         plain.append(min(d.p for d in said) <= 0.05)
         adjusted.append(min(d.p_adjusted for d in said) <= 0.05)
@@ -196,9 +196,9 @@ def test_an_effect_among_many_variants_is_still_found():
     draws = torch.Generator().manual_seed(4)
     variants = {name: torch.rand(400, generator=draws) < 0.6 for name in ("none", *"abcdefgh")}
     found = of_one_annotation(variants | {"better": torch.rand(400, generator=draws) < 0.8}, replicates=999)
-    assert found.difference["better"]["full"].p_adjusted == 0.001
-    assert found.difference["better"]["full"].low > 0
-    assert min(found.difference[name]["full"].p_adjusted for name in "abcdefgh") > 0.05
+    assert found["better"].difference["full"].p_adjusted == 0.001
+    assert found["better"].difference["full"].low > 0
+    assert min(found[name].difference["full"].p_adjusted for name in "abcdefgh") > 0.05
 
 
 def test_a_variant_that_changes_nothing_differs_by_nothing_and_hides_no_other():
@@ -209,19 +209,19 @@ def test_a_variant_that_changes_nothing_differs_by_nothing_and_hides_no_other():
     found = paired_bootstrap({"none": scored, "identity": scored, "w": worse}, annotations, groups, replicates=200)
     without = paired_bootstrap({"none": scored, "w": worse}, annotations, groups, replicates=200)
     for result in (alone, found):
-        same = result.difference["identity"]["full"]
+        same = result["identity"].difference["full"]
         assert (same.low, same.high, same.p, same.p_adjusted) == (0, 0, 1, 1)
-        assert result.mean_ap["identity"] == result.mean_ap["none"]
+        assert result["identity"].mean_ap == result["none"].mean_ap
         annotated = annotations.sum(0) > 0
-        assert not result.per_class["identity"][annotated].any()
-        assert result.per_class["identity"][~annotated].isnan().all()
-    assert found.difference["w"] == without.difference["w"]
-    assert without.difference["w"]["full"].p < 0.05
+        assert not result["identity"].per_class[annotated].any()
+        assert result["identity"].per_class[~annotated].isnan().all()
+    assert found["w"].difference == without["w"].difference
+    assert without["w"].difference["full"].p < 0.05
 
 
 def test_a_constant_difference_is_as_sure_as_it_gets():
     found = torch.ones(50, dtype=torch.bool)
-    said = of_one_annotation({"none": found, "nothing": ~found}, replicates=99).difference["nothing"]["full"]
+    said = of_one_annotation({"none": found, "nothing": ~found}, replicates=99)["nothing"].difference["full"]
     assert [said.low, said.high] == pytest.approx([-98, -98])
     assert said.p == said.p_adjusted == 0.01
 
@@ -229,29 +229,31 @@ def test_a_constant_difference_is_as_sure_as_it_gets():
 # -- what else is promised -------------------------------------------------------------------------------------------
 
 
-def test_the_seed_alone_decides_and_the_reference_may_be_any():
+def test_the_seed_alone_decides_and_differences_are_antisymmetric():
     scored, annotations = random_scored(7, 30, 5)
     other = Scored(scored.scores.flip(0), scored.classes, scored.labels, scored.image)
     groups = {"full": torch.arange(5)}
 
-    def bootstrap(**options):
-        return paired_bootstrap({"a": scored, "b": other}, annotations, groups, replicates=50, **options)
+    def bootstrap(seed):
+        variants = {"none": scored, "b": other}
+        found = paired_bootstrap(variants, annotations, groups, baselines=["b"], replicates=50, seed=seed)
+        return found, {name: result.to_dict() for name, result in found.items()}
 
-    first = bootstrap(reference="a", seed=1)
+    first, as_json = bootstrap(1)
     torch.rand(3)
-    assert first.to_dict() == bootstrap(reference="a", seed=1).to_dict()
-    assert first.to_dict() != bootstrap(reference="a", seed=2).to_dict()
-    forth, back = first.difference["b"]["full"], bootstrap(reference="b", seed=1).difference["a"]["full"]
+    assert as_json == bootstrap(1)[1] != bootstrap(2)[1]
+    forth, back = first["b"].difference["full"], first["none"].over["b"]["full"]
     assert [forth.low, forth.high] == pytest.approx([-back.high, -back.low])
     assert (forth.p, forth.p_adjusted) == (back.p, back.p_adjusted)
-    assert json.loads(json.dumps(first.to_dict()))["seed"] == 1
+    assert json.loads(json.dumps(as_json))["b"]["over"]["none"]["full"]["p"] == forth.p
 
 
 def test_a_reference_alone_has_an_interval_and_no_difference():
     found = of_one_annotation({"none": torch.arange(40) < 20}, replicates=99)
-    low, high = found.mean_ap["none"]["full"]
+    low, high = found["none"].mean_ap["full"]
     assert 0 < low < 100 * 19 / 40 < high < 100
-    assert found.difference == found.per_class == {}
+    assert found["none"].difference == {}
+    assert found["none"].per_class is None
 
 
 @pytest.mark.parametrize("options", [{"replicates": 0}, {"level": 0.0}, {"level": 1.0}])
@@ -260,8 +262,7 @@ def test_what_makes_no_interval_is_refused(options):
         of_one_annotation({"none": torch.ones(3, dtype=torch.bool)}, **options)
 
 
-def test_a_variant_is_held_against_a_control_as_against_the_reference():
-    """Differences to a control are those of a bootstrap in which it is the reference: the draws are the same."""
+def test_a_difference_to_a_baseline_is_that_of_a_bootstrap_in_which_it_is_the_reference():
     generator = torch.Generator().manual_seed(5)
     images = 60
     annotations = torch.ones(images, 1, dtype=torch.long)
@@ -272,13 +273,14 @@ def test_a_variant_is_held_against_a_control_as_against_the_reference():
             (torch.rand(images, generator=generator) < share).double(),
             torch.arange(images),
         )
-        for name, share in (("none", 0.4), ("control", 0.5), ("bridge", 0.8))
+        for name, share in (("none", 0.4), ("baseline", 0.5), ("bridge", 0.8))
     }
     groups = {"full": torch.tensor([0])}
-    found = paired_bootstrap(scored, annotations, groups, controls=["control"], replicates=100)
-    other = paired_bootstrap(scored, annotations, groups, reference="control", replicates=100)
-    assert found.over == {"control": {name: other.difference[name] for name in ("none", "bridge")}}
-    assert found.to_dict()["over"]["control"]["bridge"]["full"]["low"] == other.difference["bridge"]["full"].low
+    found = paired_bootstrap(scored, annotations, groups, baselines=["baseline"], replicates=100)
+    renamed = {"none": scored["baseline"], "bare": scored["none"], "bridge": scored["bridge"]}
+    other = paired_bootstrap(renamed, annotations, groups, replicates=100)
+    assert found["bridge"].over["baseline"] == other["bridge"].difference
+    assert found["none"].over["baseline"] == other["bare"].difference
 
 
 def test_one_image_says_nothing_of_chance_and_a_class_of_two_has_no_interval():
@@ -287,9 +289,9 @@ def test_one_image_says_nothing_of_chance_and_a_class_of_two_has_no_interval():
     found = paired_bootstrap(
         {"none": wrong, "b": right}, torch.ones(1, 1, dtype=torch.long), {"full": zero}, replicates=50
     )
-    assert found.difference["b"]["full"] == Difference(-100.0, 100.0, 1.0, 1.0)
+    assert found["b"].difference["full"] == Difference(-100.0, 100.0, 1.0, 1.0)
     image = torch.arange(5)
     annotations = torch.tensor([[1, 1], [1, 1], [1, 0], [1, 0], [1, 0]])
     many = Scored(torch.rand(5).double(), torch.zeros(5, dtype=torch.long), torch.ones(5).double(), image)
     found = paired_bootstrap({"none": many, "b": many}, annotations, {"full": torch.arange(2)}, replicates=50)
-    assert found.per_class["b"].isnan().any(1).tolist() == [False, True]
+    assert found["b"].per_class.isnan().any(1).tolist() == [False, True]

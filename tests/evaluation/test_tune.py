@@ -83,7 +83,7 @@ def test_the_best_candidate_on_held_out_training_images_is_chosen(store):
         > comparison.mean_ap("nonsense", "full")
     )
     assert set(comparison.groups["full"].tolist()) <= set(seen_classes(store).tolist())
-    assert comparison.significance.difference["oracle"]["full"].low > -100
+    assert comparison.variants["oracle"].bootstrap.difference["full"].low > -100
 
 
 def test_none_is_never_beaten_by_what_is_no_better(store):
@@ -112,10 +112,10 @@ def test_annotations_of_hidden_classes_do_not_move_the_choice(store, tmp_path):
     stripped = synthetic_store(tmp_path / "stripped", images=40, alter=strip)
     assert len(stripped.rows("gt_hoi")) < len(store.rows("gt_hoi"))
     (one, _), (other, _) = (tune(s, {"oracle": ORACLE, "nonsense": NONSENSE}) for s in (store, stripped))
-    for name in one.ap:
-        index = one.groups["full"]
-        assert torch.equal(one.ap[name][index], other.ap[name][index])
-        assert one.significance.mean_ap[name] == other.significance.mean_ap[name]
+    index = one.groups["full"]
+    for a, b in zip(one.variants.values(), other.variants.values(), strict=True):
+        assert torch.equal(a.ap[index], b.ap[index])
+        assert a.bootstrap.mean_ap == b.bootstrap.mean_ap
 
 
 def test_the_default_grid_asks_nothing_of_bridges_without_settings(stores, bridges, tmp_path):
@@ -207,8 +207,9 @@ def test_the_choice_is_a_bridge_of_its_own(stores, bridges, tmp_path, capsys):
     sweep = [f"--sweep={key}={json.dumps(value)}" for key, value in chosen["settings"].items()]
     assert main([*compare, *sweep, "--out", str(report)]) == 0
     written = json.loads((report / "report.json").read_text())
-    assert written["provenance"][f"tuned={moved}"]["chosen"] == chosen, "the report says what was chosen"
-    found = written["mean_ap"]
+    variants = {variant["name"]: variant for variant in written["variants"]}
+    assert variants[f"tuned={moved}"]["provenance"]["chosen"] == chosen, "the report says what was chosen"
+    found = {name: variant["mean_ap"] for name, variant in variants.items()}
     twin = chosen["variant"].replace("mean_shift", f"mean_shift={seed}")
     assert found[f"tuned={moved}"] == found[twin]
     assert not any(name.startswith("tuned") and "[" in name for name in found), "what was chosen is not swept"
@@ -260,13 +261,14 @@ def test_a_folder_of_seeds_is_one_bridge_with_a_variant_for_each(stores, bridges
     report = json.loads((tmp_path / "report.json").read_text())
     seeds = [f"diffusion/seed-{k}" for k in range(3)]
     swept = [f"{name}[blend=1]" for name in seeds]
-    assert set(report["mean_ap"]) == {"none", "identity", "mean_shift", *seeds, *swept}
-    assert {name: seed_group["variants"] for name, seed_group in report["families"].items()} == {
+    found = {variant["name"]: variant["mean_ap"] for variant in report["variants"]}
+    assert set(found) == {"none", "identity", "mean_shift", *seeds, *swept}
+    assert {name: seed_group["variants"] for name, seed_group in report["seed_groups"].items()} == {
         "diffusion": seeds,
         "diffusion[blend=1]": swept,
     }
-    full = [report["mean_ap"][name]["full"] for name in swept]
-    seed_group = report["families"]["diffusion[blend=1]"]
+    full = [found[name]["full"] for name in swept]
+    seed_group = report["seed_groups"]["diffusion[blend=1]"]
     assert seed_group["mean_ap"]["full"]["mean"] == pytest.approx(sum(full) / 3)
     assert seed_group["mean_ap"]["full"]["standard_deviation"] == pytest.approx(
         torch.tensor(full).double().std().item()
@@ -343,9 +345,9 @@ def test_features_of_many_images_come_in_one_call_with_the_same_result(store, mo
     together = replay(store, {"b": variant(counted)})
     assert max(calls) == len(store), "all features of this small store in one call"
     single = replay(store, {"b": Variant("b", FunctionBridge(truth))})
-    torch.testing.assert_close(together.ap["b"], single.ap["b"], rtol=0, atol=0)
+    torch.testing.assert_close(together.variants["b"].ap, single.variants["b"].ap, rtol=0, atol=0)
     monkeypatch.setattr("ezhoi_diffusion.evaluation.replay.ROWS", 20)
-    torch.testing.assert_close(replay(store, {"b": ORACLE}).ap["b"], single.ap["b"], rtol=0, atol=0)
+    torch.testing.assert_close(replay(store, {"b": ORACLE}).variants["b"].ap, single.variants["b"].ap, rtol=0, atol=0)
 
 
 def test_a_bridge_gets_the_pairs_of_its_image(store):

@@ -119,7 +119,7 @@ def test_v_coco_s_tool_prints_the_same_of_the_host_s_cache(vcoco, made, tmp_path
     case = annotations(vcoco)
     case.detections = json.loads((tmp_path / "cache.json").read_text())
     is_significant = by_tool(case, tmp_path, absent=[0.0, 0.0, 0.1, 0.1, 0.0])
-    found = replay_roles(FeatureStore(made / "test"), {}, made / "vcoco").ap["none"].tolist()
+    found = replay_roles(FeatureStore(made / "test"), {}, made / "vcoco").variants["none"].ap.tolist()
     assert is_significant[:11] == pytest.approx(found[:11], abs=1e-6)
     assert all(given >= own - 1e-6 for given, own in zip(is_significant[11:], found[11:], strict=True))
 
@@ -131,7 +131,7 @@ def test_of_the_first_images_only_their_own_annotations_count(made, mocker):
     part = replay_roles(store, {}, made / "vcoco")
     assert whole.images > part.images == len(store.images)
     assert 0 < part.annotations.sum() < whole.annotations.sum()
-    assert (part.ap["none"] >= whole.ap["none"]).all()
+    assert (part.variants["none"].ap >= whole.variants["none"].ap).all()
     assert whole.names[:3] == ["washing-instr, scenario 1", "throwing-obj, scenario 1", "riding-instr, scenario 1"]
     assert {name: len(index) for name, index in whole.groups.items()} == {
         "full": 22, "scenario 1": 11, "scenario 2": 11, "scenario 1 of 10": 10, "scenario 2 of 10": 10,

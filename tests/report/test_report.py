@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
-from ezhoi_diffusion.evaluation.bootstrap import Difference, Significance
+from ezhoi_diffusion.evaluation.bootstrap import BootstrapResult, Difference
 from ezhoi_diffusion.evaluation.changes import changes
-from ezhoi_diffusion.evaluation.comparison import Comparison, Sample
+from ezhoi_diffusion.evaluation.comparison import Comparison, VariantResult
 from ezhoi_diffusion.files import read_json
 from ezhoi_diffusion.report.figures import MAPPED, pictures, png, render
 from ezhoi_diffusion.report.headline import headline
@@ -50,68 +50,85 @@ def make(effects: dict[str, float], *, classes: int = 600, half: float = 0.45) -
     annotations = 1 + (torch.rand(classes, generator=g) * 200).long()
     annotations[::50] = 0
     comparison = Comparison(
-        ap, dict(zip(GROUPS, members, strict=True)), 9658, 150_000, 187.4,
-        {variant: 0.02 * 2**number % 900 for number, variant in enumerate(effects)},
+        {
+            name: VariantResult(
+                name,
+                ap[name],
+                added_ms=0.02 * 2 ** (number - 1) % 900 if number else 0.0,
+                baseline=name.partition("=")[0] in ("identity", "mean_shift", "class_softmax"),
+                provenance={"training": {"step": 5000}} if "diffusion" in name else None,
+            )
+            for number, name in enumerate(ap)
+        },
+        dict(zip(GROUPS, members, strict=True)),
+        9658,
+        150_000,
+        annotations,
         {"backbone": "ViT-L-14-336px", "weights": "9f" * 32, "options": {"act_descriptor": True}},
         names=[f"a person riding animal {k}" for k in range(classes)],
-        annotations=annotations,
-        provenance={variant: {"training": {"step": 5000}} for variant in effects if "diffusion" in variant},
-        controls=[variant for variant in effects if variant.partition("=")[0] in ("identity", "mean_shift", "class_softmax")],
-    )  # fmt: skip
-    return replace(comparison, significance=intervals(comparison, half))
+        ezhoi_ms=187.4,
+    )
+    return with_intervals(comparison, half)
 
 
-def intervals(comparison: Comparison, half: float) -> Significance:
+def with_intervals(comparison: Comparison, half: float) -> Comparison:
     """Intervals that are wider for fewer classes, and p-values times the number of variants."""
-    variants = [variant for variant in comparison.ap if variant != "none"]
+    names = list(comparison.variants)
+    bases = ["none", *(name for name in names if comparison.variants[name].baseline)]
 
     def width(group: str) -> float:
         return half * math.sqrt(len(comparison.groups["full"]) / len(comparison.groups[group]))
 
-    def difference(variant: str, group: str, over: str = "none") -> Difference:
+    def difference(variant: str, group: str, over: str) -> Difference:
         change = comparison.mean_ap(variant, group) - comparison.mean_ap(over, group)
         p = math.erfc(1.96 * abs(change) / width(group) / math.sqrt(2))
         around = width(group) if change else 0.0
-        return Difference(change - around, change + around, p, min(1.0, p * len(variants)))
+        return Difference(change - around, change + around, p, min(1.0, p * (len(names) - 1)))
 
-    mean_ap = {
-        v: {g: (comparison.mean_ap(v, g) - width(g), comparison.mean_ap(v, g) + width(g)) for g in GROUPS}
-        for v in comparison.ap
-    }
-    per_class = {}
-    for variant in variants:
-        change = (comparison.ap[variant] - comparison.ap["none"]) * 100
+    def bootstrap(name: str) -> BootstrapResult:
+        mean_ap = {
+            g: (comparison.mean_ap(name, g) - width(g), comparison.mean_ap(name, g) + width(g))
+            for g in comparison.groups
+        }
+        over = {base: {g: difference(name, g, base) for g in comparison.groups} for base in bases if base != name}
+        change = (comparison.variants[name].ap - comparison.variants["none"].ap) * 100
         bounds = torch.stack([change - 2, change + 2], 1)
         bounds[comparison.annotations == 0] = torch.nan
-        per_class[variant] = bounds
-    found = {v: {g: difference(v, g) for g in GROUPS} for v in variants}
-    over = {
-        control: {v: {g: difference(v, g, control) for g in GROUPS} for v in comparison.ap if v != control}
-        for control in comparison.controls
-    }
-    return Significance(1000, 0.95, 0, mean_ap, found, per_class, over)
+        return BootstrapResult(mean_ap, over, None if name == "none" else bounds)
+
+    variants = {name: replace(result, bootstrap=bootstrap(name)) for name, result in comparison.variants.items()}
+    return replace(comparison, variants=variants, replicates=1000)
+
+
+def changed(comparison: Comparison, name: str, **changes) -> None:
+    """Replace something of one variant's result."""
+    comparison.variants[name] = replace(comparison.variants[name], **changes)
 
 
 def complete(effects: dict[str, float]) -> Comparison:
     """All that a comparison may hold."""
     comparison, g = make(effects), torch.Generator().manual_seed(1)
     measures = ("centroid_gap", "cosine_to_own_text", "recall_at_1", "calibration_error")
-    comparison.alignment = {
-        v: dict(zip(measures, torch.rand(4, generator=g).tolist(), strict=True)) for v in comparison.ap
-    }
-    comparison.alignment["none"]["recall_at_1"] = None
-    comparison.seed_groups = {"diffusion=runs/blend": [v for v in effects if "gentle" in v]} if effects is EIGHT else {}
-    text, rows = torch.randn(40, 16, generator=g), torch.randn(60, 16, generator=g) + 2
-    comparison.sample = Sample(
-        {v: rows if effects.get(v, 0) == 0 else rows - 0.1 * n for n, v in enumerate(comparison.ap)}, text
-    )
+    for name in comparison.variants:
+        changed(comparison, name, alignment=dict(zip(measures, torch.rand(4, generator=g).tolist(), strict=True)))
+    changed(comparison, "none", alignment={**comparison.variants["none"].alignment, "recall_at_1": None})
+    if effects is EIGHT:
+        for name in comparison.variants:
+            if "runs/blend" in name:
+                changed(comparison, name, seed_group="diffusion=runs/blend")
+    comparison.sample_text, features = torch.randn(40, 16, generator=g), torch.randn(60, 16, generator=g) + 2
+    for number, name in enumerate(comparison.variants):
+        changed(comparison, name, sample=features if effects.get(name, 0) == 0 else features - 0.1 * number)
     return comparison
 
 
 def bare() -> Comparison:
     """A comparison of which nothing but AP is known."""
-    ap = {"none": torch.tensor([0.3, 0.4]), "diffusion": torch.tensor([0.31, 0.42])}
-    return Comparison(ap, {"full": torch.arange(2)}, 3, 40, None, {"diffusion": 1.2}, {})
+    variants = {
+        "none": VariantResult("none", torch.tensor([0.3, 0.4])),
+        "diffusion": VariantResult("diffusion", torch.tensor([0.31, 0.42]), added_ms=1.2),
+    }
+    return Comparison(variants, {"full": torch.arange(2)}, 3, 40, torch.tensor([5, 7]), {})
 
 
 class Page(HTMLParser):
@@ -190,12 +207,16 @@ def test_the_json_has_all_that_the_page_says(reports):
     assert found["names"][3] == "a person riding animal 3"
     assert found["annotations"] == comparison.annotations.tolist()
     assert (found["algorithm"], found["setting"]) == ("11P", "default")
-    assert found["significance"]["difference"]["gaussian"]["full"]["p_adjusted"] > 0.05
-    assert found["significance"]["per_class"]["gaussian"][50] is None, "no annotation, no interval"
-    assert found["alignment"]["none"]["recall_at_1"] is None
+    variants = {variant["name"]: variant for variant in found["variants"]}
+    bootstrap = variants["gaussian"]["bootstrap"]
+    assert bootstrap["over"]["none"]["full"]["p_adjusted"] > 0.05
+    assert bootstrap["per_class"][50] is None, "no annotation, no interval"
+    assert variants["none"]["alignment"]["recall_at_1"] is None
     assert set(found["versions"]) == {"python", "torch", "ezhoi-diffusion"}
-    seeds = torch.tensor([found["mean_ap"][f"diffusion=runs/blend-{n}"]["full"] for n in range(3)], dtype=torch.float64)
-    seed_group = found["families"]["diffusion=runs/blend"]["mean_ap"]["full"]
+    seeds = torch.tensor(
+        [variants[f"diffusion=runs/blend-{n}"]["mean_ap"]["full"] for n in range(3)], dtype=torch.float64
+    )
+    seed_group = found["seed_groups"]["diffusion=runs/blend"]["mean_ap"]["full"]
     assert seed_group["mean"] == pytest.approx(float(seeds.mean()))
     assert seed_group["standard_deviation"] == pytest.approx(
         math.sqrt(float((seeds - seeds.mean()).square().sum()) / 2)
@@ -240,17 +261,18 @@ def test_the_page_needs_nothing_else_and_is_accessible(reports, size):
 def test_the_tables_have_every_variant_and_group(reports):
     comparison, page = complete(EIGHT), read(reports / "eight")
     for variant in EIGHT:
-        head = f"{variant} control" if variant in comparison.controls else variant
+        result = comparison.variants[variant]
+        head = f"{variant} baseline" if result.baseline else variant
         absolute, differences, alignment = page.row(head)
         for cell, group in zip(absolute[1:], GROUPS, strict=False):
-            low, high = comparison.significance.mean_ap[variant][group]
+            low, high = result.bootstrap.mean_ap[group]
             assert cell == f"{comparison.mean_ap(variant, group):.2f} {low:.2f} to {high:.2f}"
         for cell, group in zip(differences[1:], GROUPS, strict=True):
-            found = comparison.significance.difference[variant][group]
+            found = result.bootstrap.difference[group]
             p = "<0.001" if found.p_adjusted < 0.001 else f"{found.p_adjusted:.3f}"
             figures = f"{comparison.difference(variant, group):+.2f} {found.low:+.2f} to {found.high:+.2f} p {p}"
             assert cell == figures.replace("-", "−")
-        assert alignment[1] == f"{comparison.alignment[variant]['centroid_gap']:.3f}"
+        assert alignment[1] == f"{result.alignment['centroid_gap']:.3f}"
     assert page.row("none")[1][3] == "–", "what is not known"
     assert page.row("diffusion=runs/blend")[0][1] == "3"
     many = read(reports / "sixty")
@@ -262,7 +284,7 @@ def test_single_classes_are_listed_by_change(reports):
     best = comparison.ranked()[0]
     found = changes(comparison, best)
     assert len(found.classes) == 588, "only classes that are annotated"
-    change = (comparison.ap[best] - comparison.ap["none"]) * 100
+    change = (comparison.variants[best].ap - comparison.variants["none"].ap) * 100
     assert found.points.tolist() == sorted(change[comparison.annotations > 0].tolist(), reverse=True)
     counts = found.counts()
     moved = change[comparison.annotations > 0]
@@ -275,7 +297,7 @@ def test_single_classes_are_listed_by_change(reports):
     assert f"{counts['gains']} gain, {counts['losses']} lose, {counts['unchanged']} unchanged" in page.text
     for at in (0, -1):
         row, index = page.row(f"a person riding animal {found.classes[at]}")[0], int(found.classes[at])
-        before, after = (float(comparison.ap[v][index]) * 100 for v in ("none", best))
+        before, after = (float(comparison.variants[v].ap[index]) * 100 for v in ("none", best))
         low, high = found.points[at] - 2, found.points[at] + 2
         figures = f"{found.points[at]:+.2f} {low:+.2f} to {high:+.2f}".replace("-", "−")
         assert row[1:] == [figures, f"{before:.2f}", f"{after:.2f}", str(int(comparison.annotations[index]))]
@@ -296,11 +318,12 @@ def test_names_of_third_parties_are_inert(tmp_path):
     evil = "<script>alert(1)</script>"
     comparison = complete({f"{evil}&amp;$x^$": 1.0, 'mean_shift="><img src=x>': 0.5})
     comparison.names = [f"{evil} {k}" for k in range(600)]
-    comparison.provenance = {evil: {evil: [evil]}, "x": evil}
     comparison.fingerprint = {evil: evil}
-    comparison.seed_groups = {f"{evil}family": list(comparison.ap)[1:]}
+    for name in list(comparison.variants)[1:]:
+        changed(comparison, name, seed_group=f"{evil}group", provenance={evil: {evil: [evil]}, "x": evil})
     comparison.forced, comparison.degraded, comparison.caveats = [evil], {evil: evil}, [evil]
-    comparison.alignment = {v: {evil: 0.5} for v in comparison.ap}
+    for name in comparison.variants:
+        changed(comparison, name, alignment={evil: 0.5})
     write_report(comparison, tmp_path, [evil])
     page = read(tmp_path)
     assert not page.all("script")
@@ -315,7 +338,7 @@ def test_many_variants_get_room_and_few_get_pictures_of_their_own():
     for made in (eight, sixty):
         assert len(made["forest"]) == len(made["comparison"]) == len(GROUPS)
         assert len(made["per_class"]) == 3
-        assert len(made["embedding"]) == 3, "the bare host and two more"
+        assert len(made["embedding"]) == 3, "bare EZ-HOI and two more"
         for panel in (panel for panels in made.values() for panel in panels):
             assert panel.alt
     width, height = render(sixty["forest"][0]).size
@@ -325,10 +348,13 @@ def test_many_variants_get_room_and_few_get_pictures_of_their_own():
 def test_the_map_leaves_out_what_moves_nothing_and_takes_a_sample():
     comparison = complete({"identity": 0.0, "diffusion": 1.0})
     rows = torch.randn(MAPPED + 50, 16, generator=torch.Generator().manual_seed(2))
-    comparison.sample = Sample({"none": rows, "identity": rows, "diffusion": rows + 1}, comparison.sample.text)
+    for name in comparison.variants:
+        changed(comparison, name, sample=rows + (name == "diffusion"))
     alts = [panel.alt for panel in pictures(comparison)["embedding"]]
     assert alts == [f"Map of {MAPPED} pairs of {name} among 40 texts." for name in ("none", "diffusion")]
-    comparison.sample = Sample({name: x[:1] for name, x in comparison.sample.rows.items()}, comparison.sample.text[:2])
+    for name, result in comparison.variants.items():
+        changed(comparison, name, sample=result.sample[:1])
+    comparison.sample_text = comparison.sample_text[:2]
     assert "embedding" not in pictures(comparison)
 
 
@@ -361,14 +387,14 @@ def test_the_forest_plot_tells_what_contains_0():
 @pytest.mark.parametrize(
     ("effects", "tone", "words"),
     [
-        ({"identity": 0, "diffusion": 2}, "gain", "gains 2.00 points of full mAP over the bare host, and does better than the best control, identity."),
-        ({"mean_shift": 1.9, "diffusion": 2}, "unknown", "gains 2.00 points of full mAP over the bare host, but cannot be told from the best control, mean_shift."),
-        ({"mean_shift=DIR": 4, "identity": 0, "diffusion": 2}, "unknown", "but does worse than the best control, mean_shift=DIR."),
-        ({"identity": 0, "diffusion": -2}, "loss", "diffusion loses 2.00 points of full mAP against the bare host, and does worse than the best control, identity."),
-        ({"identity": 0, "diffusion": 0.1}, "unknown", "No gain can be told from chance: diffusion changes full mAP by +0.10 points, and cannot be told from the best control"),
-        ({"diffusion": 2}, "unknown", "gains 2.00 points of full mAP over the bare host. No control was compared, and one may do as much."),
-        ({"diffusion": -2}, "loss", "No control was compared"),
-        ({"identity": 0, "mean_shift": 3}, "unknown", "Only controls were compared"),
+        ({"identity": 0, "diffusion": 2}, "gain", "gains 2.00 points of full mAP over bare EZ-HOI, and does better than the best baseline, identity."),
+        ({"mean_shift": 1.9, "diffusion": 2}, "unknown", "gains 2.00 points of full mAP over bare EZ-HOI, but cannot be told from the best baseline, mean_shift."),
+        ({"mean_shift=DIR": 4, "identity": 0, "diffusion": 2}, "unknown", "but does worse than the best baseline, mean_shift=DIR."),
+        ({"identity": 0, "diffusion": -2}, "loss", "diffusion loses 2.00 points of full mAP against bare EZ-HOI, and does worse than the best baseline, identity."),
+        ({"identity": 0, "diffusion": 0.1}, "unknown", "No gain can be told from chance: diffusion changes full mAP by +0.10 points, and cannot be told from the best baseline"),
+        ({"diffusion": 2}, "unknown", "gains 2.00 points of full mAP over bare EZ-HOI. No baseline was compared, and one may do as much."),
+        ({"diffusion": -2}, "loss", "No baseline was compared"),
+        ({"identity": 0, "mean_shift": 3}, "unknown", "Only baselines were compared"),
     ],
 )  # fmt: skip
 def test_the_headline_is_honest_in_both_directions(effects, tone, words):
@@ -380,33 +406,38 @@ def test_the_headline_is_honest_in_both_directions(effects, tone, words):
 def exact(effects: dict[str, float]) -> Comparison:
     """Every class moves by just the effect, so that words can be foreseen."""
     comparison = make(effects)
-    comparison.ap = {"none": torch.full((600,), 0.3, dtype=torch.float64)}
-    comparison.ap |= {variant: comparison.ap["none"] + effect / 100 for variant, effect in effects.items()}
-    return replace(comparison, significance=intervals(comparison, 0.45))
+    for name in comparison.variants:
+        ap = torch.full((600,), 0.3 + effects.get(name, 0.0) / 100, dtype=torch.float64)
+        changed(comparison, name, ap=ap)
+    return with_intervals(comparison, 0.45)
 
 
 def test_a_gain_that_many_variants_explain_is_none():
     comparison = exact({"identity": 0.0, "diffusion": 0.7})
     assert headline(comparison).tone == "gain"
-    found = comparison.significance.difference["diffusion"]["full"]
-    comparison.significance.difference["diffusion"]["full"] = replace(found, p_adjusted=0.2)
+    differences = comparison.variants["diffusion"].bootstrap.over["none"]
+    found = differences["full"]
+    differences["full"] = replace(found, p_adjusted=0.2)
     assert found.low > 0
     assert "No gain can be told from chance" in headline(comparison).text
 
 
 def test_a_sure_gain_counts_before_a_larger_one_by_chance():
     comparison = exact({"identity": 0.0, "sure": 2.0, "wild": 2.5})
-    comparison.significance.difference["wild"]["full"] = Difference(-1.0, 6.0, 0.2, 0.3)
+    comparison.variants["wild"].bootstrap.over["none"]["full"] = Difference(-1.0, 6.0, 0.2, 0.3)
     found = headline(comparison)
     assert found.text.startswith("sure gains 2.00 points")
     assert "wild has the highest full mAP of 2 bridges, and cannot be told from chance." in found.details
 
 
 def test_without_intervals_nothing_is_claimed():
-    found = headline(replace(exact({"identity": 0.0, "diffusion": 5.0}), significance=None))
+    comparison = exact({"identity": 0.0, "diffusion": 5.0})
+    for name in comparison.variants:
+        changed(comparison, name, bootstrap=None)
+    found = headline(replace(comparison, replicates=0))
     assert found.text == (
-        "diffusion ends 5.00 points of full mAP above the bare host. There are no intervals, and one run by itself shows nothing "
-        "of chance."
+        "diffusion ends 5.00 points of full mAP above bare EZ-HOI. There are no intervals, and one run alone says nothing "
+        "about chance."
     )
     assert found.tone == "unknown"
 
@@ -433,7 +464,7 @@ def test_what_is_forced_degraded_or_partial_is_no_gain(tmp_path, change, words):
 def test_the_headline_tells_of_other_seeds():
     details = headline(complete(EIGHT)).details
     assert any(line.startswith("Over its 3 seeds, diffusion=runs/blend has ") for line in details)
-    assert any(line.startswith("class_softmax: ") for line in details), "the best control's figures"
+    assert any(line.startswith("class_softmax: ") for line in details), "the best baseline's figures"
 
 
 # -- the table in the terminal ---------------------------------------------------------------------------------
@@ -443,11 +474,12 @@ def test_the_table_says_what_is_known_of_chance():
     comparison = make(EIGHT)
     table = comparison.table()
     rows = rows_of(table)
-    for variant in comparison.ap:
+    for variant in comparison.variants:
         assert rows[variant] == {group: f"{comparison.mean_ap(variant, group):.2f}" for group in GROUPS}
     lines = table.splitlines()
     begin = next(n for n, line in enumerate(lines) if line.startswith("difference to none [95 % interval] p, adjusted"))
-    for line, (variant, groups) in zip(lines[begin + 2 :], comparison.significance.difference.items(), strict=False):
+    for line, variant in zip(lines[begin + 2 :], EIGHT, strict=False):
+        groups = comparison.variants[variant].bootstrap.difference
         assert line.startswith(variant)
         found = re.findall(r"([+-]\d+\.\d\d) \[([+-]\d+\.\d\d) ([+-]\d+\.\d\d)\] (<?\d\.\d{3})", line)
         assert len(found) == len(groups)
@@ -456,9 +488,7 @@ def test_the_table_says_what_is_known_of_chance():
                 f"{x:+.2f}" for x in (comparison.difference(variant, group), difference.low, difference.high)
             )
             assert p == ("<0.001" if difference.p_adjusted < 0.001 else f"{difference.p_adjusted:.3f}")
-    assert (
-        lines[-1] == "Intervals are over images (1000 resamplings); they do not cover the seed of a bridge's training."
-    )
+    assert lines[-1] == "Intervals cover the choice of images (1000 resamplings), not the training seed."
     assert bare().table().endswith("One run without intervals: small differences may be chance.")
 
 

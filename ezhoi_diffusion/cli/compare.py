@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ezhoi_diffusion.cli import arguments
+from ezhoi_diffusion.cli.terminal import is_terminal, print_table
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 
 if TYPE_CHECKING:
@@ -123,7 +124,9 @@ def run(args: argparse.Namespace) -> int:
         {name: v.alignment for name, v in comparison.variants.items() if v.alignment},
         {name: comparison.mean_ap(name, "full") for name in comparison.variants},
     )
-    print("\n".join(["", comparison.table(), *notes, headline(comparison).text]), flush=True)
+    print()
+    _print(comparison)
+    print("\n".join([*notes, headline(comparison).text]), flush=True)
     if args.out:
         write_report(comparison, args.out, notes)
     if chosen is not None:
@@ -180,6 +183,26 @@ def _score(
     return comparison
 
 
+def _print(comparison: Comparison) -> None:
+    """Print the results: as tables on a terminal, otherwise the plain text that a live run prints."""
+    if not is_terminal():
+        print(comparison.table(), flush=True)
+        return
+    from ezhoi_diffusion.evaluation.comparison import p_text
+
+    head = ["mAP, difference to none [interval] p", *comparison.groups]
+    rows = []
+    for name, result in comparison.variants.items():
+        found = result.bootstrap.difference if result.bootstrap else {}
+        cells = [f"{comparison.mean_ap(name, group):.2f}" for group in comparison.groups]
+        for position, (group, gain) in enumerate(found.items()):
+            difference = comparison.difference(name, group)
+            cells[position] += f"  {difference:+.2f} [{gain.low:+.2f} {gain.high:+.2f}] {p_text(gain.p_adjusted)}"
+        rows.append([name, *cells])
+    print_table(head, rows, numbers=range(1, len(head)))
+    print("\n".join([f"{comparison.images} images, {comparison.pairs} pairs", *comparison.warnings()]), flush=True)
+
+
 def _show_effect(
     args: argparse.Namespace,
     store: FeatureStore,
@@ -209,7 +232,10 @@ def _show_effect(
         "seed": args.seed,
         "forced": comparison.forced,
         "verdict": words.splitlines(),
-        "mean_ap": comparison.to_dict()["mean_ap"],
+        "mean_ap": {
+            name: {group: comparison.mean_ap(name, group) for group in comparison.groups}
+            for name in comparison.variants
+        },
         **effect.to_dict(),
     }
     write_json(args.out / "effect.json", facts)

@@ -6,6 +6,11 @@ import sys
 from collections.abc import Sequence
 
 
+def is_terminal() -> bool:
+    """Whether stdout is a terminal."""
+    return sys.stdout.isatty()
+
+
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[int] = ()) -> None:
     """Print a table on stdout.
 
@@ -14,7 +19,7 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: 
         rows: Cells of each row, as many as titles.
         numbers: Positions of columns that are aligned to the right.
     """
-    if sys.stdout.isatty():
+    if is_terminal():
         from rich.console import Console
         from rich.table import Table
 

@@ -321,7 +321,7 @@ def test_the_pipeline_on_the_miniature(small_world, checkpoint, tmp_path):
 
     failed = run("--train_steps", "0", *quick)
     assert failed.returncode == 2
-    assert "train_steps must be at least 1" in failed.stderr
+    assert "train_steps must be" in failed.stderr
     assert "Traceback" not in failed.stderr
     flags[flags.index("--port") + 1] = "29999"  # changes no feature
     assert "everything was up to date" in run("--train-steps", "10", *quick).stdout

@@ -190,14 +190,14 @@ def _print(comparison: Comparison) -> None:
         return
     from ezhoi_diffusion.evaluation.comparison import p_text
 
-    head = ["mAP, difference to none [interval] p", *comparison.groups]
+    head = ["mAP\ndifference to none [interval]\np", *comparison.groups]
     rows = []
     for name, result in comparison.variants.items():
         found = result.bootstrap.difference if result.bootstrap else {}
         cells = [f"{comparison.mean_ap(name, group):.2f}" for group in comparison.groups]
         for position, (group, gain) in enumerate(found.items()):
             difference = comparison.difference(name, group)
-            cells[position] += f"  {difference:+.2f} [{gain.low:+.2f} {gain.high:+.2f}] {p_text(gain.p_adjusted)}"
+            cells[position] += f"\n{difference:+.2f} [{gain.low:+.2f} {gain.high:+.2f}]\np {p_text(gain.p_adjusted)}"
         rows.append([name, *cells])
     print_table(head, rows, numbers=range(1, len(head)))
     print("\n".join([f"{comparison.images} images, {comparison.pairs} pairs", *comparison.warnings()]), flush=True)

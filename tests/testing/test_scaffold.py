@@ -38,7 +38,7 @@ def test_a_package_is_written_under_its_normalised_name(tmp_path, monkeypatch, c
     assert commands == [
         "  pip install -e 'my-shift[test]'",
         "  pytest my-shift",
-        "  ezhoi-diffusion fit my_shift FEATURES --out BRIDGE",
+        "  ezhoi-diffusion train FEATURES --bridge my_shift --out BRIDGE",
     ]
 
 

@@ -260,8 +260,8 @@ def _train(args: argparse.Namespace) -> int:
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.files import current
     from ezhoi_diffusion.plugins import PluginManager
+    from ezhoi_diffusion.training.data import TrainingData
     from ezhoi_diffusion.training.processes import exit_distributed
-    from ezhoi_diffusion.training.sources import training_data
     from ezhoi_diffusion.training.trainer import train
 
     config = train_config(args)
@@ -270,7 +270,7 @@ def _train(args: argparse.Namespace) -> int:
         raise EzhoiDiffusionError(f"--seeds must be at least 1, not {seeds}")
     if seeds > 1 and current(args.out, CONFIG).exists():
         raise EzhoiDiffusionError(f"{args.out} holds one bridge, so it cannot hold several seeds: give another folder")
-    data = training_data(FeatureStore(args.features), config.recipe.trained_on)
+    data = TrainingData.from_store(FeatureStore(args.features), config.recipe.trained_on)
     parts = components(PluginManager(args.no_plugin))
     denoiser = build_denoiser(config.bridge_config(data.statistics.dim), parts)
     if seeds > 1 and isinstance(denoiser, FittedDenoiser) and config.recipe.trained_on == "text":

@@ -85,7 +85,7 @@ class DiffusionBridge(Bridge):
         registry: Components | None = None,
         provenance: dict[str, Any] | None = None,
         context: Mapping[str, Tensor] | None = None,
-        chunk_rows: int = 1024,
+        chunk_size: int = 1024,
     ) -> None:
         """Assemble a bridge.
 
@@ -96,7 +96,7 @@ class DiffusionBridge(Bridge):
             registry: Where the recipe's sampler is looked up; by default the samplers that ship.
             provenance: Where it comes from, as JSON.
             context: EZ-HOI's context vectors. They are stored with the bridge, which does not use them.
-            chunk_rows: How many features go through the denoiser at once. It bounds memory, changes results by rounding only,
+            chunk_size: How many features go through the denoiser at once. It bounds memory, changes results by rounding only,
                 and is halved where a device has too little memory.
 
         Raises:
@@ -119,7 +119,7 @@ class DiffusionBridge(Bridge):
         self.settings = SETTINGS if config.student_of is None else STUDENT_SETTINGS
         self.provenance = provenance or {}
         self.context = context or {}
-        self.chunk_rows = chunk_rows
+        self.chunk_size = chunk_size
         self.schedule = config.schedule()
         self._samples: _Samples | None = None
         means = {"visual": statistics.visual_mean, "text": statistics.text_mean}
@@ -162,8 +162,8 @@ class DiffusionBridge(Bridge):
             [N, D], of the dtype and on the device of `adapter_feat`.
 
         Raises:
-            BridgeError: Not a floating-point matrix of width D, or not finite. Finiteness is checked on the CPU only; elsewhere
-                such features come back without a finite value.
+            BridgeError: Not a floating-point matrix of width D, or not finite. Finiteness is checked on the CPU only; on a GPU
+                the result is not finite either.
         """
         x = adapter_feat
         if x.ndim != 2 or x.shape[1] != self.config.dim or not x.is_floating_point():
@@ -193,11 +193,11 @@ class DiffusionBridge(Bridge):
     def _in_chunks(self, z: Tensor) -> Tensor:
         while True:
             try:
-                return torch.cat([self.sample(chunk) for chunk in z.split(self.chunk_rows)])
+                return torch.cat([self.sample(chunk) for chunk in z.split(self.chunk_size)])
             except torch.OutOfMemoryError:
-                if min(self.chunk_rows, len(z)) == 1:
+                if min(self.chunk_size, len(z)) == 1:
                     raise
-            self.chunk_rows = -(-min(self.chunk_rows, len(z)) // 2)  # it stays, or every image would fail first
+            self.chunk_size = -(-min(self.chunk_size, len(z)) // 2)  # it stays, or every image would fail first
 
     @torch.no_grad()
     def sample(self, z: Tensor) -> Tensor:
@@ -245,7 +245,7 @@ class DiffusionBridge(Bridge):
         revision: str | None = None,
         registry: Components | None = None,
         device: torch.device | str | None = None,
-        chunk_rows: int = 1024,
+        chunk_size: int = 1024,
     ) -> DiffusionBridge:
         """Load a bridge. Nothing from the artefact is executed, and no global random number is drawn.
 
@@ -254,7 +254,7 @@ class DiffusionBridge(Bridge):
             revision: Branch, tag or commit of the repository.
             registry: Denoisers and samplers; by default those that ship.
             device: Where the bridge goes; by default the CPU.
-            chunk_rows: As for the constructor.
+            chunk_size: As for the constructor.
 
         Raises:
             BridgeError: The artefact is incomplete or cannot be used; the message names the file and what to do.
@@ -273,7 +273,7 @@ class DiffusionBridge(Bridge):
                 registry=registry,
                 provenance=artifact.provenance,
                 context=artifact.context,
-                chunk_rows=chunk_rows,
+                chunk_size=chunk_size,
             )
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, EzhoiDiffusionError) as error:
             raise BridgeError(f"the artefact in {folder} cannot be used: {error}") from error

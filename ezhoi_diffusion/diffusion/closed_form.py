@@ -14,7 +14,7 @@ from ezhoi_diffusion.diffusion.denoiser import DenoiserError, FittedDenoiser
 from ezhoi_diffusion.diffusion.recipes import Objective
 from ezhoi_diffusion.diffusion.schedule import Schedule
 
-MAX_DIM, MAX_ROWS = 4096, 65_536
+MAX_DIM, MAX_STORED = 4096, 65_536
 
 
 class _ScheduleTables(nn.Module):
@@ -77,26 +77,26 @@ class Empirical(FittedDenoiser):
     """
 
     memorizes = True
-    rows: Tensor
+    stored: Tensor
 
-    def __init__(self, dim: int, schedule: Schedule, scale_factor: float, rows: int) -> None:
+    def __init__(self, dim: int, schedule: Schedule, scale_factor: float, count: int) -> None:
         super().__init__()
         self.tables = _ScheduleTables(dim, schedule, scale_factor)
-        self.register_buffer("rows", torch.zeros(rows, dim))
+        self.register_buffer("stored", torch.zeros(count, dim))
 
     def fit(self, z: Tensor) -> None:
         """Store z [N, D]. Raises DenoiserError for no feature and for more than 65536."""
-        _require_rows(len(z))
-        self.rows = z.to(self.rows, copy=True)
+        _require_count(len(z))
+        self.stored = z.to(self.stored, copy=True)
 
     def fitted_options(self) -> dict[str, Any]:
         """Return how many features are stored."""
-        return {"rows": len(self.rows)}
+        return {"count": len(self.stored)}
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Return the posterior mean [N, D] for x [N, D] of norm `scale_factor` at timesteps t [N] or [1]."""
         precision = self.tables.signal[t] * self.tables.norm[t] / self.tables.variance[t]
-        return torch.softmax(precision * (x @ self.rows.T), dim=1) @ self.rows
+        return torch.softmax(precision * (x @ self.stored.T), dim=1) @ self.stored
 
 
 def build_gaussian(dim: int, schedule: Schedule, objective: Objective, scale_factor: float) -> nn.Module:
@@ -106,12 +106,12 @@ def build_gaussian(dim: int, schedule: Schedule, objective: Objective, scale_fac
 
 
 def build_empirical(
-    dim: int, schedule: Schedule, objective: Objective, scale_factor: float, *, rows: int = 1
+    dim: int, schedule: Schedule, objective: Objective, scale_factor: float, *, count: int = 1
 ) -> nn.Module:
-    """Build an Empirical with `rows` stored zeros. Raises DenoiserError unless pred_x0, D <= 4096 and rows <= 65536."""
+    """Build an Empirical with `count` stored zeros. Raises DenoiserError unless pred_x0, D <= 4096, count <= 65536."""
     _require("empirical", dim, objective)
-    _require_rows(rows)
-    return Empirical(dim, schedule, scale_factor, rows)
+    _require_count(count)
+    return Empirical(dim, schedule, scale_factor, count)
 
 
 def _require(name: str, dim: int, objective: Objective) -> None:
@@ -121,6 +121,6 @@ def _require(name: str, dim: int, objective: Objective) -> None:
         raise DenoiserError(f"{name} takes features of width up to {MAX_DIM}, not {dim}")
 
 
-def _require_rows(rows: int) -> None:
-    if type(rows) is not int or not 1 <= rows <= MAX_ROWS:
-        raise DenoiserError(f"empirical: rows must be a whole number from 1 to {MAX_ROWS}, not {rows!r}")
+def _require_count(count: int) -> None:
+    if type(count) is not int or not 1 <= count <= MAX_STORED:
+        raise DenoiserError(f"empirical stores 1 to {MAX_STORED} features, not {count!r}")

@@ -100,7 +100,7 @@ def build_mlp(
     """Build the default denoiser; width 512 is that of CLIP ViT-B.
 
     Raises:
-        DenoiserError: The width is outside 8…4096, or the depth outside 1…12. An artefact from elsewhere could otherwise
+        DenoiserError: The width is outside 8…4096, or the depth outside 1…12. An untrusted artefact could otherwise
             claim all memory before its weights are read; the largest network allowed takes about 2 GB.
     """
     for name, value, low, high in (("width", width, 8, 4096), ("depth", depth, 1, 12)):

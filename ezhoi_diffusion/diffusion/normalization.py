@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def rescale(x: Tensor, scale_factor: float) -> Tensor:
-    """Set the norm of every row of x [N, D] to `scale_factor`."""
+    """Set the norm of every feature of x [N, D] to `scale_factor`."""
     return scale_factor * F.normalize(x, dim=-1)
 
 
@@ -35,8 +35,8 @@ def uncenter(z: Tensor, mean: Tensor) -> Tensor:
     |μ| < 1.
 
     Raises:
-        ValueError: The mean [D] has a norm of 1 or more. It is checked on the CPU only: elsewhere the check would wait for
-            the device.
+        ValueError: The mean [D] has a norm of 1 or more. It is checked on the CPU only: on a GPU the check would wait
+            for the device.
     """
     squared = mean.square().sum()
     if mean.device.type == "cpu" and not squared < 1:

@@ -53,7 +53,7 @@ def build_unet1d(
 
     Raises:
         DenoiserError: The package cannot be imported, D cannot be halved that often, or the network has more than 6
-            resolutions or 1024 channels. The largest network allowed takes about 1 GB: an artefact from elsewhere could
+            resolutions or 1024 channels. The largest network allowed takes about 1 GB: an untrusted artefact could
             otherwise claim all memory before its weights are read.
     """
     if type(init_dim) is not int or not 4 <= init_dim <= 256:

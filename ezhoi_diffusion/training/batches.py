@@ -1,7 +1,7 @@
 """Which features, timesteps and noise belong to which batch.
 
-All are functions of seed and batch number. So a resumed run, and a run on several processes, see what one uninterrupted
-process sees.
+All are functions of seed and batch number. A resumed run and a run on several processes therefore see the same batches as one
+uninterrupted process.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ezhoi_diffusion.rng import generator
 def batch_indices(count: int, batch_size: int, seed: int, batch: int) -> Tensor:
     """Return the indices [batch_size] of one batch of `count` features.
 
-    The permutations of all epochs are laid end to end and cut into batches. So a batch may span epochs, several where `count`
-    is below `batch_size`.
+    The permutations of all epochs are laid end to end and cut into batches. A batch may span epochs: several where `count` is
+    below `batch_size`.
     """
     first, last = batch * batch_size, (batch + 1) * batch_size
     epochs = range(first // count, (last - 1) // count + 1)

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from ezhoi_diffusion.diffusion.normalization import normalize, rescale
+from ezhoi_diffusion.diffusion.recipes import Source
+from ezhoi_diffusion.features.labels import seen_pairs
 from ezhoi_diffusion.features.split import validation_mask
 from ezhoi_diffusion.features.statistics import ModalityStatistics
+from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
 
 BLOCK = 65536
@@ -37,6 +40,25 @@ class TrainingData:
     """[N, D], the text of each visual feature's own class, for training on pairs."""
     images: int | None = None
     """Number of captured images, with those that have no pair."""
+
+    @classmethod
+    def from_store(cls, store: FeatureStore, trained_on: Source) -> TrainingData:
+        """Take what a recipe learns from. Visual features are read for "visual" and "pairs" only.
+
+        Raises:
+            EzhoiDiffusionError: The store is a capture of test images.
+        """
+        store.require_training_images("a bridge is trained on")
+        provenance = {"fingerprint": store.fingerprint, "features": {"rows": len(store), "images": len(store.images)}}
+        visual, image, own_text = store.text[:0], torch.zeros(0, dtype=torch.long), None
+        if trained_on == "visual":
+            visual, image = store.adapter_feat(), store.image_index()
+        elif trained_on == "pairs":
+            pairs = seen_pairs(store, held_out=None)
+            visual, image, own_text = pairs.visual, pairs.image, pairs.text
+        return cls(
+            visual, image, store.text, store.statistics(), provenance, store.context, own_text, len(store.images)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +148,7 @@ class TrainingSet:
     def resident(self, device: torch.device) -> Tensor | None:
         """Return all normalised features [N, D] on the device, or None where batches are taken one by one.
 
-        Pairs are. So are many features on a CPU, because they may be mapped from disk and larger than its memory.
+        Those are pairs, and many features on a CPU: they may be mapped from disk and larger than its memory.
         """
         if self.paired or (device.type == "cpu" and len(self.source) > BLOCK):
             return None

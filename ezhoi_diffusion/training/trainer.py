@@ -18,7 +18,7 @@ from ezhoi_diffusion.files import current, leftovers, locked
 from ezhoi_diffusion.signals import asked_to_stop
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
 from ezhoi_diffusion.training.data import TrainingData
-from ezhoi_diffusion.training.fit import fit_bridge
+from ezhoi_diffusion.training.fit_denoiser import fit_bridge
 from ezhoi_diffusion.training.loop import CHECKPOINTS, TrainingLoop
 from ezhoi_diffusion.training.processes import accelerator_for, broadcast_from_main
 from ezhoi_diffusion.training.trackers import TRACKS, require_trackers, start_trackers

@@ -145,7 +145,7 @@ def test_deterministic_and_independent_of_batch_and_chunks(recipe, objective):
     assert torch.isfinite(y).all()
     assert torch.equal(bridge(x), y)
     scale = y.norm(dim=1).max()
-    chunked = make(recipe, objective, chunk_rows=7, **changes)(x)
+    chunked = make(recipe, objective, chunk_size=7, **changes)(x)
     alone = torch.cat([bridge(row[None]) for row in x])
     assert (chunked - y).abs().max() / scale < 1e-5
     assert (alone - y).abs().max() / scale < 1e-5

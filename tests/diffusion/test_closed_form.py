@@ -72,7 +72,7 @@ def test_gaussian_beats_the_isotropic_estimate_on_held_out_features():
 def test_empirical_weighs_stored_features_by_their_likelihood(t):
     """Bayes' rule with a normal likelihood, written out with distances."""
     z = centred(9)
-    denoiser = build_empirical(DIM, SCHEDULE, "pred_x0", SCALE, rows=9)
+    denoiser = build_empirical(DIM, SCHEDULE, "pred_x0", SCALE, count=9)
     denoiser.fit(z)
     x = rescale(noisy(z[:5], t), SCALE)
     alpha_bar = SCHEDULE.alphas_cumprod[t]
@@ -104,7 +104,7 @@ def test_a_fit_writes_a_bridge_of_all_texts(tmp_path, config):
     facts = json.loads((out / "training.json").read_text())
     bridge = DiffusionBridge.from_pretrained(out)
     assert bridge.provenance["training"]["rows"] == len(data.text)
-    assert bridge.provenance["host"] == "test"
+    assert bridge.provenance["run"] == "test"
     assert torch.equal(bridge.context["ctx"], torch.ones(2))
     assert facts["history"] == []
     assert len(facts["val_loss_by_range"]) == len(facts["ranges"]) == 5
@@ -210,8 +210,8 @@ def test_a_fit_to_visual_features_uses_training_images_only(tmp_path):
         (replace(EMPIRICAL, recipe=RECIPES["guide"]), "learns from visual features"),
         (replace(GAUSSIAN, objective="pred_v"), "pred_x0"),
         (replace(GAUSSIAN, denoiser_options={"width": 8}), "does not take"),
-        (replace(EMPIRICAL, denoiser_options={"rows": 5}), "leave it out"),
-        (replace(GAUSSIAN, denoiser_options={"rows": 5}), "denoiser 'gaussian' does not take"),
+        (replace(EMPIRICAL, denoiser_options={"count": 5}), "leave it out"),
+        (replace(GAUSSIAN, denoiser_options={"count": 5}), "denoiser 'gaussian' does not take"),
     ],
 )
 def test_a_refused_fit_leaves_no_bridge(tmp_path, config, says):
@@ -230,11 +230,11 @@ def test_pairs_cannot_be_fitted(tmp_path):
 @pytest.mark.parametrize(
     ("build", "says"),
     [
-        (lambda: build_empirical(8, SCHEDULE, "pred_x0", SCALE, rows=0), "rows"),
-        (lambda: build_empirical(8, SCHEDULE, "pred_x0", SCALE, rows=10**9), "rows"),
+        (lambda: build_empirical(8, SCHEDULE, "pred_x0", SCALE, count=0), "stores 1 to"),
+        (lambda: build_empirical(8, SCHEDULE, "pred_x0", SCALE, count=10**9), "stores 1 to"),
         (lambda: build_gaussian(5000, SCHEDULE, "pred_x0", SCALE), "width"),
         (lambda: build_gaussian(8, SCHEDULE, "pred_x0", SCALE).fit(torch.ones(1, 8)), "two features"),
-        (lambda: build_empirical(8, SCHEDULE, "pred_x0", SCALE).fit(torch.ones(0, 8)), "rows"),
+        (lambda: build_empirical(8, SCHEDULE, "pred_x0", SCALE).fit(torch.ones(0, 8)), "stores 1 to"),
     ],
 )
 def test_denoisers_refuse(build, says):

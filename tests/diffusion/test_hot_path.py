@@ -59,7 +59,7 @@ def around(denoiser: str, options: dict, recipe: str, objective: str = "pred_x0"
 
 
 @pytest.mark.parametrize(
-    ("denoiser", "options"), [("mlp", MLP), ("unet1d", {"init_dim": 8}), ("gaussian", {}), ("empirical", {"rows": 5})]
+    ("denoiser", "options"), [("mlp", MLP), ("unet1d", {"init_dim": 8}), ("gaussian", {}), ("empirical", {"count": 5})]
 )
 @pytest.mark.parametrize("recipe", ["gentle", "guide", "paper"])
 def test_the_bridge_waits_for_no_device_and_copies_between_none(denoiser, options, recipe):
@@ -148,7 +148,7 @@ def test_chunks_halve_until_they_fit_and_stay_small():
     bridge = make()
     bridge.denoiser = LittleMemory(bridge.denoiser, 13)
     assert torch.allclose(bridge(x), plain(x), rtol=1e-5)
-    assert bridge.chunk_rows == 13
+    assert bridge.chunk_size == 13
     bridge.denoiser.asked.clear()
     bridge(x)
     assert max(bridge.denoiser.asked) == 13

@@ -404,13 +404,15 @@ def test_a_sound_bridge(look, trained):
 def test_the_data_of_a_visual_recipe_are_recognised_too(look, tmp_path, trained):
     features, _ = trained
     from ezhoi_diffusion.features.store import FeatureStore
-    from ezhoi_diffusion.training.sources import training_data
+    from ezhoi_diffusion.training.data import TrainingData
 
     for recipe in ("guide", "paper"):
         config = TrainConfig(
             recipe=replace(RECIPES[recipe], num_steps=2), denoiser_options={"width": 8, "depth": 1}, train_steps=2
         )
-        out = train(training_data(FeatureStore(features), config.recipe.trained_on), config, tmp_path / recipe)
+        out = train(
+            TrainingData.from_store(FeatureStore(features), config.recipe.trained_on), config, tmp_path / recipe
+        )
         one(look(features, out), "bridge.data", "ok", "these features")
 
 

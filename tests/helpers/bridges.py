@@ -16,23 +16,22 @@ from ezhoi_diffusion.diffusion.recipes import RECIPES
 from ezhoi_diffusion.features.statistics import ModalityStatistics
 
 DIM = 64
-
-
 MLP = {"width": 32, "depth": 1}
 
 
-def features(rows: int = 40, dim: int = DIM, seed: int = 0) -> torch.Tensor:
-    """Rows with a common offset, as CLIP features have one."""
+def features(count: int = 40, dim: int = DIM, seed: int = 0) -> torch.Tensor:
+    """Features [count, dim] with a common offset, as CLIP's have one."""
     generator = torch.Generator().manual_seed(seed)
-    return 4 * (torch.randn(rows, dim, generator=generator) + 1.5 * torch.randn(dim, generator=generator))
+    return 4 * (torch.randn(count, dim, generator=generator) + 1.5 * torch.randn(dim, generator=generator))
 
 
 def statistics(dim: int = DIM) -> ModalityStatistics:
+    """Return the means of such features, and of texts."""
     return ModalityStatistics.of([features(dim=dim)], features(20, dim, seed=1))
 
 
-def make(recipe: str = "gentle", objective: str = "pred_x0", chunk_rows: int = 1024, **changes) -> DiffusionBridge:
-    """A bridge around an MLP with random weights, all the way to the last layer."""
+def make(recipe: str = "gentle", objective: str = "pred_x0", chunk_size: int = 1024, **changes) -> DiffusionBridge:
+    """Build a bridge around an MLP with random weights in every layer."""
     chosen = replace(RECIPES[recipe], **changes)
     config = BridgeConfig(DIM, chosen, "mlp", MLP, objective)  # type: ignore
     with torch.random.fork_rng(devices=[]):
@@ -40,4 +39,4 @@ def make(recipe: str = "gentle", objective: str = "pred_x0", chunk_rows: int = 1
         denoiser = build_denoiser(config)
         for parameter in denoiser.parameters():
             nn.init.normal_(parameter, std=0.1)
-    return DiffusionBridge(config, denoiser, statistics(), provenance={"run": {"D": DIM}}, chunk_rows=chunk_rows)
+    return DiffusionBridge(config, denoiser, statistics(), provenance={"run": {"D": DIM}}, chunk_size=chunk_size)

@@ -30,7 +30,7 @@ def test_the_last_two_checkpoints_are_kept(tmp_path):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "manifest.json"])
 @pytest.mark.parametrize("damage", [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-1] + b"X")])
-def test_the_newest_whole_checkpoint_counts(tmp_path, name, damage):
+def test_the_newest_complete_checkpoint_counts(tmp_path, name, damage):
     checkpoint(tmp_path, 1)
     checkpoint(tmp_path, 2)
     damage(tmp_path / "step-000000002" / name)
@@ -42,7 +42,7 @@ def test_the_newest_whole_checkpoint_counts(tmp_path, name, damage):
     assert (tmp_path / "step-000000001").exists()
 
 
-def test_a_checkpoint_that_was_about_to_be_replaced_is_put_back(tmp_path):
+def test_a_checkpoint_that_was_moved_aside_is_put_back(tmp_path):
     checkpoint(tmp_path, 1)
     (tmp_path / "step-000000001").rename(tmp_path / "step-000000001.replaced")
     (tmp_path / "step-000000001.staged").mkdir()
@@ -51,7 +51,7 @@ def test_a_checkpoint_that_was_about_to_be_replaced_is_put_back(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000000001", "step-000000002"]
 
 
-def test_an_unfinished_checkpoint_is_not_seen(tmp_path):
+def test_an_unfinished_checkpoint_is_ignored(tmp_path):
     (tmp_path / "step-000000009.staged").mkdir(parents=True)
     assert read_newest(tmp_path) is None
     (tmp_path / "step-000000008").mkdir()

@@ -1,4 +1,4 @@
-"""The configuration of a training: its JSON, what it refuses, and its flags."""
+"""The configuration of a training: its JSON, and what it refuses."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from ezhoi_diffusion.diffusion.recipes import RECIPES
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
 
 
-def test_configuration_is_its_json():
+def test_configuration_survives_json():
     config = TrainConfig(recipe=RECIPES["guide"], denoiser_options={"width": 8}, train_steps=7)
     assert config.departures(json.loads(json.dumps(config.to_dict()))) == []
     assert all(field.metadata["help"] for field in fields(TrainConfig))
@@ -50,7 +50,7 @@ def test_configuration_refuses(change):
         replace(TrainConfig(), **change)
 
 
-def test_what_makes_it_another_run():
+def test_departures_name_what_makes_another_run():
     config = TrainConfig()
     old = config.to_dict()
     assert config.departures(old) == []

@@ -1,4 +1,4 @@
-"""A student: as near to its teacher as it says, judged on rows it has not learned from, and a bridge as any other."""
+"""Distillation: a student comes as near to its teacher as it says, on features it has not learned from."""
 
 import json
 from dataclasses import replace
@@ -14,15 +14,15 @@ from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.testing import synthetic_store
 from ezhoi_diffusion.training import distillation
 from ezhoi_diffusion.training.config import TrainingError
+from ezhoi_diffusion.training.data import TrainingData
 from ezhoi_diffusion.training.distillation import distill
-from ezhoi_diffusion.training.sources import training_data
 from ezhoi_diffusion.training.trainer import train
 from helpers.bridges import make
 from helpers.trainings import QUICK, low_rank
 
 
 @pytest.fixture(autouse=True)
-def few_rows(monkeypatch):
+def few_features(monkeypatch):
     monkeypatch.setattr(distillation, "NUM_FEATURES", 300)
 
 
@@ -33,18 +33,18 @@ def teacher(tmp_path_factory):
     return DiffusionBridge.from_pretrained(train(low_rank(), config, tmp_path_factory.mktemp("teacher") / "out"))
 
 
-def taught(teacher, train_steps=400, seed=0):
+def distilled(teacher, train_steps=400, seed=0):
     data = low_rank(visuals=240)
     return distill(teacher, data.visual[:200], data.visual[200:], data.text, train_steps=train_steps, seed=seed)
 
 
 def direction(bridge, x):
-    """Before blending, mean and norm: what is distilled."""
+    """Return what is distilled: the result before blending, mean and norm."""
     return bridge.override(blend=1.0, output="unit_norm")(x)
 
 
 def test_one_evaluation_gives_what_ten_give(teacher):
-    student, reached = taught(teacher)
+    student, reached = distilled(teacher)
     unseen = low_rank(visuals=240).visual[200:]
     cosine = torch.cosine_similarity(direction(student, unseen), direction(teacher, unseen))
     one = torch.cosine_similarity(direction(teacher.override(num_steps=1), unseen), direction(teacher, unseen))
@@ -56,8 +56,8 @@ def test_one_evaluation_gives_what_ten_give(teacher):
     assert 1 - reached.cosine < 0.3 * (1 - float(one.mean()))
 
 
-def test_it_is_stored_with_how_near_it_comes(teacher, tmp_path):
-    student, reached = taught(teacher, train_steps=20)
+def test_the_artefact_records_fidelity_and_teacher(teacher, tmp_path):
+    student, reached = distilled(teacher, train_steps=20)
     student.save_pretrained(tmp_path)
     again = DiffusionBridge.from_pretrained(tmp_path)
     x = low_rank().visual
@@ -65,13 +65,13 @@ def test_it_is_stored_with_how_near_it_comes(teacher, tmp_path):
     assert again.provenance["distilled"]["held_out"] == vars(reached)
     assert (again.config.student_of["start_timestep"], again.config.student_of["num_steps"]) == (600, 10)
     assert again.provenance["distilled"]["teacher"] == teacher.provenance["training"]
-    assert again.provenance["host"] == teacher.provenance["host"]
+    assert again.provenance["run"] == teacher.provenance["run"]
     assert "training" not in again.provenance
     assert torch.equal(again.context["ctx"], teacher.context["ctx"])
 
 
-def test_it_is_no_teacher_in_disguise(teacher):
-    """Reports and cards tell bridges apart by where they come from, and say what is applied otherwise than it is stored."""
+def test_the_provenance_of_a_student_differs_from_its_teachers(teacher):
+    """Reports and cards tell bridges apart by their provenance."""
     applied = teacher.override(num_steps=7)
     student, _ = distill(applied, low_rank().visual[:60], low_rank().visual[60:], low_rank().text, train_steps=2)
     origins = [{k: v for k, v in bridge.provenance.items() if k != "overridden"} for bridge in (applied, student)]
@@ -81,7 +81,7 @@ def test_it_is_no_teacher_in_disguise(teacher):
         distill(student, low_rank().visual[:60], low_rank().visual[60:], low_rank().text)
 
 
-def test_it_starts_from_the_weights_of_its_teacher(teacher):
+def test_a_student_starts_from_the_weights_of_its_teacher(teacher):
     student, _ = distill(teacher, low_rank().visual[:60], low_rank().visual[60:], low_rank().text, train_steps=1)
     moved = [
         float((new - old).abs().max())
@@ -90,13 +90,13 @@ def test_it_starts_from_the_weights_of_its_teacher(teacher):
     assert max(moved) < 2 * distillation.LEARNING_RATE  # one step of Adam
 
 
-def test_of_many_held_out_rows_a_part_is_bridged(teacher, monkeypatch):
+def test_of_many_held_out_features_a_part_is_bridged(teacher, monkeypatch):
     monkeypatch.setattr(distillation, "MAX_HELD_OUT", 5)
-    assert taught(teacher, train_steps=1)[1].rows == 5
+    assert distilled(teacher, train_steps=1)[1].rows == 5
 
 
-def test_its_teachers_settings_are_fixed_and_the_others_are_not(teacher):
-    student, _ = taught(teacher, train_steps=5)
+def test_settings_of_the_teachers_sampler_are_fixed(teacher):
+    student, _ = distilled(teacher, train_steps=5)
     for fixed in ({"start_timestep": 100}, {"num_steps": 2}, {"spacing": "cubic"}):
         with pytest.raises(BridgeError, match="its settings are blend, output"):
             student.override(**fixed)
@@ -106,23 +106,23 @@ def test_its_teachers_settings_are_fixed_and_the_others_are_not(teacher):
     assert not torch.allclose(strong(x), x, rtol=1e-2)
 
 
-def test_the_same_seed_gives_the_same_student_and_no_global_random_number_is_drawn(teacher):
+def test_the_same_seed_gives_the_same_student_and_draws_no_global_random_number(teacher):
     state = torch.get_rng_state()
-    one, other, another = taught(teacher, 5), taught(teacher, 5), taught(teacher, 5, seed=1)
+    one, other, another = distilled(teacher, 5), distilled(teacher, 5), distilled(teacher, 5, seed=1)
     assert torch.equal(torch.get_rng_state(), state)
     weights = [list(student.denoiser.state_dict().values()) for student, _ in (one, other, another)]
     assert all(map(torch.equal, weights[0], weights[1]))
     assert not all(map(torch.equal, weights[0], weights[2]))
 
 
-def test_nothing_is_learned_from_held_out_rows(teacher):
+def test_nothing_is_learned_from_held_out_features(teacher):
     data = low_rank(visuals=240)
-    student, _ = taught(teacher, 5)
+    student, _ = distilled(teacher, 5)
     other, _ = distill(teacher, data.visual[:200], -data.visual[200:], data.text, train_steps=5)
     assert all(map(torch.equal, student.denoiser.state_dict().values(), other.denoiser.state_dict().values()))
 
 
-def test_a_teacher_of_any_denoiser_has_an_mlp_as_student(tmp_path):
+def test_the_student_is_an_mlp_whatever_the_teacher(tmp_path):
     data = low_rank()
     recipe = replace(make("paper").config.recipe, num_steps=10, spacing="cubic")
     out = train(data, replace(QUICK, denoiser="empirical", denoiser_options={}, recipe=recipe), tmp_path / "out")
@@ -133,7 +133,7 @@ def test_a_teacher_of_any_denoiser_has_an_mlp_as_student(tmp_path):
     assert (student.config.recipe.spacing, student.config.student_of["spacing"]) == ("linear", "cubic")
 
 
-def test_what_cannot_be_distilled(teacher):
+def test_refuses_what_cannot_be_distilled(teacher):
     data = low_rank()
     with pytest.raises(TrainingError, match="one evaluation already"):
         distill(teacher.override(num_steps=1), data.visual, data.visual, data.text)
@@ -141,7 +141,7 @@ def test_what_cannot_be_distilled(teacher):
         distill(teacher, data.visual[:1], data.visual, data.text)
 
 
-def test_fidelity_against_cosines_written_out():
+def test_fidelity_equals_cosines_written_out():
     text = torch.eye(4)[:3]
     reference = torch.tensor([[1.0, 0, 0, 0], [0, 2, 0, 0]])
     found = torch.tensor([[3.0, 0, 0, 4], [0, 1, 3, 0]])
@@ -158,7 +158,7 @@ def stores(tmp_path_factory):
     store = synthetic_store(folder / "train", images=40)
     recipe = replace(make("paper").config.recipe, num_steps=10)
     config = replace(QUICK, recipe=recipe, train_steps=100, learning_rate=2e-3)
-    bridge = train(training_data(store, "text"), config, folder / "bridge")
+    bridge = train(TrainingData.from_store(store, "text"), config, folder / "bridge")
     synthetic_store(folder / "test", split="test", images=8)
     synthetic_store(folder / "other", images=20, seed=5)
     return folder, bridge
@@ -218,7 +218,7 @@ def test_steps_that_no_bridge_can_take_are_refused(stores, tmp_path, capsys):
         (["--num-steps", "1"], "one evaluation already"),
     ],
 )
-def test_what_the_command_refuses_it_does_not_write(stores, tmp_path, capsys, changes, says):
+def test_the_command_does_not_write_what_it_refuses(stores, tmp_path, capsys, changes, says):
     folder, bridge = stores
     out = tmp_path / "student"
     words = [
@@ -237,7 +237,7 @@ def test_what_the_command_refuses_it_does_not_write(stores, tmp_path, capsys, ch
     assert not (out / "config.json").exists()
 
 
-def test_a_student_is_not_made_of_test_images_or_another_hosts(stores, tmp_path, capsys):
+def test_the_command_refuses_test_images_and_another_run(stores, tmp_path, capsys):
     folder, bridge = stores
     assert main(["train", str(folder / "test"), "--student-of", str(bridge), "--out", str(tmp_path / "a")]) == 2
     assert "training images only" in capsys.readouterr().err

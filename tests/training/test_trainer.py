@@ -1,4 +1,4 @@
-"""Training: it learns, it splits by image, it goes on where it stopped, it is the same on two processes."""
+"""Training learns, splits by image, resumes bit-equally, and gives the same on two processes."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def test_learns_more_than_the_isotropic_estimate(tmp_path):
     assert facts["seconds"] > 0
 
     bridge = DiffusionBridge.from_pretrained(out)
-    assert bridge.provenance["host"] == "test"
+    assert bridge.provenance["run"] == "test"
     best = min((r for r in facts["history"] if "val_loss" in r), key=lambda r: r["val_loss"])
     training = bridge.provenance["training"]
     assert (training["step"], training["val_loss"]) == (best["step"], best["val_loss"])
@@ -55,18 +55,18 @@ def test_learns_more_than_the_isotropic_estimate(tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["pred_noise", "pred_v"])
-def test_other_objectives_give_a_usable_x0(tmp_path, objective):
+def test_other_objectives_give_a_good_x0(tmp_path, objective):
     config = replace(QUICK, train_steps=150, objective=objective, learning_rate=2e-3, val_every=150)
     data = low_rank()
     bridge = DiffusionBridge.from_pretrained(train(data, config, tmp_path / "out"))
     z = TrainingSet.from_data(data, config)[torch.arange(60)]
-    for level in (20, 99):
-        x0 = bridge.predict_x0(z, level)
+    for t in (20, 99):
+        x0 = bridge.predict_x0(z, t)
         assert nn.functional.cosine_similarity(x0, z).mean() > 0.9
 
 
 @pytest.mark.parametrize("recipe", ["guide", "paper"])
-def test_rows_lose_the_mean_their_recipe_says_and_split_by_image(recipe):
+def test_features_lose_the_mean_of_their_recipe_and_are_split_by_image(recipe):
     data = low_rank()
     config = replace(QUICK, recipe=RECIPES[recipe])
     rows = TrainingSet.from_data(data, config)
@@ -79,23 +79,23 @@ def test_rows_lose_the_mean_their_recipe_says_and_split_by_image(recipe):
     assert torch.equal(rows.mean, data.statistics.text_mean)
 
 
-def test_images_are_held_out_alike_whatever_the_seed():
+def test_held_out_images_do_not_depend_on_the_seed():
     data, config = low_rank(), replace(QUICK, recipe=RECIPES["guide"])
     first, other = (TrainingSet.from_data(data, replace(config, seed=seed)) for seed in (0, 1))
     assert torch.equal(first.validation, other.validation)
     text = [TrainingSet.from_data(data, replace(QUICK, seed=seed)).validation for seed in (0, 1)]
-    assert not torch.equal(*text), "text rows have no images, and are split by seed"
+    assert not torch.equal(*text), "text features have no image: the seed decides"
     more = replace(data, images=200)
     assert set(TrainingSet.from_data(more, config).validation.tolist()) != set(first.validation.tolist())
     with pytest.raises(TrainingError, match="are left to train on"):
         TrainingSet.from_data(replace(data, image=torch.full_like(data.image, 3), images=90), config)
 
 
-# pairs
+# Pairs
 
 
 def rotated(classes: int = 12, each: int = 40, dim: int = DIM) -> TrainingData:
-    """Visual rows that are their class's text turned by a hidden rotation, shifted, scaled and blurred."""
+    """Visual features: the text of their class, rotated, shifted, scaled and with noise."""
     generator = torch.Generator().manual_seed(1)
     text = torch.randn(classes, dim, generator=generator) + 2
     turn = torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0]
@@ -105,7 +105,7 @@ def rotated(classes: int = 12, each: int = 40, dim: int = DIM) -> TrainingData:
     return TrainingData(visual, image, text, ModalityStatistics.of([visual], text), own_text=own, images=60)
 
 
-def test_pairs_are_mixed_from_the_text_to_the_blurred_visual_row():
+def test_pairs_are_mixed_from_text_to_the_visual_feature_with_noise():
     data, recipe = rotated(), replace(RECIPES["paired"], noise_augmentation=0.5)
     rows = TrainingSet.from_data(data, replace(QUICK, recipe=recipe))
     some = torch.arange(7)
@@ -121,7 +121,7 @@ def test_pairs_are_mixed_from_the_text_to_the_blurred_visual_row():
     assert not set(data.image[rows.training].tolist()) & set(data.image[rows.validation].tolist())
 
 
-def test_a_bridge_trained_on_pairs_leads_rows_of_held_out_images_to_their_own_text(tmp_path):
+def test_a_bridge_trained_on_pairs_leads_features_of_held_out_images_to_their_own_text(tmp_path):
     data = rotated()
     recipe = replace(RECIPES["paired"], blend=1.0)
     config = replace(
@@ -143,22 +143,22 @@ def test_a_bridge_trained_on_pairs_leads_rows_of_held_out_images_to_their_own_te
     assert bridge.provenance["training"]["stopped"] == facts["stopped"]
 
 
-def test_pairs_need_texts_and_the_objective_that_fits():
+def test_pairs_need_texts_and_objective_pred_x0():
     with pytest.raises(TrainingError, match="no text of a feature's own class"):
         TrainingSet.from_data(low_rank(), replace(QUICK, recipe=RECIPES["paired"]))
     with pytest.raises(TrainingError, match="pred_x0 for a recipe of pairs"):
         replace(QUICK, recipe=RECIPES["paired"], objective="pred_v")
 
 
-def test_a_visual_trained_recipe_runs(tmp_path):
+def test_a_recipe_that_learns_from_visual_features_runs(tmp_path):
     recipe = replace(RECIPES["guide"], num_steps=5)
     out = train(low_rank(), replace(QUICK, recipe=recipe), tmp_path / "out")
     assert DiffusionBridge.from_pretrained(out).config.recipe == recipe
 
 
-def test_rows_kept_on_the_device_are_those_taken_batch_by_batch(tmp_path, monkeypatch):
+def test_resident_features_equal_those_taken_batch_by_batch(tmp_path, monkeypatch):
     kept = train(low_rank(), QUICK, tmp_path / "kept")
-    monkeypatch.setattr("ezhoi_diffusion.training.data.BLOCK", 16)  # so 60 rows are too many to keep
+    monkeypatch.setattr("ezhoi_diffusion.training.data.BLOCK", 16)  # 60 features are then too many to keep
     assert TrainingSet.from_data(low_rank(), QUICK).resident(torch.device("cpu")) is None
     taken = train(low_rank(), QUICK, tmp_path / "taken")
     assert all(torch.allclose(x, weights(taken)[name], atol=1e-7) for name, x in weights(kept).items())
@@ -171,8 +171,8 @@ def test_training_draws_no_global_random_number(tmp_path):
 
 
 @pytest.mark.parametrize("step", [3, 6])
-def test_a_run_may_end_at_the_step_it_was_asked_to_end_at(tmp_path, capsys, step):
-    """With no record in the history yet, and with one of an earlier step only: the end is that of a run this long."""
+def test_an_interrupted_run_may_end_where_it_stopped(tmp_path, capsys, step):
+    """Without a record in the history, and with one of an earlier step, the end is that of a run this long."""
     whole = train(low_rank(), replace(QUICK, train_steps=step), tmp_path / "whole")
     with pytest.raises(Interrupted):
         train(low_rank(), QUICK, tmp_path / "out", on_step=asked_to_end_at(step))
@@ -185,7 +185,7 @@ def test_a_run_may_end_at_the_step_it_was_asked_to_end_at(tmp_path, capsys, step
     assert [record["step"] for record in histories[0] if "val_loss" in record] == [*range(4, step, 4), step]
 
 
-def test_a_checkpoint_that_is_there_is_not_written_again(tmp_path):
+def test_an_existing_checkpoint_is_not_written_again(tmp_path):
     manifest = tmp_path / "out" / "checkpoints" / "step-000000004" / "manifest.json"
     inodes = []
 
@@ -201,7 +201,7 @@ def test_a_checkpoint_that_is_there_is_not_written_again(tmp_path):
 
 @pytest.mark.parametrize("step", [2, 6, 11])
 def test_an_interrupted_run_ends_bit_equal(tmp_path, step):
-    """Stopped before the first checkpoint, and between two; with accumulation, over epoch ends."""
+    """Stopped before the first checkpoint and between two, with accumulation, across epochs."""
     config = replace(QUICK, gradient_accumulate=2)
     whole = train(low_rank(), config, tmp_path / "whole")
     with pytest.raises(Stop):
@@ -213,7 +213,7 @@ def test_an_interrupted_run_ends_bit_equal(tmp_path, step):
     assert histories[0] == histories[1]
 
 
-def test_a_finished_run_may_go_on_for_longer(tmp_path):
+def test_a_finished_run_may_be_extended(tmp_path):
     longer = replace(QUICK, train_steps=20)
     whole = train(low_rank(), longer, tmp_path / "whole")
     train(low_rank(), QUICK, tmp_path / "out")
@@ -236,7 +236,7 @@ def test_resuming_refuses_another_run(tmp_path):
     assert equal(weights(out), before)
 
 
-def test_an_occupied_folder_is_left_alone(tmp_path):
+def test_training_leaves_an_occupied_folder_alone(tmp_path):
     out = train(low_rank(), QUICK, tmp_path / "out")
     stamp = (out / "model.safetensors").stat().st_mtime_ns
     with pytest.raises(TrainingError, match="holds a trained bridge: resume"):
@@ -255,7 +255,7 @@ def test_an_occupied_folder_is_left_alone(tmp_path):
         train(low_rank(), QUICK, tmp_path / "broken")
 
 
-def test_a_broken_loss_ends_the_run_and_keeps_the_last_checkpoint(tmp_path):
+def test_a_nan_loss_ends_the_run_and_keeps_the_last_checkpoint(tmp_path):
     network = nn.Linear(DIM, DIM)
 
     class Denoiser(nn.Module):
@@ -266,7 +266,7 @@ def test_a_broken_loss_ends_the_run_and_keeps_the_last_checkpoint(tmp_path):
         def forward(self, x, t):
             return self.network(x)
 
-    def break_it(done):
+    def put_in_nan(done):
         if done == 5:
             nn.init.constant_(network.weight, torch.nan)
 
@@ -274,7 +274,7 @@ def test_a_broken_loss_ends_the_run_and_keeps_the_last_checkpoint(tmp_path):
     registry.denoisers.register("fragile", lambda dim, schedule, objective, scale_factor: Denoiser())
     config = replace(QUICK, denoiser="fragile", denoiser_options={})
     with pytest.raises(TrainingError, match=r"nan at step 6: lower the learning rate"):
-        train(low_rank(), config, tmp_path / "out", registry=registry, on_step=break_it)
+        train(low_rank(), config, tmp_path / "out", registry=registry, on_step=put_in_nan)
     assert [p.name for p in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-000000004"]
 
 
@@ -303,13 +303,13 @@ def test_bf16_runs_and_stays_near_float32(tmp_path):
         ({"text": torch.randn(9)}, "must be"),
     ],
 )
-def test_refused_data(tmp_path, change, says):
+def test_refuses_data(tmp_path, change, says):
     with pytest.raises(TrainingError, match=says):
         train(replace(low_rank(), **change), QUICK, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_what_the_bridge_would_refuse_is_refused_before_the_first_step(tmp_path):
+def test_what_the_bridge_refuses_is_refused_before_the_first_step(tmp_path):
     visual = low_rank().visual
     one_text = replace(low_rank(), statistics=ModalityStatistics.of([visual], torch.eye(DIM)[:1]))
     for broken, config, says in (
@@ -329,7 +329,7 @@ def test_one_image_cannot_be_split(tmp_path):
 
 
 def main(out: str) -> None:
-    """What each of two processes runs."""
+    """Train in one of two processes."""
     torch.set_num_threads(1)
     train(low_rank(), replace(QUICK, gradient_accumulate=2), Path(out))
     exit_distributed()
@@ -367,14 +367,14 @@ def test_two_processes_give_what_one_gives(tmp_path):
         assert torch.allclose(one[name], two[name], atol=1e-5)
 
 
-def test_an_out_that_cannot_be_a_folder_is_a_typed_error_before_any_work(tmp_path):
+def test_an_out_that_is_a_file_is_refused_before_any_work(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(TrainingError, match="cannot be written"):
         train(low_rank(), QUICK, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_run_resumed_with_no_step_left_still_ends(tmp_path):
+def test_a_run_resumed_with_no_step_left_is_finished(tmp_path):
     config = replace(QUICK, checkpoint_every=4, val_every=3)
     with pytest.raises(Stop):
         train(low_rank(), config, tmp_path, on_step=stop_at(5))

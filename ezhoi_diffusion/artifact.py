@@ -1,4 +1,4 @@
-"""A bridge as a folder: config.json, and its tensors as safetensors beside it, written together or not at all."""
+"""A bridge as a folder: config.json and safetensors files, written together or not at all."""
 
 from __future__ import annotations
 
@@ -17,18 +17,25 @@ SCHEMA_VERSION = 1
 CONFIG = "config.json"
 CONTEXT = "context.safetensors"
 NAME, FILE = re.compile(r"[\w.-]{1,60}", re.ASCII), re.compile(r"[a-z][a-z0-9_]{0,40}\.safetensors")
-OURS = ("schema_version", "bridge", "files", "provenance")  # entries of config.json beside the bridge's own
-ATTEMPTS = 3  # to read an artefact that does not fit together
-REMEDY = "restore the artefact from where it came, or make it anew"
+RESERVED = (
+    "schema_version",
+    "bridge",
+    "files",
+    "provenance",
+)  # entries of config.json; all others are the bridge's own
+NUM_ATTEMPTS = 3  # to read an artefact that another process may be replacing
+REMEDY = "copy the artefact again, or train or fit it again"
 
 
 @dataclass(frozen=True, eq=False)
 class Artifact:
-    """What a bridge of any kind is stored as.
+    """The stored form of every bridge. Raises BridgeError for invalid names.
 
-    bridge: the registered name of what can load it. config: JSON of the bridge's own. files: "NAME.safetensors" -> its
-    tensors; context.safetensors is kept for the host's context vectors. provenance: JSON, where it comes from; with the
-    host's `fingerprint` in it, the bridge is held against every host it meets. Raises BridgeError for names that cannot be.
+    Attributes:
+        bridge: Registered name of the loader.
+        config: The bridge's own entries of config.json.
+        files: Tensors by file name, NAME.safetensors. context.safetensors is for the context vectors of the run.
+        provenance: Where the bridge comes from, as JSON. With a `fingerprint` of the run in it, every other run is checked.
     """
 
     bridge: str
@@ -38,25 +45,26 @@ class Artifact:
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.bridge):
-            raise BridgeError(f"{self.bridge!r} is no name of a bridge: use letters, digits, '.', '_' and '-'")
-        taken = sorted(set(self.config) & set(OURS))
+            raise BridgeError(f"{self.bridge!r} is not a name for a bridge: use letters, digits, '.', '_' and '-'")
+        taken = sorted(set(self.config) & set(RESERVED))
         wrong = sorted(name for name in self.files if not FILE.fullmatch(name))
         if taken or wrong:
             raise BridgeError(
                 f"a '{self.bridge}' cannot be stored: "
-                + (f"{', '.join(taken)} are entries of the package itself" if taken else "")
+                + (f"{', '.join(taken)} are reserved entries of config.json" if taken else "")
                 + (f"{', '.join(wrong)} should be lower-case names that end in .safetensors" if wrong else "")
             )
 
     @property
     def context(self) -> dict[str, Tensor]:
-        """The host's context vectors, where they were kept."""
+        """Context vectors of the run, by name; empty where none were stored."""
         return self.files.get(CONTEXT, {})
 
     def save(self, folder: Path) -> None:
-        """Write it into `folder`, all of it or nothing; other entries of the folder stay.
+        """Write all files into `folder`, or none. Other entries of the folder stay.
 
-        Raises BridgeError where a tensor is not finite, or the disk refuses.
+        Raises:
+            BridgeError: A tensor is not finite, something cannot be stored, or the disk refuses.
         """
         broken = [
             f"{key} in {name}"
@@ -75,17 +83,22 @@ class Artifact:
             raise BridgeError(f"the '{self.bridge}' cannot be stored as JSON and safetensors: {error}") from error
         except OSError as error:
             raise BridgeError(
-                f"{folder} could not take the bridge ({error}): free space there, or give another folder, and try again; "
-                f"what was there is unharmed"
+                f"{folder} could not take the bridge ({error}): free space there, or give another folder. "
+                f"What was there is unchanged"
             ) from error
 
     @classmethod
     def load(cls, folder: Path, bridge: str | None = None) -> Artifact:
-        """The artefact in `folder`, its tensors on the CPU; of any kind, or of `bridge`.
+        """Read an artefact, with its tensors on the CPU.
 
-        Raises BridgeError unless it is whole, and of that kind.
+        Args:
+            folder: Where `save` wrote it.
+            bridge: The kind it must be of; None for any.
+
+        Raises:
+            BridgeError: It is incomplete, changed, or of another kind.
         """
-        for _ in range(ATTEMPTS - 1):
+        for _ in range(NUM_ATTEMPTS - 1):
             try:
                 return cls._load(folder, bridge)
             except BridgeError:
@@ -94,7 +107,7 @@ class Artifact:
 
     @classmethod
     def _load(cls, folder: Path, bridge: str | None) -> Artifact:
-        content = describe(folder, bridge)
+        content = read_config(folder, bridge)
         content.pop("schema_version")
         kind, files, provenance = content.pop("bridge"), content.pop("files"), content.pop("provenance")
         tensors = {
@@ -103,26 +116,29 @@ class Artifact:
         return cls(kind, content, tensors, provenance)
 
 
-def describe(folder: Path, bridge: str | None = None) -> dict[str, Any]:
-    """What config.json in `folder` says: the entries of `OURS`, checked, and the bridge's own. Its files are not looked at.
+def read_config(folder: Path, bridge: str | None = None) -> dict[str, Any]:
+    """Read and check config.json of an artefact. The tensor files are not opened.
 
-    Raises BridgeError unless it describes an artefact, of kind `bridge` where one is given.
+    Raises:
+        BridgeError: It does not describe an artefact, or one of another kind than `bridge`.
     """
     path = current(folder, CONFIG)
     content = read_json(path, BridgeError, "give the folder of a finished training or fit")
     try:
-        version, kind, files, provenance = (content[name] for name in OURS)
+        version, kind, files, provenance = (content[name] for name in RESERVED)
         if not isinstance(kind, str) or not NAME.fullmatch(kind):
-            raise ValueError(f"{kind!r:.100} is no name of a bridge")
+            raise ValueError(f"{kind!r:.100} is not a name of a bridge")
         if version != SCHEMA_VERSION or bridge not in (None, kind):
             raise ValueError(
-                f"it is a {kind!r} of schema version {version!r}, and what reads it here is {bridge!r} of version "
-                f"{SCHEMA_VERSION}: name the bridge that it is, upgrade the package, or make it anew"
+                f"it is a {kind!r} of schema version {version!r}, expected {bridge or kind!r} of version "
+                f"{SCHEMA_VERSION}: name the bridge that it is, upgrade the package, or train it again"
             )
         if not isinstance(files, dict) or not all(_is_size_and_hash(facts) for facts in files.values()):
             raise ValueError(f"'files' must give each file's size and SHA-256, not {files!r:.100}")
         if not all(FILE.fullmatch(name) for name in files):
-            raise ValueError(f"'files' names {', '.join(sorted(files))!r:.200}, which cannot be")
+            raise ValueError(
+                f"'files' names {', '.join(sorted(files))!r:.200}: expected lower-case names that end in .safetensors"
+            )
         if not isinstance(provenance, dict):
             raise ValueError(f"provenance must be an object, not {provenance!r:.100}")
     except (KeyError, ValueError) as error:

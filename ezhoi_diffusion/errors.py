@@ -1,4 +1,4 @@
-"""The one family of errors that a user of this package has to know."""
+"""The base class of all errors of this package."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from contextlib import contextmanager
 
 
 class EzhoiDiffusionError(Exception):
-    """Something a user can act on: the message says what happened, where, and what to do next.
+    """An error that a user can act on: its message says what happened, where, and what to do.
 
-    The command line prints the message alone, without a traceback, and exits with `status`. Every
-    subclass lives next to the code that raises it.
+    The command line prints the message without a traceback and exits with `status`. Every subclass lives next to the
+    code that raises it.
     """
 
     status = 2
 
 
 class Interrupted(EzhoiDiffusionError):
-    """The work was asked to end (SIGTERM, SIGINT), and stopped where it can go on: the message says how.
+    """SIGTERM or SIGINT came, and the work stopped where it can be resumed; the message says how.
 
-    Its status is EX_TEMPFAIL of sysexits.h: a scheduler that sees 75 may give the same command again.
+    Its status is EX_TEMPFAIL of sysexits.h: a scheduler that sees 75 may run the same command again.
     """
 
     status = 75
@@ -27,10 +27,7 @@ class Interrupted(EzhoiDiffusionError):
 
 @contextmanager
 def attributed_to(what: str, kind: type[EzhoiDiffusionError] = EzhoiDiffusionError) -> Iterator[None]:
-    """Around a call of third-party code, which may raise anything: raise it as `kind`, with `what` in front.
-
-    Errors of this family pass as they are.
-    """
+    """Raise whatever third-party code raises as `kind`, with `what` in front. Errors of this package pass as they are."""
     try:
         yield
     except EzhoiDiffusionError:

@@ -1,7 +1,10 @@
-"""Files and folders that are whole or absent: written aside, flushed to disk, renamed; read back with typed errors.
+"""Write files and folders whole or not at all, and read them back with typed errors.
 
-Whatever is read back has a hash. A JSON carries its own, as its last entry, and is read only if its bytes are those
-that `write_json` wrote. A safetensors file has its size and hash in a JSON beside it.
+Every write follows one protocol: stage beside the target, flush to disk (fsync), rename. A killed process leaves the old
+content or the new. `put_back` and `replaced_files` finish what was interrupted between two renames.
+
+Everything that is read back has a checksum. A JSON file has its own as its last entry. A safetensors file has its size and
+SHA-256 in a JSON file beside it.
 """
 
 from __future__ import annotations
@@ -30,22 +33,29 @@ from ezhoi_diffusion.errors import EzhoiDiffusionError
 STAGED, REPLACED = ".staged", ".replaced"
 COMMITTED = ".committed"
 LOCK = ".lock"
-SEAL = "seal"
+CHECKSUM = "checksum"
 # Larger than anything this package writes: the index of ten times HICO-DET's images, a network of two billion weights.
 MAX_JSON_BYTES, MAX_TENSORS_BYTES = 1 << 26, 1 << 33
 
 
 def write_atomic(path: Path, data: bytes) -> dict[str, Any]:
-    """Make `path` hold `data`, or leave it as it was; returns its name, size in bytes and SHA-256. Raises OSError."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Make `path` hold `data`, or leave it as it was.
+
+    Returns:
+        The file's facts: `file` (its name), `bytes` and `sha256`.
+
+    Raises:
+        OSError: The disk refuses.
+    """
+    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with aside.open("wb") as file:
+        with staged.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
+        staged.replace(path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        staged.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
     return {"file": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -61,43 +71,49 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> dict[str, Any]:
-    """Write `value` and its seal as readable JSON, atomically; returns what `write_atomic` does."""
-    return write_atomic(path, sealed(value))
+    """Write `value` with its checksum as readable JSON. Returns the file's facts, as `write_atomic` does."""
+    return write_atomic(path, json_bytes(value))
 
 
-def sealed(value: dict[str, Any]) -> bytes:
-    """The one way in which a JSON object stands on disk."""
+def json_bytes(value: dict[str, Any]) -> bytes:
+    """Return what `write_json` writes: the object, with its checksum as the last entry."""
     data = io.BytesIO()
-    for piece in _sealed_pieces(value):
+    for piece in _json_pieces(value):
         data.write(piece.encode())
     return data.getvalue()
 
 
-def _sealed_pieces(value: dict[str, Any]) -> Iterator[str]:
-    """`sealed`, a word at a time: an index has a million of them, and json.dumps would hold each one before it joins them."""
-    seal = hashlib.sha256(json.dumps(value).encode()).hexdigest()
-    yield from json.JSONEncoder(indent=2).iterencode({**value, SEAL: seal})
+def _json_pieces(value: dict[str, Any]) -> Iterator[str]:
+    """Yield `json_bytes` word by word: an index has a million words, and json.dumps would hold them all before it joins them."""
+    checksum = hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    yield from json.JSONEncoder(indent=2).iterencode({**value, CHECKSUM: checksum})
     yield "\n"
 
 
-def _is_sealed(text: str, value: dict[str, Any]) -> bool:
-    at = 0
-    for piece in _sealed_pieces(value):
-        if not text.startswith(piece, at):
+def _is_unchanged(text: str, value: dict[str, Any]) -> bool:
+    position = 0
+    for piece in _json_pieces(value):
+        if not text.startswith(piece, position):
             return False
-        at += len(piece)
-    return at == len(text)
+        position += len(piece)
+    return position == len(text)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Write a safetensors file, atomically; returns what `write_atomic` does."""
+    """Write a safetensors file. Returns the file's facts, as `write_atomic` does."""
     return write_atomic(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
 def read_json(path: Path, error: type[EzhoiDiffusionError], remedy: str) -> dict[str, Any]:
-    """A JSON object as `write_json` wrote it, without its seal.
+    """Read a JSON object that `write_json` wrote, without its checksum.
 
-    Raises `error` where the file is missing, too large, no such object, or not as it was written, be it by one space.
+    Args:
+        path: The file.
+        error: The type to raise.
+        remedy: What the user can do; ends the message.
+
+    Raises:
+        error: The file is missing, too large, not such an object, or changed by as little as a space.
     """
     data = read_whole(path, MAX_JSON_BYTES, None, error, remedy)
     try:
@@ -106,9 +122,9 @@ def read_json(path: Path, error: type[EzhoiDiffusionError], remedy: str) -> dict
         value = json.loads(text)
         if not isinstance(value, dict):
             raise error(f"{path} holds {type(value).__name__}, not a JSON object; {remedy}")
-        if value.pop(SEAL, None) is None:
-            raise error(f"{path} has no seal: an older version wrote it, or it was edited; {remedy}")
-        if not _is_sealed(text, value):
+        if value.pop(CHECKSUM, None) is None:
+            raise error(f"{path} has no checksum: an older version wrote it, or it was edited; {remedy}")
+        if not _is_unchanged(text, value):
             raise error(f"{path} was changed after it was written; {remedy}")
     except (ValueError, RecursionError) as problem:
         raise error(f"{path} cannot be read ({problem}); {remedy}") from problem
@@ -116,7 +132,7 @@ def read_json(path: Path, error: type[EzhoiDiffusionError], remedy: str) -> dict
 
 
 def read_bytes(path: Path, facts: dict[str, Any], error: type[EzhoiDiffusionError], remedy: str) -> bytes:
-    """A file's content, as it was written. facts: what `write_tensors` returned. Raises `error` for any other content."""
+    """Read a file whose `facts` are known (see `write_atomic`). Raises `error` unless size and checksum fit."""
     data = read_whole(path, MAX_TENSORS_BYTES, facts["bytes"], error, remedy)
     if hashlib.sha256(data).hexdigest() != facts["sha256"]:
         raise error(f"{path} was changed after it was written; {remedy}")
@@ -124,10 +140,16 @@ def read_bytes(path: Path, facts: dict[str, Any], error: type[EzhoiDiffusionErro
 
 
 def read_tensors(path: Path, facts: dict[str, Any], error: type[EzhoiDiffusionError], remedy: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU; the file may change afterwards. For a moment it is in memory twice.
+    """Read the tensors of a safetensors file onto the CPU. The file is in memory twice for a moment, and never mapped.
 
-    facts: what `write_tensors` returned. Raises `error` where the file is missing, not as it was written, malformed,
-    or holds NaN or infinity.
+    Args:
+        path: The file.
+        facts: What `write_tensors` returned.
+        error: The type to raise.
+        remedy: What the user can do; ends the message.
+
+    Raises:
+        error: The file is missing, changed or malformed, or holds NaN or infinity.
     """
     data = read_bytes(path, facts, error, remedy)
     try:
@@ -141,10 +163,7 @@ def read_tensors(path: Path, facts: dict[str, Any], error: type[EzhoiDiffusionEr
 
 
 def require_unchanged(path: Path, facts: dict[str, Any], error: type[EzhoiDiffusionError], remedy: str) -> None:
-    """Raises `error` where a file is not as it was written. It is read in blocks, whatever its size.
-
-    facts: what `write_tensors` returned.
-    """
+    """Raise `error` unless a file's size and checksum fit its `facts`. Reads in blocks, whatever the size."""
     with _opened(path, MAX_TENSORS_BYTES, facts["bytes"], error, remedy) as file:
         found = _digest(file)
     if found != facts["sha256"]:
@@ -165,9 +184,17 @@ def _digest(file: BinaryIO) -> str:
 
 
 def read_whole(path: Path, limit: int, size: int | None, error: type[EzhoiDiffusionError], remedy: str) -> bytes:
-    """A regular file's bytes, if they are at most `limit`, and `size` where that is known: size comes before memory.
+    """Read a regular file. The size is checked before memory is taken.
 
-    Raises `error` where they are not, or where there is no such file.
+    Args:
+        path: The file.
+        limit: The most bytes it may have.
+        size: The bytes it must have, where that is known.
+        error: The type to raise.
+        remedy: What the user can do; ends the message.
+
+    Raises:
+        error: There is no such file, or it has another size.
     """
     with _opened(path, limit, size, error, remedy) as file:
         return file.read(os.fstat(file.fileno()).st_size)
@@ -178,29 +205,37 @@ def _opened(
     path: Path, limit: int, size: int | None, error: type[EzhoiDiffusionError], remedy: str
 ) -> Iterator[BinaryIO]:
     try:
-        with open(path, "rb", opener=_without_waiting) as file:
+        with open(path, "rb", opener=_open_nonblocking) as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise error(f"{path} is not a file; {remedy}")
             if size not in (None, found.st_size):
                 raise error(f"{path} has {found.st_size} bytes where {size!r} were written; {remedy}")
             if found.st_size > limit:
-                raise error(f"{path} has {found.st_size} bytes, more than the {limit} of any such file; {remedy}")
+                raise error(f"{path} has {found.st_size} bytes, more than the limit of {limit}; {remedy}")
             yield file
     except (OSError, ValueError) as problem:
         raise error(f"{path} cannot be read ({problem}); {remedy}") from problem
 
 
-def _without_waiting(path: str, flags: int) -> int:
-    """Open a pipe nobody writes to, as any other file."""
+def _open_nonblocking(path: str, flags: int) -> int:
+    """Open a file; a pipe without a writer does not block."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
 @contextmanager
 def locked(folder: Path, error: type[EzhoiDiffusionError], name: str = LOCK, *, wait: bool = False) -> Iterator[None]:
-    """Hold `folder`/`name` against other processes; the lock dies with its process, however that ends.
+    """Lock `folder`/`name` against other processes. The lock ends with its process, however that ends.
 
-    Raises `error` where another process has it, unless it is to be waited for, and OSError.
+    Args:
+        folder: The folder to write into.
+        error: The type to raise.
+        name: The lock's file.
+        wait: Wait for the lock instead of raising `error`.
+
+    Raises:
+        error: Another process holds the lock.
+        OSError: The lock's file cannot be made.
     """
     path = folder / name
     while True:
@@ -209,10 +244,10 @@ def locked(folder: Path, error: type[EzhoiDiffusionError], name: str = LOCK, *, 
             fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except (BlockingIOError, PermissionError):
             os.close(handle)
-            raise error(f"another process is writing into {folder}: let it end, or give another folder") from None
+            raise error(f"another process is writing into {folder}: wait for it, or give another folder") from None
         except OSError as problem:
             warnings.warn(f"{path} cannot be locked ({problem}): start only one writer for {folder}", stacklevel=3)
-        if _is(handle, path):  # else its last holder has just removed it
+        if _is_same_file(handle, path):  # otherwise its last holder has just removed it
             break
         os.close(handle)
     try:
@@ -222,7 +257,7 @@ def locked(folder: Path, error: type[EzhoiDiffusionError], name: str = LOCK, *, 
         os.close(handle)
 
 
-def _is(handle: int, path: Path) -> bool:
+def _is_same_file(handle: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
@@ -230,22 +265,33 @@ def _is(handle: int, path: Path) -> bool:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """Files that `write_atomic` was killed over. Only for whoever may write there: another's may be in use."""
+    """Staged files of killed `write_atomic` calls. Remove them only under the folder's lock: another's may be in use."""
     return list(folder.glob(".*.tmp"))
 
 
 def require_unused(folder: Path, error: type[EzhoiDiffusionError]) -> None:
-    """Raises `error` where `folder` is a file, or holds anything."""
+    """Raise `error` where `folder` is a file, or holds anything."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise error(f"{folder} is in use: give a new folder with --out")
 
 
+def check_writable(folder: Path) -> None:
+    """Make the folder, and raise EzhoiDiffusionError where nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise EzhoiDiffusionError(
+            f"{folder} cannot hold results ({error}): give another folder, or free space there"
+        ) from error
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yields a folder to write into, which becomes `folder` by a rename if the block ends well.
+    """Yield a staged folder to write into, and rename it to `folder` if the block ends without an error.
 
-    What an older `folder` held is lost, but not before: it is moved aside for that rename, and removed after it. Parents
-    are made.
+    An older `folder` is moved aside for the rename and removed after it. Parents are made.
     """
     put_back(folder)
     with _staged(folder.with_name(folder.name + STAGED)) as staged:
@@ -262,7 +308,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def put_back(folder: Path) -> None:
-    """Give `folder` back where `new_folder` was killed between its two renames; remove what it replaced otherwise."""
+    """Restore `folder` if `new_folder` was killed between its two renames; otherwise remove what was replaced."""
     replaced = folder.with_name(folder.name + REPLACED)
     if not replaced.is_dir():
         return
@@ -275,10 +321,10 @@ def put_back(folder: Path) -> None:
 
 @contextmanager
 def replaced_files(folder: Path) -> Iterator[Path]:
-    """Yields a folder whose files replace those of the same names in `folder` together, or not at all.
+    """Yield a staged folder whose files replace those of the same names in `folder` together, or not at all.
 
     Other entries of `folder` stay. One rename commits. From then on `current` finds the new files, even if
-    moving them into place was interrupted; the next call finishes that.
+    moving them into place was interrupted; the next call finishes the move.
     """
     _finish(folder)
     with _staged(folder / STAGED) as staged:
@@ -300,7 +346,7 @@ def _staged(staged: Path) -> Iterator[Path]:
 
 
 def current(folder: Path, name: str) -> Path:
-    """Where the file `name` of a folder written by `replaced_files` is to be read."""
+    """Return the path of the newest committed file `name` in a folder that `replaced_files` writes."""
     committed = folder / COMMITTED / name
     return committed if committed.exists() else folder / name
 
@@ -312,15 +358,3 @@ def _finish(folder: Path) -> None:
             path.replace(folder / path.name)
         sync_folder(folder)
         committed.rmdir()
-
-
-def check_writable(folder: Path) -> None:
-    """Make the folder, and raise EzhoiDiffusionError where nothing can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise EzhoiDiffusionError(
-            f"{folder} cannot hold results ({error}): give another folder, or free space there"
-        ) from error

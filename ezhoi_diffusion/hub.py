@@ -14,9 +14,9 @@ from errno import ENOSPC
 from os import PathLike
 from pathlib import Path
 
-from ezhoi_diffusion.artifact import CONFIG, describe
+from ezhoi_diffusion.artifact import CONFIG, read_config
 from ezhoi_diffusion.errors import EzhoiDiffusionError
-from ezhoi_diffusion.files import current, read_bytes, read_tensors, sealed
+from ezhoi_diffusion.files import current, json_bytes, read_bytes, read_tensors
 
 CARD = "README.md"
 PREFIX = "hf:"
@@ -71,13 +71,13 @@ def build_upload(folder: Path, repo_id: str, *, card: str) -> dict[str, bytes]:
         BridgeError: The artifact is not whole.
     """
     _require_name(repo_id)
-    config = describe(folder)
+    config = read_config(folder)
     if config["bridge"] == "tuned":
         raise SharingError(
             f"{folder} is a choice of `tune`, not a bridge: push the bridge in {folder / 'bridge'}, and state the settings "
             f"that were chosen"
         )
-    files = {CONFIG: sealed(config)}
+    files = {CONFIG: json_bytes(config)}
     for name, facts in config["files"].items():
         path = current(folder, name)
         read_tensors(path, facts, SharingError, NOT_WHOLE)  # refused here as its reader would refuse it
@@ -103,7 +103,7 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
     _require_name(repo_id)
     with _hub(f"{repo_id}{f' at {revision}' if revision else ''} cannot be fetched"):
         folder = Path(hf_hub_download(repo_id, CONFIG, revision=revision)).parent
-        for name in describe(folder)["files"]:
+        for name in read_config(folder)["files"]:
             hf_hub_download(repo_id, name, revision=folder.name)
     return folder
 

@@ -1,4 +1,4 @@
-"""Names for things that plugins may contribute."""
+"""Named entries that plugins contribute."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ class RegistryError(EzhoiDiffusionError):
 
 
 class Register(Protocol[T_contra]):
-    """What a `register_*` hook is handed: call it as register(name, entry)."""
+    """The function that a `register_*` hook receives: register(name, entry)."""
 
     def __call__(self, name: str, entry: T_contra) -> None:
         """Contribute `entry` under `name`."""
 
 
 class Registry(Generic[T]):
-    """Things of one kind by name. Made afresh for every use and handed on: nothing global changes."""
+    """Entries of one kind by name. Every use makes its own: there is no global registry."""
 
     def __init__(self, kind: str, entries: dict[str, T]) -> None:
         self.kind = kind
         self._entries = dict(entries)
 
     def register(self, name: str, entry: T) -> None:
-        """Contribute `entry`. Raises RegistryError where the name is taken."""
+        """Add `entry`. Raises RegistryError where the name is taken."""
         if name in self._entries:
             raise RegistryError(f"{self.kind} {name!r} is registered already: choose another name")
         self._entries[name] = entry
 
     def __getitem__(self, name: str) -> T:
-        """The entry. Raises RegistryError, which lists the known names, where there is none."""
+        """Return the entry. Raises RegistryError, which lists the known names, where there is none."""
         if name not in self._entries:
             known = ", ".join(self.names())
             raise RegistryError(
-                f"unknown {self.kind} {name!r}: known are {known} (is the plugin that brings it installed?)"
+                f"unknown {self.kind} {name!r}: known are {known}. Is the plugin that provides it installed?"
             )
         return self._entries[name]
 

@@ -1,4 +1,4 @@
-"""Random generators of their own for every purpose: what is drawn depends on no state, and changes none."""
+"""One random generator for each purpose: independent of global state, which stays as it is."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ import torch
 
 
 def generator(seed: int, purpose: str, number: int = 0) -> torch.Generator:
-    """A CPU generator of its own for every (seed, purpose, number)."""
+    """Return a CPU generator that depends on (seed, purpose, number) alone."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))

@@ -1,4 +1,4 @@
-"""A request to end, as a scheduler sends it before it kills: noticed between two units of work."""
+"""Handle SIGTERM and Ctrl-C between two units of work, as a scheduler sends them before it kills."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from types import FrameType
 
 @contextmanager
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether SIGTERM or SIGINT (Ctrl-C) has come since; neither ends the process.
+    """Yield a function that returns whether SIGTERM or SIGINT (Ctrl-C) has come. Neither ends the process.
 
-    A second SIGINT does, as ever. Outside the main thread, where no handler can be set, the answer stays False.
+    A second SIGINT ends it as usual. Outside the main thread no handler can be set, and the function returns False.
     """
-    came: list[int] = []
+    received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        came.append(number)
+        received.append(number)
         if number == signal.SIGINT:
             signal.signal(number, before[number])
 
     before = _handle(note, signal.SIGTERM, signal.SIGINT)
     try:
-        yield lambda: bool(came)
+        yield lambda: bool(received)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -34,11 +34,11 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def passed_to_children() -> Iterator[None]:
-    """SIGTERM goes on to the processes that this one started, and ends it when the block has ended."""
-    came: list[int] = []
+    """Pass SIGTERM on to the processes that this one started; it ends this one when the block has ended."""
+    received: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
-        came.append(number)
+        received.append(number)
         for child in multiprocessing.active_children():
             child.terminate()
 
@@ -46,17 +46,17 @@ def passed_to_children() -> Iterator[None]:
     try:
         yield
     except SystemExit:
-        came.clear()  # they have said how they ended
+        received.clear()  # the children have reported how they ended
         raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        if came:
+        if received:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _handle(handler: Callable[[int, FrameType | None], None], *numbers: int) -> dict[int, signal._HANDLER]:
-    """Set a handler where that is possible; returns the ones it replaced."""
+    """Set a handler in the main thread, nowhere else. Returns the handlers that it replaced."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     return {number: signal.signal(number, handler) for number in numbers}

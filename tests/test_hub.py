@@ -349,7 +349,7 @@ def test_a_config_that_names_other_files_is_refused_before_they_are_asked_for(
     [
         (lambda folder: (folder / "context.safetensors").unlink(), "context.safetensors cannot be read"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"short"), "where [0-9]+ were written"),
-        (lambda folder: (folder / "config.json").write_text("{}"), "has no seal"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "has no checksum"),
         (shutil.rmtree, "config.json cannot be read"),
         (lambda folder: rewrite(folder / "config.json", bridge="a b"), "does not describe a bridge"),
         (lambda folder: rewrite(folder / "config.json", files=with_nan(folder)), "ctx.0 holds NaN or infinity"),

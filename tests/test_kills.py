@@ -376,7 +376,7 @@ def test_two_processes_of_a_capture_are_asked_to_end_through_their_parent(small_
             [sys.executable, "-m", "ezhoi_diffusion", "run", "main_tip_finetune.py", *flags, str(folder), "--world-size", "2"],
             cwd=MINIATURE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
-        wait_until(lambda: (folder / "host.json").exists() and list(folder.glob(".lock-001")), process)
+        wait_until(lambda: (folder / "ezhoi.json").exists() and list(folder.glob(".lock-001")), process)
         if number == signal.SIGTERM:
             process.terminate()
         else:

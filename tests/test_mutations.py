@@ -131,7 +131,7 @@ DAMAGES = [
 ]  # fmt: skip
 SHARDS = ["shard-000-00000.safetensors", "shard-000-00001.safetensors"]
 IN_STORE = ["meta.json", "index.json", "ezhoi.safetensors", *SHARDS]
-IN_CAPTURE = ["meta.json", "host.json", "ezhoi.safetensors", SHARDS[0], SHARDS[0].replace("safetensors", "json")]
+IN_CAPTURE = ["meta.json", "ezhoi.json", "ezhoi.safetensors", SHARDS[0], SHARDS[0].replace("safetensors", "json")]
 IN_BRIDGE = ["config.json", "model.safetensors", "statistics.safetensors", "context.safetensors"]
 IN_CHECKPOINT = ["manifest.json", "model.safetensors", "ema.safetensors", "optimizer.safetensors"]
 
@@ -152,7 +152,7 @@ def made(tmp_path_factory):
     write(folder / "store", rows_per_shard=4)
     write(folder / "other", IMAGES[:3], rows_per_shard=4)
     writer = FeatureWriter(folder / "captured", META, rows_per_shard=4)
-    writer.keep_ezhoi_tensors(FeatureStore(folder / "store").host)
+    writer.keep_ezhoi_tensors(FeatureStore(folder / "store").ezhoi)
     for batch in IMAGES:
         writer.add(batch)
     writer.flush()
@@ -227,7 +227,7 @@ def test_a_damaged_capture_does_not_go_on(made, tmp_path, name, damage, number):
     captured = copied(made.captured, tmp_path / "captured")
     damaged(captured / name, damage, number)
     before = tree(tmp_path)
-    with pytest.raises(FeatureStoreError, match=r"meta|host|shard|capture"):
+    with pytest.raises(FeatureStoreError, match=r"meta|ezhoi|shard|capture"):
         FeatureWriter(captured, META).keep_ezhoi_tensors({"text": torch.ones(1, D)})
     assert tree(tmp_path) == before
 
@@ -251,7 +251,7 @@ def test_a_damaged_checkpoint(made, tmp_path, capsys, name, damage, number):
     assert tree(tmp_path) == before
 
 
-# -- honestly sealed, and wrong --------------------------------------------------------------------------------------
+# -- wrong content under valid checksums --------------------------------------------------------------------------------------
 
 
 def change(path: Path, **changes) -> None:
@@ -264,17 +264,17 @@ def change(path: Path, **changes) -> None:
         else:
             tensors[name] = value(tensors[name].clone()) if callable(value) else value
     facts = write_tensors(path, tensors)
-    sealed(path, facts)
+    renew_checksums(path, facts)
 
 
-def sealed(path: Path, facts=None) -> None:
+def renew_checksums(path: Path, facts=None) -> None:
     """Let the JSON beside a file say what the file is now."""
     data = path.read_bytes()
     facts = facts or {"file": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     if (index := path.parent / "index.json").exists():
         content = read_json(index, EzhoiDiffusionError, "")
         if path.name == "ezhoi.safetensors":
-            rewrite(index, host=facts)
+            rewrite(index, ezhoi=facts)
         else:
             rewrite(index, shards=[{**s, **facts} if s["file"] == path.name else s for s in content["shards"]])
         return
@@ -310,18 +310,18 @@ def rows(**changes):
     return lambda store: change(store / SHARDS[1], **changes)
 
 
-def host(**changes):
+def ezhoi(**changes):
     return lambda store: change(store / "ezhoi.safetensors", **changes)
 
 
-def terabytes_sealed(name):
+def terabytes_claimed(name):
     def damage(folder):
         path = folder / name
         data = path.read_bytes()
         size = struct.unpack("<Q", data[:8])[0]
         header = b'{"text":{"dtype":"F32","shape":[1099511627776,4],"data_offsets":[0,17592186044416]}}'
         path.write_bytes(struct.pack("<Q", len(header)) + header + data[8 + size :])
-        sealed(path)
+        renew_checksums(path)
 
     return damage
 
@@ -346,14 +346,14 @@ WRONG_STORES = {
     "pairing of one column": (rows(pairing=lambda x: x[:, :1]), "pairing"),
     "fewer boxes": (rows(boxes=lambda x: x[1:]), "boxes"),
     "other annotations": (rows(gt_hoi=lambda x: x[1:]), "gt_hoi"),
-    "NaN in the text": (host(text=put(torch.nan, 0, 0)), "ezhoi.safetensors"),
-    "text of another width": (host(text=lambda x: x[:, :8].contiguous()), "adapter_feat"),
-    "text of no row": (host(text=lambda x: x[:0]), "text"),
-    "text of one dimension": (host(text=lambda x: x[0]), "text"),
-    "text in half precision": (host(text=lambda x: x.half()), "text"),
-    "no text": (host(text=None), "ezhoi.safetensors"),
-    "a header of terabytes in the text": (terabytes_sealed("ezhoi.safetensors"), "ezhoi.safetensors"),
-    "a header of terabytes in a shard": (terabytes_sealed(SHARDS[0]), SHARDS[0]),
+    "NaN in the text": (ezhoi(text=put(torch.nan, 0, 0)), "ezhoi.safetensors"),
+    "text of another width": (ezhoi(text=lambda x: x[:, :8].contiguous()), "adapter_feat"),
+    "text of no row": (ezhoi(text=lambda x: x[:0]), "text"),
+    "text of one dimension": (ezhoi(text=lambda x: x[0]), "text"),
+    "text in half precision": (ezhoi(text=lambda x: x.half()), "text"),
+    "no text": (ezhoi(text=None), "ezhoi.safetensors"),
+    "a header of terabytes in the text": (terabytes_claimed("ezhoi.safetensors"), "ezhoi.safetensors"),
+    "a header of terabytes in a shard": (terabytes_claimed(SHARDS[0]), SHARDS[0]),
     "the test split": (lambda s: meta(s, split="test"), "test split"),
     "a split nobody knows": (lambda s: meta(s, split="validation"), "split"),
     "no split": (lambda s: meta(s, split=None), "split"),
@@ -411,7 +411,7 @@ WRONG_BRIDGES = {
     "one count": statistic(rows=torch.tensor([1])),
     "a count for a number": statistic(rows=torch.tensor(3)),
     "a weight too many": weight(mine=torch.ones(2)),
-    "a header of terabytes": terabytes_sealed("model.safetensors"),
+    "a header of terabytes": terabytes_claimed("model.safetensors"),
     "a width of millions": lambda b: rewrite(b / "config.json", denoiser_options={"width": 10_000_000, "depth": 1}),
     "a depth below zero": lambda b: rewrite(b / "config.json", denoiser_options={"width": 16, "depth": -1}),
     "dim as a text": lambda b: rewrite(b / "config.json", dim="16"),

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from ezhoi_diffusion.bench.training import silently
 from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
 from ezhoi_diffusion.diffusion.components import Components
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.features.split import validation_mask
-from ezhoi_diffusion.features.statistics import ModalityStatistics, unit
+from ezhoi_diffusion.features.statistics import ModalityStatistics
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.rng import generator
 from ezhoi_diffusion.training.config import TrainConfig
@@ -65,17 +66,17 @@ def made_up(*, dim: int = DIM, texts: int = TEXTS, rows: int = ROWS) -> BenchDat
     """
     draw = generator(0, "bench", dim)
     rank = min(RANK, dim)
-    verb, thing, own = (unit(torch.randn(n, rank, generator=draw)) for n in (VERBS, OBJECTS, texts))
+    verb, thing, own = (normalize(torch.randn(n, rank, generator=draw)) for n in (VERBS, OBJECTS, texts))
     verbs, things = (torch.randint(n, (texts,), generator=draw) for n in (VERBS, OBJECTS))
     basis = torch.linalg.qr(torch.randn(dim, rank, generator=draw)).Q
     code = (verb[verbs] + 0.35 * thing[things] + 0.25 * own) @ basis.T
-    of_text, of_visual = unit(torch.randn(2, dim, generator=draw))
-    text = unit(of_text + 0.9 * code)
+    of_text, of_visual = normalize(torch.randn(2, dim, generator=draw))
+    text = normalize(of_text + 0.9 * code)
     count = rows + LEARNABLE
-    noise = unit(torch.randn(count, dim, generator=draw))
-    visual = 4 * unit(of_visual + 0.7 * code[torch.randint(texts, (count,), generator=draw)] + noise)
+    noise = normalize(torch.randn(count, dim, generator=draw))
+    visual = 4 * normalize(of_visual + 0.7 * code[torch.randint(texts, (count,), generator=draw)] + noise)
     return BenchData(
-        visual[:rows], visual[rows:], text, ModalityStatistics.of([visual], text), "made up, in CLIP's geometry"
+        visual[:rows], visual[rows:], text, ModalityStatistics.compute([visual], text), "made up, in CLIP's geometry"
     )
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from ezhoi_diffusion.bench.timing import interleaved, spread
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge, build_denoiser
 from ezhoi_diffusion.diffusion.components import Components
 from ezhoi_diffusion.diffusion.recipes import RECIPES
 from ezhoi_diffusion.evaluation.fidelity import Fidelity, fidelity
-from ezhoi_diffusion.features.statistics import ModalityStatistics, unit
+from ezhoi_diffusion.features.statistics import ModalityStatistics
 
 START = 600  # t0 of the guide and of the paper
 GUIDE_TIMED = 2  # evaluations: all 600 of the guide take minutes
@@ -129,7 +130,7 @@ def nearness(entries: Sequence[BridgeCase], rows: Tensor, text: Tensor) -> list[
     """How near each contender's result for visual rows [N, D] is to that of its reference; None where it has none.
 
     What is held against each other is what the sampler makes of a row, before it is blended and its mean given back: its
-    direction in the centred space. The nearest of the texts [N_sel, D] is found there too, by the cosine to unit(text) less the
+    direction in the centred space. The nearest of the texts [N_sel, D] is found there too, by the cosine to normalize(text) less the
     text mean.
     """
     results: dict[int, Tensor] = {}
@@ -141,7 +142,7 @@ def nearness(entries: Sequence[BridgeCase], rows: Tensor, text: Tensor) -> list[
         if id(entry.reference) not in results:
             results[id(entry.reference)] = _directions(entry.reference, rows)
         reference = results[id(entry.reference)]
-        centred = unit(text) - entry.bridge.statistics.text_mean.to(text)
+        centred = normalize(text) - entry.bridge.statistics.text_mean.to(text)
         found.append(fidelity(_directions(entry.bridge, rows), reference, centred.to(reference)))
     return found
 

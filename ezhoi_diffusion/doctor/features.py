@@ -58,9 +58,9 @@ def read_contents(store: FeatureStore) -> Contents:
     if len(features) == 0:
         return Contents(features, None, labelled)
     if "text_mean" in store.ezhoi:
-        found = ModalityStatistics.around(blocks, store.ezhoi["text_mean"], len(store.text))
+        found = ModalityStatistics.compute_with_text_mean(blocks, store.ezhoi["text_mean"], len(store.text))
     else:
-        found = ModalityStatistics.of(blocks, store.text)
+        found = ModalityStatistics.compute(blocks, store.text)
     return Contents(features, found, labelled)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ezhoi_diffusion.artifact import CONFIG, describe
+from ezhoi_diffusion.artifact import CONFIG, read_config
 from ezhoi_diffusion.builtin.diffusion import load
 from ezhoi_diffusion.diffusion.artifact import BRIDGE as DIFFUSION
 from ezhoi_diffusion.doctor import bridge as bridges
@@ -53,7 +53,7 @@ def _check_bridge(
 ) -> Iterator[Finding]:
     again = f"restore it from a copy, or {TRAIN}"
     kind = attempt(
-        "bridge.open", lambda: describe(folder)["bridge"] if (folder / CONFIG).exists() else DIFFUSION, again
+        "bridge.open", lambda: read_config(folder)["bridge"] if (folder / CONFIG).exists() else DIFFUSION, again
     )
     if isinstance(kind, Finding):
         yield kind

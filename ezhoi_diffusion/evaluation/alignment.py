@@ -24,8 +24,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from ezhoi_diffusion.features.statistics import EPS, unit
 from ezhoi_diffusion.rng import generator
 
 SAMPLE = 1000  # rows for MMD, whose cost grows with their square
@@ -52,7 +52,7 @@ class Alignment:
         self._pairs = pairs
         self._rows = 0
         self._text = text
-        self._class_text = unit(class_text.double())
+        self._class_text = normalize(class_text.double())
         self._text_mean = text_mean.double()
         self._positions = torch.randperm(pairs, generator=generator(0, "alignment"))[:SAMPLE].sort().values
         self._sample = text.new_zeros(len(self._positions), text.shape[1], dtype=torch.float32)
@@ -65,9 +65,9 @@ class Alignment:
 
     def add(self, rows: Tensor, logits: Tensor, labels: Tensor, possible: Tensor) -> None:
         """The next rows [n, D] with their logits [n, C], annotations and possible targets, both [n, C] bool; n may be 0."""
-        rows = unit(rows.double())
+        rows = normalize(rows.double())
         self._sum += rows.sum(0)
-        self._sum_centred += unit(rows - self._text_mean).sum(0)
+        self._sum_centred += normalize(rows - self._text_mean).sum(0)
         begin, end = torch.searchsorted(self._positions, torch.tensor([self._rows, self._rows + len(rows)])).tolist()
         self._sample[begin:end] = rows[self._positions[begin:end] - self._rows].float()
         self._rows += len(rows)
@@ -96,7 +96,7 @@ class Alignment:
         own, recall_at_1, recall_at_5, top1 = (self._sums / self._annotated).tolist() if self._annotated else [None] * 4
         return {
             "centroid_gap": float((self._sum / self._rows - self._text_mean).norm()) if self._rows else None,
-            "mmd": _mmd(self._sample.double(), unit(self._text.double())),
+            "mmd": _mmd(self._sample.double(), normalize(self._text.double())),
             "cosine_to_own_text": own,
             "recall_at_1": recall_at_1,
             "recall_at_5": recall_at_5,
@@ -109,7 +109,7 @@ class Alignment:
 def _mmd(rows: Tensor, text: Tensor) -> float | None:
     if min(len(rows), len(text)) < 2:
         return None
-    bandwidth = torch.pdist(text).median().clamp_min(EPS)  # of the texts alone, so that no bridge moves it
+    bandwidth = torch.pdist(text).median().clamp_min(1e-12)  # of the texts alone, so that no bridge moves it
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return (-(torch.cdist(a, b) / bandwidth).square() / 2).exp()

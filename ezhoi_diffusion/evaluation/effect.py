@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from ezhoi_diffusion.evaluation.alignment import NO_BETTER, NOTICEABLE, top_target
 from ezhoi_diffusion.evaluation.comparison import REFERENCE, Comparison
-from ezhoi_diffusion.features.statistics import unit
 
 CHANCE = 0.5  # points of mAP: another --seed of the demo's host alone moved it by about 3
 
@@ -35,8 +35,8 @@ class Effect:
 
     def similarity(self) -> tuple[Tensor, Tensor]:
         """[P] cosine to the nearest text, before and after."""
-        text = unit(self.text)
-        return (unit(self.before) @ text.T).amax(1), (unit(self.after) @ text.T).amax(1)
+        text = normalize(self.text)
+        return (normalize(self.before) @ text.T).amax(1), (normalize(self.after) @ text.T).amax(1)
 
     def norms(self) -> tuple[Tensor, Tensor]:
         """[P] norms of the rows, before and after."""
@@ -77,7 +77,7 @@ class Effect:
             "annotated_pairs": int(self.labels.any(1).sum()),
             "similarity": {"before": _spread(similarity[0]), "after": _spread(similarity[1])},
             "norm": {"before": _spread(norms[0]), "after": _spread(norms[1])},
-            "moved_cosine": _spread((unit(self.before) * unit(self.after)).sum(1)),
+            "moved_cosine": _spread((normalize(self.before) * normalize(self.after)).sum(1)),
             "top1": self.outcome(),
             "accuracy": None if accuracy is None else {"before": accuracy[0], "after": accuracy[1]},
             "predictions": self.predictions,

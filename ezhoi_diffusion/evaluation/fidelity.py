@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
-
-from ezhoi_diffusion.features.statistics import unit
+from torch.nn.functional import normalize
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ def fidelity(found: Tensor, reference: Tensor, text: Tensor) -> Fidelity:
 
     The nearest text is that of the highest cosine. Lengths count for nothing.
     """
-    found, reference, text = unit(found), unit(reference), unit(text)
+    found, reference, text = normalize(found), normalize(reference), normalize(text)
     cosine = (found * reference).sum(1)
     same = (found @ text.T).argmax(1) == (reference @ text.T).argmax(1)
     return Fidelity(float(cosine.mean()), float(cosine.min()), float(same.float().mean()), len(found))

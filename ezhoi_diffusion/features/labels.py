@@ -13,7 +13,7 @@ from ezhoi_diffusion.features.split import FRACTION, validation_mask
 from ezhoi_diffusion.features.store import FeatureStore
 
 
-class SupervisionError(EzhoiDiffusionError):
+class LabelsError(EzhoiDiffusionError):
     """Features that have no labels to learn from, or whose labels must not be learned from."""
 
 
@@ -40,11 +40,11 @@ def seen_pairs(store: FeatureStore, *, held_out: bool | None = False, fraction: 
 
     A pair counts as annotated where the host matched it by IoU. Of interactions that the split hides (`classes/unseen`)
     nothing is learned, even where their annotations were captured: a label is dropped if its object makes it one of them, or
-    if its image has an annotation of one with the same verb, which a misnamed object may hide. Raises SupervisionError for a store of test images, without
+    if its image has an annotation of one with the same verb, which a misnamed object may hide. Raises LabelsError for a store of test images, without
     labels or without such pairs, and ScoreError where the host's score is not known.
     """
     if store.split != "train":
-        raise SupervisionError(
+        raise LabelsError(
             f"{store.folder} holds the {store.split} split: learn from training images only, captured with "
             f"--capture-split train"
         )
@@ -54,7 +54,7 @@ def seen_pairs(store: FeatureStore, *, held_out: bool | None = False, fraction: 
     try:
         apart = validation_mask(len(store.images), fraction)
     except ValueError as error:
-        raise SupervisionError(f"{store.folder} has too few images: {error}") from error
+        raise LabelsError(f"{store.folder} has too few images: {error}") from error
     wanted = torch.ones_like(apart) if held_out is None else apart if held_out else ~apart
     visual, targets, images = [], [], []
     begin = 0
@@ -76,7 +76,7 @@ def seen_pairs(store: FeatureStore, *, held_out: bool | None = False, fraction: 
         images.append(image[row[kept]])
     target = torch.cat(targets)
     if len(target) == 0:
-        raise SupervisionError(
+        raise LabelsError(
             f"{store.folder}: no pair of a seen class is annotated in the images to learn from: capture more images"
         )
     return SeenPairs(torch.cat(visual), score.class_text[target], target, torch.cat(images))

@@ -1,4 +1,4 @@
-"""The two means that every normalization needs, and what they say of the modality gap."""
+"""The two means that every normalization needs, and the modality gap between them."""
 
 from __future__ import annotations
 
@@ -8,35 +8,37 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-EPS = 1e-12
-
-
-def unit(x: Tensor) -> Tensor:
-    """Rows of x [N, D] divided by max(|row|, 1e-12): the first link of the normalization chain."""
-    rows: Tensor = x / x.norm(dim=-1, keepdim=True).clamp_min(EPS)
-    return rows
+from torch.nn.functional import normalize
 
 
 def mean_resultant_length(blocks: Iterable[Tensor], mean: Tensor) -> float:
-    """What all rows [n, D] have in common once `mean` [D] is taken off: the norm of the mean of unit(unit(x) − mean).
+    """Norm of the mean of unit(unit(x) − mean) over all features: what they share beyond `mean`.
 
-    0 to 1: about 0 where rows spread evenly around the mean, large where a cone is left.
+    Args:
+        blocks: Features [n, D].
+        mean: [D].
+
+    Returns:
+        0 to 1: about 0 where features spread evenly around the mean, large where a cone is left.
     """
     total, count = torch.zeros(len(mean), dtype=torch.float64), 0
-    for rows in blocks:
-        total += unit(unit(rows.double()) - mean.double()).sum(0)
-        count += len(rows)
+    for features in blocks:
+        total += normalize(normalize(features.double(), dim=-1) - mean.double(), dim=-1).sum(0)
+        count += len(features)
     return float((total / count).norm())
 
 
 @dataclass(frozen=True)
 class ModalityStatistics:
-    """Means of the *unit* rows of both modalities, not renormalised (float32, [D]).
+    """Means of the *unit* features of both modalities, not renormalised.
 
     The norm of such a mean is the root of the mean pairwise cosine: about 0.7-0.9 for CLIP text.
-    `visual_rows` is 0, and the visual mean a zero vector, where only the text mean is known, as with some imported files;
-    `text_rows` is 0 where it is not known of how many rows the text mean is the mean.
+
+    Attributes:
+        visual_mean: [D] float32; zeros where it is unknown, as with some imported files.
+        text_mean: [D] float32.
+        visual_rows: Number of pair features in the visual mean; 0 where it is unknown.
+        text_rows: Number of text features in the text mean; 0 where that is unknown.
     """
 
     visual_mean: Tensor
@@ -45,40 +47,45 @@ class ModalityStatistics:
     text_rows: int
 
     @classmethod
-    def of(cls, visual: Iterable[Tensor], text: Tensor) -> ModalityStatistics:
-        """Streams over blocks of visual rows ([n, D] each) and over text rows [N_sel, D], in float64.
+    def compute(cls, visual: Iterable[Tensor], text: Tensor) -> ModalityStatistics:
+        """Compute both means in float64, as a stream.
 
-        Raises ValueError where either side has no row.
+        Args:
+            visual: Blocks of pair features [n, D].
+            text: Text features [N_sel, D].
+
+        Raises:
+            ValueError: Either side is empty.
         """
         if len(text) == 0:
-            raise ValueError("statistics need rows on both sides, found no text row")
-        return cls.around(visual, unit(text.double()).mean(0).float(), len(text))
+            raise ValueError("statistics need features on both sides, found no text feature")
+        return cls.compute_with_text_mean(visual, normalize(text.double(), dim=-1).mean(0).float(), len(text))
 
     @classmethod
-    def around(cls, visual: Iterable[Tensor], text_mean: Tensor, text_rows: int) -> ModalityStatistics:
-        """As `of`, where the text mean [D] is known already. Raises ValueError where there is no visual row."""
+    def compute_with_text_mean(cls, visual: Iterable[Tensor], text_mean: Tensor, text_rows: int) -> ModalityStatistics:
+        """Compute the visual mean where the text mean [D] is known. Raises ValueError without pair features."""
         total = torch.zeros(len(text_mean), dtype=torch.float64)
-        rows = 0
+        count = 0
         for block in visual:
-            total += unit(block.double()).sum(0)
-            rows += len(block)
-        if rows == 0:
-            raise ValueError("statistics need rows on both sides, found no visual row")
-        return cls((total / rows).float(), text_mean, rows, text_rows)
+            total += normalize(block.double(), dim=-1).sum(0)
+            count += len(block)
+        if count == 0:
+            raise ValueError("statistics need features on both sides, found no pair feature")
+        return cls((total / count).float(), text_mean, count, text_rows)
 
     @classmethod
     def text_only(cls, text_mean: Tensor, text_rows: int = 0) -> ModalityStatistics:
-        """What is known where no visual row is: the text mean [D]."""
+        """Statistics without a visual mean."""
         return cls(torch.zeros_like(text_mean), text_mean, 0, text_rows)
 
     @property
     def visual_known(self) -> bool:
-        """Whether the visual mean is one."""
+        """Whether the visual mean is known."""
         return self.visual_rows > 0
 
     @property
     def dim(self) -> int:
-        """D, the embedding width."""
+        """D, the width of a feature."""
         return self.visual_mean.shape[0]
 
     @property
@@ -89,7 +96,7 @@ class ModalityStatistics:
         return float((self.visual_mean - self.text_mean).norm())
 
     def tensors(self) -> dict[str, Tensor]:
-        """What `statistics.safetensors` of an artefact holds."""
+        """Content of an artefact's statistics.safetensors."""
         return {
             "visual_mean": self.visual_mean.contiguous(),
             "text_mean": self.text_mean.contiguous(),
@@ -98,7 +105,7 @@ class ModalityStatistics:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> ModalityStatistics:
-        """The inverse of `tensors`. Raises KeyError where one is missing, ValueError where one is something else."""
+        """Invert `tensors`. Raises KeyError where one is missing, ValueError for another dtype or shape."""
         visual_rows, text_rows = tensors["rows"].tolist()
         for name in ("visual_mean", "text_mean"):
             if tensors[name].dtype != torch.float32 or tensors[name].ndim != 1:

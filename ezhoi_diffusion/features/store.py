@@ -26,7 +26,7 @@ from ezhoi_diffusion.features.statistics import ModalityStatistics
 from ezhoi_diffusion.files import read_json, read_tensors
 
 SCHEMA = 2
-META, INDEX, HOST = "meta.json", "index.json", "ezhoi.safetensors"
+META, INDEX, EZHOI = "meta.json", "index.json", "ezhoi.safetensors"
 AGAIN = "capture it again, into a new folder"
 SHARD = re.compile(r"shard-(\d{3})-(\d{5})\.safetensors")
 
@@ -60,7 +60,7 @@ class FeatureStore:
             self._check()
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise FeatureStoreError(
-                f"{self.folder} is damaged ({type(error).__name__}: {error} in {META}, {INDEX} or {HOST}); {AGAIN}"
+                f"{self.folder} is damaged ({type(error).__name__}: {error} in {META}, {INDEX} or {EZHOI}); {AGAIN}"
             ) from error
 
     def _check(self) -> None:
@@ -73,7 +73,7 @@ class FeatureStore:
                 )
         if self.meta != self.index["meta"]:
             raise FeatureStoreError(f"{self.folder / META} belongs to another capture than {INDEX}; {AGAIN}")
-        self.ezhoi = read_tensors(self.folder / HOST, self.index["host"], FeatureStoreError, AGAIN)
+        self.ezhoi = read_tensors(self.folder / EZHOI, self.index["ezhoi"], FeatureStoreError, AGAIN)
         require(self.split in ("train", "test"), f"the split is {self.split!r}")
         require(isinstance(self.meta["fingerprint"], dict), "the fingerprint is no object")
         imported = self.imported is not None
@@ -178,8 +178,8 @@ class FeatureStore:
         blocks = (shard["adapter_feat"] for shard in self.shards())
         try:
             if "text_mean" in self.ezhoi:
-                return ModalityStatistics.around(blocks, self.ezhoi["text_mean"], len(self.text))
-            return ModalityStatistics.of(blocks, self.text)
+                return ModalityStatistics.compute_with_text_mean(blocks, self.ezhoi["text_mean"], len(self.text))
+            return ModalityStatistics.compute(blocks, self.text)
         except ValueError as error:
             raise FeatureStoreError(f"{self.folder}: {error}; capture a split whose images have pairs") from error
 

@@ -16,7 +16,7 @@ from ezhoi_diffusion.features.batch import FeatureBatch
 from ezhoi_diffusion.features.shard import Shard
 from ezhoi_diffusion.features.store import (
     AGAIN,
-    HOST,
+    EZHOI,
     INDEX,
     META,
     SCHEMA,
@@ -161,14 +161,14 @@ class FeatureWriter:
     def keep_ezhoi_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Write what the host's score needs, unless that is there already; returns what is there."""
         try:
-            with locked(self.folder, FeatureStoreError, f"{LOCK}-host", wait=True):
-                if not os.path.lexists((self.folder / HOST).with_suffix(".json")):
+            with locked(self.folder, FeatureStoreError, f"{LOCK}-ezhoi", wait=True):
+                if not os.path.lexists((self.folder / EZHOI).with_suffix(".json")):
                     write_ezhoi_tensors(self.folder, tensors)
         except OSError as error:
             raise FeatureStoreError(
-                f"{self.folder} could not take {HOST} ({error}): free space there and give the same command again"
+                f"{self.folder} could not take {EZHOI} ({error}): free space there and give the same command again"
             ) from error
-        return read_tensors(self.folder / HOST, _read_entry(self.folder, HOST), FeatureStoreError, AGAIN)
+        return read_tensors(self.folder / EZHOI, _read_entry(self.folder, EZHOI), FeatureStoreError, AGAIN)
 
     def close(self) -> None:
         """Let other processes write into the folder, once what is being written is; what is pending is dropped.
@@ -185,7 +185,7 @@ class FeatureWriter:
 
 def write_ezhoi_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Write what the host's score needs beside the features. Raises OSError."""
-    write_json((folder / HOST).with_suffix(".json"), write_tensors(folder / HOST, tensors))
+    write_json((folder / EZHOI).with_suffix(".json"), write_tensors(folder / EZHOI, tensors))
 
 
 def finish_store(folder: Path) -> FeatureStore:
@@ -210,12 +210,12 @@ def _merge(folder: Path) -> None:
         "rows": sum(shard["rows"] for shard in shards),
         "images": len(order),
         "meta": read_json(folder / META, FeatureStoreError, AGAIN),
-        "host": _read_entry(folder, HOST),
+        "ezhoi": _read_entry(folder, EZHOI),
         "shards": shards,
     }
     try:
         write_json(folder / INDEX, index)
-        for path in (*entries, (folder / HOST).with_suffix(".json"), *leftovers(folder)):
+        for path in (*entries, (folder / EZHOI).with_suffix(".json"), *leftovers(folder)):
             path.unlink(missing_ok=True)  # the index has what they say
     except OSError as error:
         raise FeatureStoreError(

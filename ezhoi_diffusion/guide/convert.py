@@ -155,7 +155,7 @@ def make_bridge(
     statistics = ModalityStatistics.text_only(mean, len(bundle.text.embeddings) if bundle.text else 0)
     if bundle.visual is not None:
         directions = _restore_directions(bundle, bundle.visual, mean)
-        statistics = ModalityStatistics.around([directions], mean, statistics.text_rows)
+        statistics = ModalityStatistics.compute_with_text_mean([directions], mean, statistics.text_rows)
     provenance = {
         "fingerprint": bundle.fingerprint,
         "imported": {"files": bundle.origin, "weights": used, "notes": bundle.notes},

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ezhoi_diffusion.artifact import CONTEXT, OURS, describe
+from ezhoi_diffusion.artifact import CONTEXT, RESERVED, read_config
 from ezhoi_diffusion.files import read_json
 from ezhoi_diffusion.hub import PREFIX, SharingError, push
 
@@ -66,11 +66,11 @@ def model_card(
         SharingError: The comparison does not hold this bridge.
         BridgeError: `folder` holds no artifact.
     """
-    config = describe(folder)
+    config = read_config(folder)
     provenance = dict(config.get("provenance", {}))
     fingerprint = provenance.pop("fingerprint", None)
     fingerprint = fingerprint if isinstance(fingerprint, dict) else {}
-    recipe = {key: value for key, value in config.items() if key not in OURS}
+    recipe = {key: value for key, value in config.items() if key not in RESERVED}
     dataset = [name for name in [fingerprint.get("dataset")] if isinstance(name, str) and NAME.fullmatch(name)]
     try:
         measured = _measured(config, comparison) if comparison is not None else _UNMEASURED

@@ -204,7 +204,7 @@ def test_refuses_inputs(x):
 
 def test_refuses_statistics():
     config = BridgeConfig(DIM, RECIPES["paper"], "identity")
-    one_text = ModalityStatistics.of([features()], features(1))
+    one_text = ModalityStatistics.compute([features()], features(1))
     with pytest.raises(BridgeError, match="text mean"):
         DiffusionBridge(config, Identity(), replace(one_text, text_mean=torch.eye(DIM)[0]))
     with pytest.raises(BridgeError, match="visual mean"):
@@ -297,7 +297,7 @@ def nan_weights(folder):
         (lambda f: (f / "config.json").write_text("{"), "config.json"),
         (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json"),
         (lambda f: (f / "config.json").write_text("[]"), "config.json"),
-        (lambda f: (f / "config.json").write_text("{}"), "no seal"),
+        (lambda f: (f / "config.json").write_text("{}"), "no checksum"),
         (lambda f: (f / "config.json").write_text((f / "config.json").read_text() + " "), "changed after"),
         (lambda f: edit(f, schema_version=2), "schema version 2"),
         (lambda f: edit(f, bridge="other"), "'other'"),

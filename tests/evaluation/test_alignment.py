@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics.pairwise import euclidean_distances, rbf_kernel
+from torch.nn.functional import normalize
 
 from ezhoi_diffusion.evaluation.alignment import Alignment, disagreements
 from ezhoi_diffusion.evaluation.effect import Effect
-from ezhoi_diffusion.features.statistics import ModalityStatistics, mean_resultant_length, unit
+from ezhoi_diffusion.features.statistics import ModalityStatistics, mean_resultant_length
 
 D, C, TEXTS = 16, 9, 31  # an odd number of pairs of texts: their median distance is one of them
 COUNTED = ("recall_at_1", "recall_at_5", "top1")  # shares, which no order of summing changes
@@ -41,7 +42,7 @@ def measured(columns, *, text=None, class_text=None, chunks=None):
     text = default_text if text is None else text
     class_text = default_classes if class_text is None else class_text
     n = len(columns[0])
-    alignment = Alignment(text, class_text, unit(text).mean(0), pairs=n)
+    alignment = Alignment(text, class_text, normalize(text).mean(0), pairs=n)
     for piece in zip(*(column.split(chunks or [n]) for column in columns), strict=True):
         alignment.add(*piece)
     return alignment.measures()
@@ -117,7 +118,7 @@ def test_measures_agree_with_those_of_a_store_and_of_an_effect():
     text, _ = texts()
     rows, logits, labels, possible = pairs(80)
     found = measured((rows, logits, labels, possible))
-    statistics = ModalityStatistics.of([rows], text)
+    statistics = ModalityStatistics.compute([rows], text)
     assert found["centroid_gap"] == pytest.approx(statistics.gap, abs=1e-6)
     assert found["shared_part"] == pytest.approx(mean_resultant_length([rows], statistics.text_mean), abs=1e-6)
     effect = Effect(rows, rows, text, logits, -logits, possible, labels)
@@ -199,7 +200,7 @@ def test_mmd_takes_the_same_rows_of_every_variant():
 
 
 def mmd_of_all(rows, text):
-    u, v = unit(rows.double()).numpy(), unit(text.double()).numpy()
+    u, v = normalize(rows.double()).numpy(), normalize(text.double()).numpy()
     gamma = 1 / (2 * np.median(euclidean_distances(v)[np.triu_indices(len(v), 1)]) ** 2)
     within = sum((rbf_kernel(a, gamma=gamma).sum() - len(a)) / (len(a) * (len(a) - 1)) for a in (u, v))
     return within - 2 * rbf_kernel(u, v, gamma=gamma).mean()
@@ -209,7 +210,7 @@ def test_a_variant_takes_the_same_memory_for_many_pairs():
     text, class_text = texts()
 
     def size(n):
-        alignment = Alignment(text, class_text, unit(text).mean(0), pairs=n)
+        alignment = Alignment(text, class_text, normalize(text).mean(0), pairs=n)
         for part in zip(*(column.split(1000) for column in pairs(n)), strict=True):
             alignment.add(*part)
         return len(pickle.dumps(alignment))
@@ -279,7 +280,7 @@ def test_what_cannot_be_measured_is_none():
 @pytest.mark.parametrize("announced", [19, 21])
 def test_other_rows_than_announced_are_refused(announced):
     text, class_text = texts()
-    alignment = Alignment(text, class_text, unit(text).mean(0), pairs=announced)
+    alignment = Alignment(text, class_text, normalize(text).mean(0), pairs=announced)
     alignment.add(*pairs(20))
     with pytest.raises(ValueError, match=f"{announced} pairs were announced, and 20 came"):
         alignment.measures()

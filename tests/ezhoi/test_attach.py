@@ -57,7 +57,7 @@ def test_with_an_identity_denoiser_ezhoi_s_logits_do_not_move(ezhoi, mocker, rec
     from ezhoi_diffusion.features.statistics import ModalityStatistics
 
     text = next(text for _, text in seen if text is not None)
-    statistics = ModalityStatistics.of((x for x, _ in seen), text)
+    statistics = ModalityStatistics.compute((x for x, _ in seen), text)
     bridge = DiffusionBridge(BridgeConfig(text.shape[1], RECIPES[recipe], "echo"), Echo(), statistics)
     before = logits_of(ezhoi, mocker, lambda x, pairs: None)
     after = logits_of(ezhoi, mocker, lambda x, pairs: bridge(x))
@@ -230,11 +230,11 @@ def test_mean_shift_needs_the_statistics_only(ezhoi, tmp_path):
     from ezhoi_diffusion.features.statistics import ModalityStatistics
 
     visual, text = torch.randn(50, 8) + 1, torch.randn(9, 8) - 1
-    statistics = ModalityStatistics.of([visual], text)
+    statistics = ModalityStatistics.compute([visual], text)
     DiffusionBridge(BridgeConfig(8, RECIPES["gentle"], "echo"), Echo(), statistics).save_pretrained(tmp_path)
     shifted = load(tmp_path)(visual)
     assert torch.allclose(shifted.norm(dim=-1), visual.norm(dim=-1), atol=1e-5)
-    after = ModalityStatistics.of([shifted], text)
+    after = ModalityStatistics.compute([shifted], text)
     assert after.gap < 0.5 * statistics.gap
 
 

@@ -9,7 +9,7 @@ import torch
 
 from ezhoi_diffusion import EzHoiScore, seen_pairs
 from ezhoi_diffusion.evaluation.protocols import stored_images
-from ezhoi_diffusion.features.labels import SupervisionError
+from ezhoi_diffusion.features.labels import LabelsError
 from ezhoi_diffusion.features.split import validation_mask
 from ezhoi_diffusion.testing import synthetic_store
 
@@ -80,10 +80,10 @@ def test_labels_of_hidden_classes_are_not_looked_at(store, tmp_path):
 
 
 def test_what_cannot_be_learned_from_is_refused(store, tmp_path):
-    with pytest.raises(SupervisionError, match="learn from training images only"):
+    with pytest.raises(LabelsError, match="learn from training images only"):
         seen_pairs(synthetic_store(tmp_path / "test", split="test"))
     nothing = synthetic_store(tmp_path / "nothing", alter=lambda b: replace(b, labels=torch.zeros_like(b.labels)))
-    with pytest.raises(SupervisionError, match="no pair of a seen class is annotated"):
+    with pytest.raises(LabelsError, match="no pair of a seen class is annotated"):
         seen_pairs(nothing)
-    with pytest.raises(SupervisionError, match="too few images"):
+    with pytest.raises(LabelsError, match="too few images"):
         seen_pairs(synthetic_store(tmp_path / "one", images=1))

@@ -17,7 +17,7 @@ from ezhoi_diffusion.features import shard as shard_module
 from ezhoi_diffusion.features.statistics import ModalityStatistics, mean_resultant_length
 from ezhoi_diffusion.features.store import FeatureStore, FeatureStoreError
 from ezhoi_diffusion.features.writer import FeatureWriter, finish_store, write_ezhoi_tensors
-from ezhoi_diffusion.files import sealed
+from ezhoi_diffusion.files import json_bytes
 from helpers.miniature import rewrite
 from helpers.stores import IMAGES, META, D, image, write
 
@@ -145,7 +145,7 @@ def test_damaged_files_are_one_typed_error(tmp_path, name, how):
         ({"shards": []}, "is damaged"),
         ({"rows": 13}, "is damaged"),
         ({"images": 5}, "is damaged"),
-        ({"host": {}}, "is damaged"),
+        ({"ezhoi": {}}, "is damaged"),
         ({"schema": 99}, "schema 99, this version reads 2"),
         ({"meta": {**META, "schema": 1, "split": "test"}}, "belongs to another capture"),
     ],
@@ -339,7 +339,7 @@ def test_copies_from_a_gpu_are_waited_for_before_they_are_looked_at(tmp_path, mo
         return real(batch)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the host's")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the default")
     monkeypatch.setattr(torch, "empty", empty)
     monkeypatch.setattr(shard_module, "_not_finite", looked)
 
@@ -355,7 +355,7 @@ def test_copies_from_a_gpu_are_waited_for_before_they_are_looked_at(tmp_path, mo
     store = write(tmp_path, [there(batch) for batch in IMAGES[:2]])
     copies = [("to", True)] * 7
     assert calls == [
-        *copies, *[("pinned", True)] * 3, ("record", "the host's"), *copies, ("record", "the host's"),
+        *copies, *[("pinned", True)] * 3, ("record", "the default"), *copies, ("record", "the default"),
         ("synchronize", False), ("looked", 0), ("looked", 1),
     ]  # fmt: skip
     assert torch.equal(store.adapter_feat(), IMAGES[0].adapter_feat)
@@ -364,8 +364,8 @@ def test_copies_from_a_gpu_are_waited_for_before_they_are_looked_at(tmp_path, mo
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_sealed_json_is_plain_json_with_its_seal_last():
+def test_json_is_readable_and_ends_with_its_checksum():
     value = {"a": [1, 2.5, None, "ü"], "b": {"c": [], "d": {}}}
-    found = json.loads(sealed(value))
-    assert list(found) == ["a", "b", "seal"]
-    assert sealed(value) == (json.dumps(found, indent=2) + "\n").encode()
+    found = json.loads(json_bytes(value))
+    assert list(found) == ["a", "b", "checksum"]
+    assert json_bytes(value) == (json.dumps(found, indent=2) + "\n").encode()

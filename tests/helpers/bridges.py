@@ -27,7 +27,7 @@ def features(count: int = 40, dim: int = DIM, seed: int = 0) -> torch.Tensor:
 
 def statistics(dim: int = DIM) -> ModalityStatistics:
     """Return the means of such features, and of texts."""
-    return ModalityStatistics.of([features(dim=dim)], features(20, dim, seed=1))
+    return ModalityStatistics.compute([features(dim=dim)], features(20, dim, seed=1))
 
 
 def make(recipe: str = "gentle", objective: str = "pred_x0", chunk_size: int = 1024, **changes) -> DiffusionBridge:

@@ -32,7 +32,7 @@ def low_rank(texts: int = 60, visuals: int = 90, dim: int = DIM, rank: int = 3) 
     text = torch.randn(texts, rank, generator=generator) @ plane + 2 * offset
     visual = 9 * torch.randn(visuals, rank, generator=generator) @ plane - 20 * offset
     image = torch.arange(visuals) // 6
-    statistics = ModalityStatistics.of([visual], text)
+    statistics = ModalityStatistics.compute([visual], text)
     return TrainingData(visual, image, text, statistics, {"run": "test"}, {"ctx": torch.ones(2)})
 
 

@@ -102,7 +102,7 @@ def rotated(classes: int = 12, each: int = 40, dim: int = DIM) -> TrainingData:
     own = text.repeat_interleave(each, 0)
     visual = 3 * (own @ turn + 4) + 0.5 * torch.randn(own.shape, generator=generator)
     image = torch.arange(len(own)) % 60
-    return TrainingData(visual, image, text, ModalityStatistics.of([visual], text), own_text=own, images=60)
+    return TrainingData(visual, image, text, ModalityStatistics.compute([visual], text), own_text=own, images=60)
 
 
 def test_pairs_are_mixed_from_text_to_the_visual_feature_with_noise():
@@ -311,7 +311,7 @@ def test_refuses_data(tmp_path, change, says):
 
 def test_what_the_bridge_refuses_is_refused_before_the_first_step(tmp_path):
     visual = low_rank().visual
-    one_text = replace(low_rank(), statistics=ModalityStatistics.of([visual], torch.eye(DIM)[:1]))
+    one_text = replace(low_rank(), statistics=ModalityStatistics.compute([visual], torch.eye(DIM)[:1]))
     for broken, config, says in (
         (one_text, QUICK, "text mean"),
         (low_rank(), replace(QUICK, recipe=replace(QUICK.recipe, sampler="nobody")), "nobody"),

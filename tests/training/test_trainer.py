@@ -69,14 +69,14 @@ def test_other_objectives_give_a_good_x0(tmp_path, objective):
 def test_features_lose_the_mean_of_their_recipe_and_are_split_by_image(recipe):
     data = low_rank()
     config = replace(QUICK, recipe=RECIPES[recipe])
-    rows = TrainingSet.from_data(data, config)
+    chosen = TrainingSet.from_data(data, config)
     if recipe == "guide":
-        assert rows.source is data.visual
-        assert not set(data.image[rows.training].tolist()) & set(data.image[rows.validation].tolist())
+        assert chosen.source is data.visual
+        assert not set(data.image[chosen.training].tolist()) & set(data.image[chosen.validation].tolist())
     else:
-        assert rows.source is data.text
-        assert len(rows.validation) == 6
-    assert torch.equal(rows.mean, data.statistics.text_mean)
+        assert chosen.source is data.text
+        assert len(chosen.validation) == 6
+    assert torch.equal(chosen.mean, data.statistics.text_mean)
 
 
 def test_held_out_images_do_not_depend_on_the_seed():
@@ -107,18 +107,18 @@ def rotated(classes: int = 12, each: int = 40, dim: int = DIM) -> TrainingData:
 
 def test_pairs_are_mixed_from_text_to_the_visual_feature_with_noise():
     data, recipe = rotated(), replace(RECIPES["paired"], noise_augmentation=0.5)
-    rows = TrainingSet.from_data(data, replace(QUICK, recipe=recipe))
+    chosen = TrainingSet.from_data(data, replace(QUICK, recipe=recipe))
     some = torch.arange(7)
     z_text, _ = normalize(data.own_text[some], data.statistics.text_mean, 5.0)
     z_visual, _ = normalize(data.visual[some], data.statistics.visual_mean, 5.0)
-    assert torch.equal(rows[some], z_text)
-    torch.testing.assert_close(rows.noise(some, torch.zeros(7, DIM)), z_visual)
+    assert torch.equal(chosen[some], z_text)
+    torch.testing.assert_close(chosen.noise(some, torch.zeros(7, DIM)), z_visual)
     gaussian = torch.randn(7, DIM, generator=torch.Generator().manual_seed(0))
-    blurred = rows.noise(some, gaussian)
+    blurred = chosen.noise(some, gaussian)
     torch.testing.assert_close(blurred.norm(dim=1), torch.full((7,), 5.0))
     expected = z_visual + 0.5 * 5 / DIM**0.5 * gaussian
     torch.testing.assert_close(blurred, 5 * expected / expected.norm(dim=1, keepdim=True))
-    assert not set(data.image[rows.training].tolist()) & set(data.image[rows.validation].tolist())
+    assert not set(data.image[chosen.training].tolist()) & set(data.image[chosen.validation].tolist())
 
 
 def test_a_bridge_trained_on_pairs_leads_features_of_held_out_images_to_their_own_text(tmp_path):

@@ -247,7 +247,7 @@ def test_a_damaged_checkpoint(made, tmp_path, capsys, name, damage, number):
     shutil.rmtree(older)
     before = tree(tmp_path)
     with pytest.warns(UserWarning, match=f"skipping checkpoint {newest}"):
-        refused_by_main(argv, capsys, "has no whole checkpoint to go on from")
+        refused_by_main(argv, capsys, "has no complete checkpoint to resume from")
     assert tree(tmp_path) == before
 
 
@@ -463,7 +463,7 @@ def test_a_checkpoint_that_is_sealed_and_wrong_is_skipped(made, tmp_path, what):
     [
         (lambda c: state(c, history=...), "history"),
         (lambda c: state(c, config=...), "config"),
-        (lambda c: state(c, data_sha256="other"), "other embeddings"),
+        (lambda c: state(c, data_sha256="other"), "other features"),
         (lambda c: change(c / "model.safetensors", mine=torch.ones(3)), "mine"),
         (lambda c: change(c / "optimizer.safetensors", mine=torch.ones(3)), "checkpoint"),
     ],

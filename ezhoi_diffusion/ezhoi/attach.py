@@ -29,8 +29,9 @@ from ezhoi_diffusion.ezhoi.limits import refuse_unsupported
 from ezhoi_diffusion.ezhoi.replaced import replaced
 from ezhoi_diffusion.ezhoi.run import EzHoiRun
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
+from ezhoi_diffusion.files import check_writable
 from ezhoi_diffusion.plugins import ON_BY_DEFAULT, PluginManager
-from ezhoi_diffusion.report.write import report_folder, write_report
+from ezhoi_diffusion.report.write import write_report
 from ezhoi_diffusion.signals import asked_to_stop
 
 EVALUATIONS = ("test_hico", "cache_hico", "cache_vcoco")  # methods of EZ-HOI's engine; after one of them we detach
@@ -86,8 +87,7 @@ class Attachment:
                 "a capture pass and a comparison need EZ-HOI's data sets: run main_tip_finetune.py, not a script for one image"
             )
         if args.out:
-            with report_folder(Path(args.out)):
-                pass  # refused now, not after the pass
+            check_writable(Path(args.out))  # now, not after the pass
         if run.world_size > 1 and (captures or injects or args.compare):
             share_context(run.model, run.device)
         self._attached = True

@@ -1,4 +1,4 @@
-"""attach(), as a fork's script calls it, and the bridge inside the ezhoi."""
+"""attach(), and bridges inside EZ-HOI."""
 
 from __future__ import annotations
 
@@ -33,11 +33,6 @@ class Echo(nn.Module):
         return x
 
 
-@pytest.fixture
-def ezhoi(make_ezhoi):
-    return make_ezhoi()
-
-
 def logits_of(ezhoi, mocker, inject):
     spy = mocker.spy(type(ezhoi.model), "postprocessing")
     with torch.no_grad(), FeatureTap(ezhoi.model, inject=inject):
@@ -49,7 +44,7 @@ def logits_of(ezhoi, mocker, inject):
 
 
 @pytest.mark.parametrize("recipe", ["gentle", "paper"])
-def test_with_an_identity_denoiser_ezhoi_s_logits_do_not_move(ezhoi, mocker, recipe):
+def test_identity_denoiser_leaves_logits_unchanged(ezhoi, mocker, recipe):
     seen = []
     with torch.no_grad(), FeatureTap(ezhoi.model, observe=lambda pairs, x, text, logits: seen.append((x, text))):
         for image, target in zip(ezhoi.images, ezhoi.targets, strict=True):
@@ -73,28 +68,12 @@ def bridge_of(provenance, context=None):
     return bridge
 
 
-@pytest.fixture
-def use(mocker):
-    """Make attach find these plugins: use(name=object)."""
-
-    def patch(**plugins):
-        def make(blocked=()):
-            manager = PluginManager(discover=False)
-            for name, plugin in plugins.items():
-                manager.register(plugin, name)
-            return manager
-
-        mocker.patch("ezhoi_diffusion.ezhoi.attach.PluginManager", make)
-
-    return patch
-
-
 def detect(ezhoi):
     with torch.no_grad():
         return [d for i, t in zip(ezhoi.images, ezhoi.targets, strict=True) for d in ezhoi.model([i], [t]) or []]
 
 
-def test_nothing_enabled_attaches_nothing(ezhoi):
+def test_nothing_is_attached_if_nothing_is_enabled(ezhoi):
     before = detect(ezhoi)
     attachment = attach(ezhoi.model, ezhoi.args)
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in ezhoi.model.modules()) == 0
@@ -103,18 +82,18 @@ def test_nothing_enabled_attaches_nothing(ezhoi):
     assert all(torch.equal(a[k], b[k]) for a, b in zip(before, after, strict=True) for k in a)
 
 
-def test_a_fork_that_forgot_the_flags_is_told(ezhoi):
+def test_attach_without_add_arguments_is_an_error(ezhoi):
     with pytest.raises(EzhoiDiffusionError, match="call add_arguments"):
         attach(ezhoi.model, Namespace(eval=True))
 
 
-def test_a_plugin_that_only_contributes_is_not_enabled(ezhoi, use):
+def test_enabling_a_plugin_without_run_hooks_is_an_error(ezhoi, use):
     use(gives=SimpleNamespace(register_bridges=hookimpl(lambda register: register("gives", lambda folder: None))))
     with pytest.raises(EzhoiDiffusionError, match="--plugin gives has no effect on a run"):
         attach(ezhoi.model, Namespace(**{**vars(ezhoi.args), "plugin": ["gives"]}))
 
 
-def test_plugins_are_told_of_attach_and_detach_once(ezhoi, use):
+def test_on_attach_and_on_detach_are_called_once(ezhoi, use):
     events = []
     plugin = SimpleNamespace(
         on_attach=hookimpl(lambda run: events.append(("attach", run.args.zs_type))),
@@ -132,7 +111,7 @@ def test_plugins_are_told_of_attach_and_detach_once(ezhoi, use):
     assert all(torch.equal(a["scores"], b["scores"]) for a, b in zip(bare, detect(ezhoi), strict=True))
 
 
-def test_detached_after_a_failure_too(ezhoi, use):
+def test_on_detach_is_called_after_a_failure(ezhoi, use):
     events = []
     use(p=SimpleNamespace(on_attach=hookimpl(lambda: 1 / 0), on_detach=hookimpl(lambda run: events.append(run.failed))))
     ezhoi.args.plugin = ["p"]
@@ -141,14 +120,14 @@ def test_detached_after_a_failure_too(ezhoi, use):
     assert events == [True]
 
 
-def test_an_injection_that_never_happened_is_an_error(ezhoi, use):
+def test_injection_without_any_image_is_an_error(ezhoi, use):
     use(p=SimpleNamespace(post_adapter_feat=hookimpl(lambda adapter_feat: None)))
     ezhoi.args.plugin = ["p"]
     with pytest.raises(FeatureTapError, match="never ran in eval mode"), attach(ezhoi.model, ezhoi.args):
         pass
 
 
-def test_a_plugin_that_breaks_the_rules_ends_the_run_or_degrades_it(ezhoi, use, capsys):
+def test_invalid_replacement_ends_or_degrades_the_run(ezhoi, use, capsys):
     use(p=SimpleNamespace(post_adapter_feat=hookimpl(lambda adapter_feat: adapter_feat[:-1])))
     ezhoi.args.plugin = ["p"]
     with (
@@ -164,7 +143,7 @@ def test_a_plugin_that_breaks_the_rules_ends_the_run_or_degrades_it(ezhoi, use, 
     assert "DEGRADED: plugin 'p'" in capsys.readouterr().out
 
 
-def test_a_fork_says_where_its_feature_is(ezhoi, use):
+def test_locate_adapter_feat_names_the_module_of_a_fork(ezhoi, use):
     ezhoi.model.pair_adapter = ezhoi.model.mem_adapter
     del ezhoi.model.mem_adapter
     type(ezhoi.model).mem_adapter = property(lambda self: self.pair_adapter)
@@ -181,14 +160,14 @@ def test_a_fork_says_where_its_feature_is(ezhoi, use):
         del type(ezhoi.model).mem_adapter
 
 
-def test_capture_needs_ezhoi_s_data_sets(ezhoi, use):
+def test_capture_without_an_engine_is_an_error(ezhoi, use):
     use(p=SimpleNamespace(on_train_batch=hookimpl(lambda batch: None)))
     ezhoi.args.plugin = ["p"]
     with pytest.raises(EzhoiDiffusionError, match=r"run main_tip_finetune\.py"):
         attach(ezhoi.model, ezhoi.args)
 
 
-def test_only_the_first_bridge_may_restore_its_context(ezhoi):
+def test_only_the_first_bridge_restores_its_context(ezhoi):
     vectors = {name: vector.clone() for name, vector in context_vectors(ezhoi.model).items()}
     stored = fingerprint(ezhoi.model, ezhoi.args).to_dict()
     ezhoi.args.restore_context = True
@@ -204,14 +183,14 @@ def test_only_the_first_bridge_may_restore_its_context(ezhoi):
 
 
 @pytest.mark.parametrize("provenance", [{}, {"fingerprint": ["x"]}])
-def test_a_bridge_without_a_readable_fingerprint_is_refused(ezhoi, provenance):
+def test_unreadable_fingerprint_is_refused(ezhoi, provenance):
     run = EzHoiRun(ezhoi.model, ezhoi.args, None, PluginManager(discover=False), find_feature_module(ezhoi.model))
     with pytest.raises(FingerprintError, match="was made for another EZ-HOI run"):
         run.check_fingerprint(bridge_of(provenance), "odd")
     run.check_fingerprint(bridge_of(None), "fits every run")
 
 
-def test_a_bridge_that_fails_is_named():
+def test_errors_of_a_bridge_name_it():
     plugins = PluginManager(discover=False)
     for name, load in (("breaks", lambda folder: 1 / 0), ("late", lambda folder: lambda x: x / "0")):
         hook = hookimpl(lambda register, name=name, load=load: register(name, load))
@@ -224,7 +203,7 @@ def test_a_bridge_that_fails_is_named():
         late.apply(torch.ones(2, 2), None)
 
 
-def test_mean_shift_needs_the_statistics_only(ezhoi, tmp_path):
+def test_mean_shift_needs_only_statistics(ezhoi, tmp_path):
     """A bridge whose network comes from a plugin that is not installed still has means."""
     from ezhoi_diffusion.builtin.mean_shift import load
     from ezhoi_diffusion.features.statistics import ModalityStatistics
@@ -238,7 +217,7 @@ def test_mean_shift_needs_the_statistics_only(ezhoi, tmp_path):
     assert after.gap < 0.5 * statistics.gap
 
 
-def test_ezhoi_s_own_meter_is_used_where_it_brings_one(mocker):
+def test_pocket_meter_is_used_where_available(mocker):
     """pocket's interface, as EZ-HOI calls it."""
     made = []
 
@@ -269,7 +248,7 @@ def test_ezhoi_s_own_meter_is_used_where_it_brings_one(mocker):
 # -- fingerprint -----------------------------------------------------------------------------------------------
 
 
-def test_a_fingerprint_changes_with_weights_context_and_split(ezhoi, make_ezhoi):
+def test_fingerprint_changes_with_weights_context_and_split(ezhoi, make_ezhoi):
     own = fingerprint(ezhoi.model, ezhoi.args)
     assert fingerprint_differences(own.to_dict(), fingerprint(ezhoi.model, ezhoi.args).to_dict()) == {}
     stored = {name: vector.clone() for name, vector in context_vectors(ezhoi.model).items()}

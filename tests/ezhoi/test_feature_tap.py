@@ -17,13 +17,8 @@ from ezhoi_diffusion.ezhoi.feature_tap import (
 )
 
 
-@pytest.fixture
-def ezhoi(make_ezhoi):
-    return make_ezhoi()
-
-
 def detect(ezhoi, batch=1):
-    """Detections of all images, `batch` at a time; images without pairs give nothing when they stand alone."""
+    """Detections of all images with pairs, `batch` images at a time."""
     found = []
     with torch.no_grad():
         for i in range(0, len(ezhoi.images), batch):
@@ -40,7 +35,7 @@ def hooks_of(model):
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_observed_rows_are_what_ezhoi_multiplies_with_and_pairs_are_its_own(ezhoi, batch, mocker):
+def test_observed_features_and_pairs_equal_those_of_ezhoi(ezhoi, batch, mocker):
     seen, logits, pairings = [], [], []
     spy = mocker.spy(type(ezhoi.model), "postprocessing")
     with FeatureTap(ezhoi.model, observe=lambda *event: seen.append(event)) as tap:
@@ -64,7 +59,7 @@ def test_observed_rows_are_what_ezhoi_multiplies_with_and_pairs_are_its_own(ezho
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_detections_are_bit_identical_under_a_tap_and_after_it(ezhoi, batch):
+def test_tap_leaves_detections_bit_equal(ezhoi, batch):
     bare, state = detect(ezhoi, batch), list(ezhoi.model.state_dict())
     with FeatureTap(ezhoi.model, observe=lambda *event: None):
         observed = detect(ezhoi, batch)
@@ -81,7 +76,7 @@ def test_detections_are_bit_identical_under_a_tap_and_after_it(ezhoi, batch):
     assert "compute_roi_embeddings" not in vars(ezhoi.model)
 
 
-def test_injection_is_what_ezhoi_scores(ezhoi, mocker):
+def test_injected_features_are_scored(ezhoi, mocker):
     spy = mocker.spy(type(ezhoi.model), "postprocessing")
     detect(ezhoi)
     with FeatureTap(ezhoi.model, inject=lambda x, pairs: x * 2):
@@ -93,7 +88,7 @@ def test_injection_is_what_ezhoi_scores(ezhoi, mocker):
         assert all(torch.equal(a * 2, b) for a, b in zip(bare, doubled, strict=True))
 
 
-def test_nothing_happens_in_training_mode(ezhoi):
+def test_tap_is_inactive_in_training_mode(ezhoi):
     ezhoi.model.train()
     calls = []
     with FeatureTap(ezhoi.model, inject=lambda x, pairs: calls.append(pairs)) as tap:
@@ -103,7 +98,7 @@ def test_nothing_happens_in_training_mode(ezhoi):
         tap.require_hits()
 
 
-def test_removed_after_an_exception_and_only_what_is_its_own(ezhoi):
+def test_remove_takes_only_its_own_hooks(ezhoi):
     others = ezhoi.model.mem_adapter.register_forward_hook(lambda *a: None)
     with pytest.raises(RuntimeError, match="inside"), FeatureTap(ezhoi.model, inject=lambda x, pairs: x):
         raise RuntimeError("inside")
@@ -115,7 +110,7 @@ def test_removed_after_an_exception_and_only_what_is_its_own(ezhoi):
     others.remove()
 
 
-def test_an_exception_in_a_hook_leaves_the_next_image_right(ezhoi):
+def test_next_image_is_correct_after_an_exception(ezhoi):
     bare, broken = detect(ezhoi), [True]
 
     def inject(x, pairs):
@@ -136,7 +131,7 @@ def test_registers_all_or_nothing(ezhoi, mocker):
     assert hooks_of(ezhoi.model) == 0
 
 
-def test_two_taps_in_any_order_of_removal(ezhoi):
+def test_two_taps_can_be_removed_in_any_order(ezhoi):
     bare = detect(ezhoi)
     outer, inner = (FeatureTap(ezhoi.model, inject=lambda x, pairs: x + 1).attach() for _ in range(2))
     assert not same(bare, detect(ezhoi))
@@ -145,7 +140,7 @@ def test_two_taps_in_any_order_of_removal(ezhoi):
     assert same(bare, detect(ezhoi))
 
 
-def test_without_img_align_vis_fuse_is_tapped(make_ezhoi):
+def test_vis_fuse_is_tapped_without_img_align(make_ezhoi):
     ezhoi = make_ezhoi(drop=("--img_align",))
     assert find_feature_module(ezhoi.model).name == "vis_fuse"
     bare = detect(ezhoi)
@@ -154,7 +149,7 @@ def test_without_img_align_vis_fuse_is_tapped(make_ezhoi):
     assert tap.hits == len(bare)
 
 
-def test_with_txt_align_the_text_is_the_one_after_it(make_ezhoi, mocker):
+def test_text_is_read_after_txt_align(make_ezhoi, mocker):
     ezhoi = make_ezhoi("--txt_align")
     torch.nn.init.normal_(ezhoi.model.txtmem_adapter.up_proj_mem.weight, std=0.1)
     spy = mocker.spy(type(ezhoi.model), "postprocessing")
@@ -168,7 +163,7 @@ def test_with_txt_align_the_text_is_the_one_after_it(make_ezhoi, mocker):
         assert torch.equal((x @ text.T) @ m.label_HO / m.sample_lens_HO / 2 * m.logit_scale_HO, expected)
 
 
-def test_refusals_say_why(ezhoi):
+def test_unsuitable_models_are_refused(ezhoi):
     assert unwrap(ezhoi.model) is ezhoi.model
     with pytest.raises(FeatureTapError, match="DataParallel"):
         unwrap(torch.nn.DataParallel(ezhoi.model))
@@ -187,7 +182,7 @@ def test_refusals_say_why(ezhoi):
         FeatureTap(torch.nn.Linear(2, 2), inject=lambda x, p: x, point=HookPoint("x", torch.nn.Linear(2, 2))).attach()
 
 
-def test_a_fork_that_pairs_otherwise_is_refused_not_guessed(ezhoi):
+def test_fork_with_other_pairs_is_refused(ezhoi):
     short = HookPoint("short", torch.nn.Identity())
     with (
         FeatureTap(ezhoi.model, inject=lambda x, pairs: x, point=short),
@@ -207,7 +202,7 @@ def test_a_fork_that_pairs_otherwise_is_refused_not_guessed(ezhoi):
         (torch.zeros(2, 2), None),
     ],
 )
-def test_replacements_are_checked(after, problem):
+def test_replacement_problem(after, problem):
     import re
 
     found = replacement_problem(torch.ones(2, 2), after)

@@ -1,4 +1,4 @@
-"""Other kinds of run: other flags, V-COCO, odd numbers of images, and what upstream cannot run."""
+"""Other flags, V-COCO, odd numbers of images and processes, and flags that upstream cannot run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from ezhoi_diffusion.ezhoi.feature_tap import FeatureTapError
 from ezhoi_diffusion.ezhoi.fingerprint import fingerprint
 from ezhoi_diffusion.ezhoi.limits import UnsupportedError, cannot_run, refuse_unsupported
 from ezhoi_diffusion.features.store import FeatureStore
-from ezhoi_diffusion.plugins import PluginManager
 from helpers.miniature import (
     dump,
     ezhoi_flags,
@@ -31,7 +30,7 @@ from helpers.miniature import (
 
 
 def rebuilt(store: FeatureStore) -> torch.Tensor:
-    """Logits of all captured rows, from what the store holds alone."""
+    """Logits of all captured pairs, computed from the store alone."""
     ezhoi = store.ezhoi
     return (store.adapter_feat() @ ezhoi["text"].T) @ ezhoi["label"] / ezhoi["sample_lens"] / 2 * ezhoi["logit_scale"]
 
@@ -51,7 +50,7 @@ VARIANTS = {  # flags added, flags left out, split, groups of classes; two kinds
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Weights for any flags in which no adapter is the identity, as a fresh one is."""
+    """Weights with which no adapter is the identity, as a fresh one is."""
     path = tmp_path_factory.mktemp("checkpoint") / "ckpt.pt"
     generator = torch.Generator().manual_seed(0)
     dim = towers.EMBED_DIM
@@ -67,7 +66,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
-def test_what_is_captured_gives_ezhoi_s_logits_and_identity_changes_nothing(small_world, checkpoint, name, tmp_path):
+def test_captured_features_rebuild_logits_and_identity_changes_nothing(small_world, checkpoint, name, tmp_path):
     extra, left_out, split, groups = VARIANTS[name]
     flags = [f for f in ezhoi_flags(small_world, evaluate=True, zs_type=split) if f not in left_out]
     flags += [*extra, "--resume", str(checkpoint)]
@@ -89,8 +88,7 @@ def test_what_is_captured_gives_ezhoi_s_logits_and_identity_changes_nothing(smal
     assert rows["identity"] == rows["none"]
 
 
-def test_flags_that_leave_no_trace_in_the_weights_are_in_the_fingerprint(make_ezhoi):
-    ezhoi = make_ezhoi()
+def test_fingerprint_has_flags_that_weights_do_not_show(ezhoi):
     own = fingerprint(ezhoi.model, ezhoi.args)
     for name, value in (("act_descriptor", True), ("without_unseen_name", True), ("vlmtxt", "fix")):
         other = fingerprint(ezhoi.model, Namespace(**{**vars(ezhoi.args), name: value}))
@@ -111,7 +109,7 @@ def test_flags_that_leave_no_trace_in_the_weights_are_in_the_fingerprint(make_ez
 
 
 @pytest.mark.slow
-def test_vcoco_is_captured_trained_and_injected_under_cache(vcoco, tmp_path):
+def test_vcoco_capture_train_and_inject_with_cache(vcoco, tmp_path):
     # the flags of --cache name the folder of the test images, V-COCO's `_val`
     flags = [*vcoco_flags(vcoco, tmp_path / "o", cache=True), "--plugin", "capture", "--capture-split", "train"]
     done, seen = dump(tmp_path / "c.safetensors", "launched", *flags, "--capture", str(tmp_path / "f"))
@@ -140,12 +138,9 @@ def test_vcoco_is_captured_trained_and_injected_under_cache(vcoco, tmp_path):
     assert run["on"] != run["bare"]
 
 
-def test_caching_ends_what_is_attached(make_ezhoi, mocker):
-    """A run that only caches never calls test_hico; what was to be injected and never was is told at its end."""
-    ezhoi = make_ezhoi()
-    plugins = PluginManager(discover=False)
-    plugins.register(SimpleNamespace(post_adapter_feat=hookimpl(lambda adapter_feat: adapter_feat + 1)), "adds")
-    mocker.patch("ezhoi_diffusion.ezhoi.attach.PluginManager", return_value=plugins)
+def test_caching_detaches(ezhoi, use):
+    """A run that only caches never calls test_hico. A tap without hits is an error at its end."""
+    use(adds=SimpleNamespace(post_adapter_feat=hookimpl(lambda adapter_feat: adapter_feat + 1)))
     ezhoi.args.plugin, ezhoi.args.eval, ezhoi.args.cache = ["adds"], False, True
     ezhoi.args.img_clip_pt = False  # cache_hico would have no file names
 
@@ -164,7 +159,6 @@ def test_caching_ends_what_is_attached(make_ezhoi, mocker):
             assert torch.equal(was["scores"], now["scores"])
             assert not torch.equal(was["scores"], shifted["scores"])
     assert vars(engine) == {}
-    plugins.enable([])
     attach(ezhoi.model, ezhoi.args, engine)
     with pytest.raises(FeatureTapError, match="never ran in eval mode"):
         engine.cache_vcoco([])
@@ -177,7 +171,7 @@ def test_caching_ends_what_is_attached(make_ezhoi, mocker):
         (["--eval", "--plugin", "diffusion", "--bridge", "x"], "run --cache in place of --eval"),
     ],
 )
-def test_what_vcoco_cannot_do_is_refused_with_the_way(vcoco, tmp_path, flags, message):
+def test_unsupported_vcoco_runs_are_refused(vcoco, tmp_path, flags, message):
     done = launch(*vcoco_flags(vcoco, tmp_path, cache=False), *flags)
     assert done.returncode == 2
     assert message in done.stderr
@@ -185,7 +179,7 @@ def test_what_vcoco_cannot_do_is_refused_with_the_way(vcoco, tmp_path, flags, me
     assert "start from a randomly initialised model" not in done.stdout, "refused before the model is built"
 
 
-def test_a_pass_with_the_training_augmentation_is_refused(small_world, tmp_path):
+def test_capture_with_training_augmentation_is_refused(small_world, tmp_path):
     flags = [*ezhoi_flags(small_world, evaluate=False), "--plugin", "capture", "--capture", str(tmp_path / "f")]
     done = launch(*flags, "--partitions", "train2015", "train2015")
     assert done.returncode == 2
@@ -196,8 +190,8 @@ def test_a_pass_with_the_training_augmentation_is_refused(small_world, tmp_path)
 
 
 @pytest.mark.slow
-def test_processes_share_images_without_padding(small_world, tmp_path):
-    """DistributedSampler would show some images twice where they do not divide evenly."""
+def test_processes_capture_each_image_once(small_world, tmp_path):
+    """DistributedSampler would show some images twice if they do not divide evenly."""
     stores = {}
     for processes in (1, 2, 3):
         capture = ["--plugin", "capture", "--capture", str(tmp_path / str(processes)), "--max-images", "5"]
@@ -243,7 +237,7 @@ USUAL = {
         {"zs_type": "uc0", "unseen_pt_inj": False},
     ],
 )
-def test_what_upstream_can_run_is_not_refused(flags):
+def test_supported_flags_are_accepted(flags):
     assert cannot_run(Namespace(**{**USUAL, **flags})) == {}
     assert cannot_run(Namespace(**flags)) == {}, "a script without a flag does not have its problem"
 
@@ -275,7 +269,7 @@ def test_what_upstream_can_run_is_not_refused(flags):
         ({"eval": False, "without_unseen_name": True, "plugin": ["capture"]}, "--without_unseen_name", "--eval flags"),
     ],
 )  # fmt: skip
-def test_what_upstream_cannot_run_is_named_with_reason_and_way(flags, named, reason):
+def test_unsupported_flags_are_named_with_reason(flags, named, reason):
     args = Namespace(**{**USUAL, **flags})
     found = cannot_run(args)
     assert list(found) == [named]
@@ -288,8 +282,7 @@ def test_what_upstream_cannot_run_is_named_with_reason_and_way(flags, named, rea
     assert f"{named}: {found[named]}" in str(refused.value)
 
 
-def test_a_fork_that_attaches_is_refused_too(make_ezhoi):
-    ezhoi = make_ezhoi()
+def test_attach_refuses_unsupported_flags(ezhoi):
     ezhoi.args.plugin, ezhoi.args.fix_txt_pt = ["diffusion"], True
     with pytest.raises(UnsupportedError, match=r"--fix_txt_pt: forward\(\) uses origin_ctx"):
         attach(ezhoi.model, ezhoi.args)

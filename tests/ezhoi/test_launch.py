@@ -1,4 +1,4 @@
-"""The unmodified script through the launcher: capture, training, injection, comparison, two processes."""
+"""An unmodified script through the launcher: capture, training, injection, comparison, two processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from helpers.miniature import (
 
 @pytest.fixture(scope="session")
 def evaluated(small_world, tmp_path_factory):
-    """What the bare script computes and prints, without this package."""
+    """Output and tensors of the script without this package."""
     done, tensors = dump(
         tmp_path_factory.mktemp("bare") / "bare.safetensors", "bare", *ezhoi_flags(small_world, evaluate=True)
     )
@@ -45,7 +45,7 @@ def bridge(captured, tmp_path_factory):
 # -- attached, and nothing enabled -----------------------------------------------------------------------------
 
 
-def test_a_launched_run_is_the_bare_run(small_world, evaluated, tmp_path):
+def test_launched_run_equals_bare_run(small_world, evaluated, tmp_path):
     printed, bare = evaluated
     done, tensors = dump(tmp_path / "x.safetensors", "launched", *ezhoi_flags(small_world, evaluate=True))
     assert done.returncode == 0, done.stderr
@@ -54,14 +54,14 @@ def test_a_launched_run_is_the_bare_run(small_world, evaluated, tmp_path):
     assert any(key.startswith("context.") for key in bare)
 
 
-def test_ezhoi_lists_our_flags_beside_its_own():
+def test_help_lists_our_flags():
     done = launch("--help")
     assert done.returncode == 0, done.stderr
     for flag in ("--img_align", "--plugin", "--compare", "--capture DIR", "plugin capture"):
         assert flag in done.stdout
 
 
-def test_training_gets_past_the_file_names(small_world, tmp_path):
+def test_training_runs_with_file_names_in_targets(small_world, tmp_path):
     flags = [*ezhoi_flags(small_world, evaluate=False), "--epochs", "1", "--output-dir", str(tmp_path)]
     bare = run_in_miniature("main_tip_finetune.py", *flags)
     assert "Unsupported type of data" in bare.stderr
@@ -73,7 +73,7 @@ def test_training_gets_past_the_file_names(small_world, tmp_path):
 # -- capture ---------------------------------------------------------------------------------------------------
 
 
-def test_captured_rows_are_ezhoi_s_own(captured):
+def test_captured_features_equal_those_of_ezhoi(captured):
     store, seen = captured
     feats = [seen[f"{i}.feat"] for i in range(sum(key.endswith(".feat") for key in seen))]
     assert torch.equal(store.adapter_feat(), torch.cat(feats))
@@ -85,7 +85,7 @@ def test_captured_rows_are_ezhoi_s_own(captured):
     assert any(image["rows"] == 0 for image in store.images), "the world must have images without pairs"
 
 
-def test_capture_is_a_pass_in_eval_mode_over_the_train_split(captured, small_world):
+def test_capture_covers_the_train_split_without_unseen_labels(captured, small_world):
     store, _ = captured
     annotated = json.loads((small_world / "data" / "instances_train2015.json").read_text())
     assert store.split == "train"
@@ -98,7 +98,7 @@ def test_capture_is_a_pass_in_eval_mode_over_the_train_split(captured, small_wor
     assert len(store.context) > 0
 
 
-def test_capture_without_augmentation_is_repeatable_and_resumable(small_world, captured, tmp_path):
+def test_capture_is_repeatable_and_resumable(small_world, captured, tmp_path):
     flags = [*ezhoi_flags(small_world, evaluate=True), "--capture-split", "train", "--plugin", "capture"]
     done = launch(*flags, "--capture", str(tmp_path / "again"))
     assert done.returncode == 0, done.stderr
@@ -114,7 +114,7 @@ def test_capture_without_augmentation_is_repeatable_and_resumable(small_world, c
     assert "Traceback" not in refused.stderr
 
 
-def test_max_images_and_the_test_split(small_world, tmp_path):
+def test_max_images_of_the_test_split(small_world, tmp_path):
     flags = ["--plugin", "capture", "--capture", str(tmp_path / "f"), "--max-images", "5"]
     done = launch(*ezhoi_flags(small_world, evaluate=True), *flags)
     assert done.returncode == 0, done.stderr
@@ -125,7 +125,7 @@ def test_max_images_and_the_test_split(small_world, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_capture_what_one_does(small_world, captured, tmp_path):
+def test_two_processes_capture_the_same_as_one(small_world, captured, tmp_path):
     flags = [*ezhoi_flags(small_world, evaluate=False), "--plugin", "capture", "--capture", str(tmp_path / "f")]
     done = launch(*flags, "--world-size", "2")
     assert done.returncode == 0, done.stderr
@@ -151,7 +151,7 @@ def test_two_processes_capture_what_one_does(small_world, captured, tmp_path):
     assert compared.stdout.count("diffusion - none") == 1, "rank 0 alone reports"
 
 
-def test_the_wrong_split_s_clip_features_are_refused(small_world, tmp_path):
+def test_clip_features_of_another_split_are_refused(small_world, tmp_path):
     flags = ezhoi_flags(small_world, evaluate=False)
     flags[flags.index("--clip_img_file") + 1] = str(tmp_path)
     done = launch(*flags, "--plugin", "capture", "--capture", str(tmp_path / "f"))
@@ -183,7 +183,7 @@ def test_compare_scores_all_variants_on_the_same_pairs(small_world, evaluated, b
         assert not torch.equal(tensors[f"{4 * i + 3}.logits"], bare[f"{i}.logits"])
 
 
-def test_an_injected_run_gives_what_the_comparison_says(small_world, evaluated, bridge, tmp_path):
+def test_injected_run_agrees_with_comparison(small_world, evaluated, bridge, tmp_path):
     table = launch(*ezhoi_flags(small_world, evaluate=True), "--bridge", str(bridge), "--compare", "diffusion").stdout
     done, tensors = dump(
         tmp_path / "x.safetensors", "launched", *ezhoi_flags(small_world, evaluate=True), "--plugin", "diffusion", "--bridge", str(bridge)
@@ -193,7 +193,7 @@ def test_an_injected_run_gives_what_the_comparison_says(small_world, evaluated, 
     assert same_figures(rows_of(table)["diffusion"], printed_by_ezhoi(done.stdout))
 
 
-def test_a_bridge_of_another_run_is_refused_unless_forced(small_world, bridge):
+def test_bridge_of_another_run_needs_force(small_world, bridge):
     flags = [*ezhoi_flags(small_world, evaluate=True), "--bridge", str(bridge), "--compare", "diffusion"]
     other = launch(*flags, "--zs_type", "rare_first")
     assert other.returncode == 2
@@ -203,7 +203,7 @@ def test_a_bridge_of_another_run_is_refused_unless_forced(small_world, bridge):
     assert "FORCED: bridge 'diffusion' was made for another EZ-HOI run" in forced.stdout
 
 
-def test_other_context_vectors_are_told_apart_and_can_be_restored(small_world, evaluated, bridge):
+def test_restore_context(small_world, evaluated, bridge):
     # the checkpoint makes the weights equal, as in a real run; the seed then changes the context vectors alone
     flags = [*ezhoi_flags(small_world, evaluate=True), "--bridge", str(bridge), "--compare", "identity,diffusion"]
     refused = launch(*flags, "--seed", "1")
@@ -214,7 +214,7 @@ def test_other_context_vectors_are_told_apart_and_can_be_restored(small_world, e
     assert "context is" not in restored.stdout
 
 
-def test_a_script_without_an_engine_is_joined_at_its_first_image(small_world, bridge, tmp_path):
+def test_script_without_engine_is_attached_to_at_its_first_image(small_world, bridge, tmp_path):
     script = tmp_path / "inference.py"
     script.write_text(
         "import runpy, sys\n"
@@ -250,7 +250,7 @@ def test_a_script_without_an_engine_is_joined_at_its_first_image(small_world, br
     assert "need EZ-HOI's data sets: run main_tip_finetune.py" in refused.stderr
 
 
-def test_a_fork_with_three_lines_runs_by_itself(small_world, bridge, tmp_path):
+def test_fork_that_calls_attach(small_world, bridge, tmp_path):
     fork = tmp_path / "fork"
     shutil.copytree(MINIATURE, fork, ignore=shutil.ignore_patterns("__pycache__"))
     script = fork / "main_tip_finetune.py"
@@ -304,7 +304,7 @@ def test_a_fork_with_three_lines_runs_by_itself(small_world, bridge, tmp_path):
         (["--plugin", "diffusion", "--bridge", "nowhere"], "nowhere"),
     ],
 )
-def test_flags_that_cannot_work_are_one_line(small_world, flags, message):
+def test_wrong_flags_print_one_line(small_world, flags, message):
     done = launch(*ezhoi_flags(small_world, evaluate=True), *flags)
     assert done.returncode == 2
     assert message in done.stderr
@@ -322,13 +322,13 @@ def test_flags_that_cannot_work_are_one_line(small_world, flags, message):
         ("import ezhoi_diffusion", False),
     ],
 )
-def test_a_script_that_joins_by_itself_is_told_from_one_that_imports_us(tmp_path, line, joins):
+def test_scripts_that_call_attach_are_recognized(tmp_path, line, joins):
     script = tmp_path / "fork.py"
     script.write_text(f"from factory import build_detector\n{line}\n")
     assert EzHoiScript.read(script).attaches == joins
 
 
-def test_a_script_s_own_flag_of_our_name_is_an_error_that_says_so(tmp_path):
+def test_clash_with_a_flag_of_the_script(tmp_path):
     (tmp_path / "factory.py").write_text("def build_detector(): pass\n")
     script = tmp_path / "fork.py"
     script.write_text(
@@ -340,18 +340,18 @@ def test_a_script_s_own_flag_of_our_name_is_an_error_that_says_so(tmp_path):
     assert "conflicting option string: --plugin): rename it in the script" in done.stderr
 
 
-def test_a_bare_run_may_name_a_checkpoint_that_is_not_there(small_world):
+def test_bare_run_accepts_a_missing_checkpoint(small_world):
     done = launch(*ezhoi_flags(small_world, evaluate=True), "--resume", "gone.pt")
     assert done.returncode == 0, done.stderr
 
 
-def test_injection_in_a_training_run_is_refused(small_world, bridge):
+def test_injection_in_a_training_is_refused(small_world, bridge):
     done = launch(*ezhoi_flags(small_world, evaluate=False), "--plugin", "diffusion", "--bridge", str(bridge))
     assert done.returncode == 2
     assert "this run would train: add --eval" in done.stderr
 
 
-def test_scripts_that_are_not_ezhoi_s(tmp_path):
+def test_other_scripts_are_refused(tmp_path):
     (tmp_path / "other.py").write_text("print(1)\n")
     (tmp_path / "broken.py").write_text("def (\n")
     (tmp_path / "elsewhere.py").write_text("from nowhere_at_all import build_detector\n")
@@ -371,7 +371,7 @@ def test_scripts_that_are_not_ezhoi_s(tmp_path):
     assert not script.attaches
 
 
-def test_a_debugger_of_ezhoi_ends_the_run(tmp_path):
+def test_debugger_ends_the_run(tmp_path):
     (tmp_path / "factory.py").write_text("def build_detector(): pass\n")
     script = tmp_path / "stops.py"
     script.write_text("from factory import build_detector\nimport pdb\npdb.set_trace()\nprint('went', 'on')\n")

@@ -1,4 +1,4 @@
-"""The lines a fork needs, written into its script and taken out again: by structure, whole or not at all, byte for byte."""
+"""Writing the three lines into a script and removing them, byte for byte."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def fork(tmp_path):
 # -- where the lines go ----------------------------------------------------------------------------------------
 
 
-def test_three_lines_stand_where_the_structure_says():
+def test_places_of_the_three_lines():
     assert ours(patched(SCRIPT)) == [
         "from ezhoi_diffusion import add_arguments, attach | from engine import CustomisedDLE",
         "    attach(upt, args, engine) | if args.cache:",
@@ -78,7 +78,7 @@ def test_three_lines_stand_where_the_structure_says():
     assert len(patched(SCRIPT).splitlines()) == len(SCRIPT.splitlines()) + 3
 
 
-def test_other_names_are_found():
+def test_other_names():
     renamed = SCRIPT.replace(b"upt", b"net").replace(b"engine =", b"runner =").replace(b"engine.", b"runner.")
     renamed = renamed.replace(b"args)", b"opt)").replace(b"args.", b"opt.").replace(b"args,", b"opt,")
     renamed = renamed.replace(b"parser", b"cmd").replace(b"import build_detector", b"import build_detector as build")
@@ -108,7 +108,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("data", VARIANTS.values(), ids=VARIANTS)
-def test_in_and_out_again_keeps_every_byte(data):
+def test_patch_and_revert_keep_every_byte(data):
     after = patched(data)
     assert len(after) > len(data)
     assert patched(after) == after
@@ -126,7 +126,7 @@ def test_in_and_out_again_keeps_every_byte(data):
         assert added[1].startswith(b"\tattach")
 
 
-def test_what_its_owner_edits_since_stays(fork):
+def test_revert_keeps_later_edits(fork):
     script = fork / NAME
     assert main(["patch", str(fork)]) == 0
     lines = script.read_text().splitlines(keepends=True)
@@ -138,7 +138,7 @@ def test_what_its_owner_edits_since_stays(fork):
     assert script.read_text() == "".join(line for line in mine if MARK not in line)
 
 
-def test_a_lost_line_comes_back_and_a_moved_one_goes_home(fork):
+def test_patch_repairs_lost_and_moved_lines(fork):
     script = fork / NAME
     main(["patch", str(fork)])
     whole = script.read_text()
@@ -188,7 +188,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("old", "new", "reason"), REFUSED.values(), ids=REFUSED)
-def test_what_is_not_understood_is_refused_and_left_alone(old, new, reason, tmp_path, capsys):
+def test_other_structures_are_refused(old, new, reason, tmp_path, capsys):
     assert old in SCRIPT
     data = SCRIPT.replace(old, new)
     script = tmp_path / NAME
@@ -204,25 +204,25 @@ def test_what_is_not_understood_is_refused_and_left_alone(old, new, reason, tmp_
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 
-def test_a_marked_line_that_was_changed_is_its_owner_s():
+def test_edited_line_is_refused():
     changed = patched(SCRIPT).replace(b"    attach(upt, args, engine)", b"    with attach(upt, args, engine): main()")
     for work in (patched, reverted):
         with pytest.raises(PatchError, match="is marked as ours, but was changed"):
             work(changed)
 
 
-def test_a_block_is_not_left_empty():
+def test_revert_refuses_to_leave_an_empty_block():
     alone = patched(SCRIPT).replace(b"    attach(upt", b"    if args.plugin:\n        attach(upt")
     with pytest.raises(PatchError, match="no valid Python any more"):
         reverted(alone)
 
 
-def test_a_broken_script_is_reverted_all_the_same():
+def test_revert_of_a_broken_script():
     broken = patched(SCRIPT) + b"def (:\n"
     assert reverted(broken) == SCRIPT + b"def (:\n"
 
 
-def test_a_folder_without_the_script_is_named(tmp_path, capsys):
+def test_folder_without_the_script(tmp_path, capsys):
     assert main(["patch", str(tmp_path / "nowhere")]) == 2
     assert "give the EZ-HOI folder" in capsys.readouterr().err
 
@@ -230,7 +230,7 @@ def test_a_folder_without_the_script_is_named(tmp_path, capsys):
 # -- the file --------------------------------------------------------------------------------------------------
 
 
-def test_the_command_shows_the_change_and_tells_what_is_the_case(fork, capsys):
+def test_command_output_and_exit_codes(fork, capsys):
     script = fork / NAME
     assert main(["patch", str(fork), "--check"]) == 1
     assert "not patched" in capsys.readouterr().out
@@ -251,7 +251,7 @@ def test_the_command_shows_the_change_and_tells_what_is_the_case(fork, capsys):
     assert "has no line of ours" in capsys.readouterr().out
 
 
-def test_only_the_script_changes_and_mode_and_link_stay(fork, tmp_path):
+def test_only_the_script_changes_and_keeps_mode_and_link(fork, tmp_path):
     real = tmp_path / "kept.py"
     (fork / NAME).rename(real)
     real.chmod(0o751)
@@ -265,7 +265,7 @@ def test_only_the_script_changes_and_mode_and_link_stay(fork, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fork", "kept.py"]
 
 
-def test_a_write_that_fails_leaves_the_script_as_it_was(fork, mocker, capsys):
+def test_failed_write_leaves_the_script_unchanged(fork, mocker, capsys):
     mocker.patch.object(os, "fsync", side_effect=OSError(28, "No space left on device"))
     before = sorted(path.name for path in fork.iterdir())
     assert main(["patch", str(fork)]) == 2
@@ -275,7 +275,7 @@ def test_a_write_that_fails_leaves_the_script_as_it_was(fork, mocker, capsys):
 
 
 @pytest.mark.parametrize("how", [[], ["--check"], ["--revert"]], ids=["patch", "check", "revert"])
-def test_what_a_kill_leaves_beside_the_script_goes_with_the_next_call(fork, mocker, how):
+def test_next_call_deletes_files_of_a_killed_write(fork, mocker, how):
     before = sorted(path.name for path in fork.iterdir())
     mocker.patch.object(shutil, "copymode", side_effect=KeyboardInterrupt)  # ends it where a kill would
     with contextlib.suppress(KeyboardInterrupt):
@@ -287,7 +287,7 @@ def test_what_a_kill_leaves_beside_the_script_goes_with_the_next_call(fork, mock
     assert sorted(path.name for path in fork.iterdir()) == before
 
 
-def test_the_package_takes_its_description_and_every_folder_along():
+def test_package_includes_patches_and_every_folder():
     tomllib = pytest.importorskip("tomllib")
     root = Path(ezhoi_diffusion.__file__).parent.parent
     listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
@@ -323,7 +323,7 @@ def patched_fork(tmp_path_factory):
     return folder / NAME
 
 
-def test_without_our_flags_a_patched_run_is_the_run_it_was(patched_fork, small_world, tmp_path):
+def test_patched_run_without_our_flags_is_unchanged(patched_fork, small_world, tmp_path):
     flags = ezhoi_flags(small_world, evaluate=True)
     before, bare = dump(MINIATURE / NAME, tmp_path / "bare.safetensors", *flags)
     after, same = dump(patched_fork, tmp_path / "patched.safetensors", *flags)
@@ -357,7 +357,7 @@ def bridge(patched_fork, small_world, tmp_path_factory):
     return folder / "bridge"
 
 
-def test_with_our_flags_it_captures_injects_and_compares(patched_fork, small_world, bridge):
+def test_patched_run_captures_injects_and_compares(patched_fork, small_world, bridge):
     flags = [*ezhoi_flags(small_world, evaluate=True), "--bridge", str(bridge)]
     bare = run_in_miniature(str(MINIATURE / NAME), *flags[:-2])
     compared = run_in_miniature(str(patched_fork), *flags, "--compare", "none,identity,diffusion")
@@ -370,7 +370,7 @@ def test_with_our_flags_it_captures_injects_and_compares(patched_fork, small_wor
 
 
 @pytest.mark.slow
-def test_two_processes_that_the_patched_script_spawns(patched_fork, small_world, bridge):
+def test_patched_run_in_two_processes(patched_fork, small_world, bridge):
     flags = [*ezhoi_flags(small_world, evaluate=True), "--bridge", str(bridge)]
     one = run_in_miniature(str(patched_fork), *flags, "--plugin", "diffusion")
     two = run_in_miniature(str(patched_fork), *flags, "--plugin", "diffusion", "--world-size", "2")
@@ -383,7 +383,7 @@ def launched(script: Path, *flags: str):
     return run_in_miniature("-m", "ezhoi_diffusion", "run", str(script), *flags)
 
 
-def test_the_launcher_runs_a_patched_script_as_the_one_it_was(patched_fork, small_world, bridge, tmp_path):
+def test_launched_patched_script_equals_the_original(patched_fork, small_world, bridge, tmp_path):
     train, flags = (ezhoi_flags(small_world, evaluate=evaluate) for evaluate in (False, True))
     for script, name in ((MINIATURE / NAME, "stock"), (patched_fork, "patched")):
         done = launched(script, *train, "--plugin", "capture", "--capture", str(tmp_path / name))
@@ -398,13 +398,13 @@ def test_the_launcher_runs_a_patched_script_as_the_one_it_was(patched_fork, smal
     assert printed(found[0].stdout) == printed(found[1].stdout)
 
 
-def test_the_launcher_helps_a_patched_script_to_train(patched_fork, small_world):
+def test_launched_patched_script_trains(patched_fork, small_world):
     flags = [*ezhoi_flags(small_world, evaluate=False), "--epochs", "1"]
     done = launched(patched_fork, *flags)
     assert done.returncode == 0, done.stderr
 
 
-def test_errors_in_processes_of_a_patched_script_are_a_line_under_the_launcher(patched_fork, small_world):
+def test_launched_errors_of_processes_print_one_line(patched_fork, small_world):
     done = launched(
         patched_fork, *ezhoi_flags(small_world, evaluate=True), "--world-size", "2", "--plugin", "diffusion"
     )
@@ -421,7 +421,7 @@ def test_errors_in_processes_of_a_patched_script_are_a_line_under_the_launcher(p
         (["--diffusion_bridge", "x"], "--diffusion_bridge: flags of the guide's edited EZ-HOI"),
     ],
 )
-def test_plain_python_says_a_user_s_error_in_a_line(patched_fork, small_world, flags, message):
+def test_plain_python_prints_one_line_for_a_user_error(patched_fork, small_world, flags, message):
     done = run_in_miniature(str(patched_fork), *ezhoi_flags(small_world, evaluate=True), *flags)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
@@ -429,14 +429,14 @@ def test_plain_python_says_a_user_s_error_in_a_line(patched_fork, small_world, f
     assert re.search(rf"^(\[rank0\]: ?)?ezhoi-diffusion: error: {re.escape(message)}", done.stderr, re.MULTILINE)
 
 
-def test_plain_python_shows_other_errors_in_full(patched_fork, small_world):
+def test_plain_python_prints_other_errors_in_full(patched_fork, small_world):
     done = run_in_miniature(str(patched_fork), *ezhoi_flags(small_world, evaluate=True), "--data-root", "nowhere")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "ezhoi-diffusion: error" not in done.stderr
 
 
-def test_doctor_reads_the_flags_of_a_patched_script(patched_fork, small_world, capsys):
+def test_doctor_reads_flags_of_a_patched_script(patched_fork, small_world, capsys):
     line = [str(patched_fork), *ezhoi_flags(small_world, evaluate=True)]
     main(["doctor", "--json", "--", *line, "--plugin", "diffusion"])
     found = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}

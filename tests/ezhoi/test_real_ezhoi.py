@@ -1,8 +1,8 @@
-"""The same proofs on the real EZ-HOI, for whoever has a checkout and data; skipped for all others.
+"""The central promises on the real EZ-HOI; skipped without a checkout and data.
 
     EZHOI_ROOT=…/EZ-HOI EZHOI_EVAL_FLAGS="… --eval --resume CKPT" EZHOI_TRAIN_FLAGS="… --resume CKPT" pytest -m real_ezhoi
 
-The flags are those of EZ-HOI's own scripts; a few images are enough. Python is the one that runs the tests.
+Use the flags of EZ-HOI's own scripts; a few images are enough. Python is the one that runs the tests.
 """
 
 from __future__ import annotations
@@ -52,19 +52,19 @@ def captured(tmp_path_factory):
     return FeatureStore(features), seen
 
 
-def test_a_launched_run_is_the_bare_run(bare, tmp_path):
+def test_launched_run_equals_bare_run(bare, tmp_path):
     _, launched = dump(tmp_path / "x.safetensors", "launched", EVAL)
     assert same(bare[1], launched)
 
 
-def test_captured_rows_are_what_ezhoi_used(captured):
+def test_captured_features_equal_those_of_ezhoi(captured):
     store, seen = captured
     feats = [seen[f"{i}.feat"] for i in range(sum(key.endswith(".feat") for key in seen))]
     assert torch.equal(store.adapter_feat(), torch.cat(feats))
     assert not set(store.ezhoi.get("classes/unseen", torch.zeros(0)).tolist()) & set(store.rows("gt_hoi").tolist())
 
 
-def test_a_bridge_is_trained_injected_and_compared_and_the_checkout_stays_clean(bare, captured, tmp_path):
+def test_train_inject_and_compare_leave_the_checkout_clean(bare, captured, tmp_path):
     before = subprocess.run(
         ["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout
@@ -90,7 +90,7 @@ def test_a_bridge_is_trained_injected_and_compared_and_the_checkout_stays_clean(
     assert after == before
 
 
-def test_a_patched_script_is_as_before_without_our_flags_and_after_revert(bare, tmp_path):
+def test_patched_run_is_unchanged_and_revert_restores_the_script(bare, tmp_path):
     script = tmp_path / "main_tip_finetune.py"
     script.write_bytes((Path(ROOT or "") / script.name).read_bytes())
     before = script.read_bytes()
@@ -101,8 +101,8 @@ def test_a_patched_script_is_as_before_without_our_flags_and_after_revert(bare, 
     assert script.read_bytes() == before
 
 
-def test_one_image_scores_as_the_evaluation_does(captured, tmp_path):
-    """inference.py over the test split; it ends at the first image in which EZ-HOI finds no pair."""
+def test_single_image_scores_equal_the_evaluation(captured, tmp_path):
+    """Runs inference.py over the test split, up to the first image without pairs."""
     bridge, ours = tmp_path / "bridge", ["--plugin", "diffusion", "--bridge", str(tmp_path / "bridge")]
     assert main(["train", str(captured[0].folder), "--out", str(bridge), "--train-steps", "20"]) == 0
     _, evaluated = dump(tmp_path / "e.safetensors", "launched", EVAL, *ours)

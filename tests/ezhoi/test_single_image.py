@@ -1,4 +1,4 @@
-"""A script for one image, as upstream's inference.py is written, runs unmodified and scores as the evaluation does."""
+"""A script for one image, such as upstream's inference.py, runs unmodified and scores as the evaluation."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def script(tmp_path_factory):
 
 @pytest.fixture
 def checkpoint(make_ezhoi, tmp_path):
-    """Weights as a fine-tuned detector's would be: other than a fresh model's."""
+    """Weights that differ from those of a fresh model."""
     path = tmp_path / "ckpt.pt"
     torch.save({"model_state_dict": make_ezhoi().model.state_dict()}, path)
     return path
@@ -67,7 +67,7 @@ def environment() -> str:
     return os.pathsep.join([str(MINIATURE), os.environ.get("PYTHONPATH", "")])
 
 
-def test_one_image_scores_as_the_evaluation_does(script, small_world, checkpoint, tmp_path):
+def test_single_image_scores_equal_the_evaluation(script, small_world, checkpoint, tmp_path):
     flags = [*ezhoi_flags(small_world, evaluate=True), "--resume", str(checkpoint)]
     captured = launch(*flags, "--capture-split", "train", "--plugin", "capture", "--capture", str(tmp_path / "f"))
     assert captured.returncode == 0, captured.stderr
@@ -92,9 +92,7 @@ def test_one_image_scores_as_the_evaluation_does(script, small_world, checkpoint
     assert all(torch.equal(alone[key], evaluated[key]) for key in alone if not key.startswith("context."))
 
 
-def test_a_checkpoint_of_other_flags_and_a_missing_feature_file_are_explained(
-    script, small_world, checkpoint, tmp_path
-):
+def test_wrong_checkpoint_and_missing_feature_file_are_explained(script, small_world, checkpoint, tmp_path):
     flags = [*ezhoi_flags(small_world, evaluate=True), "--resume", str(checkpoint)]
     other = infer(script, *[flag for flag in flags if flag != "--img_clip_pt"])
     assert other.returncode == 2
@@ -118,7 +116,7 @@ class Data:
 
 
 class Model(nn.Module):
-    """What EZ-HOI does with its arguments, and no more."""
+    """Handles its arguments as EZ-HOI does."""
 
     img_clip_pt, self_image_path = True, None
 
@@ -126,7 +124,7 @@ class Model(nn.Module):
         return [target["filename"] for target in targets]
 
 
-def test_the_image_is_named_after_the_last_one_of_the_data_set():
+def test_target_is_that_of_the_last_data_set_item():
     model, getitem = Model(), Data.__getitem__
     with single_images(Data) as help_model:
         help_model(model)
@@ -141,7 +139,7 @@ def test_the_image_is_named_after_the_last_one_of_the_data_set():
         model([second])
 
 
-def test_without_the_flag_nothing_is_touched():
+def test_no_help_without_img_clip_pt():
     model = Model()
     model.img_clip_pt = False
     with single_images(Data) as help_model:
@@ -151,7 +149,7 @@ def test_without_the_flag_nothing_is_touched():
             model([image])
 
 
-def test_an_image_without_pairs_is_named():
+def test_image_without_pairs_is_named():
     class Nothing(Model):
         def forward(self, images, targets=None):
             return None
@@ -180,7 +178,7 @@ class PromptAdapter(nn.Module):
         return x + self.attention(x, context, context, key_padding_mask=mask)[0]
 
 
-def test_an_own_image_is_read_as_ezhoi_reads_its_files():
+def test_self_image_path_gets_features_as_in_training():
     model = Model()
     model.self_image_path = "own.jpg"
     model.clip_head = nn.Module()
@@ -205,7 +203,7 @@ def test_an_own_image_is_read_as_ezhoi_reads_its_files():
 # -- what cannot run ---------------------------------------------------------------------------------------------
 
 
-def test_flags_on_which_upstream_hangs_or_fails_are_refused(tmp_path):
+def test_flags_that_hang_or_fail_are_refused(tmp_path):
     one = Namespace(world_size=1, self_image_path=None, img_clip_pt=True)
     check_flags(one, has_engine=False)
     check_flags(Namespace(world_size=2), has_engine=True)
@@ -218,7 +216,7 @@ def test_flags_on_which_upstream_hangs_or_fails_are_refused(tmp_path):
         check_flags(one, has_engine=True)
 
 
-def test_an_engine_that_is_imported_and_not_used_is_none(script, tmp_path):
+def test_unused_engine_import_is_ignored(script, tmp_path):
     assert EzHoiScript.read(script).engine is None
     assert EzHoiScript.read(MINIATURE / "main_tip_finetune.py").engine
     own = tmp_path / "own.py"
@@ -227,7 +225,7 @@ def test_an_engine_that_is_imported_and_not_used_is_none(script, tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["--diffusion_bridge", "--diffusion_text_mean=x", "--diffusion-steps"])
-def test_the_guide_s_flags_are_translated(flag):
+def test_flags_of_the_guide_are_refused_with_ours(flag):
     with pytest.raises(EzhoiDiffusionError, match="--plugin diffusion --bridge DIR"):
         add_arguments(ArgumentParser(), ["--eval", flag, "y"])
     fork = ArgumentParser()

@@ -1,4 +1,4 @@
-"""The text cache: the encoder runs once, and nobody can tell by anything but the time."""
+"""The text cache: the encoder runs once, and no bit changes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ import torch
 from torch import nn
 
 from ezhoi_diffusion import attach, hookimpl
-from ezhoi_diffusion.builtin.text_cache import plugin
 from ezhoi_diffusion.ezhoi import text_cache
 from ezhoi_diffusion.ezhoi.feature_tap import FeatureTap
 from ezhoi_diffusion.ezhoi.text_cache import MAX_MISSES, TextCache
-from ezhoi_diffusion.plugins import PluginError, PluginManager
+from ezhoi_diffusion.plugins import PluginError
 from helpers.miniature import ezhoi_flags, launch
 
 
 class Encoder(nn.Module):
-    """Has what a text tower has, and one thing more: it counts its runs, where no module sees it."""
+    """Has the parts of a text tower, and counts its runs in RUNS."""
 
     runs: list[tuple]
 
@@ -57,7 +56,7 @@ def encoder():
 
 @pytest.fixture
 def given():
-    """Fresh tensors of the same values every time, as a prompt learner makes them."""
+    """Makes fresh tensors of the same values, as a prompt learner does."""
 
     def make():
         generator = torch.Generator().manual_seed(1)
@@ -74,7 +73,7 @@ def same(a, b):
 
 
 def plain(encoder, *args, **kwargs):
-    """What the encoder would return without a cache; not counted."""
+    """The encoder's result without a cache; not counted as a run."""
     runs = list(RUNS)
     result = type(encoder).forward(encoder, *args, **kwargs)
     RUNS[:] = runs
@@ -84,7 +83,7 @@ def plain(encoder, *args, **kwargs):
 # -- the same while nothing changed ----------------------------------------------------------------------------
 
 
-def test_it_runs_once_and_gives_the_same_bits_and_layout(encoder, given):
+def test_encoder_runs_once_with_equal_bits_and_layout(encoder, given):
     expected = plain(encoder, *given())
     with TextCache(encoder):
         results = [encoder(*given()) for _ in range(5)]
@@ -93,7 +92,7 @@ def test_it_runs_once_and_gives_the_same_bits_and_layout(encoder, given):
     assert not results[-1][1].is_contiguous()
 
 
-def test_whoever_writes_into_a_result_or_an_input_changes_nothing_later(encoder, given):
+def test_writes_into_results_and_inputs_change_nothing_later(encoder, given):
     expected, inputs = plain(encoder, *given()), given()
     with TextCache(encoder):
         first = encoder(*inputs)
@@ -125,7 +124,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_changed_weights_are_seen(encoder, given, change):
+def test_changed_weights_are_noticed(encoder, given, change):
     def inputs():
         prompts, tokens, contexts = given()
         dtype = encoder.layer[0].weight.dtype
@@ -141,7 +140,7 @@ def test_changed_weights_are_seen(encoder, given, change):
     assert len(RUNS) == 2
 
 
-def test_an_optimizer_s_step_is_seen(encoder, given):
+def test_optimizer_step_is_noticed(encoder, given):
     optimizers = [
         torch.optim.SGD(encoder.parameters(), 0.1),
         torch.optim.AdamW(encoder.parameters(), 0.1, foreach=True),
@@ -156,7 +155,7 @@ def test_an_optimizer_s_step_is_seen(encoder, given):
     assert len(RUNS) == 3
 
 
-def test_an_address_is_not_given_to_other_weights_meanwhile():
+def test_addresses_of_weights_are_not_reused():
     layer, x = nn.Linear(512, 512), torch.randn(2, 512)  # large enough for the allocator to give the same block again
     with torch.no_grad(), TextCache(layer.eval()):
         for _ in range(20):
@@ -186,7 +185,7 @@ INPUTS = {
 
 
 @pytest.mark.parametrize("change", INPUTS.values(), ids=INPUTS)
-def test_changed_inputs_are_seen(encoder, given, change):
+def test_changed_inputs_are_noticed(encoder, given, change):
     def start():
         prompts, tokens, contexts = given()
         return (torch.zeros_like(prompts) if change is INPUTS["a zero's sign"] else prompts), tokens, contexts
@@ -210,7 +209,7 @@ def test_keyword_arguments_count(encoder, given):
     assert len(RUNS) == 4
 
 
-def test_nan_is_the_same_as_itself(encoder, given):
+def test_nan_equals_itself(encoder, given):
     with TextCache(encoder):
         for _ in range(3):
             prompts, *rest = given()
@@ -218,7 +217,7 @@ def test_nan_is_the_same_as_itself(encoder, given):
     assert len(RUNS) == 1
 
 
-def test_inputs_that_keep_changing_end_the_checks(encoder, given, mocker, caplog):
+def test_cache_switches_off_if_inputs_keep_changing(encoder, given, mocker, caplog):
     caplog.set_level(logging.INFO)
     compared, copied = mocker.spy(text_cache, "_same_values"), mocker.spy(copy, "deepcopy")
     with TextCache(encoder) as cache:
@@ -235,7 +234,7 @@ def test_inputs_that_keep_changing_end_the_checks(encoder, given, mocker, caplog
     ]
 
 
-def test_a_change_now_and_then_does_not_end_them(encoder, given):
+def test_occasional_changes_do_not_switch_the_cache_off(encoder, given):
     with TextCache(encoder):
         for i in range(10):
             prompts, *rest = given()
@@ -247,7 +246,7 @@ def test_a_change_now_and_then_does_not_end_them(encoder, given):
 # -- when it does nothing ----------------------------------------------------------------------------------------
 
 
-def test_training_and_gradients_are_left_alone_and_forget(encoder, given):
+def test_training_and_gradients_clear_the_cache(encoder, given):
     with TextCache(encoder) as cache:
         encoder(*given())
         with torch.enable_grad():
@@ -264,7 +263,7 @@ def test_training_and_gradients_are_left_alone_and_forget(encoder, given):
     assert len(RUNS) == 8
 
 
-def test_dropout_that_is_on_in_eval_mode_draws_anew_every_time(encoder, given):
+def test_dropout_in_eval_mode_draws_every_time(encoder, given):
     encoder.layer[1].train()
     torch.manual_seed(3)
     expected = [plain(encoder, *given()) for _ in range(5)]
@@ -273,7 +272,7 @@ def test_dropout_that_is_on_in_eval_mode_draws_anew_every_time(encoder, given):
         assert all(same(result, encoder(*given())) for result in expected)
 
 
-def test_settings_around_a_call_count(encoder, given):
+def test_torch_settings_are_part_of_the_state(encoder, given):
     with TextCache(encoder):
         plain_result = encoder(*given())
         with torch.autocast("cpu", torch.bfloat16):
@@ -289,7 +288,7 @@ def test_settings_around_a_call_count(encoder, given):
         assert not result[0].is_inference()
 
 
-def test_somebody_s_hook_or_forward_inside_is_called_every_time(encoder, given):
+def test_inner_hooks_and_forwards_are_called_every_time(encoder, given):
     seen = []
     with TextCache(encoder):
         encoder(*given())
@@ -308,7 +307,7 @@ def test_somebody_s_hook_or_forward_inside_is_called_every_time(encoder, given):
     assert len(RUNS) == 12
 
 
-def test_a_hook_on_all_modules_sees_all_modules(encoder, given):
+def test_global_hooks_are_called_every_time(encoder, given):
     seen = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, *call: seen.append(type(module)))
     try:
@@ -320,7 +319,7 @@ def test_a_hook_on_all_modules_sees_all_modules(encoder, given):
     assert seen == [nn.Linear, nn.Dropout, nn.Sequential, Encoder] * 2
 
 
-def test_hooks_of_the_encoder_itself_fire_below_and_above(encoder, given):
+def test_hooks_of_the_encoder_are_called_every_time(encoder, given):
     seen = []
     encoder.register_forward_pre_hook(lambda module, args: (args[0] + 1, *args[1:]))
     encoder.register_forward_hook(lambda module, args, output: seen.append(output) or (output[0] * 2, output[1]))
@@ -362,7 +361,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("behaviour", ODD.values(), ids=ODD)
-def test_what_does_more_than_compute_runs_every_time(given, behaviour):
+def test_encoder_with_side_effects_runs_every_time(given, behaviour):
     RUNS.clear()
     with torch.no_grad(), TextCache(Odd(behaviour).eval()) as cache:
         for _ in range(5):
@@ -375,7 +374,7 @@ def test_what_does_more_than_compute_runs_every_time(given, behaviour):
     assert len(RUNS) == 5
 
 
-def test_inputs_that_cannot_be_compared(encoder, given):
+def test_encoder_runs_for_inputs_that_cannot_be_compared(encoder, given):
     prompts, tokens, _ = given()
     with TextCache(encoder):
         for _ in range(5):
@@ -384,7 +383,7 @@ def test_inputs_that_cannot_be_compared(encoder, given):
     assert len(RUNS) == 10
 
 
-def test_a_failure_is_the_encoder_s_own_and_leaves_nothing(encoder, given):
+def test_errors_of_the_encoder_pass_through(encoder, given):
     prompts, tokens, contexts = given()
     with TextCache(encoder):
         encoder(prompts, tokens, contexts)
@@ -395,7 +394,7 @@ def test_a_failure_is_the_encoder_s_own_and_leaves_nothing(encoder, given):
     assert len(RUNS) == 4
 
 
-def test_no_memory_for_a_copy_is_no_failure(encoder, given, mocker):
+def test_lack_of_memory_for_a_copy_is_no_error(encoder, given, mocker):
     with TextCache(encoder):
         mocker.patch.object(text_cache.copy, "deepcopy", side_effect=torch.OutOfMemoryError("full"))
         for _ in range(3):
@@ -405,7 +404,7 @@ def test_no_memory_for_a_copy_is_no_failure(encoder, given, mocker):
 # -- coming and going ----------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_left_and_nothing_is_in_the_state_dict(encoder, given):
+def test_module_and_state_dict_are_unchanged(encoder, given):
     before, names = dict(vars(encoder)), list(encoder.state_dict())
     cache = TextCache(encoder).attach()
     encoder(*given())
@@ -417,7 +416,7 @@ def test_nothing_is_left_and_nothing_is_in_the_state_dict(encoder, given):
     assert cache._entry is None
 
 
-def test_two_caches_are_one_and_go_in_any_order(encoder, given):
+def test_two_caches_can_be_removed_in_any_order(encoder, given):
     for last in (0, 1):
         RUNS.clear()
         caches = [TextCache(encoder).attach(), TextCache(encoder).attach()]
@@ -430,7 +429,7 @@ def test_two_caches_are_one_and_go_in_any_order(encoder, given):
         assert "forward" not in vars(encoder)
 
 
-def test_somebody_s_own_forward_is_left_alone(encoder, given):
+def test_module_with_own_forward_is_left_alone(encoder, given):
     encoder.forward = own = lambda *args: type(encoder).forward(encoder, *args)[0] + len(RUNS)
     with TextCache(encoder):
         assert encoder.forward is own
@@ -438,7 +437,7 @@ def test_somebody_s_own_forward_is_left_alone(encoder, given):
     assert vars(encoder)["forward"] is own
 
 
-def test_a_wrapper_around_it_stays_and_reaches_the_encoder(encoder, given):
+def test_wrapper_stays_and_reaches_the_encoder(encoder, given):
     cache = TextCache(encoder).attach()
     inner = encoder.forward
     encoder.forward = lambda *args, **kwargs: inner(*args, **kwargs)
@@ -450,7 +449,7 @@ def test_a_wrapper_around_it_stays_and_reaches_the_encoder(encoder, given):
     assert "forward" in vars(encoder)
 
 
-def test_a_copy_of_the_module_uses_its_own_weights(encoder, given):
+def test_copied_module_uses_its_own_weights(encoder, given):
     with TextCache(encoder):
         encoder(*given())
         copied = copy.deepcopy(encoder)
@@ -466,7 +465,7 @@ def test_a_copy_of_the_module_uses_its_own_weights(encoder, given):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize("how", ["script", "trace", "compile"])
-def test_an_encoder_of_torch_s_own_kind_is_left_alone(how):
+def test_scripted_traced_and_compiled_modules_are_left_alone(how):
     module = nn.Linear(2, 2).eval()
     made = {
         "script": lambda: torch.jit.script(module),
@@ -480,7 +479,7 @@ def test_an_encoder_of_torch_s_own_kind_is_left_alone(how):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
-def test_what_is_traced_through_it_is_no_constant(encoder, given):
+def test_tracing_records_no_constant(encoder, given):
     prompts, *_ = given()
     layer = encoder.layer.eval()
     with TextCache(layer):
@@ -493,31 +492,9 @@ def test_what_is_traced_through_it_is_no_constant(encoder, given):
 
 
 @pytest.fixture
-def ezhoi(make_ezhoi):
-    return make_ezhoi()
-
-
-@pytest.fixture
 def runs(ezhoi, mocker):
     """The calls of the real encoder."""
     return mocker.spy(type(ezhoi.model.clip_head.text_encoder), "forward")
-
-
-@pytest.fixture
-def use(mocker):
-    """Make attach find the built-in cache and these: use(name=plugin)."""
-
-    def patch(**plugins):
-        def make(blocked=()):
-            found = PluginManager(blocked, discover=False)
-            for name, one in {"text_cache": plugin, **plugins}.items():
-                if name not in blocked:
-                    found.register(one, name)
-            return found
-
-        mocker.patch("ezhoi_diffusion.ezhoi.attach.PluginManager", make)
-
-    return patch
 
 
 def scored(ezhoi, mocker, batch=1):
@@ -539,7 +516,7 @@ def equal(a, b):
 
 @pytest.mark.parametrize("flags", [(), ("--txt_align", "--act_descriptor")], ids=["", "more text modules"])
 @pytest.mark.parametrize("batch", [1, 4])
-def test_detections_and_logits_are_the_bare_run_s(make_ezhoi, mocker, batch, flags):
+def test_detections_and_logits_equal_a_bare_run(make_ezhoi, mocker, batch, flags):
     ezhoi = make_ezhoi(*flags)
     bare, state = scored(ezhoi, mocker, batch), list(ezhoi.model.state_dict())
     runs = mocker.spy(type(ezhoi.model.clip_head.text_encoder), "forward")
@@ -554,7 +531,7 @@ def test_detections_and_logits_are_the_bare_run_s(make_ezhoi, mocker, batch, fla
     assert equal(bare, scored(ezhoi, mocker, batch))
 
 
-def test_replaced_features_and_captured_rows_are_what_they_are_without(ezhoi, mocker, runs, use):
+def test_replaced_and_captured_features_equal_those_without_cache(ezhoi, mocker, runs, use):
     double = SimpleNamespace(post_adapter_feat=hookimpl(lambda adapter_feat: adapter_feat * 2))
     use(double=double)
     ezhoi.args.plugin = ["double"]
@@ -575,7 +552,7 @@ def test_replaced_features_and_captured_rows_are_what_they_are_without(ezhoi, mo
     assert equal([t for t in rows[True] if t is not None], [t for t in rows[False] if t is not None])
 
 
-def test_a_capture_pass_encodes_once_and_writes_the_same(ezhoi, use, runs, mocker, ezhoi_modules):
+def test_capture_pass_encodes_once_and_writes_the_same(ezhoi, use, runs, mocker, ezhoi_modules):
     batches = []
     use(rows=SimpleNamespace(on_train_batch=hookimpl(lambda batch: batches.append(batch))))
     collate = ezhoi_modules.utils.custom_collate
@@ -595,7 +572,7 @@ def test_a_capture_pass_encodes_once_and_writes_the_same(ezhoi, use, runs, mocke
     assert "forward" not in vars(ezhoi.model.clip_head.text_encoder)
 
 
-def test_other_context_vectors_are_seen(ezhoi, mocker, runs):
+def test_changed_context_vectors_are_noticed(ezhoi, mocker, runs):
     vectors = ezhoi.model.clip_head.prompt_learner.txtcls_ctx_pt
     with attach(ezhoi.model, ezhoi.args), torch.no_grad():
         first = scored(ezhoi, mocker)
@@ -606,7 +583,7 @@ def test_other_context_vectors_are_seen(ezhoi, mocker, runs):
     assert equal(changed, scored(ezhoi, mocker))
 
 
-def test_training_is_the_bare_run_s(ezhoi):
+def test_training_equals_a_bare_run(ezhoi):
     def losses():
         torch.manual_seed(5)
         ezhoi.model.train()
@@ -621,7 +598,7 @@ def test_training_is_the_bare_run_s(ezhoi):
         assert ezhoi.model.clip_head.text_encoder.text_projection.grad is not None
 
 
-def test_blocked_absent_or_in_a_training_run_nothing_is_touched(ezhoi, mocker, use):
+def test_encoder_is_untouched_if_blocked_absent_or_training(ezhoi, mocker, use):
     encoder, engine = ezhoi.model.clip_head.text_encoder, SimpleNamespace(test_hico=None)
     with attach(ezhoi.model, Namespace(**{**vars(ezhoi.args), "no_plugin": ["text_cache"]})):
         assert "forward" not in vars(encoder)
@@ -635,7 +612,7 @@ def test_blocked_absent_or_in_a_training_run_nothing_is_touched(ezhoi, mocker, u
         pass
 
 
-def test_a_detector_without_a_place_for_a_tap_is_not_asked_for_one(ezhoi, mocker):
+def test_no_hook_point_is_needed(ezhoi, mocker):
     del ezhoi.model.mem_adapter, ezhoi.model.vis_fuse
     for named in ([], ["text_cache"]):
         with attach(ezhoi.model, Namespace(**{**vars(ezhoi.args), "plugin": named})):
@@ -643,7 +620,7 @@ def test_a_detector_without_a_place_for_a_tap_is_not_asked_for_one(ezhoi, mocker
     assert "forward" not in vars(ezhoi.model.clip_head.text_encoder)
 
 
-def test_it_ends_with_ezhoi_s_evaluation(ezhoi, runs):
+def test_cache_ends_with_the_evaluation(ezhoi, runs):
     class Engine:
         def test_hico(self):
             with torch.no_grad():
@@ -670,14 +647,14 @@ def test_two_detectors_at_once(ezhoi, make_ezhoi, mocker):
     assert "forward" not in vars(other.model.clip_head.text_encoder)
 
 
-def test_plugins_are_on_by_default_after_those_that_are_named(ezhoi, use):
+def test_default_plugins_come_after_named_ones(ezhoi, use):
     named = SimpleNamespace(on_attach=hookimpl(lambda run: None))
     use(named=named)
     with attach(ezhoi.model, Namespace(**{**vars(ezhoi.args), "plugin": ["named"]})) as attachment:
         assert attachment.run.plugins.enabled == ["named", "text_cache"]
 
 
-def test_named_and_blocked_is_a_contradiction(ezhoi):
+def test_named_and_blocked_is_an_error(ezhoi):
     with pytest.raises(PluginError, match="blocked"):
         attach(ezhoi.model, Namespace(**{**vars(ezhoi.args), "plugin": ["text_cache"], "no_plugin": ["text_cache"]}))
 
@@ -699,7 +676,7 @@ towers.TextEncoder.forward = forward
     [((), 1), (("--no-plugin", "text_cache"), None), (("--world-size", "2"), 2)],
     ids=["", "blocked", "two processes"],
 )
-def test_a_launched_evaluation_encodes_once_a_process(small_world, tmp_path, flags, runs):
+def test_launched_evaluation_encodes_once_per_process(small_world, tmp_path, flags, runs):
     (tmp_path / "sitecustomize.py").write_text(COUNTING)  # processes that EZ-HOI spawns import it, too
     count = tmp_path / "runs"
     path = os.pathsep.join([str(tmp_path), *sys.path])

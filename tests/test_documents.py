@@ -33,6 +33,7 @@ from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.hookspecs import HOOKS
 from ezhoi_diffusion.plugins import PluginManager
 from ezhoi_diffusion.registry import Registry
+from ezhoi_diffusion.report.hub_card import push_to_hub
 from ezhoi_diffusion.testing import BRIDGE_RULES, FIT_RULES, check_bridge, check_fit, synthetic_store
 from helpers import TESTS
 from helpers.miniature import MINIATURE
@@ -315,8 +316,11 @@ def test_the_example_for_the_hub_fits_the_class(monkeypatch):
     double = mock.create_autospec(DiffusionBridge)
     double.from_pretrained.return_value = double.return_value
     monkeypatch.setattr("ezhoi_diffusion.diffusion.bridge.DiffusionBridge", double)
+    pushed = mock.create_autospec(push_to_hub)
+    monkeypatch.setattr("ezhoi_diffusion.report.hub_card.push_to_hub", pushed)
     exec(code, {})
-    double.return_value.override.return_value.save_pretrained.assert_called_once_with("BRIDGE")
+    double.return_value.override.return_value.save_pretrained.assert_called_once_with("WEAKER")
+    pushed.assert_called_once_with("WEAKER", "USER/OTHER", private=True)
 
 
 # -- plugins/README.md -----------------------------------------------------------------------------------------------

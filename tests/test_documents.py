@@ -320,7 +320,7 @@ def test_the_example_for_the_hub_fits_the_class(monkeypatch):
     monkeypatch.setattr("ezhoi_diffusion.report.hub_card.push_to_hub", pushed)
     exec(code, {})
     double.return_value.override.return_value.save_pretrained.assert_called_once_with("WEAKER")
-    pushed.assert_called_once_with("WEAKER", "USER/OTHER", private=True)
+    pushed.assert_called_once_with(Path("WEAKER"), "USER/OTHER", private=True)
 
 
 # -- plugins/README.md -----------------------------------------------------------------------------------------------

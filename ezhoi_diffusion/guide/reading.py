@@ -31,7 +31,8 @@ OLD_TORCH_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)[
     :14
 ]  # of torch.save before 1.6, and in pickled tensors
 COPIES, SMALL = 4, 1 << 24  # a file may make four times its size, and 16 MiB
-INSTRUCTION_BYTES = 64  # counted for each instruction, of which the costliest, an empty set, takes 216
+ITEM_BYTES = 100  # counted for each instruction, and for each item that a call copies
+COSTS = {"EMPTY_SET": 220, "REDUCE": 400}  # bytes counted for instructions that take more
 MAX_DIMS, MAX_SIZE = 16, 1 << 62
 MAX_LIST = 1 << 20
 READ_FACTOR = 5  # peak memory to read visual features [N, 512] and their metadata, in sizes of the file; measured
@@ -251,7 +252,7 @@ class _Unpickler(pickle._Unpickler):
             "builtins.bytes": self._bytes,
             "builtins.bytearray": self._bytes,
             "_codecs.encode": self._encode,
-            "torch.Size": tuple,
+            "torch.Size": self._tuple,
             "torch._utils._rebuild_tensor_v2": self._tensor,
             "torch._utils._rebuild_parameter": lambda data, *_: data,
             "numpy.ndarray": "ndarray",
@@ -306,15 +307,22 @@ class _Unpickler(pickle._Unpickler):
 
     # Calls
 
+    def _tuple(self, items: Any = ()) -> tuple[Any, ...]:
+        self.spend(ITEM_BYTES * len(items))
+        return tuple(items)
+
     def _ordered_dict(self, items: Any = ()) -> OrderedDict[Any, Any]:
+        self.spend(ITEM_BYTES * len(items))
         return OrderedDict((self._key(key), value) for key, value in items)
 
     def _counter(self, counts: dict[Any, int]) -> Counter[Any]:
         if type(counts) is not dict:  # the keys of a dict are checked
             raise TypeError(f"a Counter of a {type(counts).__name__}")
+        self.spend(ITEM_BYTES * len(counts))
         return Counter(counts)
 
     def _set(self, items: Any = ()) -> set[Any]:
+        self.spend(ITEM_BYTES * len(items))
         return {self._key(item) for item in items}
 
     def _encode(self, text: str, encoding: str) -> bytes:
@@ -424,9 +432,9 @@ CHECKED: dict[str, Callable[[Any], None]] = {
 }
 
 
-def _counted(load: Callable[[Any], None]) -> Callable[[Any], None]:
+def _counted(load: Callable[[Any], None], cost: int) -> Callable[[Any], None]:
     def run(machine: _Unpickler) -> None:
-        machine.spend(INSTRUCTION_BYTES)
+        machine.spend(cost)
         load(machine)
 
     return run
@@ -434,4 +442,6 @@ def _counted(load: Callable[[Any], None]) -> Callable[[Any], None]:
 
 for _name in (*PLAIN.split(), *CHECKED):
     _code = getattr(pickle, _name)[0]
-    _Unpickler.dispatch[_code] = _counted(CHECKED.get(_name) or pickle._Unpickler.dispatch[_code])
+    _Unpickler.dispatch[_code] = _counted(
+        CHECKED.get(_name) or pickle._Unpickler.dispatch[_code], COSTS.get(_name, ITEM_BYTES)
+    )

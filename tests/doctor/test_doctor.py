@@ -1,4 +1,4 @@
-"""The doctor: every finding in its good and its bad form, and no traceback whatever it is given."""
+"""Every finding of the doctor, good and bad, and no traceback for any input."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ SCRIPT = str(MINIATURE / "main_tip_finetune.py")
 
 
 def cone(rows: int, seed: int, share: float = 0.8) -> torch.Tensor:
-    """Rows whose unit mean has about the norm `share`, as CLIP's have."""
+    """Normalised features whose mean has about the norm `share`, as CLIP's have."""
     generator = torch.Generator().manual_seed(seed)
     axis = normalize(torch.randn(1, D, generator=generator))
     return share * axis + (1 - share**2) ** 0.5 * normalize(torch.randn(rows, D, generator=generator))
 
 
 def write_features(folder, rows=None, text=None, hoi=(0, 1), labels=None, pairs=PAIRS, **meta):
-    """A store of 12 images; whatever is named differs from a good one."""
+    """Write a sound store of 12 images, with these changes."""
     rows = 3 * cone(IMAGES * pairs, 0) if rows is None else rows
     writer = FeatureWriter(folder, {**META, **meta}, rows_per_shard=5 * pairs)
     boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0]]).repeat(pairs + 1, 1)
@@ -91,7 +91,7 @@ def write_features(folder, rows=None, text=None, hoi=(0, 1), labels=None, pairs=
 def write_bridge(
     folder, recipe="gentle", fingerprint=FINGERPRINT, dim=D, weight=None, network="mlp", training=(), **changes
 ):
-    """A bridge with fresh weights, or `weight` all over its last layer."""
+    """Write a bridge with fresh weights, or with `weight` in all of them."""
     chosen = replace(RECIPES[recipe], **changes)
     facts = {"step": 5000, "val_loss": 0.1, "isotropic_val_loss": 0.2, "data_sha256": "0", **dict(training)}
     provenance = {"fingerprint": fingerprint, "training": facts} if fingerprint else {}
@@ -128,7 +128,7 @@ def look(monkeypatch):
 
 
 def one(found, name, level, *words):
-    """The finding of that name and level, which says all the words."""
+    """Return the finding of that name and level, after a check that it says all the words."""
     matching = [f for f in found[name] if f.level == level]
     assert matching, f"no {level} {name} in {dict(found)}"
     said = " ".join(f"{f.found} -> {f.fix}" for f in matching)
@@ -151,7 +151,7 @@ def package(folder: Path, name: str, source: str = "") -> None:
 
 
 @pytest.mark.slow
-def test_broken_packages_are_named_and_none_takes_the_doctor_down(tmp_path, monkeypatch):
+def test_broken_packages_are_found_and_do_not_end_the_doctor(tmp_path, monkeypatch):
     package(tmp_path, "torchvision.__init__", "raise RuntimeError('operator torchvision::nms does not exist')")
     package(tmp_path, "pocket.__init__", "import os; os._exit(139)")
     package(tmp_path, "clip.__init__", "")
@@ -199,7 +199,7 @@ def test_a_sound_environment(tmp_path, monkeypatch):
     one(found, "environment.clip", "ok", str(tmp_path / "CLIP"))
 
 
-def test_a_torch_that_refuses_torchscript_is_a_problem_for_the_host_only(monkeypatch):
+def test_refused_torchscript_is_a_problem_for_ezhoi_only(monkeypatch):
     answers = defaultdict(lambda: {"version": "1", "path": "/x/__init__.py"})
     answers |= {environment.TORCHSCRIPT: {"error": "RuntimeError: no"}, environment.CUDA: {"error": "x"}}
     monkeypatch.setattr(environment, "probe", lambda names: answers)
@@ -260,7 +260,7 @@ def test_disk_and_memory(monkeypatch, tmp_path):
         assert list(environment.space(tmp_path))[1].level == level
 
 
-def test_plugins_that_do_not_work(look, monkeypatch):
+def test_broken_and_disabled_plugins(look, monkeypatch):
     one(look(), "environment.plugins", "ok", "capture, diffusion")
 
     def load():
@@ -342,11 +342,11 @@ BAD_FEATURES = [
 
 
 @pytest.mark.parametrize(("changes", "name", "level", "word"), BAD_FEATURES)
-def test_features_that_are_wrong(look, tmp_path, changes, name, level, word):
+def test_unsound_features(look, tmp_path, changes, name, level, word):
     one(look(write_features(tmp_path / "f", **changes).folder), name, level, word)
 
 
-def test_a_share_that_is_small_either_way_is_fine(look, tmp_path):
+def test_centring_is_fine_where_both_means_work(look, tmp_path):
     text = cone(24, 0, 0.8)  # around the same axis as the rows
     one(look(write_features(tmp_path / "f", text=text).folder), "features.centring", "ok")
 
@@ -382,7 +382,7 @@ def test_unfinished_and_damaged_features(look, tmp_path):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """Features, and a bridge trained on them a little, by the command."""
+    """Train a bridge for a few steps with the command; returns the folders of its features and of the bridge."""
     folder = tmp_path_factory.mktemp("trained")
     store = write_features(folder / "f")
     options = ["--denoiser-options", '{"width": 16, "depth": 1}', "--train-steps", "60", "--val-every", "20"]
@@ -401,7 +401,7 @@ def test_a_sound_bridge(look, trained):
     assert "bridge.effect" not in alone
 
 
-def test_the_data_of_a_visual_recipe_are_recognised_too(look, tmp_path, trained):
+def test_features_of_a_visual_recipe_are_recognised(look, tmp_path, trained):
     features, _ = trained
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.training.data import TrainingData
@@ -444,7 +444,7 @@ BAD_BRIDGES = [
 
 
 @pytest.mark.parametrize(("changes", "name", "level", "word"), BAD_BRIDGES)
-def test_bridges_that_are_wrong(look, tmp_path, trained, changes, name, level, word):
+def test_unsound_bridges(look, tmp_path, trained, changes, name, level, word):
     one(look(trained[0], write_bridge(tmp_path / "b", **changes)), name, level, word)
 
 
@@ -488,7 +488,7 @@ def test_a_bridge_that_does_not_open(look, tmp_path):
     one(look(folder), "bridge.open", "problem", "config.json", "--resume")
 
 
-# -- host flags ------------------------------------------------------------------------------------------------
+# -- EZ-HOI's flags ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -498,7 +498,7 @@ def line(small_world):
 
 
 def checkpoint(path: Path, **changes) -> Path:
-    """A checkpoint with the tensors whose shapes tell something; None takes one away."""
+    """Write a checkpoint of the tensors that the doctor looks at; None removes one."""
     state = {
         "label_HO": torch.zeros(24, 10),
         "mem_adapter.down_proj_mem.weight": torch.zeros(64, D),
@@ -621,7 +621,7 @@ def test_a_checkpoint_that_would_run_code_is_not_executed(look, line, tmp_path, 
     one(look(line=[*line, "--resume", "before_zip.pt"]), "ezhoi.checkpoint", "ok", "epoch 3")
 
 
-def test_what_lies_beside_a_checkpoint_and_its_name(look, line, tmp_path):
+def test_the_name_of_a_checkpoint_and_args_txt_beside_it(look, line, tmp_path):
     path = checkpoint(tmp_path / "hico_non_rare_first" / "c.pt")
     found = look(line=[*line, "--resume", str(path)])
     one(found, "ezhoi.zs_type", "warning", "says non_rare_first", "unseen_verb")
@@ -639,7 +639,7 @@ def test_what_lies_beside_a_checkpoint_and_its_name(look, line, tmp_path):
         look(line=[*line, "--resume", str(path)])
 
 
-def test_features_and_bridge_against_the_flags(look, line, tmp_path):
+def test_fingerprints_are_compared_with_the_flags(look, line, tmp_path):
     args = read_flags(Path(line[0]), line[1:])
     mine = {**FINGERPRINT, "num_classes": args.num_classes}
     features = write_features(tmp_path / "f", fingerprint=mine).folder
@@ -659,7 +659,7 @@ def test_features_and_bridge_against_the_flags(look, line, tmp_path):
     )
 
 
-def test_read_flags_is_the_script_s_own_parser(line, tmp_path, capsys):
+def test_read_flags_uses_the_script_s_own_parser(line, tmp_path, capsys):
     args = read_flags(Path(line[0]), [*line[1:], "--plugin", "capture", "--capture", "x"])
     assert (args.zs_type, args.eval, args.plugin, args.capture) == ("unseen_verb", True, ["capture"], "x")
     assert capsys.readouterr().out == ""
@@ -686,10 +686,10 @@ def test_a_script_whose_imports_fail_says_what_to_install(look, tmp_path):
     one(look(line=[str(script)]), "ezhoi.flags", "problem", "environment.torchvision")
 
 
-# -- whatever it is given --------------------------------------------------------------------------------------
+# -- other folders, damage --------------------------------------------------------------------------------------
 
 
-def test_what_is_neither(look, tmp_path):
+def test_folders_that_are_neither(look, tmp_path):
     (tmp_path / "file.pkl").touch()
     (tmp_path / "empty").mkdir()
     one(look(tmp_path / "file.pkl"), "input", "problem", "is a file", "ezhoi-diffusion import")
@@ -701,7 +701,7 @@ def test_what_is_neither(look, tmp_path):
 
 
 def mutations(value):
-    """`value` with each leaf, in turn, something else."""
+    """Yield `value` with one leaf changed or removed, for every leaf."""
     yield from (None, "x", -1, 10**30, [], {})
     if isinstance(value, dict):
         for key in value:
@@ -741,7 +741,7 @@ def test_damage_of_any_kind_gives_findings_and_no_exception(look, tmp_path, trai
 # -- the command -----------------------------------------------------------------------------------------------
 
 
-def test_the_command_prints_lines_or_json_and_says_by_status_whether_there_is_a_problem(look, trained, line, capsys):
+def test_the_command_prints_lines_or_json_and_sets_the_exit_status(look, trained, line, capsys):
     features, bridge = map(str, trained)
     assert main(["doctor", features, bridge]) == 0
     printed = capsys.readouterr().out

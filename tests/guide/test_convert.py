@@ -1,4 +1,4 @@
-"""The guide's files become bridges and features, and its module gives what the published sampler gives."""
+"""Files of the guide become bridges and features; its module returns what the published sampler returns."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ MEAN = mean_of(TEXT)
 
 @pytest.fixture
 def files(tmp_path):
-    """One of each, of one run; by name."""
+    """One file of each kind, all of one run, by name."""
     folder = tmp_path / "guide"
     folder.mkdir()
     clip = {"embeddings": TEXT, "classnames": ["a"] * N_SEL, "clip_model": "ViT-B/16", "num_classes": 117}
     analysis = {"visual_before": VISUAL, "visual_after": None, "text_adapted": TEXT, "metadata": {}, "config": {}}
-    host = {"iteration": 1, "epoch": 0, "model_state_dict": {"label_HO": torch.zeros(N_SEL, 117)}}
-    torch.save(host, folder / "ckpt_00001_00.pt")
+    checkpoint = {"iteration": 1, "epoch": 0, "model_state_dict": {"label_HO": torch.zeros(N_SEL, 117)}}
+    torch.save(checkpoint, folder / "ckpt_00001_00.pt")
     return SimpleNamespace(
         folder=folder,
         model=model_file(folder / "model-7.pt"),
@@ -65,7 +65,7 @@ def files(tmp_path):
         clip=dump(clip, folder / "clip.pkl"),
         visual=visual_file(folder / "visual.pkl", chain(VISUAL, MEAN, 4.0)),
         analysis=dump(analysis, folder / "embeddings_for_viz.pkl"),
-        host=folder / "ckpt_00001_00.pt",
+        checkpoint=folder / "ckpt_00001_00.pt",
     )
 
 
@@ -76,7 +76,7 @@ def run(*words: object) -> int:
 # The report
 
 
-def test_without_out_it_says_what_files_are_and_writes_nothing(files, capsys):
+def test_without_out_import_describes_files_and_writes_nothing(files, capsys):
     before = sorted(p.name for p in files.folder.iterdir())
     assert run(*sorted(files.folder.iterdir())) == 0
     said = capsys.readouterr().out
@@ -97,7 +97,7 @@ def test_without_out_it_says_what_files_are_and_writes_nothing(files, capsys):
     assert sorted(p.name for p in files.folder.iterdir()) == before
 
 
-def test_programs_are_refused_and_nothing_is_written(files, tmp_path, capsys):
+def test_import_refuses_code_and_writes_nothing(files, tmp_path, capsys):
     class Evil:
         def __reduce__(self):
             return open, (str(tmp_path / "canary"), "w")
@@ -137,14 +137,14 @@ def test_model_and_mean_make_a_bridge(files, tmp_path, source, capsys):
     assert facts["fingerprint"]["dim"] == D
 
 
-def test_online_weights_on_demand(files, tmp_path):
+def test_online_weights_if_asked_for(files, tmp_path):
     assert run(files.model, files.mean, "--weights", "online", "--out", tmp_path / "out") == 0
     bridge = DiffusionBridge.from_pretrained(tmp_path / "out")
     online = unet(D, 8, (1, 2), seed=1).state_dict()
     assert all(torch.equal(v, online[k]) for k, v in bridge.denoiser.net.state_dict().items())
 
 
-def test_normalised_text_and_visual_rows_tell_the_scale(files, tmp_path):
+def test_scale_factor_comes_from_normalised_embeddings(files, tmp_path):
     run(files.model, files.mean, files.normalised, "--out", tmp_path / "a")
     assert DiffusionBridge.from_pretrained(tmp_path / "a").config.recipe.scale_factor == 4.0
     run(files.model, files.mean, files.visual, "--out", tmp_path / "b")
@@ -158,8 +158,8 @@ def test_normalised_text_and_visual_rows_tell_the_scale(files, tmp_path):
     assert DiffusionBridge.from_pretrained(tmp_path / "c").config.recipe.scale_factor == 3.0
 
 
-def test_the_first_versions_mean(files, tmp_path, capsys):
-    """From its text the right mean is taken; its own mean, too short, stays what a network was trained with, and is told."""
+def test_means_of_the_first_version(files, tmp_path, capsys):
+    """Its text gives the right mean. Its own mean is too short, but a network was trained with it, so it is used and noted."""
     run(files.model, files.padded, "--out", tmp_path / "a")
     assert "the first version" in capsys.readouterr().out
     assert torch.allclose(DiffusionBridge.from_pretrained(tmp_path / "a").statistics.text_mean, MEAN, atol=1e-6)
@@ -183,7 +183,7 @@ def test_the_first_versions_mean(files, tmp_path, capsys):
     [
         (["mean"], "of text mean alone nothing can be made: add the trainer's model"),
         (["raw", "mean"], "of text, text mean alone nothing can be made"),
-        (["host"], "of EZ-HOI checkpoint alone"),
+        (["checkpoint"], "of EZ-HOI checkpoint alone"),
         (["analysis"], "of analysis alone"),
         (["model"], "the text mean is missing: give"),
         (["visual"], "the text mean is missing: give"),
@@ -194,19 +194,19 @@ def test_the_first_versions_mean(files, tmp_path, capsys):
         (["mean", "mean", "model"], "are both a text mean file"),
     ],
 )
-def test_what_makes_nothing_says_what_is_missing(files, tmp_path, names, says, capsys):
+def test_import_says_which_files_are_missing(files, tmp_path, names, says, capsys):
     assert run(*(getattr(files, name) for name in names), "--out", tmp_path / "out") == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_forced_clip_text_is_noted_in_the_artefact(files, tmp_path):
+def test_forced_clip_text_is_noted_in_the_bridge(files, tmp_path):
     assert run(files.model, files.clip, "--force", "--out", tmp_path / "out") == 0
     notes = DiffusionBridge.from_pretrained(tmp_path / "out").provenance["imported"]["notes"]
     assert any(note.startswith("FORCED") and "CLIP itself" in note for note in notes)
 
 
-def test_files_that_do_not_belong_together(files, tmp_path, capsys):
+def test_files_of_different_runs_are_refused(files, tmp_path, capsys):
     wide = dump(mean_of(text(64)), files.folder / "wide.pkl")
     assert run(files.model, wide, "--out", tmp_path / "out") == 2
     assert "model-7.pt has 32, wide.pkl has 64" in capsys.readouterr().err
@@ -226,7 +226,7 @@ def test_weights_without_a_schedule_need_force(files, tmp_path, capsys):
     assert run(bare, files.mean, "--force", "--out", tmp_path / "out") == 0
 
 
-def test_diverged_averages_are_refused_and_the_online_weights_offered(files, tmp_path, capsys):
+def test_diverged_weights_are_refused(files, tmp_path, capsys):
     checkpoint = trainer_checkpoint()
     checkpoint["ema"]["ema_model.model.final_conv.bias"] = torch.tensor([torch.nan])
     torch.save(checkpoint, files.folder / "nan.pt")
@@ -237,7 +237,7 @@ def test_diverged_averages_are_refused_and_the_online_weights_offered(files, tmp
     assert run(files.folder / "nan.pt", files.mean, "--weights", "online", "--out", tmp_path / "out") == 0
 
 
-def test_incomplete_networks_and_networks_out_of_bounds(files, tmp_path, capsys):
+def test_incomplete_and_oversized_networks_are_refused(files, tmp_path, capsys):
     checkpoint = trainer_checkpoint()
     del checkpoint["ema"]["ema_model.model.mid_block1.block1.norm.g"]
     torch.save(checkpoint, files.folder / "cut.pt")
@@ -251,7 +251,7 @@ def test_incomplete_networks_and_networks_out_of_bounds(files, tmp_path, capsys)
     assert "at most 1024 channels with init_dim = 8, not [1, 200]" in capsys.readouterr().err
 
 
-def test_an_out_in_use_is_left_alone(files, tmp_path, capsys):
+def test_a_folder_in_use_is_not_touched(files, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     for made in (files.model, files.visual):
@@ -260,7 +260,7 @@ def test_an_out_in_use_is_left_alone(files, tmp_path, capsys):
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
-def test_a_disk_that_refuses_leaves_nothing(files, tmp_path, capsys, mocker):
+def test_a_full_disk_leaves_no_folder(files, tmp_path, capsys, mocker):
     mocker.patch.object(os, "fsync", side_effect=OSError(28, "No space left on device"))
     for made in (files.model, files.visual):
         assert run(made, files.mean, "--out", tmp_path / "out") == 2
@@ -277,9 +277,18 @@ WRONG = (
 
 @pytest.mark.parametrize(
     "kind",
-    ["raw", "normalised", "clip", "visual", "analysis", "mean", "host", pytest.param("model", marks=pytest.mark.slow)],
+    [
+        "raw",
+        "normalised",
+        "clip",
+        "visual",
+        "analysis",
+        "mean",
+        "checkpoint",
+        pytest.param("model", marks=pytest.mark.slow),
+    ],
 )
-def test_wrong_values_in_every_field_are_an_import_or_a_typed_error(files, tmp_path, kind, capsys):
+def test_wrong_values_in_any_field_import_or_raise_a_typed_error(files, tmp_path, kind, capsys):
     whole = read_untrusted(getattr(files, kind))
     if kind == "model":
         places = [(whole, key) for key in whole]
@@ -300,8 +309,8 @@ def test_wrong_values_in_every_field_are_an_import_or_a_typed_error(files, tmp_p
         part[key] = right
 
 
-@pytest.mark.parametrize("kind", ["raw", "visual", "mean", "host"])
-def test_cut_and_flipped_files_are_an_import_or_a_typed_error(files, tmp_path, kind):
+@pytest.mark.parametrize("kind", ["raw", "visual", "mean", "checkpoint"])
+def test_cut_and_flipped_files_import_or_raise_a_typed_error(files, tmp_path, kind):
     data = getattr(files, kind).read_bytes()
     generator = torch.Generator().manual_seed(0)
     for place in torch.randint(len(data), (40,), generator=generator).tolist():
@@ -312,24 +321,24 @@ def test_cut_and_flipped_files_are_an_import_or_a_typed_error(files, tmp_path, k
             assert run(tmp_path / "f") in fine, place
 
 
-def test_names_that_the_system_refuses_are_named(files, tmp_path, capsys):
+def test_errors_name_paths_that_are_too_long(files, tmp_path, capsys):
     assert run("x" * 300) == 2
     assert "x" * 300 in capsys.readouterr().err
     assert run(files.model, files.mean, "--out", tmp_path / ("y" * 300)) == 2
     assert "y" * 300 in capsys.readouterr().err
 
 
-def test_drop_in_refuses_steps_that_a_folder_does_not_have(files, tmp_path):
+def test_module_refuses_steps_outside_the_schedule(files, tmp_path):
     run(files.model, files.mean, "--out", tmp_path / "out")
     for steps in (0, 2000):
         with pytest.raises(EzhoiDiffusionError, match=r"steps|levels"):
             DiffusionBridgeHOI(tmp_path / "out", inference_steps=steps)
 
 
-# What an imported bridge does not know
+# -- what an imported bridge does not know
 
 
-def test_the_visual_mean_is_not_made_up(files, tmp_path):
+def test_an_unknown_visual_mean_stays_unknown(files, tmp_path):
     run(files.model, files.mean, "--out", tmp_path / "out")
     with pytest.raises(BridgeError, match="import it together with the file of visual embeddings"):
         mean_shift.load(tmp_path / "out")
@@ -344,32 +353,32 @@ def test_the_visual_mean_is_not_made_up(files, tmp_path):
     assert mean_shift.load(tmp_path / "both")(VISUAL).shape == VISUAL.shape
 
 
-def test_the_host_refuses_it_as_unknown_unless_forced(files, tmp_path, capsys):
+def test_a_run_refuses_an_imported_bridge_unless_forced(files, tmp_path, capsys):
     run(files.model, files.mean, "--out", tmp_path / "out")
     bridge = DiffusionBridge.from_pretrained(tmp_path / "out")
     own = Fingerprint("ViT-B-16", D, "hicodet", None, 117, 212, "HO", True, True, "aa", "bb", {})
     args = SimpleNamespace(restore_context=False, force=False)
-    host = EzHoiRun(None, args, None, None, None)
-    host.__dict__["fingerprint"] = own
+    ezhoi_run = EzHoiRun(None, args, None, None, None)
+    ezhoi_run.__dict__["fingerprint"] = own
     with pytest.raises(FingerprintError) as refused:
-        host.check_fingerprint(bridge, "diffusion")
+        ezhoi_run.check_fingerprint(bridge, "diffusion")
     assert "weights is 'aa' here, unknown there" in str(refused.value)
     assert "dim is" not in str(refused.value)
     args.force = True
-    host.check_fingerprint(bridge, "diffusion")
-    assert "unknown there" in host.forced[0]
+    ezhoi_run.check_fingerprint(bridge, "diffusion")
+    assert "unknown there" in ezhoi_run.forced[0]
 
 
 # Features
 
 
 def by_image(rows: torch.Tensor) -> torch.Tensor:
-    """Rows of legacy_files' images, those of one image together, in the order of first appearance."""
+    """Order features as a store does: by image, and images by first appearance."""
     return torch.cat([rows[0:6], rows[12:18], rows[6:12], rows[18:24]])
 
 
 @pytest.mark.parametrize("words", [["mean"], ["mean", "raw"], ["raw"], ["mean", "normalised"], ["mean", "analysis"]])
-def test_visual_rows_make_a_store_of_directions(files, tmp_path, words):
+def test_visual_embeddings_become_a_store_of_directions(files, tmp_path, words):
     assert run(files.visual, *(getattr(files, word) for word in words), "--out", tmp_path / "out") == 0
     store = FeatureStore(tmp_path / "out")
     assert torch.allclose(store.adapter_feat(), by_image(F.normalize(VISUAL)), atol=1e-5)
@@ -396,7 +405,7 @@ def test_test_images_are_not_trained_on(files, tmp_path, capsys):
     assert "holds the test split" in capsys.readouterr().err
 
 
-def test_many_rows_make_several_shards(files, tmp_path, monkeypatch):
+def test_many_features_fill_several_shards(files, tmp_path, monkeypatch):
     monkeypatch.setattr("ezhoi_diffusion.features.writer.ROWS_PER_SHARD", 10)
     run(files.visual, files.mean, "--out", tmp_path / "out")
     store = FeatureStore(tmp_path / "out")
@@ -447,7 +456,7 @@ def reference(x: torch.Tensor, checkpoint: dict, mean: torch.Tensor, steps: int,
 
 @pytest.mark.parametrize("objective", ["pred_x0", "pred_noise", "pred_v"])
 @pytest.mark.parametrize(("num_steps", "scale"), [(1, 5.0), (50, 5.0), (20, 3.0)])
-def test_drop_in_is_the_published_sampler(tmp_path, objective, num_steps, scale):
+def test_module_equals_the_published_sampler(tmp_path, objective, num_steps, scale):
     checkpoint = trainer_checkpoint(objective=objective)
     torch.save(checkpoint, tmp_path / "m.pt")
     mean = dump(MEAN, tmp_path / "mean.pkl")
@@ -460,14 +469,14 @@ def test_drop_in_is_the_published_sampler(tmp_path, objective, num_steps, scale)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_steps", [600, 1000])
-def test_drop_in_with_the_guides_numbers_of_steps(tmp_path, num_steps):
-    test_drop_in_is_the_published_sampler(tmp_path, "pred_x0", num_steps, 5.0)
+def test_module_equals_the_published_sampler_with_the_guides_steps(tmp_path, num_steps):
+    test_module_equals_the_published_sampler(tmp_path, "pred_x0", num_steps, 5.0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dim", [512, 768])
 @pytest.mark.parametrize("dim_mults", [(1, 2, 4, 8), (1, 2, 4)])
-def test_drop_in_at_full_size(tmp_path, dim, dim_mults):
+def test_module_equals_the_published_sampler_at_full_size(tmp_path, dim, dim_mults):
     checkpoint = trainer_checkpoint(dim, init_dim=32, dim_mults=dim_mults)
     torch.save(checkpoint, tmp_path / "m.pt")
     mean = mean_of(text(dim))
@@ -478,7 +487,7 @@ def test_drop_in_at_full_size(tmp_path, dim, dim_mults):
     assert (bridge(x) - expected).abs().max() <= 1e-5
 
 
-def test_drop_in_has_the_guides_signature_and_says_what_it_loaded(files, capsys):
+def test_module_has_the_guides_signature_and_prints_what_it_loaded(files, capsys):
     names = ["self", "diffusion_path", "text_mean_path", "inference_steps", "scale_factor", "verbose"]
     assert list(inspect.signature(DiffusionBridgeHOI.__init__).parameters) == names
     bridge = DiffusionBridgeHOI(diffusion_path=str(files.model), text_mean_path=str(files.mean), verbose=True)
@@ -489,7 +498,7 @@ def test_drop_in_has_the_guides_signature_and_says_what_it_loaded(files, capsys)
     assert (recipe.num_steps, recipe.start_timestep, recipe.scale_factor) == (600, 600, 5.0)
 
 
-def test_drop_in_takes_our_folders(files, tmp_path):
+def test_module_takes_folders_of_bridges(files, tmp_path):
     run(files.model, files.mean, "--out", tmp_path / "out")
     own = DiffusionBridge.from_pretrained(tmp_path / "out")
     assert DiffusionBridgeHOI(tmp_path / "out").bridge.config == own.config
@@ -500,24 +509,24 @@ def test_drop_in_takes_our_folders(files, tmp_path):
         DiffusionBridgeHOI(tmp_path / "out", scale_factor=3.0)
 
 
-def test_drop_in_changes_nothing_of_the_module_around_it(files):
+def test_module_does_not_change_the_module_around_it(files):
     class Detector(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.head = torch.nn.Linear(2, 2)
 
-    host = Detector()
-    saved = host.state_dict()
-    host.diffusion_bridge = DiffusionBridgeHOI(files.model, files.mean, inference_steps=5)
-    before = host.diffusion_bridge(VISUAL)
-    assert host.state_dict().keys() == saved.keys()
-    host.load_state_dict(saved, strict=True)
-    assert len(list(host.parameters())) == 2
-    host.train().half()
-    assert torch.equal(host.diffusion_bridge(VISUAL), before)
-    assert host.diffusion_bridge(VISUAL.half()).dtype == torch.float16
-    host.to("meta")
-    assert host.diffusion_bridge.bridge.input_mean.device.type == "meta"
+    detector = Detector()
+    saved = detector.state_dict()
+    detector.diffusion_bridge = DiffusionBridgeHOI(files.model, files.mean, inference_steps=5)
+    before = detector.diffusion_bridge(VISUAL)
+    assert detector.state_dict().keys() == saved.keys()
+    detector.load_state_dict(saved, strict=True)
+    assert len(list(detector.parameters())) == 2
+    detector.train().half()
+    assert torch.equal(detector.diffusion_bridge(VISUAL), before)
+    assert detector.diffusion_bridge(VISUAL.half()).dtype == torch.float16
+    detector.to("meta")
+    assert detector.diffusion_bridge.bridge.input_mean.device.type == "meta"
 
 
 @pytest.mark.parametrize(
@@ -525,20 +534,20 @@ def test_drop_in_changes_nothing_of_the_module_around_it(files):
     [
         ("model", None, 5, GuideFileError, "the text mean is missing"),
         ("mean", "mean", 5, GuideFileError, "both a text mean"),
-        ("host", "mean", 5, GuideFileError, "there is no model among the files"),
+        ("checkpoint", "mean", 5, GuideFileError, "there is no model among the files"),
         ("model", "mean", 1001, GuideFileError, "schedule has 1000 timesteps"),
         ("model", "mean", 0, EzhoiDiffusionError, "num_steps"),
         ("nowhere", "mean", 5, GuideFileError, "cannot be read"),
         ("folder", None, 5, BridgeError, "config.json"),
     ],
 )
-def test_drop_in_refuses(files, model, mean, num_steps, error, says):
+def test_module_refuses(files, model, mean, num_steps, error, says):
     path = getattr(files, model, files.folder / "nowhere")
     with pytest.raises(error, match=says):
         DiffusionBridgeHOI(path, mean and getattr(files, mean), inference_steps=num_steps)
 
 
-def test_drop_in_runs_no_program(files, tmp_path):
+def test_module_runs_no_code_from_a_file(files, tmp_path):
     class Evil:
         def __reduce__(self):
             return open, (str(tmp_path / "canary"), "w")
@@ -549,7 +558,7 @@ def test_drop_in_runs_no_program(files, tmp_path):
     assert not (tmp_path / "canary").exists()
 
 
-def test_the_name_is_there_and_help_teaches():
+def test_package_exports_the_module_without_importing_torch():
     code = "import sys, ezhoi_diffusion as e; assert 'DiffusionBridgeHOI' in e.__all__; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
     command = [sys.executable, "-m", "ezhoi_diffusion", "import", "--help"]

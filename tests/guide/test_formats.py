@@ -1,4 +1,4 @@
-"""The nine kinds of files, written by legacy_files.py from their description, are recognised, checked and described."""
+"""The nine kinds of files are recognised, checked and described. legacy_files.py writes them from their description."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_normalised_text_has_the_scale_of_its_rows(tmp_path, scale):
 
 
 @pytest.mark.parametrize("index", [True, False])
-def test_first_version_raw_rows_of_zeros_are_dropped(tmp_path, index):
+def test_zero_rows_of_the_first_version_are_dropped(tmp_path, index):
     changes = {} if index else {"select_HOI_index": None}
     found = read_guide_file(text_file(tmp_path / "f", first_version(TEXT), **changes))
     assert isinstance(found, TextFile)
@@ -66,7 +66,7 @@ def test_first_version_raw_rows_of_zeros_are_dropped(tmp_path, index):
     assert "is 0.020 of the right one" in found.warnings[0]
 
 
-def test_first_version_normalised_identical_rows_are_dropped(tmp_path):
+def test_identical_rows_of_the_first_version_are_dropped(tmp_path):
     padded = first_version(TEXT)
     shrunk = torch.nn.functional.normalize(padded, dim=-1).mean(0)
     found = read_guide_file(text_file(tmp_path / "f", chain(padded, shrunk, 5.0), scale_factor=5.0))
@@ -124,7 +124,7 @@ def test_broken_text_is_refused(tmp_path, rows, changes, says):
     ids=str.__call__,
 )
 @pytest.mark.parametrize("how", ["pickle", "torch", "torch-old"])
-def test_every_spelling_of_a_mean(tmp_path, value, how):
+def test_every_form_of_a_mean(tmp_path, value, how):
     if how == "pickle":
         dump(value, tmp_path / "f")
     else:
@@ -161,10 +161,10 @@ def test_an_empty_file_says_that_its_writer_crashed(tmp_path):
         read_guide_file(tmp_path / "mean.pkl")
 
 
-# 6-7: visual rows, and the file for pictures
+# 6-7: visual embeddings, and the file for pictures
 
 
-def test_visual_rows(tmp_path):
+def test_visual_embeddings(tmp_path):
     found = read_guide_file(visual_file(tmp_path / "f", chain(VISUAL, MEAN, 3.0)))
     assert isinstance(found, VisualFile)
     assert torch.equal(found.embeddings, chain(VISUAL, MEAN, 3.0))
@@ -176,7 +176,7 @@ def test_visual_rows(tmp_path):
     assert "directions only" in found.contents
 
 
-def test_zero_visual_rows_are_dropped_with_their_metadata(tmp_path):
+def test_zero_embeddings_are_dropped_with_their_metadata(tmp_path):
     rows = chain(VISUAL, MEAN, 5.0)
     rows[3] = 0
     found = read_guide_file(visual_file(tmp_path / "f", rows))
@@ -185,7 +185,7 @@ def test_zero_visual_rows_are_dropped_with_their_metadata(tmp_path):
     assert "1 rows are zero" in found.warnings[0]
 
 
-def test_rows_that_were_not_normalised_are_seen(tmp_path):
+def test_embeddings_of_different_norms_are_noticed(tmp_path):
     found = read_guide_file(visual_file(tmp_path / "f", VISUAL))
     assert isinstance(found, VisualFile)
     assert found.uneven
@@ -244,11 +244,11 @@ def test_trainer_checkpoint(tmp_path, objective):
 
 
 @pytest.mark.parametrize("timesteps", [100, 1000])
-def test_levels_are_counted(tmp_path, timesteps):
+def test_timesteps_are_counted(tmp_path, timesteps):
     assert read_guide_file(model_file(tmp_path / "f", timesteps=timesteps)).num_timesteps == timesteps
 
 
-def test_the_guides_network_is_all_there(tmp_path):
+def test_the_guides_network_is_read_whole(tmp_path):
     checkpoint = trainer_checkpoint(512, init_dim=32, dim_mults=(1, 2, 4, 8))
     assert len(checkpoint["model"]) == 251
     torch.save(checkpoint, tmp_path / "model-50.pt")
@@ -313,7 +313,7 @@ def test_another_network_is_refused_with_both_values(tmp_path):
 
 @pytest.mark.parametrize(("fuse", "dim"), [([512, 1024], 512), ([1536, 2304], 768)])
 @pytest.mark.parametrize("adapter", [True, False])
-def test_host_checkpoint(tmp_path, fuse, dim, adapter):
+def test_ezhoi_checkpoint(tmp_path, fuse, dim, adapter):
     state = {"label_HO": torch.zeros(212, 117), "vis_fuse.0.weight": torch.zeros(fuse)}
     if adapter:
         state["mem_adapter.down_proj_mem.weight"] = torch.zeros(64, dim)

@@ -1,4 +1,4 @@
-"""Writes the nine kinds of files that users of the guide have, from their description, without the code under test."""
+"""Write the nine kinds of files that users of the guide have, from their description, without the code under test."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IMAGES = ["HICO_train_7.jpg", "HICO_train_2.jpg", "HICO_train_7.jpg", "HICO_trai
 
 
 def text(dim: int = D, rows: int = N_SEL) -> torch.Tensor:
-    """Text features as an EZ-HOI has them: far from unit norm, with a common offset."""
+    """Text features as EZ-HOI has them: far from norm 1, with a common offset."""
     generator = torch.Generator().manual_seed(5)
     return 3 * (torch.randn(rows, dim, generator=generator) + 1.5 * torch.randn(dim, generator=generator))
 
@@ -93,7 +93,7 @@ def schedule(objective: str = "pred_x0", timesteps: int = 1000, kind: str = "cos
 
 
 def unet(dim: int, init_dim: int, dim_mults: tuple[int, ...], seed: int) -> torch.nn.Module:
-    """The fork's network, made from the package as the facts about the fork say."""
+    """The guide's network, made from its package."""
     from denoising_diffusion_pytorch.denoising_diffusion_pytorch_1d import SinusoidalPosEmb, Unet1D
 
     with torch.random.fork_rng(devices=[]):
@@ -108,7 +108,7 @@ def trainer_checkpoint(
     dim: int = D, objective: str = "pred_x0", *, init_dim: int = 8, dim_mults: tuple[int, ...] = (1, 2), step: int = 500_000,
     kind: str = "cosine", timesteps: int = 1000,
 ) -> dict[str, Any]:  # fmt: skip
-    """What the trainer saves; online and averaged weights differ (seeds 1 and 2)."""
+    """What the guide's trainer saves. Online and averaged weights differ (seeds 1 and 2)."""
     buffers = schedule(objective, timesteps, kind)
     states = [
         buffers | {f"model.{k}": v for k, v in unet(dim, init_dim, dim_mults, seed).state_dict().items()}
@@ -131,10 +131,10 @@ def model_file(path: Path, **changes: Any) -> Path:
 def published_sampler(
     net: torch.nn.Module, buffers: dict[str, torch.Tensor], z: torch.Tensor, steps: int, objective: str, scale: float
 ) -> torch.Tensor:
-    """The published loop with its float32 buffers: S = steps levels from steps − 1, z [N, D] entering as it is."""
-    levels = torch.linspace(-1, steps - 1, steps + 1).int().tolist()[::-1]
+    """The published loop with its float32 buffers: `steps` timesteps from steps − 1, with z [N, D] as it is."""
+    timesteps = torch.linspace(-1, steps - 1, steps + 1).int().tolist()[::-1]
     x = z[:, None]
-    for t, after in itertools.pairwise(levels):
+    for t, after in itertools.pairwise(timesteps):
         x = F.normalize(x, dim=-1) * scale
         with torch.no_grad():
             out = net(x, torch.full((len(x),), t))
@@ -150,4 +150,4 @@ def published_sampler(
         noise = out if objective == "pred_noise" else (recip * x - x0) / recipm1
         bar = buffers["alphas_cumprod"][after]
         x = x0 * bar.sqrt() + (1 - bar).sqrt() * noise
-    raise AssertionError("no level")
+    raise AssertionError("no timestep")

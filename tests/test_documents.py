@@ -11,6 +11,7 @@ import subprocess
 import sys
 import types
 from dataclasses import dataclass, fields
+from pathlib import Path
 from unittest import mock
 
 import pytest

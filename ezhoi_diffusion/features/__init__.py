@@ -1,1 +1,1 @@
-"""Captured features: what one image gives, how a data set of them is stored, what their statistics are."""
+"""Captured features: batches, stores, statistics, labels and EZ-HOI's score."""

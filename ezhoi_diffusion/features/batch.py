@@ -1,4 +1,4 @@
-"""What one image gives."""
+"""Pairs and features of one image."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Pairs:
-    """The human-object pairs of one image, as the host formed them; B boxes, P pairs.
+    """Human-object pairs of one image, as EZ-HOI formed them: B boxes, P pairs.
 
-    Boxes are xyxy in pixels of the host's CLIP input, humans first, as detections index them.
+    Boxes are xyxy in pixels of EZ-HOI's CLIP input, humans first, in the order of the detections.
     """
 
-    image: str | None  # file name; None where the host was given no targets
-    batch_index: int  # position of the image in the host's batch
+    image: str | None  # file name; None where EZ-HOI received no targets
+    batch_index: int  # position of the image in EZ-HOI's batch
     size: Tensor  # [2] height, width of the CLIP input
     boxes: Tensor  # [B, 4]
     scores: Tensor  # [B] of the detector
@@ -33,19 +33,19 @@ class Pairs:
 
 @dataclass(frozen=True)
 class FeatureBatch:
-    """One image's captured features in a pass over a split; P may be zero.
+    """Captured features of one image in a pass over a split; P may be zero.
 
-    All tensors are detached and on the host's device; a plugin that keeps one has to copy it.
+    All tensors are detached and on EZ-HOI's device. Copy what you keep.
     """
 
     index: int  # position of the image in the split
     pairs: Pairs
-    adapter_feat: Tensor  # [P, D] float32, exactly what the host multiplies with the text features
-    text: Tensor | None  # [N_sel, D] the text features it multiplies with; None where it formed no pair
-    logits: Tensor  # [P, num_classes] float32, what the host makes of them, before sigmoid and detector scores
-    labels: Tensor  # [P, num_classes] bool, annotations matched at the host's IoU threshold
+    adapter_feat: Tensor  # [P, D] float32, exactly what EZ-HOI multiplies with the text features
+    text: Tensor | None  # [N_sel, D] the text features; None where EZ-HOI formed no pair
+    logits: Tensor  # [P, num_classes] float32, EZ-HOI's logits, before sigmoid and detector scores
+    labels: Tensor  # [P, num_classes] bool, annotations matched at EZ-HOI's IoU threshold
     gt_boxes: Tensor  # [2, G, 4] annotated human and object boxes, xyxy, same pixels as `pairs.boxes`
-    gt_hoi: Tensor  # [G] int64, annotated interaction classes; V-COCO has actions in their place
+    gt_hoi: Tensor  # [G] int64, annotated interaction classes; actions for V-COCO
 
     @property
     def image(self) -> str | None:

@@ -1,4 +1,4 @@
-"""What a fingerprint holds: the facts about an EZ-HOI run that must be equal for a bridge to be valid."""
+"""The fingerprint of an EZ-HOI run: facts that must be equal for a bridge to be valid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What may be learned from labels: annotated pairs of seen classes in training images."""
+"""What may be learned from labels: annotated pairs of seen classes, in training images.
+
+Interactions that the split hides (`classes/unseen`) are never learned from, even where their annotations were captured.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,18 @@ from ezhoi_diffusion.features.store import FeatureStore
 
 
 class LabelsError(EzhoiDiffusionError):
-    """Features that have no labels to learn from, or whose labels must not be learned from."""
+    """The features have no labels, or labels that must not be learned from."""
 
 
 @dataclass(frozen=True, eq=False)
 class SeenPairs:
-    """M rows, one for each annotated (pair, target class).
+    """M annotated (pair, target class), on the CPU.
 
-    visual: [M, D] adapter_feat as captured. text: [M, D] the text of the row's class, as the host's score multiplies with
-    it (`EzHoiScore.class_text`). target: [M] int64 target class, in HICO-DET the verb. image: [M] int64 position of its image
-    in the store. All float32, on the CPU.
+    Attributes:
+        visual: [M, D] float32, adapter_feat as captured.
+        text: [M, D] float32, the text of the target class (`EzHoiScore.class_text`).
+        target: [M] int64, target class; for HICO-DET the verb.
+        image: [M] int64, position of the image in the store.
     """
 
     visual: Tensor
@@ -36,12 +41,21 @@ class SeenPairs:
 
 
 def seen_pairs(store: FeatureStore, *, held_out: bool | None = False, fraction: float = FRACTION) -> SeenPairs:
-    """Annotated pairs of seen classes in the training images, or in those that are held out; None: in all.
+    """Collect the annotated pairs of seen classes.
 
-    A pair counts as annotated where the host matched it by IoU. Of interactions that the split hides (`classes/unseen`)
-    nothing is learned, even where their annotations were captured: a label is dropped if its object makes it one of them, or
-    if its image has an annotation of one with the same verb, which a misnamed object may hide. Raises LabelsError for a store of test images, without
-    labels or without such pairs, and ScoreError where the host's score is not known.
+    A pair is annotated where EZ-HOI matched it by IoU. A label is dropped if its object makes it a hidden interaction. It is
+    dropped too if its image has an annotation of a hidden interaction with the same verb, since the detector may have
+    misnamed the object.
+
+    Args:
+        store: A capture of the train split.
+        held_out: Use the held-out images (True), the others (False), or all (None).
+        fraction: Share of the images that is held out.
+
+    Raises:
+        LabelsError: The store holds test images or too few images, or has no such pair.
+        FeatureStoreError: The store was imported without labels.
+        ScoreError: The store lacks a constant of EZ-HOI's score.
     """
     if store.split != "train":
         raise LabelsError(
@@ -52,10 +66,10 @@ def seen_pairs(store: FeatureStore, *, held_out: bool | None = False, fraction: 
     score = EzHoiScore.from_store(store)
     unseen = store.ezhoi.get("classes/unseen", torch.zeros(0, dtype=torch.long))
     try:
-        apart = validation_mask(len(store.images), fraction)
+        validation = validation_mask(len(store.images), fraction)
     except ValueError as error:
         raise LabelsError(f"{store.folder} has too few images: {error}") from error
-    wanted = torch.ones_like(apart) if held_out is None else apart if held_out else ~apart
+    chosen = torch.ones_like(validation) if held_out is None else validation if held_out else ~validation
     visual, targets, images = [], [], []
     begin = 0
     for entry, shard in zip(store.index["shards"], store.shards(), strict=True):
@@ -67,10 +81,10 @@ def seen_pairs(store: FeatureStore, *, held_out: bool | None = False, fraction: 
         )
         row, target = shard["labels"].nonzero().unbind(1)
         interaction = interaction_classes(store, shard["objects"][row], target)
-        secret = torch.isin(shard["gt_hoi"], unseen)
+        is_hidden = torch.isin(shard["gt_hoi"], unseen)
         hidden = torch.zeros(len(store.images), shard["labels"].shape[1], dtype=torch.bool)
-        hidden[annotated_in[secret], targets_of(store)[shard["gt_hoi"][secret].long()]] = True
-        kept = (interaction >= 0) & ~torch.isin(interaction, unseen) & ~hidden[image[row], target] & wanted[image[row]]
+        hidden[annotated_in[is_hidden], targets_of(store)[shard["gt_hoi"][is_hidden].long()]] = True
+        kept = (interaction >= 0) & ~torch.isin(interaction, unseen) & ~hidden[image[row], target] & chosen[image[row]]
         visual.append(shard["adapter_feat"][row[kept]])
         targets.append(target[kept])
         images.append(image[row[kept]])

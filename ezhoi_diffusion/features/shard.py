@@ -1,4 +1,4 @@
-"""Some images of a capture in memory, which become one file."""
+"""Images of a capture in memory that become one file."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ from torch import Tensor
 
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
 
-LARGEST_IMAGE = 512  # pairs of an image for which there is still room in a shard that is nearly full
+MAX_IMAGE_PAIRS = 512  # a nearly full shard still has room for an image of this many pairs
 LARGE = {"adapter_feat": torch.float32, "logits": torch.float32, "labels": torch.bool}
 
 
 class Shard:
-    """Images that become one shard. What is large of them stands in buffers, which are used again for other images.
+    """Images that become one shard. Large tensors are copied into buffers, which the next images reuse.
 
-    From a GPU the copies go into pinned memory, behind what the host has queued there, and nobody waits for them but
-    `keep_finite`.
+    Copies from a GPU go into pinned memory, on EZ-HOI's stream. Only `keep_finite` waits for them.
     """
 
     def __init__(self, rows: int) -> None:
         self.images: list[FeatureBatch] = []
         self.rows = 0
-        self._room = rows + LARGEST_IMAGE
+        self._room = rows + MAX_IMAGE_PAIRS
         self._buffers: dict[str, Tensor] = {}
         self._copied: torch.cuda.Event | None = None
 
     def has_room(self, rows: int) -> bool:
-        """Whether an image of so many pairs fits; the first one always does."""
+        """Whether an image with this many pairs fits; the first one always does."""
         return not self.images or self.rows + rows <= self._room
 
     def add(self, batch: FeatureBatch) -> None:
@@ -38,7 +37,7 @@ class Shard:
         own = {k: _to_cpu(getattr(batch, k)) for k in ("gt_boxes", "gt_hoi")}
         large = {k: self._buffered(k, getattr(batch, k)) for k in LARGE}
         if batch.adapter_feat.is_cuda:
-            self._copied = self._copied or torch.cuda.Event(blocking=True)  # who waits for it shall not spin
+            self._copied = self._copied or torch.cuda.Event(blocking=True)  # waiting must not spin
             self._copied.record(torch.cuda.current_stream(batch.adapter_feat.device))
         kept = Pairs(pairs.image, pairs.batch_index, **moved)
         self.images.append(FeatureBatch(index=batch.index, pairs=kept, text=None, **own, **large))
@@ -54,7 +53,7 @@ class Shard:
         return found[begin:end].copy_(value, non_blocking=True)
 
     def keep_finite(self) -> str | None:
-        """Drop the first image that could not be read back, and what is after it; returns what is wrong with it, or None."""
+        """Drop the first image with NaN or infinity and all after it. Returns the problem, or None."""
         if self._copied is not None:
             self._copied.synchronize()
         for number, batch in enumerate(self.images):
@@ -70,7 +69,7 @@ class Shard:
         self.images, self.rows = [], 0
 
     def tensors(self) -> dict[str, Tensor]:
-        """What stands in a shard's file."""
+        """Content of the shard's file."""
         images = self.images
         return {
             **{name: buffer[: self.rows] for name, buffer in self._buffers.items()},
@@ -85,7 +84,7 @@ class Shard:
         }
 
     def entries(self) -> list[dict[str, Any]]:
-        """What the index says of each image."""
+        """One index entry for each image."""
         return [
             {
                 "index": batch.index,
@@ -99,13 +98,13 @@ class Shard:
 
 
 def _to_cpu(x: Tensor) -> Tensor:
-    return x.to("cpu", copy=True, non_blocking=x.is_cuda)  # from a GPU this is pinned memory, too
+    return x.to("cpu", copy=True, non_blocking=x.is_cuda)  # from a GPU this is pinned memory
 
 
 def _not_finite(batch: FeatureBatch) -> str | None:
-    """What of an image could not be read back, or None."""
+    """Describe the first tensor of an image that is not finite, or return None."""
     if not torch.isfinite(batch.adapter_feat).all():
-        return f"image {batch.image} gave features that are not finite: does the bare host score it?"
+        return f"image {batch.image} gave features that are not finite: does EZ-HOI score it without plugins?"
     for name, value in (
         ("logits", batch.logits),
         ("boxes", batch.pairs.boxes),
@@ -113,5 +112,5 @@ def _not_finite(batch: FeatureBatch) -> str | None:
         ("gt_boxes", batch.gt_boxes),
     ):
         if not torch.isfinite(value).all():
-            return f"image {batch.image} has {name} that are not finite: does the bare host score it? Look at its annotation"
+            return f"image {batch.image} has {name} that are not finite: check its annotation, and whether EZ-HOI scores it without plugins"
     return None

@@ -1,4 +1,4 @@
-"""What is held out for validation."""
+"""The validation split."""
 
 from __future__ import annotations
 
@@ -11,10 +11,18 @@ FRACTION = 0.1
 
 
 def validation_mask(count: int, fraction: float = FRACTION, seed: int = 0) -> Tensor:
-    """[count] bool, True for about `fraction` of them, and for at least one. A larger fraction contains the smaller one.
+    """Choose the items that are held out for validation. A larger fraction contains the smaller one.
 
-    For images leave the seed at 0: what was learned on the others, by whatever means and seed, may then be chosen by these.
-    Raises ValueError where there are fewer than two.
+    Args:
+        count: Number of items, such as images.
+        fraction: Share to hold out; at least one item is.
+        seed: Leave it at 0 for images. All trainings then hold out the same images, and these may choose between them.
+
+    Returns:
+        [count] bool, True for held-out items.
+
+    Raises:
+        ValueError: `count` is less than 2.
     """
     if count < 2:
         raise ValueError(f"a validation split needs at least 2, found {count}")

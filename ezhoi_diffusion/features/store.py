@@ -1,14 +1,14 @@
 """A folder of captured features: sharded safetensors with an index.
 
-    meta.json                      what was captured, from which host (written first)
-    ezhoi.safetensors               text features and tables that the host's score needs
-    shard-000-00000.safetensors    rows of some images
-    index.json                     meta, totals, the shards in order, sizes and hashes (written last: without it the
+    meta.json                      what was captured, from which run (written first)
+    ezhoi.safetensors              text features and tables that EZ-HOI's score needs
+    shard-000-00000.safetensors    features of some images
+    index.json                     meta, totals, the shards in order, sizes and checksums (written last: without it the
                                    store is unfinished)
 
-While it is captured, a .json beside a .safetensors has its size and hash and is what makes it count. Rows are in the order
-of the split's images, whatever the number of processes that captured them. An imported store has fewer tensors: what is
-not in it is a typed error, and its text_mean may be known without text rows.
+During a capture, a .safetensors file counts once the .json with its size and checksum is beside it. Features are in the order
+of the split's images, whatever the number of processes. An imported store has fewer tensors; to ask for another is a typed
+error. Its text_mean may be known without text features.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from ezhoi_diffusion.files import read_json, read_tensors
 
 SCHEMA = 2
 META, INDEX, EZHOI = "meta.json", "index.json", "ezhoi.safetensors"
-AGAIN = "capture it again, into a new folder"
+AGAIN = "capture again into a new folder"
 SHARD = re.compile(r"shard-(\d{3})-(\d{5})\.safetensors")
 
 
 class FeatureStoreError(EzhoiDiffusionError):
-    """A feature folder is missing, unfinished, damaged, or not what was asked for."""
+    """A feature folder is missing, unfinished, damaged, or of another kind than needed."""
 
 
 def is_captured(folder: Path, meta: dict[str, Any]) -> bool:
-    """Whether a folder holds a finished capture of this. Raises FeatureStoreError where what it holds is damaged."""
+    """Whether a folder holds the finished capture that `meta` describes. Raises FeatureStoreError where it is damaged."""
     return (folder / INDEX).exists() and FeatureStore(folder).meta == {"schema": SCHEMA, **meta}
 
 
 class FeatureStore:
-    """Reads a finished store. Raises FeatureStoreError where it is missing, unfinished or damaged."""
+    """A finished store. Raises FeatureStoreError where it is missing, unfinished or damaged."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         if not (self.folder / INDEX).is_file():
             what = (
-                "is unfinished: give the capture command again"
+                "is unfinished: run the capture command again"
                 if (self.folder / META).is_file()
                 else (
-                    "holds no captured features: make them with `ezhoi-diffusion run main_tip_finetune.py … --plugin capture "
+                    "holds no captured features: capture them with `ezhoi-diffusion run main_tip_finetune.py … --plugin capture "
                     "--capture DIR`"
                 )
             )
@@ -64,7 +64,7 @@ class FeatureStore:
             ) from error
 
     def _check(self) -> None:
-        """Everything but the rows: those are checked when they are read."""
+        """Check everything but the shards, which `shards` checks when it reads them."""
         self.meta = read_json(self.folder / META, FeatureStoreError, AGAIN)
         for value, file in ((self.meta, META), (self.index, INDEX)):
             if value.get("schema") != SCHEMA:
@@ -75,12 +75,12 @@ class FeatureStore:
             raise FeatureStoreError(f"{self.folder / META} belongs to another capture than {INDEX}; {AGAIN}")
         self.ezhoi = read_tensors(self.folder / EZHOI, self.index["ezhoi"], FeatureStoreError, AGAIN)
         require(self.split in ("train", "test"), f"the split is {self.split!r}")
-        require(isinstance(self.meta["fingerprint"], dict), "the fingerprint is no object")
+        require(isinstance(self.meta["fingerprint"], dict), "the fingerprint is not an object")
         imported = self.imported is not None
         require(self.text.ndim == 2 and (imported or self.text.numel() > 0), f"text has shape {list(self.text.shape)}")
         require(self.text.dtype == torch.float32, f"text is {self.text.dtype}")
         for shard in self.index["shards"]:
-            require(SHARD.fullmatch(shard["file"]), f"{shard['file']!r} is no name of a shard")
+            require(SHARD.fullmatch(shard["file"]), f"{shard['file']!r} is not a name of a shard")
             require_counts(shard)
             path = self.folder / shard["file"]
             size = path.stat().st_size if path.is_file() else None
@@ -101,26 +101,26 @@ class FeatureStore:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """The host's fingerprint, as JSON."""
+        """Fingerprint of the run, as JSON."""
         return dict(self.meta["fingerprint"])
 
     @property
     def text(self) -> Tensor:
-        """[N_sel, D] float32, the text features that the host multiplied with."""
+        """[N_sel, D] float32, the text features that EZ-HOI multiplied with."""
         return self.ezhoi["text"]
 
     @property
     def context(self) -> dict[str, Tensor]:
-        """The host's context vectors."""
+        """Context vectors of the run."""
         return {name.removeprefix("context/"): t for name, t in self.ezhoi.items() if name.startswith("context/")}
 
     @property
     def images(self) -> list[dict[str, Any]]:
-        """One entry for every image in order: name, rows, boxes, annotations."""
+        """One entry for each image in order: index, name, rows, boxes, annotations."""
         return [image for shard in self.index["shards"] for image in shard["images"]]
 
     def shards(self) -> Iterator[dict[str, Tensor]]:
-        """The tensors of each shard in order. Raises FeatureStoreError where one is not as it was captured."""
+        """Yield the tensors of each shard in order. Raises FeatureStoreError where one was changed."""
         for shard in self.index["shards"]:
             path = self.folder / shard["file"]
             tensors = read_tensors(path, shard, FeatureStoreError, AGAIN)
@@ -130,36 +130,36 @@ class FeatureStore:
             yield tensors
 
     def adapter_feat(self) -> Tensor:
-        """[N, D] float32, all rows."""
+        """[N, D] float32, all pair features."""
         return self.rows("adapter_feat")
 
     def rows(self, name: str) -> Tensor:
-        """One tensor of the shards over all rows (or boxes, or annotations), concatenated on dim 0."""
+        """Concatenate one tensor of all shards: one entry for each pair, box or annotation."""
         return torch.cat([shard[name] for shard in self.shards() if self._require(name, shard)])
 
     @property
     def imported(self) -> dict[str, Any] | None:
-        """Where the rows come from, if they were not captured by this package."""
+        """Origin of features that this package did not capture, or None."""
         found: dict[str, Any] | None = self.meta.get("imported")
         return found
 
     @property
     def norms_known(self) -> bool:
-        """Whether rows have the norms that the host gave them; an imported store may have their directions only."""
+        """Whether the features have EZ-HOI's norms; an imported store may have directions only."""
         return self.imported is None or bool(self.imported["norms"])
 
     def require_training_images(self, what: str) -> None:
-        """Raise FeatureStoreError, saying `what` learns from training images only, in a store of another split."""
+        """Raise FeatureStoreError unless the store holds training images. `what` begins the reason: "… training images only"."""
         if self.split != "train":
             raise FeatureStoreError(
                 f"{self.folder} holds the {self.split} split: {what} training images only; capture those with --capture-split train"
             )
 
     def require_captured(self, what: str) -> None:
-        """Raise FeatureStoreError, saying that `what` is not known, in an imported store."""
+        """Raise FeatureStoreError in an imported store, which does not know `what`."""
         if self.imported is not None:
             raise FeatureStoreError(
-                f"{self.folder} was imported, and {what} was not in the files it comes from: capture the features with "
+                f"{self.folder} was imported, and {what} is not in its source files: capture the features with "
                 f"`ezhoi-diffusion run main_tip_finetune.py … --plugin capture --capture DIR`"
             )
 
@@ -169,12 +169,12 @@ class FeatureStore:
         return True
 
     def image_index(self) -> Tensor:
-        """[N] int64, for each row the position of its image in `images`."""
+        """[N] int64, the position in `images` of each pair's image."""
         counts = torch.tensor([image["rows"] for image in self.images], dtype=torch.long)
         return torch.repeat_interleave(torch.arange(len(counts)), counts)
 
     def statistics(self) -> ModalityStatistics:
-        """Means over all rows and over the text features, as a stream. Raises FeatureStoreError without rows."""
+        """Compute the means of pair and text features as a stream. Raises FeatureStoreError without pair features."""
         blocks = (shard["adapter_feat"] for shard in self.shards())
         try:
             if "text_mean" in self.ezhoi:
@@ -185,13 +185,13 @@ class FeatureStore:
 
 
 def require(holds: object, what: str) -> None:
-    """Raise ValueError(what) unless it holds."""
+    """Raise ValueError(`what`) unless `holds`."""
     if not holds:
         raise ValueError(what)
 
 
 def require_counts(shard: dict[str, Any]) -> None:
-    """Raises ValueError, TypeError, KeyError unless an index entry has images with counts, and their sum of rows."""
+    """Raise ValueError, TypeError or KeyError unless an index entry has images whose counts add up."""
     for image in shard["images"]:
         counts = [image[key] for key in ("index", "rows", "boxes", "annotations")]
         require(all(type(n) is int and n >= 0 for n in counts), f"an image has the counts {counts}")
@@ -201,9 +201,9 @@ def require_counts(shard: dict[str, Any]) -> None:
 
 
 def _rows_problem(tensors: dict[str, Tensor], shard: dict[str, Any], dim: int, *, imported: bool) -> str | None:
-    """What is wrong with the tensors of a shard, held against its entry in the index and the text's width.
+    """Compare the tensors of a shard with its index entry and the text's width. Returns the first problem, or None.
 
-    An imported one may lack all but adapter_feat.
+    An imported shard may lack all but adapter_feat.
     """
     images = shard["images"]
     counts = {key: sum(image[key] for image in images) for key in ("rows", "boxes", "annotations")}
@@ -228,5 +228,5 @@ def _rows_problem(tensors: dict[str, Tensor], shard: dict[str, Any], dim: int, *
     of_image = torch.tensor([image["boxes"] for image in images])
     limit = of_image.repeat_interleave(torch.tensor([image["rows"] for image in images]))
     if ((tensors["pairing"] < 0) | (tensors["pairing"] >= limit[:, None])).any():
-        return "pairing names boxes that are not there"
+        return "pairing names boxes that do not exist"
     return None

@@ -1,4 +1,4 @@
-"""Writing a store: by one process or several, as a stream that may be cut off at any moment, or whole from elsewhere."""
+"""Write a store: as a stream that may be killed at any moment, from one or several processes, or as a whole import."""
 
 from __future__ import annotations
 
@@ -38,21 +38,22 @@ from ezhoi_diffusion.files import (
     write_tensors,
 )
 
-# A killed capture loses what it had not written yet: two shards, or the work of a minute. At D = 512 a shard is 10 MiB, and
-# so small that a capture of 10,000 pairs needs the memory that one of millions does.
+# A killed capture loses at most two shards or a minute of work. At D = 512 a shard is 10 MiB, whatever the size of the capture.
 ROWS_PER_SHARD, SECONDS_PER_SHARD = 4_096, 60.0
 
 
 class FeatureWriter:
-    """Writes the part of a store that one process captures; finish with `finish_store` on one process.
+    """Writes the part of a store that one process captures. One process then calls `finish_store`.
 
-    Opening a folder that holds an unfinished capture of the same host and split goes on after its last whole shard:
-    images before `next_index` are there already, and adding them again does nothing. Raises FeatureStoreError where the
-    folder holds anything else, a file in it was changed, or another process is writing there.
+    A folder with an unfinished capture of the same run and split is resumed after its last complete shard. Images before
+    `next_index` are stored already, and adding them again does nothing.
 
-    A thread checks, writes and flushes the shards, one after the other, so that the pass does not wait for the disk. While
-    one is written the next one fills; where that is full first, `add` waits. So no more than two are ever in memory. What
-    goes wrong in the thread is raised by the next `add`, `flush` or `close`, and nothing is written after it.
+    A thread checks and writes the shards, so that the pass does not wait for the disk. While one shard is written the next
+    fills; `add` waits if that is full too, so at most two are in memory. An error in the thread is raised by the next `add`,
+    `flush` or `close`, and nothing is written after it.
+
+    Raises:
+        FeatureStoreError: The folder holds anything else or was changed, or another process is writing there.
     """
 
     def __init__(
@@ -76,14 +77,12 @@ class FeatureWriter:
                 shards = _captured(folder, rank)
                 self._lock = undo.pop_all()
         except OSError as error:
-            raise FeatureStoreError(
-                f"{folder} cannot be written ({error}): choose a folder you can write to"
-            ) from error
+            raise FeatureStoreError(f"{folder} cannot be written ({error}): choose another folder") from error
         self.next_index = shards[-1]["images"][-1]["index"] + 1 if shards else 0
         self._shards = len(shards)
         self._pending, self._spare = (Shard(rows_per_shard) for _ in range(2))
         self._flushed = time.monotonic()
-        # it starts with the first shard, after the host's loader has forked its processes
+        # starts with the first shard, after EZ-HOI's data loader has forked its processes
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="feature-writer")
         self._writing: Future[None] | None = None
         self._closed = False
@@ -91,12 +90,12 @@ class FeatureWriter:
     def _open(self, meta: dict[str, Any]) -> None:
         folder = self.folder
         if (folder / INDEX).exists():
-            raise FeatureStoreError(f"{folder} holds a finished capture already: give another folder, or delete it")
+            raise FeatureStoreError(f"{folder} holds a finished capture: give another folder, or delete it")
         if (folder / META).exists():
             _require_same(folder, read_json(folder / META, FeatureStoreError, AGAIN), meta)
         elif self.rank == 0 and {*folder.iterdir()} - {*leftovers(folder), *folder.glob(f"{LOCK}*")}:
             raise FeatureStoreError(f"{folder} is not empty and holds no capture: give another folder")
-        if self.rank == 0:  # the others wait until it has opened the folder
+        if self.rank == 0:  # the other ranks wait until it has opened the folder
             for path in leftovers(folder):
                 path.unlink(missing_ok=True)
             if not (folder / META).exists():
@@ -105,8 +104,9 @@ class FeatureWriter:
     def add(self, batch: FeatureBatch) -> None:
         """Append one image; its tensors may change afterwards.
 
-        Raises FeatureStoreError where this image, or one that was added before, has a value that is not finite, or the
-        disk refuses: at the latest before the shard after that image's is begun.
+        Raises:
+            FeatureStoreError: This image or an earlier one has a value that is not finite, or the disk refuses. It is
+                raised before the shard after that image's begins.
         """
         if self._closed:
             raise FeatureStoreError(f"{self.folder}: an image was added after the capture was closed")
@@ -130,13 +130,13 @@ class FeatureWriter:
             self._pending, self._spare = self._spare, self._pending
 
     def _wait(self) -> None:
-        """Until no shard is being written. What went wrong with one is raised from now on, for nothing may follow it."""
+        """Wait for the shard that is being written. Raises its error now and on every later call: no shard may follow it."""
         if self._writing is not None:
             self._writing.result()
             self._writing = None
 
     def _write(self, number: int, shard: Shard) -> None:
-        """In the thread: write the images before the first that could not be read back, and empty the shard."""
+        """In the thread: write the images before the first that is not finite, and empty the shard."""
         problem = shard.keep_finite()
         if shard.images:
             name = _shard_name(self.rank, number)
@@ -145,35 +145,35 @@ class FeatureWriter:
                 write_json(self.folder / f"{name}.json", {**written, "rows": shard.rows, "images": shard.entries()})
             except OSError as error:
                 raise FeatureStoreError(
-                    f"{self.folder} could not take {name} ({error}): free space there and give the same command again; "
-                    f"what was captured so far is kept"
+                    f"{self.folder} could not take {name} ({error}): free space there and run the same command again to resume"
                 ) from error
         shard.clear()
         if problem:
             raise FeatureStoreError(problem)
 
     def flush(self) -> None:
-        """Write what is pending as one shard, and wait until it is on disk. Raises FeatureStoreError, as `add` does."""
+        """Write the pending images as one shard and wait until it is on disk. Raises FeatureStoreError, as `add` does."""
         self._hand_over()
         self._wait()
-        self._pending, self._spare = (Shard(self.rows_per_shard) for _ in range(2))  # their memory is let go
+        self._pending, self._spare = (Shard(self.rows_per_shard) for _ in range(2))  # frees their memory
 
     def keep_ezhoi_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Write what the host's score needs, unless that is there already; returns what is there."""
+        """Write the tensors that EZ-HOI's score needs, unless they are stored already. Returns the stored ones."""
         try:
             with locked(self.folder, FeatureStoreError, f"{LOCK}-ezhoi", wait=True):
                 if not os.path.lexists((self.folder / EZHOI).with_suffix(".json")):
                     write_ezhoi_tensors(self.folder, tensors)
         except OSError as error:
             raise FeatureStoreError(
-                f"{self.folder} could not take {EZHOI} ({error}): free space there and give the same command again"
+                f"{self.folder} could not take {EZHOI} ({error}): free space there and run the same command again"
             ) from error
         return read_tensors(self.folder / EZHOI, _read_entry(self.folder, EZHOI), FeatureStoreError, AGAIN)
 
     def close(self) -> None:
-        """Let other processes write into the folder, once what is being written is; what is pending is dropped.
+        """Wait for the shard that is being written, drop pending images, and release the folder.
 
-        Raises FeatureStoreError, as `add` does.
+        Raises:
+            FeatureStoreError: As `add` does.
         """
         try:
             self._wait()
@@ -184,12 +184,12 @@ class FeatureWriter:
 
 
 def write_ezhoi_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write what the host's score needs beside the features. Raises OSError."""
+    """Write ezhoi.safetensors: what EZ-HOI's score needs beside the features. Raises OSError."""
     write_json((folder / EZHOI).with_suffix(".json"), write_tensors(folder / EZHOI, tensors))
 
 
 def finish_store(folder: Path) -> FeatureStore:
-    """Merge the shards of all processes into the index, and open the store. Raises FeatureStoreError."""
+    """Merge the shards of all processes into the index and open the store. Raises FeatureStoreError."""
     _merge(folder)
     return FeatureStore(folder)
 
@@ -204,7 +204,7 @@ def _merge(folder: Path) -> None:
         )
     order = [image["index"] for shard in shards for image in shard["images"]]
     if order != list(range(len(order))):
-        raise FeatureStoreError(f"{folder} lacks images between those it has: give the capture command again")
+        raise FeatureStoreError(f"{folder} lacks images between those it has: run the capture command again")
     index = {
         "schema": SCHEMA,
         "rows": sum(shard["rows"] for shard in shards),
@@ -216,30 +216,36 @@ def _merge(folder: Path) -> None:
     try:
         write_json(folder / INDEX, index)
         for path in (*entries, (folder / EZHOI).with_suffix(".json"), *leftovers(folder)):
-            path.unlink(missing_ok=True)  # the index has what they say
+            path.unlink(missing_ok=True)  # the index has their content
     except OSError as error:
         raise FeatureStoreError(
-            f"{folder} could not take {INDEX} ({error}): free space there and give the same command again"
+            f"{folder} could not take {INDEX} ({error}): free space there and run the same command again"
         ) from error
 
 
 def write_imported(
-    folder: Path, meta: dict[str, Any], rows: dict[str, Tensor], images: Sequence[str], host: dict[str, Tensor]
+    folder: Path, meta: dict[str, Any], tensors: dict[str, Tensor], images: Sequence[str], ezhoi: dict[str, Tensor]
 ) -> FeatureStore:
-    """Write a store of features that were captured elsewhere, whole or not at all, and open it.
+    """Write a store of features that this package did not capture, and open it.
 
-    `rows` has `adapter_feat` [N, D], perhaps more of what a capture has; `images` the N file names; `meta["imported"]` says
-    where they come from, and with `norms` whether the rows' norms are the host's. `host` has `text`, which may have no rows,
-    and the `text_mean` [D]. Raises FeatureStoreError where `folder` is in use or cannot be written.
+    Args:
+        folder: A new folder; it is written completely or not at all.
+        meta: The store's meta. `meta["imported"]` is the origin, with `norms`: whether the norms are EZ-HOI's.
+        tensors: `adapter_feat` [N, D], and further tensors of a capture with N entries.
+        images: The file name of each of the N pairs' images.
+        ezhoi: `text` [N_sel, D], which may be empty, and `text_mean` [D].
+
+    Raises:
+        FeatureStoreError: `folder` is in use or cannot be written.
     """
     require_unused(folder, FeatureStoreError)
     places: dict[str, list[int]] = {}
-    for row, name in enumerate(images):  # an image's rows stand together in a store
+    for row, name in enumerate(images):  # a store keeps an image's pairs together
         places.setdefault(name, []).append(row)
     try:
         with new_folder(folder) as staged:
             write_json(staged / META, {"schema": SCHEMA, **meta})
-            write_ezhoi_tensors(staged, host)
+            write_ezhoi_tensors(staged, ezhoi)
             number, shard = 0, list[int]()
             entries: list[dict[str, Any]] = []
             for index, (name, numbers) in enumerate(places.items()):
@@ -247,7 +253,7 @@ def write_imported(
                 entries.append({"index": index, "name": name, "rows": len(numbers), "boxes": 0, "annotations": 0})
                 if len(shard) >= ROWS_PER_SHARD or index == len(places) - 1:
                     name = _shard_name(0, number)
-                    written = write_tensors(staged / f"{name}.safetensors", {k: t[shard] for k, t in rows.items()})
+                    written = write_tensors(staged / f"{name}.safetensors", {k: t[shard] for k, t in tensors.items()})
                     write_json(staged / f"{name}.json", {**written, "rows": len(shard), "images": entries})
                     number, shard, entries = number + 1, [], []
             finish_store(staged)
@@ -263,7 +269,7 @@ def _require_same(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> Non
     if changed:
         listed = "; ".join(f"{key}: there {old.get(key)!r}, now {new.get(key)!r}" for key in changed)
         raise FeatureStoreError(
-            f"{folder} holds an unfinished capture of something else ({listed:.600}): give another folder"
+            f"{folder} holds an unfinished capture of another run or split ({listed:.600}): give another folder"
         )
 
 
@@ -272,7 +278,7 @@ def _shard_name(rank: int, number: int) -> str:
 
 
 def _read_entry(folder: Path, name: str) -> dict[str, Any]:
-    """What the .json beside a file of an unfinished capture says, if the file is as it was written."""
+    """Read the facts beside a file of an unfinished capture, and check the file against them."""
     facts = read_json((folder / name).with_suffix(".json"), FeatureStoreError, AGAIN)
     try:
         require_unchanged(folder / name, facts, FeatureStoreError, AGAIN)
@@ -282,7 +288,7 @@ def _read_entry(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _captured(folder: Path, rank: int) -> list[dict[str, Any]]:
-    """What one process has captured so far, in order. Raises FeatureStoreError where something of it is gone."""
+    """Shard entries of one process so far, in order. Raises FeatureStoreError where one is missing or damaged."""
     found = sorted(folder.glob(f"{_shard_name(rank, 0)[:9]}-*.json"))
     shards = [_read_entry(folder, path.with_suffix(".safetensors").name) for path in found]
     names = [f"{_shard_name(rank, number)}.safetensors" for number in range(len(shards))]

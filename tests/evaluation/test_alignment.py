@@ -93,7 +93,7 @@ def by_definition(columns, text, class_text):
         "recall_at_5": np.mean(fifth),
         "top1": np.mean(right),
         "calibration_error": error,
-        "shared_part": np.linalg.norm((centred / np.linalg.norm(centred, axis=1, keepdims=True)).mean(0)),
+        "mean_resultant_length": np.linalg.norm((centred / np.linalg.norm(centred, axis=1, keepdims=True)).mean(0)),
     }
 
 
@@ -120,7 +120,9 @@ def test_measures_agree_with_those_of_a_store_and_of_an_effect():
     found = measured((rows, logits, labels, possible))
     statistics = ModalityStatistics.compute([rows], text)
     assert found["centroid_gap"] == pytest.approx(statistics.gap, abs=1e-6)
-    assert found["shared_part"] == pytest.approx(mean_resultant_length([rows], statistics.text_mean), abs=1e-6)
+    assert found["mean_resultant_length"] == pytest.approx(
+        mean_resultant_length([rows], statistics.text_mean), abs=1e-6
+    )
     effect = Effect(rows, rows, text, logits, -logits, possible, labels)
     reverse = measured((rows, -logits, labels, possible))
     assert (found["top1"], reverse["top1"]) == effect.accuracy()
@@ -264,7 +266,7 @@ def test_calibration_error_has_fifteen_bins_of_one_width():
 def test_what_cannot_be_measured_is_none():
     rows, logits, labels, possible = pairs(20)
     unannotated = measured((rows, logits, torch.zeros_like(labels), possible))
-    of_all_rows = {"centroid_gap", "mmd", "shared_part"}
+    of_all_rows = {"centroid_gap", "mmd", "mean_resultant_length"}
     assert {name for name, value in unannotated.items() if value is not None} == of_all_rows
     full = measured((rows, logits, labels, possible))
     assert {name: unannotated[name] for name in of_all_rows} == {name: full[name] for name in of_all_rows}
@@ -296,7 +298,7 @@ BASE = {
     "recall_at_5": 0.6,
     "top1": 0.4,
     "calibration_error": 0.1,
-    "shared_part": 0.5,
+    "mean_resultant_length": 0.5,
 }
 
 

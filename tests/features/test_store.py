@@ -57,7 +57,7 @@ def test_an_interrupted_capture_goes_on_and_gives_the_same_rows(tmp_path):
         writer.add(batch)
     writer.close()
     assert not (tmp_path / "cut" / "index.json").exists()  # killed here: image 3 was not yet written
-    with pytest.raises(FeatureStoreError, match="is unfinished: give the capture command again"):
+    with pytest.raises(FeatureStoreError, match="is unfinished: run the capture command again"):
         FeatureStore(tmp_path / "cut")
     assert FeatureWriter(tmp_path / "cut", META).next_index == 3
     again = write(tmp_path / "cut", rows_per_shard=4)
@@ -88,11 +88,11 @@ def test_processes_merge_in_the_order_of_the_split(tmp_path):
 def test_other_captures_are_left_alone(tmp_path):
     write(tmp_path / "done")
     before = sorted((p.name, p.read_bytes()) for p in (tmp_path / "done").iterdir())
-    with pytest.raises(FeatureStoreError, match="holds a finished capture already"):
+    with pytest.raises(FeatureStoreError, match="holds a finished capture"):
         FeatureWriter(tmp_path / "done", META)
     FeatureWriter(tmp_path / "part", META)
     with pytest.raises(
-        FeatureStoreError, match=r"unfinished capture of something else \(split: there 'train', now 'test'\)"
+        FeatureStoreError, match=r"unfinished capture of another run or split \(split: there 'train', now 'test'\)"
     ):
         FeatureWriter(tmp_path / "part", {**META, "split": "test"})
     (tmp_path / "mine").mkdir()
@@ -301,7 +301,7 @@ def test_close_ends_what_is_being_written_and_says_what_went_wrong(tmp_path, mon
 
 @pytest.mark.parametrize(("room", "rows"), [(0, [2, 3, 0, 9, 1, 4, 12, 1]), (2, [5, 0, 9, 5, 12, 1])])
 def test_an_image_that_does_not_fit_begins_a_shard(tmp_path, monkeypatch, room, rows):
-    monkeypatch.setattr(shard_module, "LARGEST_IMAGE", room)
+    monkeypatch.setattr(shard_module, "MAX_IMAGE_PAIRS", room)
     images = [image(i, pairs) for i, pairs in enumerate([2, 3, 0, 9, 1, 4, 12, 1])]
     store = write(tmp_path, images, rows_per_shard=3)
     assert torch.equal(store.adapter_feat(), torch.cat([b.adapter_feat for b in images]))

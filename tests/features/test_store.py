@@ -164,7 +164,7 @@ def test_a_capture_without_any_pair_is_an_error(tmp_path):
 
 
 def test_no_store_is_no_store(tmp_path):
-    with pytest.raises(FeatureStoreError, match="holds no captured features: make them with"):
+    with pytest.raises(FeatureStoreError, match="holds no captured features: capture them with"):
         FeatureStore(tmp_path / "nowhere")
 
 

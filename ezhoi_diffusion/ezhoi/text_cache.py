@@ -53,14 +53,12 @@ class TextCache:
       the version, except a write through `.data`, so `module.train()` and a call with gradients clear the cache;
     - the torch settings that change the last bits of a result.
 
-    The encoder runs where this is unknown: inputs other than tensors, plain values and containers of them; a hook or a
-    replaced forward inside it; tracing. It also runs every time if it draws random numbers, writes into its inputs or
-    itself, or returns part of them. After MAX_MISSES runs without a hit, as when prompts depend on the image, nothing
-    is checked any more.
+    The encoder runs where this is unknown: other inputs than tensors, plain values and containers; a hook or a replaced
+    forward inside it; tracing. It also runs if it draws random numbers, writes into its inputs or itself, or returns part
+    of them. After MAX_MISSES runs without a hit, as when prompts depend on the image, the cache switches off.
 
-    Each result is a copy. Memory holds one copy of the inputs and one of the result. The cache replaces `forward` of the
-    instance, below its hooks, which all run as before; modules and state dict stay as they are. A copy or pickle of the
-    module has no cache. A context manager.
+    Each result is a copy. The cache replaces `forward` of the instance, below its hooks, which run as before. Modules
+    and state dict stay as they are. A copy or pickle of the module has no cache. A context manager.
     """
 
     def __init__(self, module: nn.Module) -> None:

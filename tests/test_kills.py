@@ -261,7 +261,7 @@ def test_sigterm_is_a_checkpoint_and_a_status_that_schedulers_know(reference, tm
     process.terminate()
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75, said
-    assert "with a checkpoint of it in" in said
+    assert "with a checkpoint in" in said
     assert "--resume to go on" in said
     assert "Traceback" not in said
     assert ended(started(training, out)) == 0

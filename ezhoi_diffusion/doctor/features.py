@@ -180,8 +180,8 @@ def check_contents(store: FeatureStore, contents: Contents, out: Path | None) ->
         found = statistics.compute_statistics(store, contents.features, contents.statistics)
         details = statistics.format_statistics(found)
         if out is not None:
-            statistics.write_statistics(store, contents.features, found, out)
-            details += f"\nwrote {out / 'statistics.json'}, {out / 'statistics.png'}"
+            written = statistics.write_statistics(store, contents.features, found, out)
+            details += f"\n         wrote {', '.join(map(str, written))}"
     # the store refuses a shard of another size or checksum, and one that holds NaN or infinity
     whole = f"{len(store.index['shards'])} shards: sizes and checksums are right, all values finite"
     yield ok("features.files", whole, details)

@@ -66,13 +66,19 @@ def format_statistics(found: dict[str, Any]) -> str:
     return "\n".join(f"         {label:18}{value}" for label, value in lines.items())
 
 
-def write_statistics(store: FeatureStore, features: Tensor, found: dict[str, Any], folder: Path) -> None:
-    """Write statistics.json, and statistics.png: norms, and cosines of random pairs. Without text there is no picture."""
+def write_statistics(store: FeatureStore, features: Tensor, found: dict[str, Any], folder: Path) -> list[Path]:
+    """Write statistics.json, and, where there is text, statistics.png: norms, and cosines of random pairs.
+
+    Returns:
+        What was written.
+    """
     check_writable(folder)
-    write_json(folder / "statistics.json", found)
+    written = [folder / "statistics.json", folder / "statistics.png"]
+    write_json(written[0], found)
     if len(store.text):
         norms = (features.norm(dim=1), store.text.norm(dim=1))
-        plot_statistics(norms, _draw_cosines(features, store.text), folder / "statistics.png")
+        plot_statistics(norms, _draw_cosines(features, store.text), written[1])
+    return written if len(store.text) else written[:1]
 
 
 def _draw_cosines(visual: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:

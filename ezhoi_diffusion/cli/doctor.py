@@ -54,9 +54,10 @@ def run(args: argparse.Namespace) -> int:
     from ezhoi_diffusion.doctor.checks import kind_of, run_checks
     from ezhoi_diffusion.doctor.finding import FEATURES
     from ezhoi_diffusion.errors import EzhoiDiffusionError
-    from ezhoi_diffusion.files import check_writable
 
     if args.out is not None:
+        from ezhoi_diffusion.files import check_writable  # imports torch, which may be what is broken
+
         if FEATURES not in map(kind_of, args.folders):
             raise EzhoiDiffusionError("--out is for statistics of captured features: give their folder too")
         check_writable(args.out)

@@ -1,4 +1,4 @@
-"""Average precision of detected pairs, as HICO-DET's protocol and EZ-HOI's evaluation have it."""
+"""Average precision of detected pairs, as in HICO-DET's protocol and EZ-HOI's evaluation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ RECALLS = torch.linspace(0, 1, 11, dtype=torch.float64)  # where "11P" reads the
 class Scored:
     """All M scored detections of one variant over I images and K interaction classes.
 
-    scores [M] float64, classes [M] int64, labels [M] float64 (1: true positive), image [M] int64.
+    Attributes:
+        scores: [M] float64.
+        classes: [M] int64.
+        labels: [M] float64, 1 for a true positive.
+        image: Position of the image, [M] int64.
     """
 
     scores: Tensor
@@ -36,11 +40,18 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def matches(gt: tuple[Tensor, Tensor], detected: tuple[Tensor, Tensor], min_iou: float = 0.5) -> tuple[Tensor, Tensor]:
-    """Which annotation each detection of one interaction class belongs to [M] int64, and whether it overlaps enough [M].
+    """Match the detections of one interaction class to its annotations (Chao et al., WACV 2018).
 
-    gt, detected: human and object boxes, [G, 4] and [M, 4] each, xyxy, G at least one. A detection belongs to the
-    annotation with which the smaller of its two IoUs is largest, and counts if that exceeds `min_iou`
-    (Chao et al., WACV 2018).
+    A detection belongs to the annotation with which the smaller of its two IoUs is largest. It overlaps enough if that IoU
+    exceeds `min_iou`.
+
+    Args:
+        gt: Annotated human and object boxes, [G, 4] each, xyxy, G at least 1.
+        detected: Detected human and object boxes, [M, 4] each.
+        min_iou: Threshold.
+
+    Returns:
+        The annotation of each detection [M] int64, and whether it overlaps enough [M] bool.
     """
     iou, belongs = torch.minimum(box_iou(gt[0], detected[0]), box_iou(gt[1], detected[1])).max(0)
     return belongs, iou > min_iou
@@ -49,9 +60,9 @@ def matches(gt: tuple[Tensor, Tensor], detected: tuple[Tensor, Tensor], min_iou:
 def associate_pairs(
     gt: tuple[Tensor, Tensor], detected: tuple[Tensor, Tensor], scores: Tensor, min_iou: float = 0.5
 ) -> Tensor:
-    """Which detections of one interaction class are true positives: float [M], 0 or 1.
+    """Label the detections of one interaction class: float [M], 1 for a true positive.
 
-    As `matches` says; of the detections that belong to one annotation the best scored is the true positive.
+    Of the detections that `matches` assigns to one annotation, the best scored is the true positive.
     """
     labels = torch.zeros_like(scores)
     if len(gt[0]) == 0 or len(scores) == 0:
@@ -65,7 +76,7 @@ def associate_pairs(
 
 
 def ranked(scored: Scored) -> Iterator[tuple[int, Tensor]]:
-    """Every detected class, and which detections it has [m], best scored first."""
+    """Yield every detected class with the positions of its detections [m], best scored first."""
     order = torch.argsort(scored.classes, stable=True)
     present, counts = scored.classes[order].unique_consecutive(return_counts=True)
     for index, rows in zip(present.tolist(), order.split(counts.tolist()), strict=True):
@@ -75,11 +86,18 @@ def ranked(scored: Scored) -> Iterator[tuple[int, Tensor]]:
 def average_precision(scored: Scored, num_gt: Sequence[int] | Tensor, algorithm: Algorithm = "11P") -> Tensor:
     """AP of each class, float64 [K] in 0..1; zero for a class without detections or annotations.
 
-    num_gt: annotated pairs of each of the K classes. "11P": precision interpolated at eleven recalls (Everingham et al.,
-    VOC 2007), as EZ-HOI reports it. "AUC": the area under the curve as pocket's DetectionAPMeter has it. That joins
-    neighbouring points of the curve by straight lines, without interpolation, and ends before the last true positive:
-    of T true positives T - 1 add to the area, so a class with one has an AP of zero. "VOC": the area under the curve with
-    precision interpolated at every recall (Everingham et al., VOC 2010), as V-COCO's tool has it.
+    "11P": precision interpolated at eleven recalls (Everingham et al., VOC 2007), as EZ-HOI reports it.
+    "AUC": the area under the curve, as pocket's DetectionAPMeter computes it. Straight lines join the points of the curve,
+    and it ends before the last true positive: of T true positives T − 1 count, so a class with one has an AP of zero.
+    "VOC": the area under the curve with precision interpolated at every recall (Everingham et al., VOC 2010), as V-COCO's
+    tool computes it.
+
+    The bootstrap has the same areas for images with weights (`bootstrap.py`). They agree to rounding.
+
+    Args:
+        scored: The detections.
+        num_gt: Annotated pairs of each of the K classes.
+        algorithm: One of the three above.
     """
     counts = torch.as_tensor(num_gt).tolist()
     area = {"11P": _eleven_point, "AUC": _under_curve, "VOC": _interpolated}[algorithm]
@@ -114,19 +132,25 @@ def _under_curve(labels: Tensor, num_gt: int) -> Tensor:
 
 
 def known_object(scored: Scored, annotated_objects: Tensor, object_of_class: Tensor) -> Scored:
-    """The detections that count in HICO-DET's Known-Object setting (Chao et al., WACV 2018).
+    """Keep the detections that count in HICO-DET's Known-Object setting (Chao et al., WACV 2018).
 
-    Those of a class in images with an annotation of its object. annotated_objects [I, O] bool: which of O objects the
-    annotations of each image hold. object_of_class [K] int64.
+    A class counts in the images that have an annotation of its object.
+
+    Args:
+        scored: The detections.
+        annotated_objects: Which of O objects the annotations of each image contain, [I, O] bool.
+        object_of_class: The object of each class, [K] int64.
     """
     counts = annotated_objects[scored.image, object_of_class[scored.classes]]
     return Scored(scored.scores[counts], scored.classes[counts], scored.labels[counts], scored.image[counts])
 
 
 class DetectionAP:
-    """Collects scored detections by class, for the 11-point AP of `average_precision`.
+    """Collects detections for the 11-point AP of `average_precision`.
 
-    num_gt: annotated pairs of each class.
+    Args:
+        num_classes: Number of classes.
+        num_gt: Annotated pairs of each class.
     """
 
     def __init__(self, num_classes: int, num_gt: Sequence[int]) -> None:

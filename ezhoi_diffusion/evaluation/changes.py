@@ -1,4 +1,4 @@
-"""What a variant does to single interaction classes."""
+"""Changes of AP in single classes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from torch import Tensor
 
 from ezhoi_diffusion.evaluation.comparison import FULL, REFERENCE, Comparison
 
-EQUAL = 1e-9  # points; the same detections in the same order give the same AP to rounding
+EQUAL = 1e-9  # points; equal detections in equal order give equal AP to rounding
 
 
 @dataclass(frozen=True, eq=False)
 class Changes:
-    """Differences in AP to the bare host of k annotated classes, the largest gain first.
+    """Differences in AP to bare EZ-HOI of k annotated classes, the largest gain first.
 
-    classes: [k] int64. points: [k] float64. bounds: [k, 2] interval of each, in points, None where none was computed.
+    Attributes:
+        classes: [k] int64.
+        points: Differences [k] float64, in percentage points.
+        bounds: Interval of each, [k, 2]; None without a bootstrap.
     """
 
     classes: Tensor
@@ -36,7 +39,7 @@ class Changes:
         return (self.bounds[:, 0] > 0) | (self.bounds[:, 1] < 0)
 
     def counts(self) -> dict[str, int]:
-        """Classes by what became of them; "certain gains" and "certain losses" are those whose interval excludes 0."""
+        """Count gains, losses and unchanged classes. The interval of a certain gain or loss excludes 0."""
         gains, losses = self.sign > 0, self.sign < 0
         return {
             "gains": int(gains.sum()),

@@ -1,4 +1,4 @@
-"""What a bridge does to single pairs: similarity to the texts, norms, the top class, the truth where it is known."""
+"""The effect of a bridge on single pairs: similarity to the texts, norms, the top class, and accuracy."""
 
 from __future__ import annotations
 
@@ -7,21 +7,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn import functional as F
 
 from ezhoi_diffusion.evaluation.alignment import NO_BETTER, NOTICEABLE, top_target
 from ezhoi_diffusion.evaluation.comparison import REFERENCE, Comparison
 
-CHANCE = 0.5  # points of mAP: another --seed of the demo's host alone moved it by about 3
+MIN_CHANGE = 0.5  # points of mAP; another --seed of the demo alone moved mAP by about 3
 
 
 @dataclass(frozen=True, eq=False)
 class Effect:
-    """Before and after a bridge, for P pairs of some images, in the host's own space.
+    """P pairs of some images before and after a bridge.
 
-    before, after: adapter_feat [P, D]. text: [N_sel, D] as the host multiplies with it. logits_before, logits_after:
-    [P, C] of the host's score. possible: [P, C] bool, targets that the pair's object class admits. labels: [P, C] bool,
-    annotations matched by IoU. predictions: one entry for each image, its best scored interactions before and after.
+    Attributes:
+        before: adapter_feat [P, D].
+        after: The bridged adapter_feat [P, D].
+        text: Text features [N_sel, D] as EZ-HOI multiplies with them.
+        logits_before: EZ-HOI's logits [P, C].
+        logits_after: EZ-HOI's logits [P, C] of the bridged features.
+        possible: Targets that the pair's object class admits, [P, C] bool.
+        labels: Annotations matched by IoU, [P, C] bool.
+        predictions: One entry for each image: its best interactions before and after, as JSON.
     """
 
     before: Tensor
@@ -34,20 +40,21 @@ class Effect:
     predictions: list[dict[str, Any]] = field(default_factory=list)
 
     def similarity(self) -> tuple[Tensor, Tensor]:
-        """[P] cosine to the nearest text, before and after."""
-        text = normalize(self.text)
-        return (normalize(self.before) @ text.T).amax(1), (normalize(self.after) @ text.T).amax(1)
+        """Cosine [P] to the nearest text, before and after."""
+        text = F.normalize(self.text, dim=-1)
+        before, after = ((F.normalize(x, dim=-1) @ text.T).amax(1) for x in (self.before, self.after))
+        return before, after
 
     def norms(self) -> tuple[Tensor, Tensor]:
-        """[P] norms of the rows, before and after."""
+        """Norms [P], before and after."""
         return self.before.norm(dim=1), self.after.norm(dim=1)
 
     def top(self) -> tuple[Tensor, Tensor]:
-        """[P] the target with the highest logit among the possible ones, before and after."""
+        """The possible target [P] with the highest logit, before and after."""
         return top_target(self.logits_before, self.possible), top_target(self.logits_after, self.possible)
 
     def outcome(self) -> dict[str, int]:
-        """Pairs by what became of their top target: unchanged, or changed to or from an annotated one."""
+        """Count pairs whose top target is unchanged, changed, changed to or from an annotated one, or changed otherwise."""
         before, after = self.top()
         known = self.labels.any(1)
         right_before, right_after = (self.labels.gather(1, t.unsqueeze(1)).squeeze(1) for t in (before, after))
@@ -77,7 +84,7 @@ class Effect:
             "annotated_pairs": int(self.labels.any(1).sum()),
             "similarity": {"before": _spread(similarity[0]), "after": _spread(similarity[1])},
             "norm": {"before": _spread(norms[0]), "after": _spread(norms[1])},
-            "moved_cosine": _spread((normalize(self.before) * normalize(self.after)).sum(1)),
+            "moved_cosine": _spread((F.normalize(self.before, dim=-1) * F.normalize(self.after, dim=-1)).sum(1)),
             "top1": self.outcome(),
             "accuracy": None if accuracy is None else {"before": accuracy[0], "after": accuracy[1]},
             "predictions": self.predictions,
@@ -90,7 +97,13 @@ def _spread(values: Tensor) -> dict[str, float]:
 
 
 def verdict(effect: Effect, comparison: Comparison, bridge: str) -> str:
-    """What happened, in words: similarity, norms, accuracy and mAP, and a warning where they disagree."""
+    """Describe an effect in words, with a warning where similarity and mAP disagree.
+
+    Args:
+        effect: Of the bridge.
+        comparison: Of the same images.
+        bridge: The variant's name.
+    """
     before, after = (float(x.mean()) for x in effect.similarity())
     lines = [
         f"Cosine to the nearest text: {before:.3f} -> {after:.3f}. Top class changed for {effect.outcome()['changed']} of "
@@ -99,12 +112,12 @@ def verdict(effect: Effect, comparison: Comparison, bridge: str) -> str:
     ratio = float((effect.norms()[1] / effect.norms()[0].clamp_min(1e-12)).median())
     if not 0.5 <= ratio <= 2:
         lines.append(
-            f"WARNING: norms changed by a factor of {ratio:.3g} (median). The host's score is a plain dot product, so every "
-            f"score changes with the norm: use output mode keep_norm, which keeps it."
+            f"WARNING: norms changed by a factor of {ratio:.3g} (median). EZ-HOI's score is a plain dot product, so it grows with "
+            f"the norm. Use output mode keep_norm."
         )
     accuracy = effect.accuracy()
     if accuracy is None:
-        lines.append("No pair of these images is annotated, so nothing can be said of the truth.")
+        lines.append("No pair of these images is annotated, so accuracy is unknown.")
     else:
         known = int(effect.labels.any(1).sum())
         lines.append(
@@ -117,12 +130,12 @@ def verdict(effect: Effect, comparison: Comparison, bridge: str) -> str:
     )
     if after > before + NOTICEABLE and change <= 0:
         lines.append(
-            f"WARNING: similarity rose and mAP did not. {NO_BETTER}, on the whole split, beside the controls identity and "
+            f"WARNING: similarity rose and mAP did not. {NO_BETTER}, on the whole split, beside the baselines identity and "
             f"mean_shift."
         )
-    elif abs(change) < CHANCE:
-        lines.append("That change is too small to be told from chance.")
+    elif abs(change) < MIN_CHANGE:
+        lines.append("A change this small may be chance.")
     lines.append(
-        "A few images cannot show a gain; `ezhoi-diffusion compare` scores the whole split, against the controls."
+        "A few images cannot show a gain. `ezhoi-diffusion compare` scores the whole split, beside the baselines."
     )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Stored images, the detections that the host forms of them, and how a data set's evaluation counts those."""
+"""Stored images, the detections that EZ-HOI forms from them, and how a data set evaluates those."""
 
 from __future__ import annotations
 
@@ -19,22 +19,32 @@ GROUPS = ("full", "unseen", "seen", "rare", "non-rare")  # a file of tensors kee
 
 @dataclass(frozen=True, eq=False)
 class StoredImage:
-    """One image of a store: what the host gave for it, and its annotations."""
+    """One image of a store, with its annotations.
+
+    Attributes:
+        name: File name.
+        adapter_feat: Pair features [P, D].
+        logits: EZ-HOI's logits [P, C].
+        pairs: Boxes, detector scores and object classes.
+        labels: Annotations of each pair by IoU, [P, C] bool.
+        gt_boxes: Annotated human and object boxes, [G, 2, 4].
+        gt_hoi: Annotated interaction classes [G].
+    """
 
     name: str | None
-    adapter_feat: Tensor  # [P, D]
-    logits: Tensor  # [P, C] the host's own
+    adapter_feat: Tensor
+    logits: Tensor
     pairs: Pairs
-    labels: Tensor  # [P, C] bool
-    gt_boxes: Tensor  # [G, 2, 4]
-    gt_hoi: Tensor  # [G]
+    labels: Tensor
+    gt_boxes: Tensor
+    gt_hoi: Tensor
 
 
 MatchFn = Callable[[StoredImage], tuple[Tensor, ...]]
 
 
 def stored_images(store: FeatureStore, chosen: set[int] | None = None) -> Iterator[StoredImage]:
-    """The images of a store in order, or those at `chosen` positions. Raises FeatureStoreError for a damaged shard."""
+    """Yield the images of a store in order, or those at `chosen` positions. Raises FeatureStoreError for a damaged shard."""
     position = 0
     for shard, tensors in zip(store.index["shards"], store.shards(), strict=True):
         at = {"rows": 0, "boxes": 0, "annotations": 0}
@@ -56,26 +66,35 @@ def stored_images(store: FeatureStore, chosen: set[int] | None = None) -> Iterat
 
 @dataclass(frozen=True, eq=False)
 class Detections:
-    """The M scored (pair, verb) combinations of some images, the same for every bridge, and their candidates for truth.
+    """The M scored (pair, verb) combinations of some images, the same for every bridge.
 
-    Rows are those of all the images, one after the other.
+    Pairs are numbered over all the images.
+
+    Attributes:
+        row: The pair [M].
+        target: The verb [M].
+        classes: The interaction class [M].
+        prior: Product of the detector scores, as EZ-HOI weighs it, [M].
+        image: Position among the images [M].
+        candidate: Detections [K] that overlap an annotation of their class enough.
+        annotation: The annotation [K] that each candidate belongs to.
     """
 
-    row: Tensor  # [M] pair
-    target: Tensor  # [M] verb
-    classes: Tensor  # [M] interaction class
-    prior: Tensor  # [M]
-    image: Tensor  # [M] position among the images
-    candidate: Tensor  # [K] detections that overlap an annotation of their class enough …
-    annotation: Tensor  # [K] … and the annotation that each belongs to
+    row: Tensor
+    target: Tensor
+    classes: Tensor
+    prior: Tensor
+    image: Tensor
+    candidate: Tensor
+    annotation: Tensor
 
     @classmethod
-    def of(cls, images: Sequence[StoredImage], find: MatchFn) -> Detections:
-        """Those that an evaluation finds in each image."""
+    def from_images(cls, images: Sequence[StoredImage], match: MatchFn) -> Detections:
+        """The detections of all images, as `EvalProtocol.match` gives them for each."""
         columns: list[tuple[Tensor, ...]] = []
         rows = found = annotations = 0
         for position, image in enumerate(images):
-            row, target, classes, prior, candidate, annotation = find(image)
+            row, target, classes, prior, candidate, annotation = match(image)
             columns.append(
                 (
                     row + rows, target, classes, prior, torch.full_like(row, position), candidate + found,
@@ -87,11 +106,11 @@ class Detections:
         return cls(*(torch.cat(column) for column in zip(*columns, strict=True)))
 
     def scores(self, logits: Tensor) -> Tensor:
-        """[M] of logits [P, C] of all rows."""
+        """Scores [M] from the logits [P, C] of all pairs."""
         return logits[self.row, self.target].sigmoid() * self.prior
 
     def labels(self, scores: Tensor) -> Tensor:
-        """[M] of 0 and 1: of the candidates of one annotation the best scored is the true positive."""
+        """Labels [M], 1 for a true positive: the best scored candidate of each annotation."""
         labels = torch.zeros_like(scores)
         if len(self.candidate):
             order = scores[self.candidate].argsort(descending=True, stable=True)
@@ -104,42 +123,45 @@ class Detections:
 
 @dataclass(frozen=True, eq=False)
 class EvalProtocol:
-    """What a data set's own evaluation makes of a stored image, in K classes.
+    """How a data set evaluates a stored image, in K classes.
 
-    find: image -> its M detections and candidates, as the columns of `Detections` but `image`. count: image -> [K] int64
-    annotations of each class. groups, names: as in `Comparison`. elsewhere: [I, K] int64 annotations of images of the split
-    that the host leaves out.
+    Attributes:
+        match: Image -> its M detections and candidates: the columns of `Detections` without `image`.
+        count: Image -> annotations of each class, [K] int64.
+        groups: As in `Comparison`.
+        names: As in `Comparison`.
+        uncaptured: Annotations of the split's images that EZ-HOI leaves out, [I, K] int64. They count as missed.
     """
 
-    find: MatchFn
+    match: MatchFn
     count: Callable[[StoredImage], Tensor]
     groups: dict[str, Tensor]
     names: list[str] | None
-    elsewhere: Tensor
+    uncaptured: Tensor
 
 
 def hicodet(store: FeatureStore, score: EzHoiScore) -> EvalProtocol:
-    """HICO-DET's, as the host has it. Raises ScoreError for a capture of another data set."""
+    """HICO-DET's protocol, as EZ-HOI evaluates it. Raises ScoreError for a capture of another data set."""
     dataset = store.fingerprint.get("dataset")
     if dataset != "hicodet":
         own = (
-            f"; V-COCO has its own: `ezhoi-diffusion compare {store.folder} --vcoco DIR`" if dataset == "vcoco" else ""
+            f": for V-COCO give its annotations, `ezhoi-diffusion compare {store.folder} --vcoco DIR`"
+            if dataset == "vcoco"
+            else ""
         )
-        raise ScoreError(
-            f"{store.folder} is a capture of {dataset}, for which the host has no evaluation to compare by{own}"
-        )
+        raise ScoreError(f"{store.folder} is a capture of {dataset}, which EZ-HOI cannot evaluate{own}")
     classes = int(store.ezhoi["object_n_verb_to_interaction"].max()) + 1
     return EvalProtocol(
-        find=functools.partial(_detections, store, score),
+        match=functools.partial(_detections, store, score),
         count=lambda image: torch.bincount(image.gt_hoi, minlength=classes),
         groups={name: store.ezhoi[f"classes/{name}"] for name in GROUPS if f"classes/{name}" in store.ezhoi},
         names=names_of_interactions(store),
-        elsewhere=torch.zeros(0, classes, dtype=torch.long),
+        uncaptured=torch.zeros(0, classes, dtype=torch.long),
     )
 
 
 def scored_pairs(score: EzHoiScore, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
-    """The M (pair, target class) combinations that the host's postprocessing scores: row [M], target [M], prior [M]."""
+    """The M (pair, target class) combinations that EZ-HOI's postprocessing scores: row [M], target [M], prior [M]."""
     human, other = pairs.scores[pairs.pairing]
     prior = score.prior(human, other, pairs.objects)
     row, target = prior.nonzero().unbind(1)
@@ -162,7 +184,7 @@ def _detections(store: FeatureStore, score: EzHoiScore, image: StoredImage) -> t
 
 
 def annotated_objects(store: FeatureStore, annotations: Tensor) -> tuple[Tensor, Tensor]:
-    """Which object classes each image has annotations of, [I, O] bool, and the object of every class, [K] int64."""
+    """The object classes that each image has annotations of, [I, O] bool, and the object of every class, [K] int64."""
     table = store.ezhoi["object_n_verb_to_interaction"]
     objects, verbs = (table >= 0).nonzero().unbind(1)
     object_of = torch.zeros(annotations.shape[1], dtype=torch.long)

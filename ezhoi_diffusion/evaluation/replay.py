@@ -53,7 +53,7 @@ def replay(
     store: FeatureStore,
     variants: Mapping[str, Variant],
     *,
-    evaluation: EvalProtocol | None = None,
+    protocol: EvalProtocol | None = None,
     chosen: set[int] | None = None,
     classes: Tensor | None = None,
     algorithm: Algorithm = "11P",
@@ -67,14 +67,14 @@ def replay(
     """The comparison that `--compare` makes on the host, from what a capture of the split stored.
 
     `none` has the host's own logits; a bridge has the published score of what it returns for each image's [P, D].
-    evaluation: HICO-DET's by default, for which alone classes and setting are. chosen: positions of the images to take, all
+    protocol: HICO-DET's by default, for which alone classes and setting are. chosen: positions of the images to take, all
     by default. classes: interaction classes whose annotations may be looked at, all by default. setting: known-object
     scores a class on images with its object alone (Chao et al., WACV 2018). replicates: of the bootstrap over images, 0 for
     none. aligned: measure alignment, and keep a sample of rows. timed: measure what bridges cost; otherwise bridge_ms is
     that of one image. device: where bridges get their rows. Raises ScoreError, FeatureStoreError, and what a bridge raises.
     """
     score = EzHoiScore.from_store(store)
-    evaluation = evaluation or hicodet(store, score)
+    protocol = protocol or hicodet(store, score)
     require_replayable(store, score)
     images = [position for position in range(len(store.images)) if chosen is None or position in chosen]
     rows = sum(store.images[position]["rows"] for position in images)
@@ -92,16 +92,16 @@ def replay(
     with torch.no_grad(), tqdm(total=len(images), desc="compare", unit="img", file=sys.stderr) as progress:
         stored = _only(stored_images(store, chosen), classes)
         scored, annotations = _collect(
-            evaluation, score, stored, variants, cards, rows, TIMED if timed else 1, device, progress
+            protocol, score, stored, variants, cards, rows, TIMED if timed else 1, device, progress
         )
     part = chosen is not None or classes is not None or store.meta.get("max_images") is not None
     if not part:
-        annotations = torch.cat([annotations, evaluation.elsewhere])
+        annotations = torch.cat([annotations, protocol.uncaptured])
     num_gt = annotations.sum(0)
     if setting == "known-object":
         present, object_of = annotated_objects(store, annotations)
         scored = {name: known_object(one, present, object_of) for name, one in scored.items()}
-    groups = evaluation.groups
+    groups = protocol.groups
     if part:
         # of a few images most classes have no annotation, and would only thin the mean
         groups = {name: index[num_gt[index] > 0] for name, index in groups.items() if (num_gt[index] > 0).any()}
@@ -121,7 +121,7 @@ def replay(
         algorithm=algorithm,
         replicates=replicates,
         pairs=rows,
-        names=evaluation.names,
+        names=protocol.names,
         fingerprint=store.fingerprint,
         forced=forced or [],
         setting=setting,
@@ -129,7 +129,7 @@ def replay(
 
 
 def _collect(
-    evaluation: EvalProtocol,
+    protocol: EvalProtocol,
     score: EzHoiScore,
     images: Iterable[StoredImage],
     variants: Mapping[str, Variant],
@@ -146,10 +146,10 @@ def _collect(
     where: list[Tensor] = []
     seen = 0
     for batch in _batches(images):
-        detections = Detections.of(batch, evaluation.find)
+        detections = Detections.from_images(batch, protocol.match)
         classes.append(detections.classes)
         where.append(detections.image + len(annotations))
-        annotations += [evaluation.count(image) for image in batch]
+        annotations += [protocol.count(image) for image in batch]
         features = torch.cat([image.adapter_feat for image in batch])
         host_logits = torch.cat([image.logits for image in batch])
         labels = torch.cat([image.labels for image in batch])
@@ -256,7 +256,7 @@ def effect_of(
     device: where the bridge gets its rows. Raises ScoreError where the stored features cannot be scored or none of the images has a pair.
     """
     score = EzHoiScore.from_store(store)
-    find = hicodet(store, score).find
+    find = hicodet(store, score).match
     names = names_of_interactions(store)
     columns: dict[str, list[Tensor]] = {}
     predictions = []
@@ -276,7 +276,7 @@ def effect_of(
             }
             for key, value in row.items():
                 columns.setdefault(key, []).append(value)
-            detections = Detections.of([image], find)
+            detections = Detections.from_images([image], find)
             predictions.append(
                 {
                     "image": image.name,

@@ -1,4 +1,4 @@
-"""Reads V-COCO's own annotation files: who does what with which role, and COCO's boxes of persons and objects."""
+"""Reads V-COCO's annotation files: who does what in which role, and COCO's boxes of persons and objects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
-from ezhoi_diffusion.evaluation.role_ap import RoleAnnotations
 from ezhoi_diffusion.files import read_whole
 
 BOXES = "instances_vcoco_all_2014.json"
@@ -30,10 +29,34 @@ class VcocoError(EzhoiDiffusionError):
 
 
 @dataclass(frozen=True, eq=False)
-class Vcoco:
-    """One split of V-COCO: R action-roles, called as its tool prints them (`hit-instr`), and its images by file name.
+class RoleAnnotations:
+    """The G persons of one image, and what they do: R action-roles. Boxes are xyxy in pixels of the picture, float32.
 
-    sizes: [2] int64 width and height in pixels of each image's picture.
+    Attributes:
+        boxes: [G, 4].
+        known: Whether somebody annotated what a person does, [G] bool.
+        acts: Whether a person does the action of an action-role, [G, R] bool.
+        roles: The box that fills an action-role, [G, R, 4]; NaN where none is annotated.
+    """
+
+    boxes: Tensor
+    known: Tensor
+    acts: Tensor
+    roles: Tensor
+
+    def counts(self) -> Tensor:
+        """Annotations of each action-role in scenario 1, then in scenario 2: [2R] int64."""
+        return self.acts.sum(0).repeat(2)
+
+
+@dataclass(frozen=True, eq=False)
+class Vcoco:
+    """One split of V-COCO.
+
+    Attributes:
+        roles: R action-roles, as V-COCO's tool prints them (`hit-instr`).
+        sizes: Image -> width and height of its picture in pixels, [2] int64.
+        annotations: Image -> its persons. Images are called by file name.
     """
 
     roles: list[str]
@@ -42,9 +65,14 @@ class Vcoco:
 
 
 def read_vcoco(folder: Path, names: Collection[str]) -> Vcoco:
-    """The smallest split under `folder`, a V-COCO checkout or its data folder, that has all images called `names`.
+    """Read the smallest split that contains all images called `names`.
 
-    Raises VcocoError.
+    Args:
+        folder: A V-COCO checkout, or its data folder.
+        names: File names of the captured images.
+
+    Raises:
+        VcocoError: A file is missing or damaged, or no split contains all images.
     """
     found = {
         path.name: path
@@ -103,7 +131,7 @@ def _understood(path: Path) -> Iterator[None]:
 
 
 def _objects(coco: Any, sizes: dict[Any, Tensor]) -> dict[Any, dict[Any, tuple[bool, list[float]]]]:
-    """Image -> annotation -> whether it is a person, and its box, xyxy; those that V-COCO's tool takes for valid."""
+    """Image -> annotation -> (is a person, box xyxy), for the annotations that V-COCO's tool accepts as valid."""
     (person,) = (one["id"] for one in coco["categories"] if one["name"] == "person")
     objects: dict[Any, dict[Any, tuple[bool, list[float]]]] = {image: {} for image in sizes}
     for one in coco["annotations"]:
@@ -119,7 +147,7 @@ def _objects(coco: Any, sizes: dict[Any, Tensor]) -> dict[Any, dict[Any, tuple[b
 
 
 def _acting(actions: Any) -> tuple[list[str], dict[Any, dict[int, Any]]]:
-    """The action-roles; and annotation of a person -> action-role -> annotation of what fills it, 0 for none."""
+    """The action-roles, and person -> action-role -> annotation that fills it, 0 for none."""
     roles: list[str] = []
     acting: dict[Any, dict[int, Any]] = {}
     for action in actions:

@@ -322,12 +322,12 @@ def test_each_measure_of_nearness_is_held_against_mean_ap(name, nearer, farther)
         assert warning.startswith("WARNING: b is nearer to the texts than none")
         assert f"({name} {BASE[name]:.3f} -> {nearer:.3f})" in warning
         assert f"mAP did not rise (40.00 -> {mean_ap:.2f})" in warning
-        assert "A smaller gap is no better detector: judge by mAP" in warning
+        assert "A smaller gap does not make a better detector: judge by mAP" in warning
         assert judged(mean_ap, **{name: farther}) == []
     (note,) = judged(41.0, **{name: farther})
     assert note.startswith("NOTE: b is farther from the texts than none")
     assert f"({name} {BASE[name]:.3f} -> {farther:.3f})" in note
-    assert "mAP rose all the same (40.00 -> 41.00)" in note
+    assert "mAP rose (40.00 -> 41.00)" in note
     assert judged(41.0, **{name: nearer}) == []
 
 
@@ -338,7 +338,7 @@ def test_what_says_nothing_of_nearness_or_hardly_changed_is_no_disagreement():
     assert disagreements({}, {"none": 1.0}) == []
 
 
-def test_one_sentence_for_each_variant_and_any_reference():
+def test_one_sentence_for_each_variant():
     near = {**BASE, "centroid_gap": 0.1, "recall_at_1": 0.2}
     alignment = {"none": BASE, "a": near, "b": BASE, "c": near}
     mean_ap = {"none": 40.0, "a": 39.0, "b": 30.0, "c": 41.0}
@@ -347,7 +347,5 @@ def test_one_sentence_for_each_variant_and_any_reference():
     assert "recall" not in warning
     assert "NOTE: c is" in note
     assert "gap" not in note
-    sentences = disagreements(alignment, mean_ap, reference="a")
-    assert [s[: s.index(" is")] for s in sentences] == ["NOTE: none", "WARNING: b"]
     unknown = dict.fromkeys(BASE)
     assert disagreements({**alignment, "none": unknown}, mean_ap) == []

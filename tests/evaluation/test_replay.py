@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ezhoi_diffusion.cli import main
-from ezhoi_diffusion.evaluation.comparison import Comparison
+from ezhoi_diffusion.evaluation.comparison import Comparison, VariantResult
 from ezhoi_diffusion.evaluation.effect import Effect, verdict
 from ezhoi_diffusion.evaluation.protocols import stored_images
 from ezhoi_diffusion.evaluation.replay import effect_of, replay
@@ -183,8 +183,8 @@ def effect(after: torch.Tensor, logits_after: torch.Tensor, labels: torch.Tensor
 
 
 def comparison(before: float, after: float) -> Comparison:
-    ap = {"none": torch.tensor([before / 100]), "b": torch.tensor([after / 100])}
-    return Comparison(ap, {"full": torch.tensor([0])}, 3, 3, None, {"b": 1.0}, {})
+    variants = {name: VariantResult(name, torch.tensor([ap / 100])) for name, ap in (("none", before), ("b", after))}
+    return Comparison(variants, {"full": torch.tensor([0])}, 3, 3, torch.tensor([1]), {})
 
 
 def test_effect_counts_what_changed():
@@ -210,4 +210,4 @@ def test_the_verdict_warns_where_similarity_rose_and_map_did_not(gain, warns):
     found = effect(nearer, torch.zeros(3, 3), nothing_known)
     words = verdict(found, comparison(10, 10 + gain), "b")
     assert ("WARNING: similarity rose and mAP did not" in words) == warns
-    assert "nothing can be said of the truth" in words
+    assert "accuracy is unknown" in words

@@ -14,8 +14,8 @@ import torch
 from ezhoi_diffusion.evaluation.average_precision import Scored, average_precision
 from ezhoi_diffusion.evaluation.bootstrap import _resampled_ap
 from ezhoi_diffusion.evaluation.protocols import Detections
-from ezhoi_diffusion.evaluation.role_ap import RoleAnnotations, match_roles, overlap
-from ezhoi_diffusion.evaluation.vcoco_annotations import BOXES, VcocoError, read_vcoco
+from ezhoi_diffusion.evaluation.vcoco import match_roles, overlap
+from ezhoi_diffusion.evaluation.vcoco_annotations import BOXES, RoleAnnotations, VcocoError, read_vcoco
 from helpers.vcoco_files import Case, by_definition, by_tool, write
 
 NAN = float("nan")
@@ -114,7 +114,7 @@ def ours(case: Case, folder: Path) -> tuple[torch.Tensor, Scored, torch.Tensor]:
         kept, classes, *candidates = match_roles(data.annotations[image.name], persons, others, role)
         return kept, classes, classes, torch.ones(len(kept)), *candidates
 
-    detections = Detections.of(images, find)
+    detections = Detections.from_images(images, find)
     found = torch.tensor(scores)[detections.row]
     counts = torch.stack([data.annotations[image.name].counts() for image in images])
     scored = Scored(found.double(), detections.classes, detections.labels(found).double(), detections.image)

@@ -11,7 +11,7 @@ import torch
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.demo import world
 from ezhoi_diffusion.evaluation.protocols import stored_images
-from ezhoi_diffusion.evaluation.vcoco import evaluation_of, replay_roles
+from ezhoi_diffusion.evaluation.vcoco import replay_roles, vcoco_protocol
 from ezhoi_diffusion.evaluation.vcoco_annotations import read_vcoco
 from ezhoi_diffusion.features.score import ScoreError
 from ezhoi_diffusion.features.store import FeatureStore
@@ -140,7 +140,7 @@ def test_of_the_first_images_only_their_own_annotations_count(made, mocker):
 
 def test_boxes_are_scaled_to_the_picture_by_width_and_by_height(made):
     store = FeatureStore(made / "test")
-    find = evaluation_of(store, read_vcoco(made / "vcoco", [image["name"] for image in store.images])).find
+    find = vcoco_protocol(store, read_vcoco(made / "vcoco", [image["name"] for image in store.images])).match
     right = 0
     for image in stored_images(store):
         narrow = replace(

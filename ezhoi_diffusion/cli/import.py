@@ -1,4 +1,4 @@
-"""`ezhoi-diffusion import FILE… --out DIR`: the guide's files, turned into ours."""
+"""`ezhoi-diffusion import FILE… --out DIR`: convert files of the training guide."""
 
 from __future__ import annotations
 
@@ -6,52 +6,61 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ezhoi_diffusion.cli.arguments import add_out
+
 if TYPE_CHECKING:
     from ezhoi_diffusion.guide.formats import GuideFile
 
+DESCRIPTION = """\
+Identify files of the training guide (.pkl, .pt) by their content, and with --out convert them into a bridge or into features.
+Nothing in them is executed: a file that would run code is refused and named."""
+EPILOG = """\
+what --out makes:
+  model-k.pt + text mean               a bridge: recipe guide, 600 evaluations from timestep 600, unit norm, EMA weights
+  model-k.pt + raw text embeddings     the same; the mean is computed from the texts
+    … + visual embeddings              the same, with the visual mean (for mean_shift) and the real scale factor
+  visual embeddings + text mean        features for `ezhoi-diffusion train FEATURES --recipe guide`: directions without norms
+    … + text embeddings                the same, for every recipe (embeddings_for_viz.pkl is text too)
+  a mean or texts alone, a checkpoint of EZ-HOI: nothing; the message says what is missing
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
-    parser.description = """\
-Say what files of the training guide are (.pkl, .pt; told from their content, not from their name), and with --out turn them
-into a bridge or into features. Nothing in them is executed: a file that would run code is refused and named."""
-    parser.epilog = """\
-what makes what:
-  model-k.pt + text mean               a bridge: recipe guide, 600 evaluations from level 600, unit output, EMA weights
-  model-k.pt + raw text embeddings     the same; the mean is taken of the text
-    … + visual embeddings              the same, and it knows the visual mean (for mean_shift) and the real scale factor
-  visual embeddings + text mean        features for `ezhoi-diffusion train FEATURES --recipe guide`: directions, norms are lost
-    … + text embeddings                the same, for every recipe (embeddings_for_viz.pkl serves as text too)
-  a mean or a text alone, an EZ-HOI checkpoint: nothing to make; it says what is missing
-
-Normalised text (…_normalized.pkl) has lost its mean: give the text mean with it. Text of CLIP itself (not adapted by the
-host's prompts) is refused unless --force. No file says which EZ-HOI checkpoint it was made with, so on the host an imported
-bridge needs --force.
+Normalised text (…_normalized.pkl) has lost its mean: give the text mean with it. Text of CLIP itself, which EZ-HOI's prompts
+did not adapt, is refused unless --force. No file names its EZ-HOI checkpoint, so a run needs --force for an imported bridge.
 
 examples:
   ezhoi-diffusion import hicodet_pkl_files/*.pkl hoi_diffusion_results/model-50.pt      # what are these?
   ezhoi-diffusion import model-50.pt hoi_text_mean_adapted_….pkl --out BRIDGE
   ezhoi-diffusion import hoi_visual_embeddings_….pkl hoi_text_mean_adapted_….pkl --out FEATURES
 """
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="files of the guide's scripts")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="new folder for the bridge or the features")
+    add_out(parser, "new folder for the bridge or the features")
     parser.add_argument(
-        "--weights", choices=("ema", "online"), default="ema", help="of a model: the averaged ones (default)"
+        "--weights",
+        choices=("ema", "online"),
+        default="ema",
+        help="weights of a model: averaged (ema, the default) or not",
     )
-    parser.add_argument("--scale-factor", type=float, help="of a model, where no file tells it (5)")
-    parser.add_argument("--force", action="store_true", help="go on where files do not fit; the result says so")
+    parser.add_argument(
+        "--scale-factor", type=float, metavar="S", help="scale factor of a model, where no file has it (5)"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="convert files that do not fit together; the result says so"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Report, and convert."""
+    """Identify, and convert."""
     from ezhoi_diffusion.guide.reading import GuideFileError
 
     try:
         return _import(args)
     except OSError as error:
         raise GuideFileError(
-            f"{error.filename or args.out} cannot be read or written ({error.strerror}): see what it is, and give the command "
-            f"again"
+            f"{error.filename or args.out} cannot be read or written ({error.strerror}): check the path and its permissions"
         ) from error
 
 

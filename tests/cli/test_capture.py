@@ -57,8 +57,8 @@ def test_captured_trained_and_applied_live_by_one_grammar(small_world, tmp_path)
 
     features, bridge, report = (tmp_path / name for name in ("features", "bridge", "report"))
     flags = ezhoi_flags(small_world, evaluate=True)
-    ezhoi_diffusion("capture", *flags, "--out", str(features), "--split", "train", "--max-images", "30")
-    assert (FeatureStore(features).split, len(FeatureStore(features).images)) == ("train", 30)
+    ezhoi_diffusion("capture", *flags, "--out", str(features), "--split", "train", "--max-images", "20")
+    assert (FeatureStore(features).split, len(FeatureStore(features).images)) == ("train", 20)
     assert main(["train", str(features), "--out", str(bridge), "--train-steps", "20"]) == 0
     compare = ["--compare", f"none,diffusion={bridge}", "--set", "start_timestep=900", "--sweep", "blend=0,1"]
     rows = rows_of(ezhoi_diffusion("run", *flags, *compare, "--out", str(report)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 import shutil
 import struct
 from dataclasses import dataclass
@@ -177,9 +178,9 @@ def copied(source: Path, target: Path) -> Path:
 
 
 def refused_by_main(argv: list[str], said, *names: str) -> None:
-    """Status 2, a message that names the file, no traceback."""
+    """Status 2, a message that names the file, no traceback. Progress bars may come before it."""
     assert main(argv) == 2
-    message = said.readouterr().err
+    message = re.sub(r"\rtraining:[^\n]*\n?", "", said.readouterr().err)
     assert message.startswith("ezhoi-diffusion: error: ")
     assert "Traceback" not in message
     assert any(name in message for name in names), message

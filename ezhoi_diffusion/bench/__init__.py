@@ -1,1 +1,1 @@
-"""What a bridge costs on this machine and how near few evaluations come to many, beside the guide's own system."""
+"""Benchmark: cost of a bridge on this machine and fidelity of few evaluations, next to the guide's system."""

@@ -1,4 +1,4 @@
-"""What bridging an image costs, and how near the result comes to that of all evaluations of the same network."""
+"""Cost of bridging an image, and fidelity of few evaluations to all evaluations of the same network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ezhoi_diffusion.bench.timing import interleaved, spread
+from ezhoi_diffusion.bench.measure import interleaved, spread
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge, build_denoiser
 from ezhoi_diffusion.diffusion.components import Components
 from ezhoi_diffusion.diffusion.recipes import RECIPES
@@ -21,15 +21,15 @@ from ezhoi_diffusion.features.statistics import ModalityStatistics
 START = 600  # t0 of the guide and of the paper
 GUIDE_TIMED = 2  # evaluations: all 600 of the guide take minutes
 GUIDES = "the guide's unet1d"
-CUBIC = (5, 10)  # evaluations at levels that are denser near the end
+CUBIC = (5, 10)  # evaluations, with timesteps denser near the end
 THRESHOLDS = (0.99, 0.999)
 
 
 @dataclass(frozen=True, eq=False)
 class BridgeCase:
-    """A bridge to be measured, and the one whose result it is to come near: None where that says nothing.
+    """A bridge to measure, and the one to compare its result with (None: not compared).
 
-    Of a `slow` one GUIDE_TIMED evaluations are timed, and the rest is taken to cost as much each.
+    Of a `slow` bridge only GUIDE_TIMED evaluations are timed. The others are assumed to take as long.
     """
 
     name: str
@@ -43,12 +43,12 @@ class BridgeCase:
         return self.bridge.override(num_steps=GUIDE_TIMED) if self.slow else self.bridge
 
     @property
-    def untimed(self) -> float:
-        """How often the timed part goes into the whole."""
+    def time_factor(self) -> float:
+        """Number of all evaluations divided by the timed ones."""
         return self.bridge.config.recipe.num_steps / self.timed.config.recipe.num_steps
 
     def facts(self) -> dict[str, Any]:
-        """What it is, as JSON."""
+        """Describe the case as JSON."""
         recipe = self.bridge.config.recipe
         return {
             "name": self.name,
@@ -82,7 +82,7 @@ def bridge_cases(
     if student is not None:
         entries.append(BridgeCase(f"{name}, its student", student, bridge))
     full = every(bridge.override(start_timestep=start, num_steps=start))
-    if name == "unet1d":  # hours: timed on few evaluations, and not held against all of them
+    if name == "unet1d":  # hours: timed on few evaluations, and not compared with all of them
         return entries[:1] + [
             BridgeCase(f"{name}, S = {n}", full.override(num_steps=n), None, slow=n > GUIDE_TIMED)
             for n in sorted({recipe.num_steps, *evaluations})
@@ -98,40 +98,41 @@ def bridge_cases(
 
 
 def every(bridge: DiffusionBridge) -> DiffusionBridge:
-    """With an evaluation at every level below its start."""
+    """Return the bridge with an evaluation at every timestep below its start."""
     return bridge.override(num_steps=bridge.config.recipe.start_timestep)
 
 
 def guide(bridge: DiffusionBridge, registry: Components) -> DiffusionBridge:
-    """The guide's bridge for the same features, with fresh weights: they do not change the cost."""
+    """Return the guide's bridge for the same features, with fresh weights, which do not change the cost."""
     config = BridgeConfig(bridge.config.dim, RECIPES["guide"], "unet1d")
     return fresh(config, bridge.statistics, registry).to(bridge.input_mean.device)
 
 
 def fresh(config: BridgeConfig, statistics: ModalityStatistics, registry: Components) -> DiffusionBridge:
-    """A bridge with fresh weights. The global generator stays where it was."""
+    """Make a bridge with fresh weights. The global random state stays as it is."""
     with torch.random.fork_rng(devices=[]):
         network = build_denoiser(config, registry)
     return DiffusionBridge(config, network, statistics, registry=registry)
 
 
 def cost(
-    entries: Sequence[BridgeCase], rows: Tensor, pairs: int, *, seconds: float, rounds: int
+    entries: Sequence[BridgeCase], features: Tensor, pairs: int, *, seconds: float, rounds: int
 ) -> list[dict[str, float | int]]:
-    """Milliseconds that an image of so many pairs takes, with all evaluations of each contender, in order."""
+    """Milliseconds for an image of `pairs` pairs, with all evaluations of each case, in order."""
     device = entries[0].bridge.input_mean.device
-    x = rows.repeat(-(-pairs // len(rows)), 1)[:pairs].to(device)
+    x = features.repeat(-(-pairs // len(features)), 1)[:pairs].to(device)
     calls = {entry.name: partial(entry.timed, x) for entry in entries}
     samples = interleaved(calls, seconds=seconds, rounds=rounds, device=device)
-    return [spread([1000 * second * entry.untimed for second in samples[entry.name]]) for entry in entries]
+    return [spread([1000 * second * entry.time_factor for second in samples[entry.name]]) for entry in entries]
 
 
-def nearness(entries: Sequence[BridgeCase], rows: Tensor, text: Tensor) -> list[Fidelity | None]:
-    """How near each contender's result for visual rows [N, D] is to that of its reference; None where it has none.
+def nearness(entries: Sequence[BridgeCase], features: Tensor, text: Tensor) -> list[Fidelity | None]:
+    """Compare each case with its reference, in the centred space before blending. None for cases without one.
 
-    What is held against each other is what the sampler makes of a row, before it is blended and its mean given back: its
-    direction in the centred space. The nearest of the texts [N_sel, D] is found there too, by the cosine to normalize(text) less the
-    text mean.
+    Args:
+        entries: The cases.
+        features: Pair features [N, D].
+        text: Text features [N_sel, D]. The nearest one is found by cosine to unit(text) less the text mean.
     """
     results: dict[int, Tensor] = {}
     found: list[Fidelity | None] = []
@@ -140,20 +141,20 @@ def nearness(entries: Sequence[BridgeCase], rows: Tensor, text: Tensor) -> list[
             found.append(None)
             continue
         if id(entry.reference) not in results:
-            results[id(entry.reference)] = _directions(entry.reference, rows)
+            results[id(entry.reference)] = _directions(entry.reference, features)
         reference = results[id(entry.reference)]
         centred = normalize(text) - entry.bridge.statistics.text_mean.to(text)
-        found.append(fidelity(_directions(entry.bridge, rows), reference, centred.to(reference)))
+        found.append(fidelity(_directions(entry.bridge, features), reference, centred.to(reference)))
     return found
 
 
-def _directions(bridge: DiffusionBridge, rows: Tensor) -> Tensor:
-    found: Tensor = bridge.override(blend=1.0, output="unit_norm")(rows.to(bridge.input_mean.device))
+def _directions(bridge: DiffusionBridge, features: Tensor) -> Tensor:
+    found: Tensor = bridge.override(blend=1.0, output="unit_norm")(features.to(bridge.input_mean.device))
     return found
 
 
 def fewest(results: Sequence[dict[str, Any]], like: BridgeConfig) -> dict[str, int | None]:
-    """By threshold, the fewest of the measured evaluations from level 600, of this network and grid, whose mean cosine reaches it."""
+    """Fewest measured evaluations from timestep 600 whose mean cosine reaches each threshold, for this network and spacing."""
     start = min(START, like.num_timesteps)
     sweep = [
         result
@@ -163,6 +164,6 @@ def fewest(results: Sequence[dict[str, Any]], like: BridgeConfig) -> dict[str, i
         == (like.denoiser, start, like.recipe.spacing)
     ]
     return {
-        f"{least:g}": min((r["evaluations"] for r in sweep if r["fidelity"]["cosine"] >= least), default=None)
-        for least in THRESHOLDS
+        f"{minimum:g}": min((r["evaluations"] for r in sweep if r["fidelity"]["cosine"] >= minimum), default=None)
+        for minimum in THRESHOLDS
     }

@@ -1,4 +1,4 @@
-"""All measurements of a bench in one run, in order."""
+"""All measurements of a benchmark in one run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from ezhoi_diffusion.bench.data import BenchData, student_of, trained
-from ezhoi_diffusion.bench.machine import busy, machine
+from ezhoi_diffusion.bench.measure import busy, machine
 from ezhoi_diffusion.bench.memory import of_bridging, of_training
 from ezhoi_diffusion.bench.sampling import bridge_cases, cost, fewest, nearness
 from ezhoi_diffusion.bench.training import TRAINER_CASES, speed
@@ -20,19 +20,20 @@ from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
 from ezhoi_diffusion.diffusion.components import Components
 from ezhoi_diffusion.training.config import TrainConfig
 
-TIMED = 20  # seconds that bridging one size takes on two idle cores, and the others likewise: the bar counts these
-STEP, STUDENT_STEP, JUDGED, TRAINED, CHILD = 0.022, 0.03, 15, 60, 10
+# Seconds on two idle cores, for the progress bar
+SIZE_SECONDS, STEP_SECONDS, STUDENT_STEP_SECONDS = 20, 0.022, 0.03
+FIDELITY_SECONDS, TRAINING_SECONDS, MEMORY_SECONDS = 15, 60, 10
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """How much is measured. Seconds are what a part takes where its slowest contender leaves it the choice."""
+    """How much is measured. A part takes its `seconds` unless its slowest case needs longer."""
 
     sizes: tuple[int, ...] = (16, 64, 256)
     evaluations: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 50)
     rounds: int = 2
     seconds: float = 12.0
-    rows: int = 256
+    features: int = 256
     train_steps: int = TrainConfig.train_steps
     student_steps: int = 600
     batch: int = 64
@@ -43,7 +44,7 @@ QUICK = BenchConfig(
     sizes=(16, 64),
     evaluations=(1, 5, 10, 20, 50),
     seconds=3.0,
-    rows=64,
+    features=64,
     train_steps=400,
     student_steps=100,
     batch=16,
@@ -52,15 +53,28 @@ QUICK = BenchConfig(
 
 
 def measure(
-    subject: BenchData, bridge: DiffusionBridge | None, effort: BenchConfig, registry: Components, device: torch.device
+    data: BenchData, bridge: DiffusionBridge | None, config: BenchConfig, registry: Components, device: torch.device
 ) -> dict[str, Any]:
-    """The result as JSON. Without a bridge the default one is trained first, on the subject's texts.
+    """Measure everything and show a progress bar.
 
-    A bar says how far it is and how long it takes. Raises what the parts raise.
+    Args:
+        data: Features and texts to measure on.
+        bridge: Bridge to measure; None trains the default one on the texts first.
+        config: How much is measured.
+        registry: Denoisers and samplers by name.
+        device: Where to compute.
+
+    Returns:
+        The result as JSON.
     """
     began, facts = time.monotonic(), machine(device)
-    total: float = TIMED * len(effort.sizes) + JUDGED + TRAINED + CHILD * (3 + len(TRAINER_CASES))
-    total += STUDENT_STEP * effort.student_steps + (0 if bridge else STEP * effort.train_steps)
+    total: float = (
+        SIZE_SECONDS * len(config.sizes)
+        + FIDELITY_SECONDS
+        + TRAINING_SECONDS
+        + MEMORY_SECONDS * (3 + len(TRAINER_CASES))
+    )
+    total += STUDENT_STEP_SECONDS * config.student_steps + (0 if bridge else STEP_SECONDS * config.train_steps)
     line = "{desc:26} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} to go"
     with tqdm(
         total=math.ceil(total), bar_format=line, smoothing=0, mininterval=1 if sys.stderr.isatty() else 15
@@ -68,49 +82,49 @@ def measure(
         bar.set_description_str("training a bridge")
         training = None
         if bridge is None:
-            training = trained(subject, effort.train_steps, registry, device, lambda _: bar.update(STEP))
+            training = trained(data, config.train_steps, registry, device, lambda _: bar.update(STEP_SECONDS))
             bridge = training.bridge
         bridge = bridge.to(device)
         bar.set_description_str("distilling a student")
         entries = bridge_cases(
             bridge,
-            effort.evaluations,
+            config.evaluations,
             registry,
-            student=student_of(bridge, subject, effort.student_steps, device),
+            student=student_of(bridge, data, config.student_steps, device),
             gaussian=training.gaussian if training else None,
         )
-        bar.update(STUDENT_STEP * effort.student_steps)
+        bar.update(STUDENT_STEP_SECONDS * config.student_steps)
         ms: dict[str, list[dict[str, float | int]]] = {}
-        for pairs in effort.sizes:
+        for pairs in config.sizes:
             bar.set_description_str(f"bridging {pairs} pairs")
-            ms[str(pairs)] = cost(entries, subject.rows, pairs, seconds=effort.seconds, rounds=effort.rounds)
-            bar.update(TIMED)
-        bar.set_description_str("few against all evaluations")
-        rows = subject.rows[: effort.rows]
-        near = nearness(entries, rows, subject.text)
-        bar.update(JUDGED)
+            ms[str(pairs)] = cost(entries, data.features, pairs, seconds=config.seconds, rounds=config.rounds)
+            bar.update(SIZE_SECONDS)
+        bar.set_description_str("comparing few and all evaluations")
+        features = data.features[: config.features]
+        near = nearness(entries, features, data.text)
+        bar.update(FIDELITY_SECONDS)
         bar.set_description_str("steps of training")
         rates = speed(
-            subject.data,
-            batch=effort.batch,
-            seconds=effort.training_seconds,
-            rounds=effort.rounds,
+            data.texts_only,
+            batch=config.batch,
+            seconds=config.training_seconds,
+            rounds=config.rounds,
             registry=registry,
             device=device,
         )
-        bar.update(TRAINED)
+        bar.update(TRAINING_SECONDS)
         memory = []
-        sample = rows.repeat(-(-effort.sizes[-1] // len(rows)), 1)[: effort.sizes[-1]]
+        sample = features.repeat(-(-config.sizes[-1] // len(features)), 1)[: config.sizes[-1]]
         for entry in entries[:3]:
             bar.set_description_str("memory of bridging")
             taken = of_bridging(entry, sample)
             memory.append({"of": f"bridging {len(sample)} pairs", "name": entry.name, "bytes": taken})
-            bar.update(CHILD)
+            bar.update(MEMORY_SECONDS)
         for trainer_case in TRAINER_CASES:
             bar.set_description_str("memory of training")
-            taken = of_training(trainer_case, subject.data, effort.batch)
-            memory.append({"of": f"training, batch {effort.batch}", "name": trainer_case.name, "bytes": taken})
-            bar.update(CHILD)
+            taken = of_training(trainer_case, data.texts_only, config.batch)
+            memory.append({"of": f"training, batch {config.batch}", "name": trainer_case.name, "bytes": taken})
+            bar.update(MEMORY_SECONDS)
     sampler = []
     for number, entry in enumerate(entries):
         own = {size: ms[size][number] for size in ms}
@@ -123,17 +137,17 @@ def measure(
     return {
         "machine": facts,
         "warnings": [warning] if warning else [],
-        "subject": {
-            "origin": subject.origin,
-            "rows": len(rows),
-            "texts": len(subject.text),
-            "dim": subject.text.shape[1],
+        "data": {
+            "origin": data.origin,
+            "features": len(features),
+            "texts": len(data.text),
+            "dim": data.text.shape[1],
             "bridge": "as given"
             if training is None
             else f"{bridge.config.denoiser}, trained on the texts for {training.steps} steps",
-            "student": f"{effort.student_steps} steps",
+            "student": f"{config.student_steps} steps",
         },
-        "effort": asdict(effort),
+        "config": asdict(config),
         "sampler": sampler,
         "fewest": fewest(sampler, bridge.config),
         "training": rates,

@@ -1,20 +1,24 @@
-"""A bench's result as tables."""
+"""The result of a benchmark as tables and as a picture."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from ezhoi_diffusion.report.png import save_png
+
 UNTIMED = "*"
+MIN_DISTANCE = 1e-8  # stands for 0 on a logarithmic axis
 
 
 def table(result: dict[str, Any]) -> str:
-    """All that was measured, as text that is Markdown too."""
-    machine, subject = result["machine"], result["subject"]
+    """Format all results as Markdown."""
+    machine, data = result["machine"], result["data"]
     parts = [
         f"{machine['device']}{'' if machine['device'] == 'CPU' else ', CPU'} {machine['cpu']}, {machine['cores']} cores, "
         f"threads {machine['threads']}, torch {machine['torch']}, load average {machine['load']:.2f} at the start\n"
-        f"rows: {subject['rows']} of width {subject['dim']}, {subject['texts']} texts, {subject['origin']}; bridge: {subject['bridge']}",
+        f"features: {data['features']} of width {data['dim']}, {data['texts']} texts, {data['origin']}; bridge: {data['bridge']}",
         *([f"warning: {warning}" for warning in result["warnings"]]),
         _sampler(result),
         _training(result),
@@ -26,7 +30,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _sampler(result: dict[str, Any]) -> str:
-    sizes, entries = result["effort"]["sizes"], result["sampler"]
+    sizes, entries = result["config"]["sizes"], result["sampler"]
     head = [
         "bridge", "t0", "S", *(f"ms, {pairs} pairs" for pairs in sizes), *(f"x, {pairs}" for pairs in sizes),
         "cosine, mean", "cosine, min", "top-1",
@@ -50,23 +54,23 @@ def _sampler(result: dict[str, Any]) -> str:
         )
     slow = next(entry for entry in entries if entry["timed_evaluations"] < entry["evaluations"])
     swept = sum(entry["fidelity"] is not None for entry in entries) > 1
-    reached = ", ".join(f"{least}: {steps or 'not reached'}" for least, steps in result["fewest"].items())
+    reached = ", ".join(f"{minimum}: {steps or 'not reached'}" for minimum, steps in result["fewest"].items())
     return "\n".join(
         [
-            "Bridging the pairs of an image: median of the milliseconds [quartiles]; how often that goes into the guide's; and how "
-            "near the result is to that of the same network with an evaluation at every level below t0 (of a student: its teacher's)",
+            "Bridging the pairs of an image: median of the milliseconds [quartiles]; the guide's time divided by it; and the "
+            "cosine with the result of the same network with an evaluation at every timestep below t0 (of a student: its teacher's)",
             "",
             _grid(head, rows),
             "",
             f"{UNTIMED} timed on {slow['timed_evaluations']} of its {slow['evaluations']} evaluations, times "
             f"{slow['evaluations'] / slow['timed_evaluations']:g}",
-            *([f"fewest of the evaluations S measured from level 600 by mean cosine: {reached}"] if swept else []),
+            *([f"fewest evaluations S from timestep 600 that reach a mean cosine: {reached}"] if swept else []),
         ]
     )
 
 
 def _closed_form(result: dict[str, Any]) -> list[str]:
-    """None where no bridge was trained."""
+    """Return nothing where no bridge was trained."""
     facts = result["closed_form"]
     if facts is None:
         return []
@@ -75,9 +79,7 @@ def _closed_form(result: dict[str, Any]) -> list[str]:
         if facts["reached_at_step"] is None
         else f"below it after {facts['reached_at_step']} steps, {facts['reached_after_seconds']:.0f} s"
     )
-    return [
-        f"Loss of the closed-form Gaussian (wiener) on held-out texts {facts['wiener_val_loss']:.4f}; our training: {when}"
-    ]
+    return [f"Loss of the closed-form Gaussian on held-out texts {facts['baseline_loss']:.4f}; the training: {when}"]
 
 
 def _training(result: dict[str, Any]) -> str:
@@ -100,7 +102,7 @@ def _memory(result: dict[str, Any]) -> str:
     how = (
         "allocated on the GPU at most"
         if result["machine"]["device"] != "CPU"
-        else "growth of the process's largest resident size"
+        else "growth of the process's peak resident size"
     )
     return "\n".join([f"Peak memory, each in a process of its own: {how}", "", _grid(["of", "network", "MiB"], rows)])
 
@@ -110,7 +112,7 @@ def _spread(values: dict[str, float]) -> str:
 
 
 def _figure(value: float) -> str:
-    """Three digits, and no exponent."""
+    """Three digits without an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
 
 
@@ -120,3 +122,36 @@ def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines
     )
+
+
+def plot_bench(result: dict[str, Any], path: Path) -> None:
+    """Plot milliseconds against 1 − mean cosine, one point for each bridge, for the middle of the measured sizes.
+
+    The guide's system is a vertical line: its cost is measured, its result is not compared.
+    """
+    from matplotlib.figure import Figure
+
+    sizes = result["config"]["sizes"]
+    pairs = str(sizes[len(sizes) // 2])
+    figure = Figure(figsize=(7.0, 4.6), layout="constrained")
+    axes = figure.subplots()
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for entry in result["sampler"]:
+        if entry["fidelity"]:
+            of = entry["name"].replace(f", S = {entry['evaluations']}", "")
+            kinds.setdefault(f"{of}, from timestep {entry['start_timestep']}", []).append(entry)
+    for number, (label, drawn) in enumerate(kinds.items()):
+        points = [(e["ms"][pairs]["median"], max(MIN_DISTANCE, 1 - e["fidelity"]["cosine"])) for e in drawn]
+        axes.plot(*zip(*points, strict=True), "o", color=f"C{number}", label=label)
+        for entry, point in zip(drawn, points, strict=True):
+            axes.annotate(str(entry["evaluations"]), point, xytext=(4, 4), textcoords="offset points", fontsize="small")
+    guide = result["sampler"][0]
+    label = f"{guide['name']}, {guide['evaluations']} evaluations"
+    axes.axvline(guide["ms"][pairs]["median"], color="black", linewidth=0.8, linestyle="--", label=label)
+    axes.set(
+        xscale="log", yscale="log", xlabel=f"ms an image of {pairs} pairs", ylabel="1 − mean cosine to all evaluations"
+    )
+    axes.set_title(f"{result['machine']['device']}; numbers are evaluations", loc="left", fontsize="medium")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    save_png(figure, path)

@@ -1,4 +1,4 @@
-"""Steps a second of a training, ours and the one that the guide's system comes with."""
+"""Training steps a second, in this package and in the trainer of the guide's system."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ezhoi_diffusion.bench.timing import now, spread
+from ezhoi_diffusion.bench.measure import now, spread
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, build_denoiser
 from ezhoi_diffusion.diffusion.components import Components
 from ezhoi_diffusion.diffusion.normalization import normalize, rescale
@@ -26,29 +26,28 @@ from ezhoi_diffusion.training.config import TrainConfig
 from ezhoi_diffusion.training.data import TrainingData
 from ezhoi_diffusion.training.trainer import train
 
-TURN = 1.0  # seconds of each in every round, or one step where that takes longer
+MIN_TURN = 1.0  # seconds of each case in every round, or one step where that takes longer
 FOREVER = 10_000_000
-EPOCH = 1 << 16  # rows of the published trainer's data set, so that none of its epochs ends while it is timed
-# Steps that are not timed at the start of a turn, and steps that are timed together: a device that is asked after every
-# step whether it is done has to wait, which only one of the two trainings does by itself.
+EPOCH = 1 << 16  # samples in the published trainer's data set, so that no epoch ends while it is timed
+# Untimed steps at the start of a turn, and steps timed together: to synchronize a GPU after every step would slow it.
 WARM_UP = {"cpu": 1, "cuda": 20}
 TOGETHER = {"cpu": 1, "cuda": 10}
 
 
 class _Enough(Exception):
-    """Ends a training that has been timed."""
+    """Ends a training after its turn."""
 
 
 @dataclass(frozen=True)
 class TrainerCase:
-    """A training to be measured: a network, in our loop or in denoising-diffusion-pytorch's Trainer1D."""
+    """A training to measure: a network, in this package's loop or in denoising-diffusion-pytorch's Trainer1D."""
 
     denoiser: str
     published: bool
 
     @property
     def name(self) -> str:
-        """As the table has it."""
+        """Name in the table."""
         return f"{'Trainer1D' if self.published else 'ours'}, {self.denoiser}"
 
 
@@ -97,7 +96,7 @@ def speed(
 
 @contextmanager
 def silently() -> Iterator[None]:
-    """Without the bars, lines and warnings of a training; Ctrl-C in it is that of the whole, and nothing to resume."""
+    """Hide a training's output and warnings. Ctrl-C ends the whole benchmark: there is nothing to resume."""
     with redirect_stderr(StringIO()), redirect_stdout(StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -107,12 +106,12 @@ def silently() -> Iterator[None]:
 
 
 Turn = Callable[[Callable[[], None]], None]
-"""Goes on with a training, calling the argument after every step until that raises."""
+"""Continues a training and calls the argument after every step, until that raises."""
 
 
 @contextmanager
 def training(trainer_case: TrainerCase, data: TrainingData, batch: int, registry: Components) -> Iterator[Turn]:
-    """A training that can be gone on with, silently, in a folder that does not outlive the block."""
+    """Yield a training that runs silently in turns, in a temporary folder."""
     config = replace(
         TrainConfig(),
         denoiser=trainer_case.denoiser,
@@ -138,7 +137,7 @@ def training(trainer_case: TrainerCase, data: TrainingData, batch: int, registry
 def _ours(data: TrainingData, config: TrainConfig, folder: Path, registry: Components) -> Turn:
     begun: list[Path] = []
 
-    def turn(after_step: Callable[[], None]) -> None:  # from the start each time: a training is a call
+    def turn(after_step: Callable[[], None]) -> None:  # a new training each time
         begun.append(folder / str(len(begun)))
         train(data, config, begun[-1], registry=registry, on_step=lambda _: after_step())
 
@@ -146,7 +145,7 @@ def _ours(data: TrainingData, config: TrainConfig, folder: Path, registry: Compo
 
 
 def _published(data: TrainingData, config: TrainConfig, folder: Path, registry: Components) -> Turn:
-    """Trainer1D as it is published: a data loader with a worker for every core, and the loss fetched in every step."""
+    """Make Trainer1D as it is published: a data loader with a worker for every core, the loss fetched in every step."""
     from denoising_diffusion_pytorch import GaussianDiffusion1D, Trainer1D
 
     dim, recipe = data.text.shape[1], config.recipe
@@ -161,7 +160,7 @@ def _published(data: TrainingData, config: TrainConfig, folder: Path, registry: 
     )
     trainer = Trainer1D(
         diffusion,
-        Endless(normalize(data.text, data.statistics.text_mean, recipe.scale_factor)[0]),
+        RepeatedTexts(normalize(data.text, data.statistics.text_mean, recipe.scale_factor)[0]),
         train_batch_size=config.batch_size,
         train_lr=config.learning_rate,
         train_num_steps=FOREVER,
@@ -180,7 +179,7 @@ def _published(data: TrainingData, config: TrainConfig, folder: Path, registry: 
 
 
 class OnChannels(nn.Module):
-    """A denoiser as GaussianDiffusion1D calls one: rows [N, 1, D], of any norm, which our networks take at norm `scale`."""
+    """Adapter for GaussianDiffusion1D: passes features [N, 1, D] to a network at norm `scale`."""
 
     channels, self_condition = 1, False
 
@@ -189,26 +188,26 @@ class OnChannels(nn.Module):
         self.network, self.scale = network, scale
 
     def forward(self, x: Tensor, t: Tensor, x_self_cond: Tensor | None = None) -> Tensor:
-        """The raw prediction [N, 1, D] at levels t [N]."""
+        """Predict [N, 1, D] at timesteps t [N]."""
         output: Tensor = self.network(rescale(x.squeeze(1), self.scale), t)
         return output.unsqueeze(1)
 
 
-class Endless(Dataset[Tensor]):
-    """Rows [N, D] over and over, each [1, D], as many as a capture has."""
+class RepeatedTexts(Dataset[Tensor]):
+    """Text features [N, D] repeated, each as [1, D]."""
 
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
+    def __init__(self, texts: Tensor) -> None:
+        self.texts = texts
 
     def __len__(self) -> int:
-        return max(EPOCH, len(self.rows))
+        return max(EPOCH, len(self.texts))
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.rows[index % len(self.rows)].unsqueeze(0).clone()
+        return self.texts[index % len(self.texts)].unsqueeze(0).clone()
 
 
 def _timed(turn: Turn, device: torch.device) -> list[float]:
-    """Seconds of single steps of one turn."""
+    """Seconds of each step of one turn."""
     warm_up, together = WARM_UP[device.type], TOGETHER[device.type]
     stamps: list[float] = []
     steps = 0
@@ -219,7 +218,7 @@ def _timed(turn: Turn, device: torch.device) -> list[float]:
         if steps < warm_up or (steps - warm_up) % together:
             return
         stamps.append(now(device))
-        if len(stamps) > 1 and stamps[-1] - stamps[0] >= TURN:
+        if len(stamps) > 1 and stamps[-1] - stamps[0] >= MIN_TURN:
             raise _Enough
 
     turn(after_step)
@@ -227,7 +226,7 @@ def _timed(turn: Turn, device: torch.device) -> list[float]:
 
 
 def take_steps(turn: Turn, count: int) -> None:
-    """Go on for so many steps."""
+    """Take `count` steps."""
     left = count
 
     def after_step() -> None:

@@ -44,10 +44,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, and write where asked."""
-    from ezhoi_diffusion.bench.data import captured, made_up, require_fit
-    from ezhoi_diffusion.bench.plot import plot_bench
+    from ezhoi_diffusion.bench.data import captured, require_fit, synthetic
     from ezhoi_diffusion.bench.suite import QUICK, BenchConfig, measure
-    from ezhoi_diffusion.bench.table import table
+    from ezhoi_diffusion.bench.table import plot_bench, table
     from ezhoi_diffusion.device import pick_device
     from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
     from ezhoi_diffusion.diffusion.components import components
@@ -62,15 +61,15 @@ def run(args: argparse.Namespace) -> int:
         )
     registry = components(PluginManager())
     store = FeatureStore(args.features) if args.features else None
-    subject = captured(store) if store else made_up()
+    data = captured(store) if store else synthetic()
     bridge, forced = None, list[str]()
     if args.bridge and store:
         bridge = DiffusionBridge.from_pretrained(resolve_path(args.bridge), registry=registry)
-        require_fit(bridge, args.bridge, subject)
+        require_fit(bridge, args.bridge, data)
         arguments.fingerprint_check(store, args.force, forced)(bridge, args.bridge)
     if args.out:
         check_writable(args.out)
-    result = measure(subject, bridge, QUICK if args.quick else BenchConfig(), registry, pick_device(args.device))
+    result = measure(data, bridge, QUICK if args.quick else BenchConfig(), registry, pick_device(args.device))
     result["warnings"] += forced
     print("\n" + table(result), flush=True)
     if args.out:

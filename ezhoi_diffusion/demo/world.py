@@ -1,8 +1,8 @@
-"""A small world for the miniature EZ-HOI: real handwritten digits as verbs and objects, in HICO-DET's layout.
+"""A small data set for the miniature EZ-HOI: handwritten digits as verbs and objects, in HICO-DET's layout.
 
-A person is a framed box whose digit is the pose, that is the verb; an object is a bare digit, bright while it
-is in use and dim when it only lies about. An interaction is a person next to an object in use. `make_world`
-writes annotations, images and the pretrained weights; nothing in it is pickled beyond tensors.
+A person is a framed box whose digit is the verb. An object is a digit without a frame, bright while it is in use and dim
+otherwise. An interaction is a person next to an object in use. `make_world` writes annotations, images and the
+pretrained weights; only tensors are pickled.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ PARTITIONS = ("train2015", "test2015")
 
 @dataclass
 class Scene:
-    """One picture and what is in it; boxes are xyxy in pixels."""
+    """One image and its annotations; boxes are xyxy in pixels."""
 
     image: NDArray[np.uint8]  # [HEIGHT, WIDTH]
     persons: list[tuple[list[float], int]] = field(default_factory=list)  # box, verb
@@ -57,7 +57,7 @@ class Scene:
 
 
 class Painter:
-    """Draws scenes out of one pool of handwritten digits."""
+    """Draws scenes from one pool of handwritten digits."""
 
     def __init__(self, images: Tensor, labels: Tensor, rng: np.random.Generator) -> None:
         self.rng = rng
@@ -77,9 +77,13 @@ class Painter:
         return [float(v) for v in (x, y, x + size, y + size)]
 
     def scene(self, interactions: list[int], idle: list[int], alone: list[int], visible: bool = True) -> Scene:
-        """interactions, then idle objects and verbs of persons alone; at most six pairs, or twice as many single.
+        """Draw a scene. It has room for six pairs, or two single things in place of each.
 
-        `visible=False` draws the persons too faint to be found: annotated pairs that a detector misses.
+        Args:
+            interactions: Interaction class of each pair.
+            idle: Classes of objects not in use.
+            alone: Verbs of persons without an object.
+            visible: False draws persons too faint for the detector: annotated pairs that it misses.
         """
         canvas = np.zeros((HEIGHT, WIDTH), dtype=np.float32)
         scene = Scene(np.zeros(0, dtype=np.uint8))
@@ -115,7 +119,7 @@ class Painter:
 
 
 def _split(painter: Painter, count: int) -> list[Scene]:
-    """`count` scenes in which every interaction occurs at least three times, the rest by FREQUENCY."""
+    """Draw `count` scenes. Every interaction occurs at least three times, the others by FREQUENCY."""
     rng = painter.rng
     sizes = rng.choice([0, 1, 2, 3], count, p=[0.05, 0.5, 0.3, 0.15])
     weight = np.asarray(FREQUENCY) / sum(FREQUENCY)
@@ -133,7 +137,7 @@ def _split(painter: Painter, count: int) -> list[Scene]:
 
 
 def _annotations(scenes: list[Scene], partition: str) -> dict[str, Any]:
-    """The keys of HICO-DET's instances file."""
+    """Make the content of HICO-DET's instances file."""
     annotation = []
     for scene in scenes:
         corr = [CORRESPONDENCE[i] for i, _, _ in scene.pairs]
@@ -158,17 +162,17 @@ def _annotations(scenes: list[Scene], partition: str) -> dict[str, Any]:
 
 
 def as_input(images: Tensor) -> Tensor:
-    """Pixels [..., H, W] in 0..255 -> what the towers are fed."""
+    """Normalize pixels [..., H, W] in 0..255 for the towers."""
     return (images.float() / 255 - MEAN) / STD
 
 
 def resize(images: Tensor) -> Tensor:
-    """[B, 1, H, W] -> [B, 1, CLIP_SIZE, CLIP_SIZE]."""
+    """Resize [B, 1, H, W] to [B, 1, CLIP_SIZE, CLIP_SIZE]."""
     return F.interpolate(images.float(), size=(CLIP_SIZE, CLIP_SIZE), mode="bilinear", align_corners=False)
 
 
 def _corpus(painter: Painter, count: int) -> towers.Corpus:
-    """What the pretrained weights have seen: every word, but no interaction that any split holds out."""
+    """Make the pretraining data: every word, but no interaction that any split holds out."""
     rng = painter.rng
     held_out = {i for ids in UNSEEN.values() for i in ids}
     known = [i for i in range(NUM_INTERACTIONS) if i not in held_out]
@@ -184,7 +188,7 @@ def _corpus(painter: Painter, count: int) -> towers.Corpus:
     texts = torch.full((count, most), -1)
     classes = torch.full((count, most), -1)
     for s in range(count):
-        # Crowded, unlike the splits: a picture teaches more, and nothing in it depends on what is far away.
+        # More crowded than the splits: each image teaches more.
         idle = rng.integers(1, len(OBJECTS), rng.integers(1, 4)).tolist()
         alone = rng.integers(0, len(VERBS), rng.integers(1, 4)).tolist()
         scene = painter.scene(rng.choice(known, 3).tolist(), idle, alone)
@@ -208,12 +212,12 @@ def words() -> list[str]:
 
 
 def new_detector() -> towers.Detector:
-    """Untrained."""
+    """Make an untrained detector."""
     return towers.Detector(len(OBJECTS), HEIGHT, WIDTH)
 
 
-def host_args(folder: Path, *, evaluate: bool, zs_type: str | None = "unseen_verb") -> list[str]:
-    """The miniature's command line for the world in `folder`, without --resume and --output-dir."""
+def ezhoi_args(folder: Path, *, evaluate: bool, zs_type: str | None = "unseen_verb") -> list[str]:
+    """Return the miniature's command line for the data in `folder`, without --resume and --output-dir."""
     partition = PARTITIONS[evaluate]
     return [
         "--data-root", str(folder / "data"),

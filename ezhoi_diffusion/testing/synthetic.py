@@ -246,3 +246,20 @@ def _image(
         gt_boxes=torch.stack([by_hand[:1].expand(others, 4)[used], by_hand[1:][used]]),
         gt_hoi=interaction[used],
     )
+
+
+def clip_like_features(count: int, texts: int, dim: int) -> tuple[Tensor, Tensor]:
+    """Make pair features [count, dim] and texts [texts, dim] with CLIP's geometry: two narrow cones far apart.
+
+    A text is a verb with an object, in 64 directions around the cone's axis; the norm of the mean of unit texts is about 0.7. A
+    pair feature is the text of a class around another axis, with more noise in all directions than there is of the class.
+    """
+    draw = generator(0, "bench", dim)
+    verb, thing, own = (normalize(torch.randn(n, min(64, dim), generator=draw)) for n in (117, 80, texts))
+    verbs, things = (torch.randint(n, (texts,), generator=draw) for n in (117, 80))
+    basis = torch.linalg.qr(torch.randn(dim, min(64, dim), generator=draw)).Q
+    code = (verb[verbs] + 0.35 * thing[things] + 0.25 * own) @ basis.T
+    text_axis, visual_axis = normalize(torch.randn(2, dim, generator=draw))
+    noise = normalize(torch.randn(count, dim, generator=draw))
+    visual = 4 * normalize(visual_axis + 0.7 * code[torch.randint(texts, (count,), generator=draw)] + noise)
+    return visual, normalize(text_axis + 0.9 * code)

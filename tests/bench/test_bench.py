@@ -1,4 +1,4 @@
-"""bench: what it says of costs and nearness follows from what was measured, and nothing is left out."""
+"""The benchmark: its ratios and tables follow from the samples, and nothing is left out."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ezhoi_diffusion.bench import memory, sampling, suite, timing, training
-from ezhoi_diffusion.bench.data import BenchError, captured, made_up, student_of, trained
-from ezhoi_diffusion.bench.machine import busy
+from ezhoi_diffusion.bench import measure, sampling, suite, training
+from ezhoi_diffusion.bench.data import captured, student_of, synthetic, trained
+from ezhoi_diffusion.bench.measure import BenchError, busy
 from ezhoi_diffusion.bench.table import table
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge, build_denoiser
@@ -28,7 +28,7 @@ TINY = suite.BenchConfig(
     evaluations=(1, 5),
     rounds=1,
     seconds=0.01,
-    rows=4,
+    features=4,
     train_steps=10,
     student_steps=2,
     batch=4,
@@ -48,7 +48,7 @@ def bridge(dim=D, **changes):
     network = build_denoiser(config)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    return DiffusionBridge(config, network, made_up(dim=dim, texts=20, rows=8).statistics)
+    return DiffusionBridge(config, network, synthetic(dim=dim, texts=20, features=8).statistics)
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +58,8 @@ def run(store, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(suite, "QUICK", TINY)
         patch.setattr("ezhoi_diffusion.training.distillation.NUM_FEATURES", 64)
-        patch.setattr(training, "TURN", 0.01)
-        patch.setattr(timing, "TURN", 0.0)
+        patch.setattr(training, "MIN_TURN", 0.01)
+        patch.setattr(measure, "MIN_TURN", 0.0)
         printed = []
         patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
         assert main(["bench", str(store.folder), "--quick", "--out", str(folder)]) == 0
@@ -80,7 +80,7 @@ def numbers(value, name=""):
 def test_the_command_writes_every_figure_and_all_are_finite_and_positive(run):
     _, result, folder = run
     assert {
-        "machine", "warnings", "subject", "effort", "sampler", "fewest", "training", "closed_form", "memory", "seconds",
+        "machine", "warnings", "data", "config", "sampler", "fewest", "training", "closed_form", "memory", "seconds",
     } == set(result)  # fmt: skip
     assert {"cpu", "cores", "threads", "torch", "load", "device"} <= set(result["machine"])
     for name, value in numbers(result):
@@ -111,7 +111,7 @@ def test_ratios_are_those_of_the_medians(run):
         assert entry["ratio"] == pytest.approx(entry["steps_per_second"]["median"] / published)
 
 
-def test_the_table_names_all_contenders_and_says_what_was_not_timed(run):
+def test_the_table_names_all_cases_and_what_was_not_timed(run):
     printed, result, _ = run
     for entry in (*result["sampler"], *result["training"], *result["memory"]):
         assert f" {entry['name']}" in printed
@@ -136,9 +136,9 @@ def test_a_table_of_a_busy_machine_and_of_a_bridge_as_given(run):
 
 
 def test_all_evaluations_against_themselves_are_the_same_result_and_fewer_are_not():
-    subject = made_up(dim=D, texts=20, rows=8)
+    data = synthetic(dim=D, texts=20, features=8)
     entries = sampling.bridge_cases(bridge(), (1, 600), Components())
-    found = dict(zip([e.name for e in entries], sampling.nearness(entries, subject.rows, subject.text), strict=True))
+    found = dict(zip([e.name for e in entries], sampling.nearness(entries, data.features, data.text), strict=True))
     whole = found["mlp, S = 600"]
     assert (whole.cosine, whole.cosine_min) == pytest.approx((1, 1), abs=1e-6)
     assert whole.top1 == 1
@@ -146,14 +146,14 @@ def test_all_evaluations_against_themselves_are_the_same_result_and_fewer_are_no
     assert found["the guide's unet1d"] is None
 
 
-def test_the_reference_has_every_level_and_the_start_of_its_contender():
+def test_the_reference_has_every_timestep_and_the_start_of_its_case():
     entries = sampling.bridge_cases(bridge(), (1, 5, 20), Components())
     recipes = [(e.bridge.config.recipe, e.reference.config.recipe) for e in entries if e.reference]
     assert all(own.start_timestep == other.start_timestep == other.num_steps for own, other in recipes)
     assert {own.start_timestep for own, _ in recipes} == {100, 600}
 
 
-def test_what_is_not_timed_counts_as_much_as_what_is(monkeypatch):
+def test_untimed_evaluations_count_like_timed_ones(monkeypatch):
     entries = sampling.bridge_cases(bridge(), (5,), Components())
     monkeypatch.setattr(sampling, "interleaved", lambda calls, **_: {name: [0.002, 0.004, 0.003] for name in calls})
     guide, other, *_ = sampling.cost(entries, torch.randn(4, D), 16, seconds=0, rounds=1)
@@ -162,16 +162,16 @@ def test_what_is_not_timed_counts_as_much_as_what_is(monkeypatch):
 
 
 def test_calls_take_turns_and_every_one_is_warm(monkeypatch):
-    monkeypatch.setattr(timing, "TURN", 0.0)
+    monkeypatch.setattr(measure, "MIN_TURN", 0.0)
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    samples = timing.interleaved(calls, seconds=0, rounds=3, device=CPU)
+    samples = measure.interleaved(calls, seconds=0, rounds=3, device=CPU)
     assert "".join(order) == 4 * "abc"
     assert {name: len(taken) for name, taken in samples.items()} == {"a": 3, "b": 3, "c": 3}
 
 
 def test_one_sample_has_no_spread():
-    assert timing.spread([2.0]) == {"median": 2, "low": 2, "high": 2, "samples": 1}
+    assert measure.spread([2.0]) == {"median": 2, "low": 2, "high": 2, "samples": 1}
 
 
 def test_the_first_steps_of_a_turn_are_not_timed_and_the_clock_is_not_asked_after_each(monkeypatch):
@@ -190,9 +190,9 @@ def test_the_first_steps_of_a_turn_are_not_timed_and_the_clock_is_not_asked_afte
     assert asked == [3, 5, 7]
 
 
-def test_a_published_trainer_goes_on_where_it_was(store):
-    data = captured(store).data
-    with training.training(training.TrainerCase("mlp", published=True), data, 4, Components()) as turn:
+def test_a_published_trainer_continues(store):
+    texts = captured(store).texts_only
+    with training.training(training.TrainerCase("mlp", published=True), texts, 4, Components()) as turn:
         training.take_steps(turn, 2)
         assert len(training._timed(turn, CPU)) >= 1
 
@@ -205,35 +205,35 @@ def test_a_network_in_channels_is_the_network_at_its_norm():
     assert torch.equal(given.squeeze(1), network(rescale(x, 5.0), t))
 
 
-def test_captured_rows_are_of_images_that_nothing_learns_from(store, tmp_path):
-    subject = captured(store)
+def test_captured_features_are_of_images_that_nothing_learns_from(store, tmp_path):
+    data = captured(store)
     apart = validation_mask(len(store.images))[store.image_index()]
-    assert sorted(subject.rows.tolist()) == sorted(store.adapter_feat()[apart].tolist())
-    assert sorted(subject.learnable.tolist()) == sorted(store.adapter_feat()[~apart].tolist())
+    assert sorted(data.features.tolist()) == sorted(store.adapter_feat()[apart].tolist())
+    assert sorted(data.learnable.tolist()) == sorted(store.adapter_feat()[~apart].tolist())
     test = synthetic_store(tmp_path / "test", split="test", dim=D)
-    assert sorted(captured(test).rows.tolist()) == sorted(test.adapter_feat().tolist())
+    assert sorted(captured(test).features.tolist()) == sorted(test.adapter_feat().tolist())
     assert len(captured(test).learnable) == 0
 
 
-def test_made_up_rows_have_two_cones():
-    statistics = made_up().statistics
+def test_synthetic_features_have_two_cones():
+    statistics = synthetic().statistics
     assert 0.6 < float(statistics.text_mean.norm()) < 0.9
     assert 0.4 < float(statistics.visual_mean.norm()) < 0.9
     assert statistics.gap > 0.5
 
 
 def test_a_training_says_when_it_was_below_the_closed_form(monkeypatch):
-    from ezhoi_diffusion.bench import data as subject
+    from ezhoi_diffusion.bench import data as bench_data
 
-    monkeypatch.setattr(subject, "VALIDATE_EVERY", 2)
+    monkeypatch.setattr(bench_data, "VALIDATE_EVERY", 2)
     steps = []
-    found = trained(made_up(dim=D, texts=20, rows=8), 4, Components(), CPU, steps.append)
+    found = trained(synthetic(dim=D, texts=20, features=8), 4, Components(), CPU, steps.append)
     assert steps == [1, 2, 3, 4]
-    assert found.val_loss < found.bar  # eighteen texts say little of a covariance
+    assert found.val_loss < found.baseline_loss  # eighteen texts say little of a covariance
     assert found.reached[0] == 2
     assert 0 < found.reached[1] < found.seconds
-    found = trained(made_up(dim=D, texts=400, rows=8), 2, Components(), CPU, steps.append)
-    assert found.val_loss > found.bar > 0
+    found = trained(synthetic(dim=D, texts=400, features=8), 2, Components(), CPU, steps.append)
+    assert found.val_loss > found.baseline_loss > 0
     assert found.reached is None
 
 
@@ -242,10 +242,10 @@ def test_a_student_is_measured_as_it_is_and_has_no_student():
     entries = sampling.bridge_cases(student, (1, 5), Components())
     assert [e.name for e in entries] == ["the guide's unet1d", "mlp, a student"]
     assert sampling.nearness(entries, torch.randn(4, D), torch.randn(4, D)) == [None] * 2
-    assert student_of(student, made_up(dim=D, texts=20, rows=8), 2, CPU) is None
+    assert student_of(student, synthetic(dim=D, texts=20, features=8), 2, CPU) is None
 
 
-def test_the_fewest_are_those_of_the_same_network_grid_and_start():
+def test_the_fewest_evaluations_are_of_the_same_network_spacing_and_start():
     def result(evaluations, cosine, **changes):
         near = {"cosine": cosine}
         facts = {
@@ -269,17 +269,17 @@ MIB = 1 << 20
 
 
 def hog(floats):
-    with memory._watched(CPU) as grown:
+    with measure.peak_growth(CPU) as grown:
         _ = torch.ones(floats).sum()
     return grown[0]
 
 
-def test_memory_is_that_of_the_work_however_much_was_used_before():
+def test_memory_is_that_of_the_work_whatever_was_used_before():
     _ = torch.ones(128 * MIB).sum()  # 512 MiB, in the process that starts the other
-    assert 60 * MIB < memory._elsewhere(hog, 16 * MIB) < 90 * MIB
+    assert 60 * MIB < measure.in_new_process(hog, 16 * MIB) < 90 * MIB
 
 
-def test_a_busy_machine_is_said_to_be_one():
+def test_a_busy_machine_is_reported():
     assert busy({"load": 0.4, "cores": 2}) is None
     assert "load average 3.00 on 2 cores" in busy({"load": 3.0, "cores": 2})
 
@@ -300,16 +300,16 @@ def test_a_bridge_of_another_width_is_refused(store, tmp_path, fails):
     fails([store.folder, "--bridge", tmp_path / "bridge"], "width 16", f"have {D}", str(tmp_path / "bridge"))
 
 
-def test_a_bridge_of_another_host_is_refused(store, tmp_path, fails):
+def test_a_bridge_of_another_run_is_refused(store, tmp_path, fails):
     bridge().save_pretrained(tmp_path / "bridge")
-    fails([store.folder, "--bridge", tmp_path / "bridge"], "made for another host", "--force")
+    fails([store.folder, "--bridge", tmp_path / "bridge"], "made for another EZ-HOI run", "--force")
 
 
 def test_a_bridge_needs_features(tmp_path, fails):
     fails(["--bridge", tmp_path], "--bridge needs FEATURES")
 
 
-def test_features_and_bridges_that_are_none(store, tmp_path, fails):
+def test_folders_without_features_or_bridge(store, tmp_path, fails):
     fails([tmp_path / "none"], str(tmp_path / "none"))
     fails([store.folder, "--bridge", tmp_path], str(tmp_path))
 

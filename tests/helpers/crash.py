@@ -1,4 +1,4 @@
-"""A process that kills itself, as kill -9 would, at its k-th call that changes a disk: for whoever imports this."""
+"""Kill the own process, as kill -9 does, at its k-th call that changes a disk."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def free_port() -> str:
 def ezhoi_flags(folder: Path, *, evaluate: bool, **kwargs) -> list[str]:
     """Flags of the miniature on the world in `folder`, with an output folder and a free port."""
     return [
-        *world.host_args(folder, evaluate=evaluate, **kwargs),
+        *world.ezhoi_args(folder, evaluate=evaluate, **kwargs),
         "--output-dir",
         str(folder / "out"),
         "--port",

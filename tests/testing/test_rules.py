@@ -46,7 +46,7 @@ def test_the_same_arguments_give_the_same_store_and_splits_are_of_one_host(tmp_p
     assert not torch.equal(test.adapter_feat(), b.adapter_feat())
     other = synthetic_store(tmp_path / "other", seed=1)
     assert other.fingerprint["weights"] != a.fingerprint["weights"]
-    with pytest.raises(FeatureStoreError, match="finished capture already"):
+    with pytest.raises(FeatureStoreError, match="holds a finished capture"):
         synthetic_store(tmp_path / "a")
 
 
@@ -364,7 +364,7 @@ def test_a_fit_that_keeps_the_rules_gives_a_bridge_that_can_be_checked(tmp_path)
     host = synthetic_store(tmp_path / "test", split="test", dim=D)
     assert Shift(folder).provenance["fingerprint"] == host.fingerprint
     assert set(Shift(folder).context) == {"ctx.0"}
-    with pytest.raises(FeatureStoreError, match="finished capture already"):
+    with pytest.raises(FeatureStoreError, match="holds a finished capture"):
         check_fit("shift", shift, tmp_path, dim=D)
 
 

@@ -352,11 +352,11 @@ def test_a_capture_through_the_launcher_is_killed_and_asked_to_end(small_world, 
         process.send_signal(number)
         _, said = process.communicate(timeout=60)
         assert process.returncode == (-9 if number == signal.SIGKILL else 75), said
-    assert "give the same command again to go on" in said
+    assert "run the same command again to resume" in said
     assert "Traceback" not in said
     done = launch(*flags, str(folder))
     assert done.returncode == 0, done.stderr
-    assert "is unfinished, going on at image" in done.stdout
+    assert "is unfinished, resuming at image" in done.stdout
     assert torch.equal(FeatureStore(folder).adapter_feat(), FeatureStore(tmp_path / "whole").adapter_feat())
 
 

@@ -1,1 +1,1 @@
-"""A comparison, told: headline, figures, page, hub card."""
+"""Report of a comparison: headline, figures, page, hub card."""

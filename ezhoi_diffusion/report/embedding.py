@@ -27,18 +27,18 @@ def require_library(method: str) -> None:
 
 
 def embed(parts: Sequence[Tensor], method: str) -> list[Tensor]:
-    """One map of all parts, rows [N, D] each, as points [N, 2] each: by "tsne" or "umap", with cosine distances.
+    """One map of all parts, features [N, D] each, as points [N, 2] each: by "tsne" or "umap", with cosine distances.
 
-    Raises EmbeddingError where the library is not installed, or there are too few rows.
+    Raises EmbeddingError where the library is not installed, or there are too few features.
     """
-    rows = torch.cat([*parts]).float().numpy()
-    if len(rows) < 5:
-        raise EmbeddingError(f"a map of {len(rows)} rows shows nothing: take more images")
+    features = torch.cat([*parts]).float().numpy()
+    if len(features) < 5:
+        raise EmbeddingError(f"a map of {len(features)} features shows nothing: take more images")
     require_library(method)
     if method == "umap":
         reducer: Any = import_module("umap").UMAP(metric="cosine", random_state=SEED)
     else:
         from sklearn.manifold import TSNE
 
-        reducer = TSNE(metric="cosine", init="random", random_state=SEED, perplexity=min(30.0, (len(rows) - 1) / 3))
-    return list(torch.from_numpy(reducer.fit_transform(rows)).float().split([len(part) for part in parts]))
+        reducer = TSNE(metric="cosine", init="random", random_state=SEED, perplexity=min(30.0, (len(features) - 1) / 3))
+    return list(torch.from_numpy(reducer.fit_transform(features)).float().split([len(part) for part in parts]))

@@ -1,4 +1,4 @@
-"""The pictures of a comparison: each is a row of small panels, beside each other in a file, below each other on a phone."""
+"""The pictures of a comparison, as small panels: side by side in a file, one below the other on a phone."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from PIL import Image
 
-WIDTH, DPI, COLORS = 4.0, 128, 64  # inches, of which a phone shows all: letters of 9 points stay readable
+WIDTH, DPI, COLORS = 4.0, 128, 64  # inches: on a phone, letters of 9 points stay readable
 COLUMNS = 3
 LETTERS, TITLE = 24, 48  # of a variant's name in a line, beside its row and above a panel
-FAR = 5  # times the median reach of a row, beyond which it leaves the picture
-SHOWN, NAMED = 3, 10  # variants that get pictures of their own; that many have colours in those with all
-MAPPED = 200  # pairs in the map of both modalities: t-SNE takes seconds for them and the texts
+FAR = 5  # times the median distance from the line; what is farther is written at the edge
+NUM_SHOWN, MAX_NAMED = 3, 10  # variants with pictures of their own, and with colours in pictures of all
+MAPPED = 200  # pairs in the map of both modalities: t-SNE takes seconds
 PICTURED = ("centroid_gap", "cosine_to_own_text", "calibration_error")  # measures worth a picture against mean AP
 MIN_MAPPED = 5  # points of a map; fewer show nothing
 BINS = 40
@@ -36,7 +36,14 @@ GAIN, LOSS, UNCLEAR, GRID = "#0b7a5b", "#c2410c", "0.55", "0.88"
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """What it shows, in words for those who cannot see it; how high it is, in inches; and how it is drawn."""
+    """A small picture.
+
+    Attributes:
+        title: The heading.
+        alt: What it shows, in words for those who cannot see it.
+        height: Inches.
+        draw: Draws it.
+    """
 
     title: str
     alt: str
@@ -59,18 +66,18 @@ def pictures(comparison: Comparison) -> dict[str, list[Panel]]:
 
 
 def shown(comparison: Comparison) -> list[str]:
-    """The few variants that pictures of single classes and rows are drawn for: the best by full mean AP."""
-    return comparison.ranked()[:SHOWN]
+    """The few variants that get pictures of single classes and of features: the best by full mean AP."""
+    return comparison.ranked()[:NUM_SHOWN]
 
 
 def named(comparison: Comparison) -> list[str]:
-    """The variants with a colour and a name in pictures of all: all if few, else the bare host and those of `shown`."""
+    """The variants with a colour and a name in pictures of all: all if few, else bare EZ-HOI and those of `shown`."""
     variants = [REFERENCE, *comparison.ranked()]
-    return variants if len(variants) <= NAMED else [REFERENCE, *shown(comparison)]
+    return variants if len(variants) <= MAX_NAMED else [REFERENCE, *shown(comparison)]
 
 
 def _colors(comparison: Comparison) -> dict[str, str]:
-    """Every variant's colour, the same in all pictures; those without a name come first, and so lie below."""
+    """The colour of every variant, the same in all pictures. Variants without a name come first, and lie below."""
     known = {variant: f"C{number}" for number, variant in enumerate(named(comparison))}
     return {**{variant: "0.75" for variant in comparison.variants if variant not in known}, **known}
 
@@ -104,13 +111,13 @@ def joined(drawn: Sequence[Image.Image]) -> Image.Image:
 
 
 def png(drawn: Image.Image) -> bytes:
-    """A picture as the bytes of a PNG file; of few colours, which is a third of the size."""
+    """A picture as the bytes of a PNG file. Few colours need a third of the space."""
     picture = BytesIO()
     drawn.quantize(COLORS).save(picture, "png", optimize=True, dpi=(DPI, DPI))
     return picture.getvalue()
 
 
-# -- rows of intervals: one row a variant, as many as there are ------------------------------------------------
+# -- intervals: a line for each variant ------------------------------------------------------------------------
 
 
 def _absolute(comparison: Comparison) -> list[Panel]:
@@ -166,7 +173,7 @@ class _Row:
 
 
 def _frame(rows: Sequence[_Row], zero: float) -> tuple[float, float] | None:
-    """What a picture has to hold so that what is far off does not make dots of all others; None: all of it."""
+    """The limits of a picture in which few variants are far off. None: show all."""
     spans = [(min(row.value, *(row.bounds or ()), zero), max(row.value, *(row.bounds or ()), zero)) for row in rows]
     reaches = [max(zero - low, high - zero) for low, high in spans]
     middle = median([reach for reach in reaches if reach > 0] or [0.0])
@@ -178,7 +185,7 @@ def _frame(rows: Sequence[_Row], zero: float) -> tuple[float, float] | None:
 
 
 def _intervals(rows: Sequence[_Row], zero: float, title: str, alt: str) -> Panel:
-    """One variant a row, as many as there are, around a line at `zero`; of what is far off the figure stands at the edge."""
+    """One variant a row, around a line at `zero`. A variant that is far off is written at the edge."""
     frame = _frame(rows, zero)
     labels = [_label(row.variant) for row in rows]
     at = [0.0]  # inches from the first row
@@ -281,7 +288,7 @@ def _points(comparison: Comparison, axes: Axes, at: Mapping[str, float], what: s
             axes.plot((x, x), interval, color=color, linewidth=1.2)
         label = _label(variant) if variant in named(comparison) else None
         axes.plot(x, comparison.mean_ap(variant, FULL), "o", color=color, markersize=5, label=label)
-    if len(comparison.variants) > NAMED:
+    if len(comparison.variants) > MAX_NAMED:
         axes.plot([], [], "o", color="0.75", markersize=5, label="others")
     axes.set_xlabel(what, fontsize=8)
     axes.set_ylabel("full mAP, %", fontsize=8)

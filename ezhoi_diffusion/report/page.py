@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 LISTED = 8  # largest gains and losses of single classes, each
 MEASURES = {
-    "centroid_gap": "distance between the mean unit row and the mean unit text, 0 to 2; smaller is nearer",
-    "mmd": "squared maximum mean discrepancy of unit rows and unit texts; smaller is nearer, chance takes it below 0",
+    "centroid_gap": "distance between the mean unit feature and the mean unit text, 0 to 2; smaller is nearer",
+    "mmd": "squared maximum mean discrepancy of unit features and unit texts; smaller is nearer, chance takes it below 0",
     "cosine_to_own_text": "mean cosine of annotated pairs to the texts of their own classes; larger is nearer",
     "recall_at_1": "share of annotated pairs with a class of their own as the nearest text",
     "recall_at_5": "share of annotated pairs with a class of their own among the five nearest texts",

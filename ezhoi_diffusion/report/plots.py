@@ -1,4 +1,7 @@
-"""Pictures of features, of a training, and of what a bridge does to single pairs. Drawn without a display, and without touching pyplot's global state."""
+"""Pictures of features, of a training, and of the effect of a bridge on single pairs.
+
+They need no display and leave pyplot's global state alone.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ def _figure(columns: int, width: float = 5.0) -> tuple[Figure, list[Axes]]:
 
 
 def plot_effect(effect: Effect, path: Path) -> None:
-    """What a bridge does to single pairs: similarity to the texts, norms, pair by pair, and what became of the top class."""
+    """Draw the effect of a bridge on single pairs: similarity to the texts, norms, and changes of the top class."""
     figure, (cosine, norms, pairs, top) = _figure(4, 4.2)
     near = effect.similarity()
     for axes, values, label in (
@@ -48,14 +51,14 @@ def plot_effect(effect: Effect, path: Path) -> None:
     drawn = top.bar(list(bars), list(bars.values()), color=colors)
     top.bar_label(drawn)
     top.set_ylabel("pairs")
-    top.set_title("top class under the host's score", loc="left")
+    top.set_title("top class by EZ-HOI's score", loc="left")
     for axes in (cosine, norms, pairs, top):
         axes.spines[["top", "right"]].set_visible(False)
     save_png(figure, path)
 
 
 def plot_embedding(points: Sequence[Tensor], method: str, path: Path) -> None:
-    """A map of both modalities: points [P, 2] of the rows before, of those after, and [N_sel, 2] of the texts."""
+    """Draw a map of both modalities: points [P, 2] of the features before and after, and [N_sel, 2] of the texts."""
     figure, (axes,) = _figure(1, 7.0)
     for part, label, size, marker in zip(
         points, ("before", "after", "empirical"), (6, 6, 22), ("o", "o", "x"), strict=True
@@ -69,11 +72,11 @@ def plot_embedding(points: Sequence[Tensor], method: str, path: Path) -> None:
 
 
 def plot_statistics(norms: tuple[Tensor, Tensor], cosines: tuple[Tensor, Tensor, Tensor], path: Path) -> None:
-    """Norms of (visual, text) rows, and cosines (visual-visual, text-text, visual-text) of rows drawn at random."""
+    """Draw norms of (visual, text) features, and cosines (visual-visual, text-text, visual-text) of random features."""
     figure, (norm, cosine) = _figure(2)
     for axes, values, names, title in (
-        (norm, norms, ("visual", "text"), "norm of a row"),
-        (cosine, cosines, ("visual-visual", "text-text", "visual-text"), "cosine between two rows"),
+        (norm, norms, ("visual", "text"), "norm of a feature"),
+        (cosine, cosines, ("visual-visual", "text-text", "visual-text"), "cosine of two features"),
     ):
         for value, name in zip(values, names, strict=True):
             axes.hist(value.tolist(), bins=40, density=True, alpha=0.5, label=name)
@@ -88,9 +91,9 @@ _BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
 
 
 def plot_training(facts: dict[str, Any], path: Path) -> None:
-    """The curve of a training.json: losses and learning rate by step, and the validation loss by range of levels.
+    """Draw the curve of a training.json: losses and learning rate by step, and validation loss by range of timesteps.
 
-    The bar to clear is the loss of the closed-form isotropic estimate; in the second panel, 1 is the bar of each range.
+    The baseline is the loss of the closed-form isotropic estimate. In the second panel it is 1 for each range.
     """
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -117,18 +120,18 @@ def plot_training(facts: dict[str, Any], path: Path) -> None:
     rate.set_ylabel("learning rate", color="C2")
     handles, labels = axes.get_legend_handles_labels()
     axes.legend([*handles, *rate.lines], [*labels, "learning rate"], frameon=False, fontsize="small", **_BELOW, ncols=3)
-    for number, ((low, high), bar) in enumerate(
+    for number, ((low, high), baseline) in enumerate(
         zip(facts["ranges"], facts["isotropic_val_loss_by_range"], strict=True)
     ):
-        shares = [record["val_loss_by_range"][number] / bar for record in validated]
+        shares = [record["val_loss_by_range"][number] / baseline for record in validated]
         # as dark as there is noise
         color = str(0.8 - 0.8 * number / (len(facts["ranges"]) - 1))
         by_range.plot([r["step"] for r in validated], shares, color=color, marker=".", label=f"{low} to {high}")
     by_range.axhline(1, color="black", linewidth=0.8, linestyle="--")
     by_range.set(xlabel="step", ylabel="validation loss / isotropic estimate's")
-    by_range.set_title("by level of noise; above 1 nothing was learned", loc="left", fontsize="medium")
+    by_range.set_title("by timestep; above 1 nothing was learned", loc="left", fontsize="medium")
     by_range.set_ylim(bottom=0)
-    by_range.legend(frameon=False, fontsize="small", title="levels", **_BELOW, ncols=5)
+    by_range.legend(frameon=False, fontsize="small", title="timesteps", **_BELOW, ncols=5)
     axes.spines["top"].set_visible(False)
     rate.spines["top"].set_visible(False)
     by_range.spines[["top", "right"]].set_visible(False)

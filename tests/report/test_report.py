@@ -305,10 +305,10 @@ def test_single_classes_are_listed_by_change(reports):
 
 def test_what_is_not_known_is_left_out(reports):
     known, unknown = ({s["id"] for s in read(reports / size).all("section")} for size in ("eight", "bare"))
-    assert known == {"map", "seeds", "classes", "alignment", "cost", "rows", "provenance"}
+    assert known == {"map", "seeds", "classes", "alignment", "cost", "features", "provenance"}
     assert unknown == {"map", "classes", "cost", "provenance"}
     page = read(reports / "bare")
-    assert "shows nothing of chance" in page.text
+    assert "says nothing about chance" in page.text
     assert "max-T" not in page.text
     assert "max-T" in read(reports / "eight").text
     assert "WARNING: mean_shift is nearer" in read(reports / "eight").text

@@ -1,1 +1,1 @@
-"""What a bridge is worth: average precision, the comparison of variants, pictures. Knows no host."""
+"""Average precision, comparison of variants, and tuning, from stored features. Imports nothing of EZ-HOI."""

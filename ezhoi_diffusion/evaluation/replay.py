@@ -1,4 +1,4 @@
-"""Scores any number of bridges on stored features, as the host's own evaluation would."""
+"""Score any number of bridges on stored features, as EZ-HOI's own evaluation does."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from ezhoi_diffusion.features.score import EzHoiScore, ScoreError, names_of_inte
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.rng import generator
 
-ROWS = 2048  # bridged in one call, where a bridge takes many images: enough for a processor, and little memory
-TIMED = 8  # images on which a bridge's cost is measured, one at a time, as at eval …
-TIMED_SECONDS = 1.0  # … or as many as take so long
+MAX_PAIRS = 2048  # in one call, if a bridge takes many images: enough for a processor, and little memory
+NUM_TIMED = 8  # images on which the cost of a bridge is measured, one at a time, as at eval …
+TIMED_SECONDS = 1.0  # … or fewer, if they take this long
 Setting = Literal["default", "known-object"]
-SHOWN = 500  # pairs that pictures are drawn of
+NUM_SHOWN = 500  # pairs in the pictures
 
 
 @dataclass(eq=False)
@@ -64,35 +64,49 @@ def replay(
     device: torch.device | str = "cpu",
     forced: list[str] | None = None,
 ) -> Comparison:
-    """The comparison that `--compare` makes on the host, from what a capture of the split stored.
+    """Make the comparison that `--compare` makes in EZ-HOI, from the features of a split.
 
-    `none` has the host's own logits; a bridge has the published score of what it returns for each image's [P, D].
-    protocol: HICO-DET's by default, for which alone classes and setting are. chosen: positions of the images to take, all
-    by default. classes: interaction classes whose annotations may be looked at, all by default. setting: known-object
-    scores a class on images with its object alone (Chao et al., WACV 2018). replicates: of the bootstrap over images, 0 for
-    none. aligned: measure alignment, and keep a sample of rows. timed: measure what bridges cost; otherwise bridge_ms is
-    that of one image. device: where bridges get their rows. Raises ScoreError, FeatureStoreError, and what a bridge raises.
+    `none` has EZ-HOI's own logits. A bridge is scored by EZ-HOI's formula on what it returns for the [P, D] of an image.
+
+    Args:
+        store: Features of the split.
+        variants: Bridges by name.
+        protocol: HICO-DET's by default. `classes` and `setting` need it.
+        chosen: Positions of the images to take; all by default.
+        classes: Interaction classes whose annotations may be used; all by default.
+        algorithm: Of average precision.
+        setting: `known-object` scores a class only on images that have its object (Chao et al., WACV 2018).
+        replicates: Of the bootstrap over images, 0 for none.
+        aligned: Measure alignment, and keep a sample of the features.
+        timed: Measure the cost of the bridges. Otherwise `added_ms` is that of one image.
+        device: Where the bridges get their features.
+        forced: Warnings that go into the comparison.
+
+    Raises:
+        ScoreError: The features cannot be scored, or no image has a pair or an annotation that counts.
+        FeatureStoreError: The store is damaged.
+        EzhoiDiffusionError: A bridge changes its input, or depends on other features although it says row_by_row.
     """
     score = EzHoiScore.from_store(store)
     protocol = protocol or hicodet(store, score)
     require_replayable(store, score)
     images = [position for position in range(len(store.images)) if chosen is None or position in chosen]
-    rows = sum(store.images[position]["rows"] for position in images)
-    if not rows:
+    num_pairs = sum(store.images[position]["rows"] for position in images)
+    if not num_pairs:
         raise ScoreError(
             f"{store.folder}: none of the {len(images)} images has a human-object pair, so nothing can be scored"
         )
     text_mean = store.statistics().text_mean if aligned else None
     cards = {
         name: _Scorecard(
-            Alignment(score.text, score.class_text, text_mean, pairs=rows) if text_mean is not None else None
+            Alignment(score.text, score.class_text, text_mean, pairs=num_pairs) if text_mean is not None else None
         )
         for name in (REFERENCE, *variants)
     }
     with torch.no_grad(), tqdm(total=len(images), desc="compare", unit="img", file=sys.stderr) as progress:
         stored = _only(stored_images(store, chosen), classes)
         scored, annotations = _collect(
-            protocol, score, stored, variants, cards, rows, TIMED if timed else 1, device, progress
+            protocol, score, stored, variants, cards, num_pairs, NUM_TIMED if timed else 1, device, progress
         )
     part = chosen is not None or classes is not None or store.meta.get("max_images") is not None
     if not part:
@@ -120,7 +134,7 @@ def replay(
         sample_text=score.text if aligned else None,
         algorithm=algorithm,
         replicates=replicates,
-        pairs=rows,
+        pairs=num_pairs,
         names=protocol.names,
         fingerprint=store.fingerprint,
         forced=forced or [],
@@ -134,13 +148,13 @@ def _collect(
     images: Iterable[StoredImage],
     variants: Mapping[str, Variant],
     cards: dict[str, _Scorecard],
-    rows: int,
+    num_pairs: int,
     singly: int,
     device: torch.device | str,
     progress: Any,
 ) -> tuple[dict[str, Scored], Tensor]:
-    """Every variant's detections, and the annotations of each image and class [I, K] int64; fills the cards."""
-    shown = torch.randperm(rows, generator=generator(0, "shown"))[:SHOWN].sort().values
+    """Detections of every variant, and annotations of each image and class [I, K] int64. Fills the cards."""
+    shown = torch.randperm(num_pairs, generator=generator(0, "shown"))[:NUM_SHOWN].sort().values
     annotations: list[Tensor] = []
     classes: list[Tensor] = []
     where: list[Tensor] = []
@@ -151,7 +165,7 @@ def _collect(
         where.append(detections.image + len(annotations))
         annotations += [protocol.count(image) for image in batch]
         features = torch.cat([image.adapter_feat for image in batch])
-        host_logits = torch.cat([image.logits for image in batch])
+        ezhoi_logits = torch.cat([image.logits for image in batch])
         labels = torch.cat([image.labels for image in batch])
         possible = score.object_to_target[torch.cat([image.pairs.objects for image in batch])]
         here = shown[(shown >= seen) & (shown < seen + len(features))] - seen
@@ -162,9 +176,9 @@ def _collect(
             bridged = None if name == REFERENCE else _bridged(name, variants[name], given, batch, card.seconds, singly)
             if given._version != version:
                 raise EzhoiDiffusionError(
-                    f"bridge '{name}' writes into the rows that it is given, which others get too: it has to return new ones"
+                    f"bridge '{name}' changes its input, which other bridges get too: it has to return a new tensor"
                 )
-            after, logits = (features, host_logits) if bridged is None else (bridged, score.logits(bridged))
+            after, logits = (features, ezhoi_logits) if bridged is None else (bridged, score.logits(bridged))
             scores = detections.scores(logits)
             card.scores.append(scores)
             card.labels.append(detections.labels(scores).bool())
@@ -181,7 +195,7 @@ def _collect(
 
 
 def _only(images: Iterable[StoredImage], classes: Tensor | None) -> Iterator[StoredImage]:
-    """The images with annotations of these classes alone, as if there were no other."""
+    """The images with annotations of these classes only."""
     for image in images:
         if classes is None:
             yield image
@@ -192,13 +206,13 @@ def _only(images: Iterable[StoredImage], classes: Tensor | None) -> Iterator[Sto
 
 def _batches(images: Iterable[StoredImage]) -> Iterator[list[StoredImage]]:
     batch: list[StoredImage] = []
-    rows = 0
+    num_pairs = 0
     for image in images:
-        if batch and rows + len(image.pairs) > ROWS:
+        if batch and num_pairs + len(image.pairs) > MAX_PAIRS:
             yield batch
-            batch, rows = [], 0
+            batch, num_pairs = [], 0
         batch.append(image)
-        rows += len(image.pairs)
+        num_pairs += len(image.pairs)
     if batch:
         yield batch
 
@@ -206,10 +220,15 @@ def _batches(images: Iterable[StoredImage]) -> Iterator[list[StoredImage]]:
 def _bridged(
     name: str, variant: Variant, features: Tensor, batch: list[StoredImage], seconds: list[float], singly: int
 ) -> Tensor | None:
-    """What a variant makes of the rows of some images, on the CPU, None where it changes nothing; notes what it costs.
+    """Apply a variant to the features of some images, and add its times to `seconds`.
 
-    A bridge that takes rows by themselves gets all of them at once, and the first `singly` images alone, to be timed. Raises
-    EzhoiDiffusionError where it then returns something else.
+    A bridge that takes many images gets all features at once. It also gets the first `singly` images alone, to be timed.
+
+    Returns:
+        Features on the CPU, or None if nothing changes.
+
+    Raises:
+        EzhoiDiffusionError: The bridge returns something else for an image alone.
     """
     if len(features) == 0:
         return None
@@ -219,10 +238,10 @@ def _bridged(
     for image, part in zip(batch, parts, strict=True):
         if together is not None and (len(seconds) >= singly or sum(seconds) >= TIMED_SECONDS):
             break
-        rows = part.clone()  # a tensor of its own, so that no bridge knows it already
+        alone = part.clone()  # a new tensor, so that no bridge can have cached it
         begin = time.perf_counter()
-        one = variant.apply(rows, image.pairs) if len(image.pairs) else None
-        single.append(None if one is None else one.cpu())  # which waits for the device
+        one = variant.apply(alone, image.pairs) if len(image.pairs) else None
+        single.append(None if one is None else one.cpu())  # waits for the device
         if len(image.pairs):
             seconds.append(time.perf_counter() - begin)
     if together is None:
@@ -232,14 +251,14 @@ def _bridged(
     for image, one, expected in zip(batch, single, together.split([len(p) for p in parts]), strict=False):
         if one is not None and not torch.allclose(one, expected, rtol=1e-3, atol=1e-4 * float(one.abs().max())):
             raise EzhoiDiffusionError(
-                f"bridge '{name}' says row_by_row, and gave other rows for image {image.name} when it was given others "
-                f"beside it: it must not look at other rows, or not say so"
+                f"bridge '{name}' says row_by_row, but its result for image {image.name} changes if other images are in the "
+                f"same call: compute each feature by itself, or set row_by_row = False"
             )
     return together
 
 
 def _milliseconds(seconds: list[float], store: FeatureStore, images: list[int]) -> float:
-    """Mean time a bridge adds to an image; one without pairs costs nothing."""
+    """Mean time that a bridge adds to an image. An image without pairs costs nothing."""
     with_pairs: float = sum(store.images[position]["rows"] > 0 for position in images) / len(images)
     return 1000.0 * with_pairs * sum(seconds) / len(seconds)
 
@@ -251,9 +270,17 @@ def effect_of(
     top: int,
     device: torch.device | str = "cpu",
 ) -> Effect:
-    """What `bridge` does to the pairs of the images at `chosen` positions; each image's `top` best interactions.
+    """Measure what `bridge` does to the pairs of some images.
 
-    device: where the bridge gets its rows. Raises ScoreError where the stored features cannot be scored or none of the images has a pair.
+    Args:
+        store: Features of the split.
+        bridge: Maps the features [P, D] and pairs of an image to new features.
+        chosen: Positions of the images.
+        top: Best interactions to keep for each image.
+        device: Where the bridge gets its features.
+
+    Raises:
+        ScoreError: The features cannot be scored, or none of the images has a pair.
     """
     score = EzHoiScore.from_store(store)
     find = hicodet(store, score).match
@@ -266,7 +293,7 @@ def effect_of(
                 continue
             bridged = bridge(image.adapter_feat.to(device), image.pairs)
             after = image.adapter_feat if bridged is None else bridged.cpu()
-            row = {
+            values = {
                 "before": image.adapter_feat,
                 "after": after,
                 "logits_before": image.logits,
@@ -274,15 +301,15 @@ def effect_of(
                 "possible": score.object_to_target[image.pairs.objects],
                 "labels": image.labels,
             }
-            for key, value in row.items():
+            for key, value in values.items():
                 columns.setdefault(key, []).append(value)
             detections = Detections.from_images([image], find)
             predictions.append(
                 {
                     "image": image.name,
                     "annotated": sorted({_named(names, hoi) for hoi in image.gt_hoi.tolist()}),
-                    "before": _best(detections, row["logits_before"], names, top),
-                    "after": _best(detections, row["logits_after"], names, top),
+                    "before": _best(detections, values["logits_before"], names, top),
+                    "after": _best(detections, values["logits_after"], names, top),
                 }
             )
     if not predictions:

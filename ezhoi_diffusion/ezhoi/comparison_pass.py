@@ -1,4 +1,4 @@
-"""Scores many variants of the same pairs in one pass over the test split, detector and encoders run once an image."""
+"""Score many variants in one pass over the test split. Detector and encoders run once an image."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ezhoi_diffusion.evaluation.comparison import REFERENCE, Comparison
 from ezhoi_diffusion.evaluation.variants import Variant
 from ezhoi_diffusion.ezhoi.capture_pass import to_device
 from ezhoi_diffusion.ezhoi.feature_tap import FeatureTap, Inject
+from ezhoi_diffusion.ezhoi.replaced import replaced
 from ezhoi_diffusion.ezhoi.run import EzHoiRun
 from ezhoi_diffusion.ezhoi.tables import class_groups, interaction_names
 from ezhoi_diffusion.features.batch import Pairs
@@ -28,10 +29,18 @@ Detections = list[dict[str, Tensor]]
 
 
 def comparison_pass(run: EzHoiRun, loader: Any, variants: Mapping[str, Variant], replicates: int = 0) -> Comparison:
-    """Evaluate the bare host, and every variant, on the images of `loader` as the host's own `test_hico` does.
+    """Evaluate bare EZ-HOI and every variant on the images of `loader`, as EZ-HOI's own `test_hico` does.
 
-    Every variant is scored by the host's own methods, run again on the encodings of the bare pass. replicates: of the
-    bootstrap over images, 0 for none. Raises TapError where adapter_feat never came by.
+    EZ-HOI's own methods score every variant. They run again on the encodings of the bare pass.
+
+    Args:
+        run: The attached run.
+        loader: EZ-HOI's loader of the split.
+        variants: Bridges by name.
+        replicates: Of the bootstrap over images, 0 for none.
+
+    Raises:
+        TapError: EZ-HOI never computed adapter_feat.
     """
     dataset = loader.dataset.dataset
     interactions = torch.from_numpy(np.asarray(dataset.object_n_verb_to_interaction, dtype=float))  # None becomes NaN
@@ -95,14 +104,14 @@ def comparison_pass(run: EzHoiRun, loader: Any, variants: Mapping[str, Variant],
 
 
 def _association() -> Callable[..., Tensor]:
-    """The host's own where it brings pocket, else ours: (gt boxes, detected boxes, scores) -> labels."""
+    """Pocket's if EZ-HOI has imported it, else ours: (gt boxes, detected boxes, scores) -> labels."""
     pocket = sys.modules.get("pocket")
     found: Callable[..., Tensor] = pocket.utils.BoxPairAssociation(min_iou=0.5) if pocket else associate_pairs
     return found
 
 
 def _average_precision(scored: Scored, num_gt: Tensor, algorithm: Algorithm) -> Tensor:
-    """AP by EZ-HOI's own meter where it brings pocket, so that `none` is what EZ-HOI prints; else by ours."""
+    """Pocket's if EZ-HOI has imported it, because `none` must equal what EZ-HOI prints; else ours."""
     pocket = sys.modules.get("pocket")
     if pocket is None:
         return average_precision(scored, num_gt, algorithm)
@@ -124,21 +133,21 @@ def _labelled(
     detected = to_device(detected, torch.device("cpu"))
     humans, others = detected["boxes"][detected["pairing"]].unbind(0)
     scores, classes = detected["scores"], detected["labels"]
-    if model.num_classes == interactions.shape[1]:  # the host predicts verbs; otherwise interactions themselves
+    if model.num_classes == interactions.shape[1]:  # EZ-HOI predicts verbs; otherwise interactions
         classes = interactions[detected["objects"], classes].long()
     gt_humans, gt_others = (model.recover_boxes(target[key], target["size"]) for key in ("boxes_h", "boxes_o"))
     labels = torch.zeros_like(scores)
     for hoi in target["hoi"].unique():
-        rows, annotated = classes == hoi, target["hoi"] == hoi
-        if rows.any():
-            labels[rows] = associate(
-                (gt_humans[annotated], gt_others[annotated]), (humans[rows], others[rows]), scores[rows]
+        found, annotated = classes == hoi, target["hoi"] == hoi
+        if found.any():
+            labels[found] = associate(
+                (gt_humans[annotated], gt_others[annotated]), (humans[found], others[found]), scores[found]
             )
     return scores, classes, labels
 
 
 class _Clock:
-    """Adds up wall time by name, having waited for the device on both sides."""
+    """Add up wall time by name. Waits for the device before and after."""
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
@@ -157,7 +166,7 @@ class _Clock:
 
 
 class _Calls:
-    """The last calls of the host's two scoring methods, to make them again on the same encodings."""
+    """The last calls of EZ-HOI's two scoring methods, to repeat them on the same encodings."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -169,7 +178,7 @@ class _Calls:
         return sum(len(humans) for humans in self.made["compute_roi_embeddings"][2][2])
 
     def again(self) -> Detections:
-        """Features, logits and detections anew, with whatever is injected now."""
+        """Compute features, logits and detections again, with what is injected now."""
         args, kwargs, _ = self.made["compute_roi_embeddings"]
         logits, priors, humans, others, objects, *_ = self.model.compute_roi_embeddings(*args, **kwargs)
         (boxes, _, _, _, _, _, *sizes), kwargs, _ = self.made["postprocessing"]
@@ -179,9 +188,9 @@ class _Calls:
 
 @contextmanager
 def _recording(model: Any) -> Iterator[_Calls]:
+    """Record the calls of the scoring methods inside the block."""
     calls = _Calls(model)
     names = ("compute_roi_embeddings", "postprocessing")
-    before = {name: vars(model).get(name) for name in names}
 
     def record(name: str) -> Callable[..., Any]:
         original = getattr(model, name)
@@ -193,13 +202,7 @@ def _recording(model: Any) -> Iterator[_Calls]:
 
         return wrapper
 
-    try:
+    with contextlib.ExitStack() as stack:
         for name in names:
-            setattr(model, name, record(name))
+            stack.enter_context(replaced(model, name, record(name)))
         yield calls
-    finally:
-        for name, shadowed in before.items():
-            if shadowed is None:
-                vars(model).pop(name, None)
-            else:
-                setattr(model, name, shadowed)

@@ -346,7 +346,7 @@ def test_features_of_many_images_come_in_one_call_with_the_same_result(store, mo
     assert max(calls) == len(store), "all features of this small store in one call"
     single = replay(store, {"b": Variant("b", FunctionBridge(truth))})
     torch.testing.assert_close(together.variants["b"].ap, single.variants["b"].ap, rtol=0, atol=0)
-    monkeypatch.setattr("ezhoi_diffusion.evaluation.replay.ROWS", 20)
+    monkeypatch.setattr("ezhoi_diffusion.evaluation.replay.MAX_PAIRS", 20)
     torch.testing.assert_close(replay(store, {"b": ORACLE}).variants["b"].ap, single.variants["b"].ap, rtol=0, atol=0)
 
 

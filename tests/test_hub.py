@@ -1,4 +1,4 @@
-"""A bridge goes to the Hub and comes back as it was: nothing else goes, nothing else comes, and the card is honest."""
+"""A bridge pushed to the Hub and fetched again is unchanged. Nothing else is sent or fetched, and the card is honest."""
 
 from __future__ import annotations
 
@@ -243,8 +243,8 @@ def test_what_was_pushed_comes_back_bit_for_bit_and_nothing_else_was_sent(
     assert sent.keys() == OWN | {"README.md", ".gitattributes"}
     assert all(sent[file] == (bridge / file).read_bytes() for file in OWN)
     assert f"{hub.url}/{name}/commit/{repository.oid()}" in out
-    foreign = ("pytorch_model.bin", "weights.pkl", "setup.py", "other.safetensors", "more/model.safetensors")
-    sent.update(dict.fromkeys(foreign, b"\x80\x04."))
+    unwanted = ("pytorch_model.bin", "weights.pkl", "setup.py", "other.safetensors", "more/model.safetensors")
+    sent.update(dict.fromkeys(unwanted, b"\x80\x04."))
     hub.served.clear()
     assert torch.equal(online.bridged(name), DiffusionBridge.from_pretrained(bridge)(features()))
     assert online.cached(name) == OWN
@@ -272,7 +272,7 @@ def test_python_pushes_too_and_a_revision_is_kept(hub, online, offline, bridge, 
     assert torch.equal(offline.bridged(name), after), "what was fetched needs no network"
 
 
-def test_a_name_on_the_hub_stands_wherever_a_bridges_folder_does(online, bridge, name):
+def test_a_name_on_the_hub_works_wherever_a_folder_does(online, bridge, name):
     online.push(str(bridge), name)
     out = online.python(f"""
 from pathlib import Path
@@ -509,12 +509,12 @@ def test_without_intervals_the_card_says_that_chance_was_not_examined(bridge, po
 def test_circumstances_of_a_comparison_are_in_the_card(bridge):
     shown = comparison(
         {**PROVENANCE, "overridden": {"num_steps": 7}},
-        forced=["made for | another `host`"],
+        forced=["made for | another `run`"],
         degraded={"p": "p went off"},
         setting="known-object",
     )
     card = model_card(bridge, shown)
-    assert "- **Forced:** made for &#124; another &#96;host&#96;" in card
+    assert "- **Forced:** made for &#124; another &#96;run&#96;" in card
     assert "- **Degraded:** `p went off`" in card
     assert "setting `known-object`" in card
     assert '- **Not as stored:** `diffusion` was applied with `{"num_steps": 7}`' in card

@@ -1,4 +1,4 @@
-"""kill -9 at any moment, over and over: what goes on in a new process ends as if nothing had happened.
+"""kill -9 at any moment, many times: a new process resumes and ends with the same result.
 
 EZHOI_DIFFUSION_KILLS=100 asks for that many random kills of each kind instead of a few.
 """
@@ -269,7 +269,7 @@ def test_sigterm_is_a_checkpoint_and_a_status_that_schedulers_know(reference, tm
 
 
 def main(out: str) -> int:
-    """The command line's way with the error that a stopped training raises."""
+    """Raise the error of a stopped training inside the command line."""
     from ezhoi_diffusion import cli
 
     cli.build_parser = lambda argv: type("P", (), {"parse_args": lambda self, argv: type("A", (), {"run": work})})()

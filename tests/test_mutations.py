@@ -1,4 +1,4 @@
-"""Damaged and wrong files, through the entry points users have: one typed error that names the file, or nothing at all.
+"""Damaged and wrong files at the entry points of users: one typed error that names the file, or no effect.
 
 Every case asserts that the damage is not accepted, that the message names the file and is no traceback, and that nothing
 that was there has changed.
@@ -383,7 +383,7 @@ WRONG_STORES = {
 
 
 @pytest.mark.parametrize("what", WRONG_STORES)
-def test_a_store_that_is_sealed_and_wrong(made, tmp_path, capsys, what):
+def test_a_store_with_a_right_checksum_and_wrong_contents(made, tmp_path, capsys, what):
     wrong, says = WRONG_STORES[what]
     store = copied(made.store, tmp_path / "store")
     copied(made.other, tmp_path / "other")
@@ -424,7 +424,7 @@ WRONG_BRIDGES = {
 
 
 @pytest.mark.parametrize("what", WRONG_BRIDGES)
-def test_a_bridge_that_is_sealed_and_wrong(made, tmp_path, what):
+def test_a_bridge_with_a_right_checksum_and_wrong_contents(made, tmp_path, what):
     bridge = copied(made.bridge, tmp_path / "bridge")
     WRONG_BRIDGES[what](bridge)
     before = tree(tmp_path)
@@ -450,7 +450,7 @@ WRONG_CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("what", WRONG_CHECKPOINTS)
-def test_a_checkpoint_that_is_sealed_and_wrong_is_skipped(made, tmp_path, what):
+def test_a_checkpoint_with_a_right_checksum_and_wrong_contents_is_skipped(made, tmp_path, what):
     bridge = copied(made.bridge, tmp_path / "bridge")
     newest = max((bridge / "checkpoints").iterdir())
     WRONG_CHECKPOINTS[what](newest)
@@ -484,7 +484,7 @@ def test_a_whole_checkpoint_of_something_else_is_refused(made, tmp_path, capsys,
 
 @pytest.mark.parametrize("room", [0, 3_000, 9_000, 30_000])
 def test_a_full_disk_harms_nothing_and_the_same_command_goes_on(made, tmp_path, capsys, monkeypatch, room):
-    """The disk takes so many bytes in all, and no more; that is found out when a file is flushed, half-written."""
+    """Let the disk take this many bytes in all. The write fails when a file is flushed, half-written."""
     import errno
     import stat
 

@@ -1,4 +1,4 @@
-"""What the pipeline runs, skips and runs again."""
+"""Which steps the pipeline runs, skips and repeats."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_contents_of_files_and_folders(tmp_path):
     assert content(str(data), work) != folder
 
 
-def test_foreign_folders_and_broken_records_are_refused(tmp_path, commands):
+def test_folders_of_others_and_broken_records_are_refused(tmp_path, commands):
     work = tmp_path / "work"
     work.mkdir()
     (work / "thesis.tex").write_text("precious")

@@ -215,7 +215,7 @@ def test_environment_variables(installed, monkeypatch):
         PluginManager()
 
 
-def test_two_distributions_with_one_name_are_told_apart(installed, mocker):
+def test_two_distributions_with_one_name_are_distinguished(installed, mocker):
     taken = EntryPoint("diffusion", "good_bridge", "ezhoi_diffusion")
     mocker.patch.object(plugins, "entry_points", return_value=[taken])
     manager = PluginManager()

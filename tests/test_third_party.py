@@ -1,4 +1,4 @@
-"""Plugins of third parties, installed into an environment of their own: five that work, and a deliberately broken one."""
+"""Plugins of third parties, installed into an environment of their own: five that work, and one that is broken on purpose."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def environment(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stores(small_world, tmp_path_factory):
-    """Captures of both splits of one miniature host."""
+    """Captures of both splits of one miniature EZ-HOI."""
     folder = tmp_path_factory.mktemp("stores")
     for split in ("train", "test"):
         flags = ezhoi_flags(small_world, evaluate=True)
@@ -91,7 +91,7 @@ def test_all_are_listed_and_the_broken_one_with_its_reason(environment):
 
 
 def test_being_found_costs_no_import_of_what_is_needed_later(environment):
-    code = "import sys; from ezhoi_diffusion import PluginHost; PluginHost(); print(*sys.modules)"
+    code = "import sys; from ezhoi_diffusion import PluginManager; PluginManager(); print(*sys.modules)"
     done = environment.python("-c", code)
     assert done.returncode == 0, done.stderr
     loaded = set(done.stdout.split())
@@ -139,7 +139,7 @@ def test_all_five_are_fitted_and_compared_in_one_run(environment, stores, tmp_pa
         assert rows[variant] != rows["none"], name
         assert (f"{variant}[blend=0.5]" in rows) == (name in ("flow", "procrustes"))
     assert len({tuple(rows[variant].items()) for variant in given.values()}) == len(NAMES)
-    assert "FORCED" not in done.stdout, "all were made for this host"
+    assert "FORCED" not in done.stdout, "all were made for this run"
     baselines = ["identity", "mean_shift", given["center"], given["softmax"], given["standardize"]]
     written = json.loads((tmp_path / "report" / "report.json").read_text())["variants"]
     assert sorted(variant["name"] for variant in written if variant["baseline"]) == sorted(baselines)

@@ -138,7 +138,7 @@ class _BoxHead(nn.Module):
 class Detector(nn.Module):
     """One query per 4x4 cell, each with class logits (the last is "nothing") and a box.
 
-    Like EZ-HOI, the host calls the parts, never the whole.
+    As in EZ-HOI, the model calls the parts, never the whole.
     """
 
     def __init__(self, num_classes: int, height: int, width: int) -> None:

@@ -54,7 +54,7 @@ class Alignment:
 
     def __init__(self, text: Tensor, class_text: Tensor, text_mean: Tensor, *, pairs: int) -> None:
         self._pairs = pairs
-        self._rows = 0
+        self._seen = 0
         self._text = text
         self._class_text = F.normalize(class_text.double(), dim=-1)
         self._text_mean = text_mean.double()
@@ -80,10 +80,10 @@ class Alignment:
         self._sum += features.sum(0)
         self._sum_centred += F.normalize(features - self._text_mean, dim=-1).sum(0)
         begin, end = torch.searchsorted(
-            self._positions, torch.tensor([self._rows, self._rows + len(features)])
+            self._positions, torch.tensor([self._seen, self._seen + len(features)])
         ).tolist()
-        self._sample[begin:end] = features[self._positions[begin:end] - self._rows].float()
-        self._rows += len(features)
+        self._sample[begin:end] = features[self._positions[begin:end] - self._seen].float()
+        self._seen += len(features)
 
         known = labels.any(1)
         features, logits, labels, possible = features[known], logits[known], labels[known], possible[known]
@@ -105,18 +105,18 @@ class Alignment:
         Raises:
             ValueError: Fewer or more features came than were announced, so the samples of the variants would differ.
         """
-        if self._rows != self._pairs:
-            raise ValueError(f"{self._pairs} pairs were announced, and {self._rows} came")
+        if self._seen != self._pairs:
+            raise ValueError(f"{self._pairs} pairs were announced, and {self._seen} came")
         own, recall_at_1, recall_at_5, top1 = (self._sums / self._annotated).tolist() if self._annotated else [None] * 4
         return {
-            "centroid_gap": float((self._sum / self._rows - self._text_mean).norm()) if self._rows else None,
+            "centroid_gap": float((self._sum / self._seen - self._text_mean).norm()) if self._seen else None,
             "mmd": _mmd(self._sample.double(), F.normalize(self._text.double(), dim=-1)),
             "cosine_to_own_text": own,
             "recall_at_1": recall_at_1,
             "recall_at_5": recall_at_5,
             "top1": top1,
             "calibration_error": float(self._excess.abs().sum()) / self._targets if self._targets else None,
-            "mean_resultant_length": float((self._sum_centred / self._rows).norm()) if self._rows else None,
+            "mean_resultant_length": float((self._sum_centred / self._seen).norm()) if self._seen else None,
         }
 
 

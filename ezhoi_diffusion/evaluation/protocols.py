@@ -92,16 +92,16 @@ class Detections:
     def from_images(cls, images: Sequence[StoredImage], match: MatchFn) -> Detections:
         """The detections of all images, as `EvalProtocol.match` gives them for each."""
         columns: list[tuple[Tensor, ...]] = []
-        rows = found = annotations = 0
+        num_pairs = found = annotations = 0
         for position, image in enumerate(images):
             row, target, classes, prior, candidate, annotation = match(image)
             columns.append(
                 (
-                    row + rows, target, classes, prior, torch.full_like(row, position), candidate + found,
+                    row + num_pairs, target, classes, prior, torch.full_like(row, position), candidate + found,
                     annotation + annotations,
                 )
             )  # fmt: skip
-            rows, found = rows + len(image.pairs), found + len(row)
+            num_pairs, found = num_pairs + len(image.pairs), found + len(row)
             annotations += int(annotation.max()) + 1 if len(annotation) else 0
         return cls(*(torch.cat(column) for column in zip(*columns, strict=True)))
 

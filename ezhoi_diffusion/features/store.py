@@ -143,11 +143,6 @@ class FeatureStore:
         found: dict[str, Any] | None = self.meta.get("imported")
         return found
 
-    @property
-    def norms_known(self) -> bool:
-        """Whether the features have EZ-HOI's norms; an imported store may have directions only."""
-        return self.imported is None or bool(self.imported["norms"])
-
     def require_training_images(self, what: str) -> None:
         """Raise FeatureStoreError unless the store holds training images. `what` begins the reason: "… training images only"."""
         if self.split != "train":

@@ -20,7 +20,7 @@ from ezhoi_diffusion.features.batch import Pairs
 from ezhoi_diffusion.testing.rules import Rule, apply_rules
 
 ROUNDING = 1e-4  # of the largest value: more than another order of summation changes, and less than half precision
-MANY = 2500  # rows in one call: more than any comparison gives
+MANY = 2500  # pair features in one call: more than any comparison gives
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -70,7 +70,7 @@ class Trial:
         """Whether features of many images may come in one call."""
         return self.bridge.row_by_row and not self.bridge.needs_pairs
 
-    def rows(self, count: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    def features(self, count: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
         """[count, D] like EZ-HOI's pair features: in a cone, of norms around 8."""
         draw = torch.Generator().manual_seed(seed)
         cone, noise, length = (
@@ -108,14 +108,14 @@ def _loading(trial: Trial) -> str | None:
     results = []
     for seed in (1, 2):
         with seeded(seed):
-            results.append(trial.apply(trial.rows(9), trial.loaded()))
+            results.append(trial.apply(trial.features(9), trial.loaded()))
     return None if torch.equal(*results) else f"the second differs by up to {_distance(*results):.3g}"
 
 
 def _shape(trial: Trial) -> str | None:
     """Features [N, D] become a tensor [N, D]."""
     for count in (5, 1):
-        result: Any = trial.apply(trial.rows(count))
+        result: Any = trial.apply(trial.features(count))
         if not isinstance(result, Tensor):
             return f"a {type(result).__name__} was returned"
         if result.shape != (count, trial.dim):
@@ -125,59 +125,59 @@ def _shape(trial: Trial) -> str | None:
 
 def _device(trial: Trial) -> str | None:
     """The result is on the device of the features."""
-    found, rows = trial.apply(trial.rows(5)).device, trial.rows(5)
-    return None if found == rows.device else f"it is on {found} for features on {rows.device}"
+    found, features = trial.apply(trial.features(5)).device, trial.features(5)
+    return None if found == features.device else f"it is on {found} for features on {features.device}"
 
 
 def _dtype(trial: Trial) -> str | None:
     """The result has the dtype of the features: float32, float64, float16, bfloat16."""
-    found = {dtype: trial.apply(trial.rows(5, dtype)).dtype for dtype in DTYPES}
+    found = {dtype: trial.apply(trial.features(5, dtype)).dtype for dtype in DTYPES}
     return ", ".join(f"{of} was returned for {dtype}" for dtype, of in found.items() if of != dtype) or None
 
 
 def _finite(trial: Trial) -> str | None:
     """Finite features stay finite, in each of these dtypes."""
-    wrong = [dtype for dtype in DTYPES if not trial.apply(trial.rows(64, dtype)).isfinite().all()]
+    wrong = [dtype for dtype in DTYPES if not trial.apply(trial.features(64, dtype)).isfinite().all()]
     return f"NaN or infinity was returned for features of {', '.join(map(str, wrong))}" if wrong else None
 
 
 def _empty(trial: Trial) -> str | None:
     """No pairs, [0, D], become [0, D]."""
-    result = trial.apply(trial.rows(0))
+    result = trial.apply(trial.features(0))
     return None if result.shape == (0, trial.dim) else f"{list(result.shape)} was returned"
 
 
 def _zero_rows(trial: Trial) -> str | None:
-    """Rows of zeros, among others and alone, stay finite."""
-    among, alone = trial.rows(6), torch.zeros_like(trial.rows(3))
+    """Features of zeros, among others and alone, stay finite."""
+    among, alone = trial.features(6), torch.zeros_like(trial.features(3))
     among[2] = 0
-    wrong = not all(trial.apply(rows).isfinite().all() for rows in (among, alone))
+    wrong = not all(trial.apply(x).isfinite().all() for x in (among, alone))
     return "NaN or infinity was returned" if wrong else None
 
 
 def _input(trial: Trial) -> str | None:
     """The bridge does not write into its input."""
     for dtype in (torch.float32, torch.float64):
-        given = trial.rows(9, dtype)
+        given = trial.features(9, dtype)
         trial.apply(given)
-        if not torch.equal(given, trial.rows(9, dtype)):
+        if not torch.equal(given, trial.features(9, dtype)):
             return f"features of {dtype} were changed; make a new tensor instead of x += … or x.add_(…)"
     return None
 
 
 def _own_result(trial: Trial) -> str | None:
     """A result stays as it is when the bridge is called again."""
-    result = trial.apply(trial.rows(9))
+    result = trial.apply(trial.features(9))
     kept = result.clone()
-    trial.apply(trial.rows(9, seed=1))
+    trial.apply(trial.features(9, seed=1))
     return None if torch.equal(result, kept) else "it was overwritten by the next; return a new tensor each time"
 
 
 def _deterministic(trial: Trial) -> str | None:
     """The same features give the same result, bit for bit, whatever came between."""
-    first = trial.apply(trial.rows(9)).clone()
-    trial.apply(trial.rows(17, seed=1))
-    again = trial.apply(trial.rows(9))
+    first = trial.apply(trial.features(9)).clone()
+    trial.apply(trial.features(17, seed=1))
+    again = trial.apply(trial.features(9))
     return None if torch.equal(first, again) else f"the second result differs by up to {_distance(first, again):.3g}"
 
 
@@ -187,7 +187,7 @@ def _random_numbers(trial: Trial) -> str | None:
     for seed in (1, 2):
         with seeded(seed):
             before = _random_states(trial.device)
-            results.append(trial.apply(trial.rows(9)).clone())
+            results.append(trial.apply(trial.features(9)).clone())
             after = _random_states(trial.device)
         drawn = [name for name, state in after.items() if state != before[name]]
         if drawn:
@@ -199,7 +199,7 @@ def _gradient(trial: Trial) -> str | None:
     """The bridge tracks no gradient, and leaves torch's gradient mode as it was."""
     for tracking in (True, False):
         with torch.set_grad_enabled(tracking):
-            result = trial.apply(trial.rows(5))
+            result = trial.apply(trial.features(5))
             if torch.is_grad_enabled() != tracking:
                 return "gradients are " + ("off" if tracking else "on") + " for the whole process after the call"
         if result.requires_grad:
@@ -223,64 +223,64 @@ def _settings(trial: Trial) -> str | None:
         pass
     else:
         return "an unknown setting was accepted; raise BridgeError, as Bridge.override does"
-    return _moved(trial.apply(trial.rows(9)), trial.apply(trial.rows(9), trial.bridge.override()))
+    return _moved(trial.apply(trial.features(9)), trial.apply(trial.features(9), trial.bridge.override()))
 
 
 def _pairs(trial: Trial) -> str | None:
     """Without needs_pairs = True, the result is the same whether pairs are given or not."""
     if trial.bridge.needs_pairs:
         return None
-    alone: Tensor = trial.bridge(trial.rows(9))
-    return _moved(alone, trial.apply(trial.rows(9)))
+    alone: Tensor = trial.bridge(trial.features(9))
+    return _moved(alone, trial.apply(trial.features(9)))
 
 
 def _row_by_row(trial: Trial) -> str | None:
-    """With row_by_row = True, a row alone becomes what it becomes among others."""
+    """With row_by_row = True, a feature alone gives the same result as among others."""
     if not trial.takes_many_images:
         return None
-    together, rows = trial.apply(trial.rows(9)), trial.rows(9)
-    return _moved(together, torch.cat([trial.apply(row.clone()) for row in rows.split(1)]))
+    together, features = trial.apply(trial.features(9)), trial.features(9)
+    return _moved(together, torch.cat([trial.apply(one.clone()) for one in features.split(1)]))
 
 
 def _chunks(trial: Trial) -> str | None:
-    """With row_by_row = True, 2500 rows in one call become what they become in several calls."""
+    """With row_by_row = True, 2500 features in one call give the same result as in several calls."""
     if not trial.takes_many_images:
         return None
-    together, rows = trial.apply(trial.rows(MANY)), trial.rows(MANY)
-    return _moved(together, torch.cat([trial.apply(part.clone()) for part in rows.split(MANY * 2 // 5)]))
+    together, features = trial.apply(trial.features(MANY)), trial.features(MANY)
+    return _moved(together, torch.cat([trial.apply(part.clone()) for part in features.split(MANY * 2 // 5)]))
 
 
 def _order(trial: Trial) -> str | None:
     """Pairs in another order become the same features in that order."""
     order = torch.randperm(33, generator=torch.Generator().manual_seed(3)).to(trial.device)
-    expected, pairs = trial.apply(trial.rows(33))[order], trial.pairs(33)
-    shuffled: Tensor = trial.bridge(trial.rows(33)[order], replace(pairs, pairing=pairs.pairing[:, order]))
+    expected, pairs = trial.apply(trial.features(33))[order], trial.pairs(33)
+    shuffled: Tensor = trial.bridge(trial.features(33)[order], replace(pairs, pairing=pairs.pairing[:, order]))
     return _moved(expected, shuffled)
 
 
 def _memory_layout(trial: Trial) -> str | None:
-    """The memory layout of the features does not matter: transposed, or every second row of others."""
-    expected, rows = trial.apply(trial.rows(9)), trial.rows(9)
-    spread = torch.stack([rows, rows + 1], 1).flatten(0, 1)[::2]
-    return _moved(expected, trial.apply(rows.T.contiguous().T)) or _moved(expected, trial.apply(spread))
+    """The memory layout of the features does not matter: transposed, or every second one of a larger tensor."""
+    expected, features = trial.apply(trial.features(9)), trial.features(9)
+    spread = torch.stack([features, features + 1], 1).flatten(0, 1)[::2]
+    return _moved(expected, trial.apply(features.T.contiguous().T)) or _moved(expected, trial.apply(spread))
 
 
 def _autocast(trial: Trial) -> str | None:
     """Under torch.autocast the result is what it is without."""
     with torch.autocast(trial.device.type, dtype=torch.bfloat16):
-        result = trial.apply(trial.rows(9))
+        result = trial.apply(trial.features(9))
     return _moved(
-        trial.apply(trial.rows(9)), result, "; compute inside `with torch.autocast(x.device.type, enabled=False):`"
+        trial.apply(trial.features(9)), result, "; compute inside `with torch.autocast(x.device.type, enabled=False):`"
     )
 
 
 def _default_dtype(trial: Trial) -> str | None:
     """The bridge neither changes torch's default dtype nor depends on it."""
-    expected = trial.apply(trial.rows(9))
+    expected = trial.apply(trial.features(9))
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        result = trial.apply(trial.rows(9))
+        result = trial.apply(trial.features(9))
         after = torch.get_default_dtype()
     finally:
         torch.set_default_dtype(before)

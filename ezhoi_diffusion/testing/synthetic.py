@@ -74,11 +74,11 @@ class Truth:
 
     @cached_property
     def text_mean(self) -> Tensor:
-        """[D], mean of the unit text rows."""
+        """[D], mean of the unit texts."""
         return normalize(self.text).mean(0)
 
     def visual_of(self, text: Tensor) -> Tensor:
-        """[N, D] visual directions of text rows [N, D], without noise."""
+        """[N, D] visual directions of texts [N, D], without noise."""
         return self.offset + (normalize(text) - self.text_mean) @ self.map.T
 
     def text_of(self, visual: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ def _image(
     of_image = torch.randn(dim, generator=draw) / 2
     noise += NOISE_ALL * normalize(torch.randn(others, dim, generator=draw) + of_image)
     length = 4 * (0.08 * torch.randn(others, 1, generator=draw)).exp()
-    rows = length * (truth.offset + strength * (truth.visual_of(truth.text[interaction]) - truth.offset) + noise)
+    features = length * (truth.offset + strength * (truth.visual_of(truth.text[interaction]) - truth.offset) + noise)
 
     columns = math.ceil(math.sqrt(others + 1))
     cell = torch.arange(others + 1)
@@ -239,9 +239,9 @@ def _image(
     return FeatureBatch(
         index=index,
         pairs=pairs,
-        adapter_feat=rows,
+        adapter_feat=features,
         text=truth.text,
-        logits=EzHoiScore(**{name: ezhoi[name] for name in NEEDED}).logits(rows),
+        logits=EzHoiScore(**{name: ezhoi[name] for name in NEEDED}).logits(features),
         labels=labels,
         gt_boxes=torch.stack([by_hand[:1].expand(others, 4)[used], by_hand[1:][used]]),
         gt_hoi=interaction[used],

@@ -1,4 +1,4 @@
-"""The help: grouped by task, quick, and complete."""
+"""The help is grouped by task, quick and complete."""
 
 from __future__ import annotations
 

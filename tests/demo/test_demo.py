@@ -13,7 +13,7 @@ from ezhoi_diffusion.features.store import FeatureStore
 
 
 @pytest.mark.slow
-def test_the_demo_walks_all_the_way(tmp_path):
+def test_the_demo_runs_to_the_end(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "ezhoi_diffusion", "demo"],
         cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=900, check=False,

@@ -1,4 +1,4 @@
-"""Measures of alignment against definitions written out the long way, and against cases done by hand."""
+"""Measures of alignment against definitions written out in loops, and against cases done by hand."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_no_measure_but_those_of_the_score_sees_norms():
     assert measured((stretched, *others)) == pytest.approx(measured((rows, *others)), rel=1e-5)
 
 
-def test_rows_that_are_their_own_text_agree_with_it():
+def test_features_equal_to_their_own_text_agree_with_it():
     _, class_text = texts()
     _, logits, _, possible = pairs(90)
     own = torch.arange(90) % C
@@ -280,7 +280,7 @@ def test_what_cannot_be_measured_is_none():
 
 
 @pytest.mark.parametrize("announced", [19, 21])
-def test_other_rows_than_announced_are_refused(announced):
+def test_another_number_of_pairs_than_announced_is_refused(announced):
     text, class_text = texts()
     alignment = Alignment(text, class_text, normalize(text).mean(0), pairs=announced)
     alignment.add(*pairs(20))
@@ -316,7 +316,7 @@ def judged(mean_ap, **changes):
         ("recall_at_5", 0.7, 0.5),
     ],
 )
-def test_each_measure_of_nearness_is_held_against_mean_ap(name, nearer, farther):
+def test_each_measure_of_nearness_is_compared_with_mean_ap(name, nearer, farther):
     for mean_ap in (39.0, 40.0, 40.004):  # the last shows as no change
         (warning,) = judged(mean_ap, **{name: nearer})
         assert warning.startswith("WARNING: b is nearer to the texts than none")

@@ -1,4 +1,4 @@
-"""AP and association against definitions written out the long way, and against cases done by hand."""
+"""AP and association against definitions written out in loops, and against cases done by hand."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def pocket_meter():
             patch.syspath_prepend(root)
         yield pytest.importorskip("pocket").utils.DetectionAPMeter
     for name in [name for name in sys.modules if name.split(".")[0] == "pocket"]:
-        del sys.modules[name]  # a comparison takes it for the host's
+        del sys.modules[name]  # a comparison would take it for EZ-HOI's
 
 
 @pytest.mark.parametrize("algorithm", ["11P", "AUC"])

@@ -53,10 +53,10 @@ def percentiles(values, level):
     return np.quantile(values, [(1 - level) / 2, (1 + level) / 2]).tolist() if values else [math.nan, math.nan]
 
 
-def is_share(p, values, bar):
-    """p = (1 + x) / (1 + B), where x of B values reach the bar; what is there but for rounding counts either way."""
+def is_share(p, values, limit):
+    """p = (1 + x) / (1 + B), where x of B values reach the limit. Values within rounding of it may count or not."""
     x = p * (1 + len(values)) - 1
-    return sum(v >= bar + 1e-9 for v in values) - 1e-6 < x < sum(v >= bar - 1e-9 for v in values) + 1e-6
+    return sum(v >= limit + 1e-9 for v in values) - 1e-6 < x < sum(v >= limit - 1e-9 for v in values) + 1e-6
 
 
 @pytest.mark.parametrize("algorithm", ["11P", "AUC"])

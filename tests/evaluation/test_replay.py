@@ -1,4 +1,4 @@
-"""Scores made anew from stored features against those of the host itself, and what hangs on them."""
+"""Scores from stored features equal those of EZ-HOI itself; `compare` and `test` on them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from helpers.miniature import ezhoi_flags, launch, rows_of
 
 @pytest.fixture(scope="module")
 def stores(small_world, tmp_path_factory):
-    """Captures of both splits of one miniature host."""
+    """Captures of both splits of one miniature EZ-HOI."""
     folder = tmp_path_factory.mktemp("stores")
     for split in ("train", "test"):
         flags = ezhoi_flags(small_world, evaluate=True)
@@ -38,7 +38,7 @@ def bridge(stores, tmp_path_factory):
     return out
 
 
-def test_replayed_tables_are_those_of_the_host(small_world, stores, bridge, capsys):
+def test_replayed_tables_equal_those_of_ezhoi(small_world, stores, bridge, capsys):
     names = "none,identity,mean_shift,diffusion"
     strongly = [
         "--bridge",
@@ -55,21 +55,21 @@ def test_replayed_tables_are_those_of_the_host(small_world, stores, bridge, caps
     assert len({tuple(replayed[name].items()) for name in names.split(",")}) > 2, "the bridges must differ"
 
 
-def test_the_score_is_the_hosts_to_rounding_and_another_formula_is_refused(stores, mocker):
+def test_the_score_equals_that_of_ezhoi_to_rounding_and_another_formula_is_refused(stores, mocker):
     store = FeatureStore(stores / "test")
     score = EzHoiScore.from_store(store)
     assert require_replayable(store, score) < 1e-6
-    rows, logits = store.rows("adapter_feat"), store.rows("logits")
-    torch.testing.assert_close(score.logits(rows), logits, rtol=0, atol=1e-5)
+    features, logits = store.adapter_feat(), store.rows("logits")
+    torch.testing.assert_close(score.logits(features), logits, rtol=0, atol=1e-5)
     mocker.patch.dict(store.ezhoi, logit_scale=store.ezhoi["logit_scale"] * 1.01)
-    with pytest.raises(ScoreError, match="scores in another way"):
+    with pytest.raises(ScoreError, match="this run scores differently"):
         replay(store, {})
     del store.ezhoi["logit_scale"]
     with pytest.raises(ScoreError, match=r"lacks logit_scale.*--use_weight_pred"):
         EzHoiScore.from_store(store)
 
 
-def test_stored_images_are_the_rows_in_order(stores):
+def test_stored_images_have_the_features_in_order(stores):
     store = FeatureStore(stores / "test")
     images = list(stored_images(store))
     assert [image.name for image in images] == [entry["name"] for entry in store.images]
@@ -115,7 +115,7 @@ def test_a_perfect_bridge_is_right_everywhere(stores):
     assert effect.outcome()["to wrong"] == 0 < effect.outcome()["to right"]
 
 
-def test_the_test_command_draws_and_tells(stores, bridge, tmp_path, capsys):
+def test_the_test_command_writes_pictures_and_a_verdict(stores, bridge, tmp_path, capsys):
     out = tmp_path / "looks"
     line = ["test", str(stores / "test"), "--bridge", str(bridge), "--num-test-images", "4", "--embedding", "tsne"]
     assert main([*line, "--out", str(out)]) == 0
@@ -139,7 +139,7 @@ def test_the_test_command_draws_and_tells(stores, bridge, tmp_path, capsys):
     assert [image["image"] for image in other["predictions"]] != images
 
 
-def test_inference_steps_are_both_level_and_evaluations(stores, bridge, tmp_path):
+def test_inference_steps_are_both_timestep_and_evaluations(stores, bridge, tmp_path):
     line = ["test", str(stores / "test"), "--bridge", str(bridge), "--num-test-images", "2"]
     assert main([*line, "--out", str(tmp_path / "a"), "--inference-steps", "900"]) == 0
     assert main([*line, "--out", str(tmp_path / "b"), "--inference-steps", "1"]) == 0
@@ -149,7 +149,7 @@ def test_inference_steps_are_both_level_and_evaluations(stores, bridge, tmp_path
     assert main([*line, "--out", str(tmp_path / "c"), "--num-test-images", "0"]) == 2
 
 
-def test_a_foreign_bridge_is_refused_or_forced(stores, bridge, tmp_path, capsys):
+def test_a_bridge_of_another_run_is_refused_or_forced(stores, bridge, tmp_path, capsys):
     from ezhoi_diffusion import DiffusionBridge
 
     other = DiffusionBridge.from_pretrained(bridge)
@@ -159,7 +159,7 @@ def test_a_foreign_bridge_is_refused_or_forced(stores, bridge, tmp_path, capsys)
     assert main(line) == 2
     assert "weights is" in capsys.readouterr().err
     assert main([*line, "--force"]) == 0
-    assert "FORCED: bridge 'diffusion' was made for another host: weights is" in capsys.readouterr().out
+    assert "FORCED: bridge 'diffusion' was made for another EZ-HOI run: weights is" in capsys.readouterr().out
 
 
 def test_a_comparison_on_training_images_says_so(stores, capsys):

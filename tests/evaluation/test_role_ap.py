@@ -1,4 +1,4 @@
-"""V-COCO's role AP against its definition written out the long way, cases done by hand, and V-COCO's own tool."""
+"""V-COCO's role AP against its definition written out in loops, cases done by hand, and V-COCO's own tool."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sweeps, seeds, fits and the choice among them, on made-up features whose truth is known."""
+"""Sweeps, seeds, fits and the choice among them, on synthetic features with a known truth."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_annotations_of_hidden_classes_do_not_move_the_choice(store, tmp_path):
         assert a.bootstrap.mean_ap == b.bootstrap.mean_ap
 
 
-def test_the_default_grid_asks_nothing_of_bridges_without_settings(stores, bridges, tmp_path):
+def test_the_default_sweep_leaves_bridges_without_settings_alone(stores, bridges, tmp_path):
     line = ["tune", str(stores / "train"), "--bridges", "mean_shift", "--bridge", str(bridges / "seed-0"), "--out"]
     assert main([*line, str(tmp_path / "a")]) == 0
     assert main([*line, str(tmp_path / "b"), "--sweep", "blend=1"]) == 2
@@ -141,7 +141,7 @@ def test_a_bridge_that_learned_from_the_held_out_images_is_refused(stores, tmp_p
     assert main([*tuning, str(tmp_path / "b"), "--bridges", f"diffusion={tmp_path / 'fair'}"]) == 0
 
 
-def test_a_bridge_of_another_capture_of_the_host_may_have_seen_the_held_out_images(stores, tmp_path, capsys):
+def test_a_bridge_of_another_capture_of_the_run_may_have_seen_the_held_out_images(stores, tmp_path, capsys):
     fewer = synthetic_store(tmp_path / "fewer", images=30)
     line = ["train", str(fewer.folder), "--recipe", "paired", *QUICK, "--out", str(tmp_path / "b")]
     assert main(line) == 0
@@ -153,12 +153,12 @@ def test_a_bridge_of_another_capture_of_the_host_may_have_seen_the_held_out_imag
 def test_what_was_forced_stays_so_in_the_choice(stores, bridges, tmp_path, capsys):
     other = DiffusionBridge.from_pretrained(bridges / "seed-0")
     other.provenance["fingerprint"]["weights"] = "0" * 64
-    other.save_pretrained(tmp_path / "foreign")
+    other.save_pretrained(tmp_path / "other")
     line = [
         "tune",
         str(stores / "train"),
         "--bridges",
-        f"diffusion={tmp_path / 'foreign'}",
+        f"diffusion={tmp_path / 'other'}",
         "--out",
         str(tmp_path / "c"),
     ]
@@ -367,7 +367,7 @@ def test_a_bridge_gets_the_pairs_of_its_image(store):
     assert seen == expected
 
 
-def test_a_bridge_that_uses_other_rows_and_says_it_does_not_is_caught(store):
+def test_a_bridge_that_uses_other_features_but_says_row_by_row_is_refused(store):
     def centred(x):
         return x - x.mean(0)
 

@@ -1,4 +1,4 @@
-"""The miniature on V-COCO: `compare --vcoco` against what its cache holds, scored by the definition and by V-COCO's tool."""
+"""The miniature on V-COCO: `compare --vcoco` against EZ-HOI's cache, scored by the definition and by V-COCO's tool."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from helpers.vcoco_files import Case, by_definition, by_tool, write
 
 
 def annotations(folder) -> Case:
-    """V-COCO's own annotations of the miniature's scenes, with what only they have.
+    """V-COCO's own annotations of the miniature's scenes, with cases that only V-COCO has.
 
-    Persons nobody looked at, roles without a box, an action-role and an action that the host does not know, and a person in
+    Persons without annotation, roles without a box, an action-role and an action that EZ-HOI does not know, and a person in
     every image without pairs.
     """
     anno = json.loads((folder / "data" / "instances_vcoco_test.json").read_text())
-    known = [name.split() for name in reversed(VCOCO_ACTIONS)]  # in an order that is not the host's
+    known = [name.split() for name in reversed(VCOCO_ACTIONS)]  # in an order that is not EZ-HOI's
     actions = {"standing": ["agent"], **{action: ["agent", role] for action, role in known}}
     actions["cutting"] = ["agent", "obj", "instr"]
     boxes: list[dict] = []
@@ -109,7 +109,7 @@ def test_a_comparison_is_what_v_coco_says_of_the_cache_with_and_without_the_brid
     assert per_class["identity"] == pytest.approx(per_class["none"])
 
 
-def test_v_coco_s_tool_prints_the_same_of_the_host_s_cache(vcoco, made, tmp_path):
+def test_vcoco_s_tool_prints_the_same_for_the_cache_of_ezhoi(vcoco, made, tmp_path):
     """To the tool, the published cache also names each detection of one action as one of all others, with score 0.
 
     In scenario 1 that changes nothing. In scenario 2 such are right where no role is annotated and nothing else was: by
@@ -155,7 +155,7 @@ def test_boxes_are_scaled_to_the_picture_by_width_and_by_height(made):
     assert right
 
 
-def test_what_cannot_be_compared_is_refused_with_the_way(made, captured, mocker, capsys):
+def test_a_comparison_that_cannot_work_is_refused_with_a_remedy(made, captured, mocker, capsys):
     store, line = made / "test", ["--bridges", "none,identity"]
     assert main(["compare", str(store), *line]) == 2
     assert f"V-COCO has its own: `ezhoi-diffusion compare {store} --vcoco DIR`" in capsys.readouterr().err
@@ -167,7 +167,7 @@ def test_what_cannot_be_compared_is_refused_with_the_way(made, captured, mocker,
     assert main(["compare", str(captured[0].folder), *line]) == 2
     assert "is a capture of hicodet, not of V-COCO: leave --vcoco out" in capsys.readouterr().err
     for names, message in (
-        (None, "does not say how its host calls"),
+        (None, "does not name V-COCO's actions"),
         (["waving obj"], "no action-role called waving obj"),
     ):
         opened = FeatureStore(store)

@@ -1,4 +1,4 @@
-"""What may be learned from labels, and that nothing of what a split hides is among it."""
+"""Labels that fits may learn from. Nothing that a split hides is among them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def store(tmp_path_factory):
 
 
 def by_hand(store):
-    """(position of the image, its row, verb) of every annotated pair, the long way."""
+    """(position of the image, row of the pair, verb) of every annotated pair, found by loops."""
     return [
         (position, row, verb)
         for position, image in enumerate(stored_images(store))
@@ -28,7 +28,7 @@ def by_hand(store):
     ]
 
 
-def test_pairs_are_annotated_rows_with_the_text_of_their_class(store):
+def test_labelled_pairs_have_the_text_of_their_class(store):
     pairs = seen_pairs(store, held_out=None)
     table, score = store.ezhoi["object_n_verb_to_interaction"], EzHoiScore.from_store(store)
     unseen = set(store.ezhoi["classes/unseen"].tolist())

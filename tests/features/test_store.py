@@ -1,4 +1,4 @@
-"""The feature store: what goes in comes out, whatever happens in between."""
+"""The feature store returns what was written, also after interruptions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_round_trip(tmp_path):
     assert store.context.keys() == {"ctx.0"}
 
 
-def test_statistics_are_means_of_unit_rows(tmp_path):
+def test_statistics_are_means_of_unit_features(tmp_path):
     store = write(tmp_path / "f", rows_per_shard=4)
     unit = torch.nn.functional.normalize(store.adapter_feat(), dim=-1)
     statistics = store.statistics()
@@ -50,7 +50,7 @@ def test_statistics_are_means_of_unit_rows(tmp_path):
     assert again.visual_rows == 14
 
 
-def test_an_interrupted_capture_goes_on_and_gives_the_same_rows(tmp_path):
+def test_a_resumed_capture_gives_the_same_features(tmp_path):
     whole = write(tmp_path / "whole", rows_per_shard=4)
     writer = FeatureWriter(tmp_path / "cut", META, rows_per_shard=4)
     for batch in IMAGES[:4]:
@@ -168,7 +168,7 @@ def test_no_store_is_no_store(tmp_path):
         FeatureStore(tmp_path / "nowhere")
 
 
-def test_what_rows_share_is_what_a_mean_leaves():
+def test_mean_resultant_length_is_what_remains_without_the_mean():
     a, b = 0.6, 0.8
     rows = torch.tensor([[a, b], [a, -b]]) * torch.tensor([[2.0], [5.0]])
     assert mean_resultant_length([rows[:1], rows[1:]], torch.tensor([a, 0.0])) == pytest.approx(0, abs=1e-7)

@@ -23,7 +23,7 @@ from ezhoi_diffusion.features.fingerprint import Fingerprint
 from ezhoi_diffusion.features.statistics import ModalityStatistics
 from ezhoi_diffusion.features.store import FeatureStore, FeatureStoreError
 from ezhoi_diffusion.guide.reading import GuideFileError, UnsafeFileError, read_untrusted
-from helpers.legacy_files import (
+from helpers.guide_files import (
     N_SEL,
     D,
     chain,
@@ -389,12 +389,12 @@ def test_visual_embeddings_become_a_store_of_directions(files, tmp_path, words):
     assert torch.allclose(store.statistics().text_mean, MEAN, atol=1e-5)
     assert torch.allclose(store.statistics().visual_mean, mean_of(VISUAL), atol=1e-5)
     assert len(store.text) == (0 if words == ["mean"] else N_SEL)
-    assert (store.split, store.norms_known) == ("train", False)
+    assert (store.split, store.imported["norms"]) == ("train", False)
     assert next(f["file"] for f in store.imported["files"]) == "visual.pkl"
     with pytest.raises(FeatureStoreError, match="'labels' was not in the files it comes from: capture"):
         store.rows("labels")
-    with pytest.raises(FeatureStoreError, match="the norms of rows"):
-        store.require_captured("the norms of rows")
+    with pytest.raises(FeatureStoreError, match="the norms of features"):
+        store.require_captured("the norms of features")
 
 
 def test_test_images_are_not_trained_on(files, tmp_path, capsys):
@@ -502,9 +502,9 @@ def test_module_takes_folders_of_bridges(files, tmp_path):
     run(files.model, files.mean, "--out", tmp_path / "out")
     own = DiffusionBridge.from_pretrained(tmp_path / "out")
     assert DiffusionBridgeHOI(tmp_path / "out").bridge.config == own.config
-    legacy = DiffusionBridgeHOI(files.model, files.mean, inference_steps=30)
+    guide = DiffusionBridgeHOI(files.model, files.mean, inference_steps=30)
     overridden = DiffusionBridgeHOI(tmp_path / "out", inference_steps=30, scale_factor=5.0)
-    assert torch.equal(overridden(VISUAL[:2]), legacy(VISUAL[:2]))
+    assert torch.equal(overridden(VISUAL[:2]), guide(VISUAL[:2]))
     with pytest.raises(GuideFileError, match=r"scale_factor is 3, and the network in .* was trained with 5"):
         DiffusionBridgeHOI(tmp_path / "out", scale_factor=3.0)
 

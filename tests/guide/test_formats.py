@@ -1,4 +1,4 @@
-"""The nine kinds of files are recognised, checked and described. legacy_files.py writes them from their description."""
+"""The nine kinds of files are recognised, checked and described. guide_files.py writes them from their description."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ezhoi_diffusion.guide.formats import (
     read_guide_file,
 )
 from ezhoi_diffusion.guide.reading import GuideFileError
-from helpers.legacy_files import (
+from helpers.guide_files import (
     HOI,
     D,
     chain,

@@ -1,4 +1,4 @@
-"""V-COCO's files, and its role AP in two ways that are not ours: written out the long way, and by V-COCO's own tool."""
+"""V-COCO's files, and its role AP computed twice without our code: by loops, and by V-COCO's own tool."""
 
 from __future__ import annotations
 

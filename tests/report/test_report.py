@@ -374,7 +374,7 @@ def test_a_variant_that_is_far_off_does_not_make_dots_of_the_others():
     assert limits(near)[1] == []
 
 
-def test_the_forest_plot_tells_what_contains_0():
+def test_the_forest_plot_shows_which_intervals_contain_0():
     panels = pictures(make({"up": 3.0, "down": -3.0, "flat": 0.1, "identity": 0.0}))["forest"]
     assert "Intervals above 0: 1; below 0: 1; containing 0: 2." in panels[0].alt
     colors = {color for _, color in Image.open(BytesIO(png(render(panels[0])))).convert("RGB").getcolors(1 << 20)}
@@ -445,7 +445,7 @@ def test_without_intervals_nothing_is_claimed():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"forced": ["made for another host"]}, "FORCED: made for another host"),
+        ({"forced": ["made for another EZ-HOI run"]}, "FORCED: made for another EZ-HOI run"),
         ({"degraded": {"p": "plugin p raised"}}, "DEGRADED: plugin p raised"),
         ({"caveats": ["The first 20 images: no result to report."]}, "The first 20 images: no result to report."),
     ],
@@ -461,7 +461,7 @@ def test_what_is_forced_degraded_or_partial_is_no_gain(tmp_path, change, words):
     assert words in comparison.table()
 
 
-def test_the_headline_tells_of_other_seeds():
+def test_the_headline_has_the_mean_over_seeds():
     details = headline(complete(EIGHT)).details
     assert any(line.startswith("Over its 3 seeds, diffusion=runs/blend has ") for line in details)
     assert any(line.startswith("class_softmax: ") for line in details), "the best baseline's figures"

@@ -1,4 +1,4 @@
-"""The kit for authors of bridges: its made-up captures are what they say, and its rules notice what breaks them."""
+"""The test kit for authors of bridges: synthetic captures, and rules that notice each fault."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from ezhoi_diffusion.testing.synthetic import INTERACTIONS
 # -- made-up captures --------------------------------------------------------------------------------------------
 
 
-def test_the_same_arguments_give_the_same_store_and_splits_are_of_one_host(tmp_path):
+def test_the_same_arguments_give_the_same_store_and_splits_are_of_one_run(tmp_path):
     a, b = (synthetic_store(tmp_path / name) for name in "ab")
     assert (tmp_path / "a" / "index.json").read_bytes() == (tmp_path / "b" / "index.json").read_bytes()
     test = synthetic_store(tmp_path / "test", split="test")
@@ -90,7 +90,7 @@ def test_labels_are_annotations_that_were_found(tmp_path):
 
 
 @pytest.mark.parametrize("dim", [4, 32, 512])
-def test_the_truth_is_what_the_rows_hide(tmp_path, dim):
+def test_the_truth_is_recovered_from_the_features(tmp_path, dim):
     store, truth = synthetic_store(tmp_path / "f", images=40, dim=dim), Truth.from_seed(dim=dim)
     assert torch.allclose(truth.map @ truth.map.T, torch.eye(dim), atol=1e-5)
     assert torch.allclose(truth.text_of(truth.visual_of(truth.text)), normalize(truth.text), atol=1e-5)
@@ -111,7 +111,7 @@ def test_seen_pairs_are_seen_and_an_altered_store_is_altered(tmp_path):
     assert torch.equal(FeatureStore(tmp_path / "g").rows("labels"), store.rows("labels"))
 
 
-def test_the_host_is_right_sometimes_and_the_truth_more_often(tmp_path):
+def test_ezhoi_is_right_sometimes_and_the_truth_more_often(tmp_path):
     from ezhoi_diffusion.evaluation.replay import replay
 
     store, truth = synthetic_store(tmp_path / "f", split="test", images=60), Truth.from_seed()
@@ -361,8 +361,8 @@ class Shift(Bridge):
 def test_a_fit_that_keeps_the_rules_gives_a_bridge_that_can_be_checked(tmp_path):
     folder = check_fit("shift", shift, tmp_path, dim=D)
     check_bridge(Shift, folder, dim=D)
-    host = synthetic_store(tmp_path / "test", split="test", dim=D)
-    assert Shift(folder).provenance["fingerprint"] == host.fingerprint
+    captured = synthetic_store(tmp_path / "test", split="test", dim=D)
+    assert Shift(folder).provenance["fingerprint"] == captured.fingerprint
     assert set(Shift(folder).context) == {"ctx.0"}
     with pytest.raises(FeatureStoreError, match="holds a finished capture"):
         check_fit("shift", shift, tmp_path, dim=D)

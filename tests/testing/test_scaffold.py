@@ -1,4 +1,4 @@
-"""`plugins new`: what it writes works as it is, and what it cannot write it refuses."""
+"""`plugins new` writes a package that works, or refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Distillation: a student comes as near to its teacher as it says, on features it has not learned from."""
+"""Distillation: the recorded fidelity of a student holds on features that it has not learned from."""
 
 import json
 from dataclasses import replace

@@ -1,6 +1,6 @@
 """The miniature's class names and zero-shot splits, under the names EZ-HOI uses.
 
-Differs from the real host: 60 interactions of 10 verbs and 10 objects, three splits.
+Differs from the real EZ-HOI: 60 interactions of 10 verbs and 10 objects, three splits.
 """
 
 from ezhoi_diffusion.demo import world

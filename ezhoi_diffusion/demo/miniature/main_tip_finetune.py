@@ -1,6 +1,6 @@
-"""Entry of the miniature EZ-HOI: the real host's command line and course of events, on a CPU.
+"""Entry of the miniature EZ-HOI: EZ-HOI's command line and order of steps, on a CPU.
 
-Differs from the real host: gloo instead of nccl, flags that would choose nothing here are absent, and the
+Differs from the real EZ-HOI: gloo instead of nccl, flags that would choose nothing here are absent, and the
 defaults of some fit the small world. Training fails on the file names in the targets, as upstream's does with
 the published pocket, unless the launcher helps.
 """
@@ -110,7 +110,7 @@ def main(rank, args):
     engine(args.epochs)
 
 
-# Names are the real host's, which other programs pass; a value is the default, and gives the type.
+# Names are EZ-HOI's, which other programs pass. A value is the default, and gives the type.
 VALUES = {
     "hicodet": ["dataset"],
     "checkpoints": ["output-dir"],

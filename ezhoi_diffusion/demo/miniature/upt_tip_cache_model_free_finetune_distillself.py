@@ -1,6 +1,6 @@
 """The model of the miniature EZ-HOI: same modules, same order, same shapes, same score as the real `UPT`.
 
-Differs from the real host: the detector and the towers are those of `ezhoi_diffusion.demo.towers`, the visual
+Differs from the real EZ-HOI: the detector and the towers are those of `ezhoi_diffusion.demo.towers`, the visual
 prompt is one vector per image, `vis_fuse` starts near the sum of both features, unseen classes borrow no
 prompts, and only `--logits_type HO` exists.
 """

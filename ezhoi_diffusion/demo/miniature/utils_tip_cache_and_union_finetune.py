@@ -1,6 +1,6 @@
-"""Data and engine of the miniature EZ-HOI: what the real host takes from pocket and hicodet, for a CPU.
+"""Data and engine of the miniature EZ-HOI: what EZ-HOI takes from pocket and hicodet, for a CPU.
 
-Differs from the real host: images come from one safetensors file per split, there is no
+Differs from the real EZ-HOI: images come from one safetensors file per split, there is no
 mixed precision, and what is cached is JSON; the training augmentation is a random crop and brightness.
 """
 

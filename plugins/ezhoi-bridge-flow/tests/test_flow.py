@@ -27,7 +27,7 @@ def artifact(store):
     return fit(store, **SMALL)
 
 
-def test_rows_follow_the_velocity_by_the_midpoint_rule(store, artifact):
+def test_features_follow_the_velocity_by_the_midpoint_rule(store, artifact):
     x, bridge = store.adapter_feat(), reloaded(artifact, load)
     c = normalize(x, dim=1) - normalize(x, dim=1).mean(0)
     z, steps = c * bridge.scale_factor, 4
@@ -45,7 +45,7 @@ def test_an_untrained_flow_stays_where_it_is(store):
     torch.testing.assert_close(reloaded(fit(store, **{**SMALL, "learning_rate": 0}), load)(x), x, rtol=1e-5, atol=1e-5)
 
 
-def test_rows_come_nearer_to_their_texts_and_the_best_weights_are_kept(store):
+def test_features_come_nearer_to_their_texts_and_the_best_weights_are_kept(store):
     artifact = fit(store, **{**SMALL, "train_steps": 1000, "patience": 3})
     bridge = reloaded(artifact, load)
 
@@ -83,7 +83,7 @@ def test_the_same_seed_is_the_same_flow_and_no_random_number_is_drawn(store, art
 
 
 @pytest.mark.parametrize("mean", ["visual", "text"])
-def test_rows_are_blended_and_get_a_mean_and_their_norm_back(store, mean):
+def test_features_are_blended_and_get_a_mean_and_their_norm_back(store, mean):
     x = store.adapter_feat()
     bridge = reloaded(fit(store, **{**SMALL, "train_steps": 50}, blend=0.3, mean=mean), load)
     visual_mean, text_mean = (normalize(rows, dim=1).mean(0) for rows in (x, store.text))

@@ -71,7 +71,7 @@ def test_ridge_has_the_penalty_that_is_best_on_a_tenth_of_the_images(store):
 
 @pytest.mark.parametrize("mean", ["visual", "text"])
 @pytest.mark.parametrize("blend", [0.0, 0.3, 1])
-def test_rows_are_blended_and_get_a_mean_and_their_norm_back(store, mean, blend):
+def test_features_are_blended_and_get_a_mean_and_their_norm_back(store, mean, blend):
     x = store.adapter_feat()
     bridge = reloaded(fit(store, blend=blend, mean=mean), load)
     visual_mean, text_mean = (normalize(rows, dim=1).mean(0) for rows in (x, store.text))

@@ -44,7 +44,7 @@ def test_no_other_temperature_is_more_likely(store):
     assert tried[60] < min(tried[50], tried[70]) - 1e-4
 
 
-def test_certain_rows_keep_their_order():
+def test_confident_scores_keep_their_order():
     z = torch.tensor([[800.0, 0.0, -800.0], [40.0, 0.0, 0.0], [1.0, 1.0, 1.0]], dtype=torch.double)
     expected = torch.tensor([[800.0, -800.0, -1600.0], [40 - math.log(2), -40.0, -40.0], [-math.log(2)] * 3])
     torch.testing.assert_close(logit_of_softmax(z), expected.double(), rtol=1e-7, atol=1e-7)

@@ -1,4 +1,4 @@
-"""What every bridge is: pair features in, pair features out, with what it says of itself."""
+"""The base class of bridges: pair features in, pair features out, and attributes that describe the bridge."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class FunctionBridge(Bridge):
         self.function = function
 
     def forward(self, adapter_feat: Tensor, pairs: Pairs | None = None) -> Tensor:
-        """What the function returns for [P, D]."""
+        """Apply the function to [P, D]."""
         return self.function(adapter_feat)
 
 
@@ -119,7 +119,7 @@ def as_bridge(value: object) -> Bridge:
 
 
 def replacement_problem(before: Tensor, after: object) -> str | None:
-    """What is wrong with `after` as a replacement of the pair features `before` [P, D], or None."""
+    """The problem with `after` as a replacement of the pair features `before` [P, D], or None."""
     if not isinstance(after, Tensor):
         return f"returned {type(after).__name__}, not a tensor"
     for what in ("shape", "dtype", "device"):

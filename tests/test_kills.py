@@ -245,13 +245,6 @@ def slowly(folder: Path) -> None:
     train(low_rank(), SAVING, folder, resume=True, on_step=lambda step: time.sleep(0.05))
 
 
-def ask_to_end(work, folder: Path, when) -> int:
-    process = started(work, folder)
-    wait_until(when, process)
-    process.terminate()
-    return ended(process)
-
-
 def test_sigterm_is_a_checkpoint_and_a_status_that_schedulers_know(reference, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "test_kills", str(out)]

@@ -134,7 +134,7 @@ def test_first_takes_the_first_answer(manager):
             types.SimpleNamespace(post_adaptor_feat=hookimpl(lambda: 0)),
             r"no hook post_adaptor_feat; did you mean post_adapter_feat\?",
         ),
-        (types.SimpleNamespace(on_attach=hookimpl(lambda hst: 0)), "on_attach asks for hst; the hook offers run"),
+        (types.SimpleNamespace(on_attach=hookimpl(lambda rum: 0)), "on_attach asks for rum; the hook offers run"),
         (types.SimpleNamespace(on_attach=lambda run: 0), "has a hook's name but no @hookimpl"),
         (types.SimpleNamespace(helper=1), "has no hook"),
         (types.SimpleNamespace(on_attach=hookimpl(tryfirst=True)(lambda run: 0)), "tryfirst, which is not supported"),

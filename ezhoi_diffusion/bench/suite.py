@@ -27,7 +27,7 @@ FIDELITY_SECONDS, TRAINING_SECONDS, MEMORY_SECONDS = 15, 60, 10
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """How much is measured. A part takes its `seconds` unless its slowest case needs longer."""
+    """Amount of measuring. A part takes its `seconds` unless its slowest case needs longer."""
 
     sizes: tuple[int, ...] = (16, 64, 256)
     evaluations: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 50)

@@ -215,7 +215,7 @@ def _refuse_others(args: argparse.Namespace, known: tuple[str, ...], mode: str) 
 
 
 def recipe_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What --set, --inference-steps and the flags named like settings say, each setting at most once."""
+    """Settings from --set, --inference-steps and the flags named like settings, each at most once."""
     from ezhoi_diffusion.evaluation.variants import parse_settings
 
     settings = parse_settings(args.set, args.inference_steps)
@@ -228,7 +228,7 @@ def recipe_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def train_config(args: argparse.Namespace) -> TrainConfig:
-    """What the flags say. Raises EzhoiDiffusionError for values out of range and for unknown names."""
+    """The configuration that the flags give. Raises EzhoiDiffusionError for values out of range and for unknown names."""
     from dataclasses import fields
 
     from ezhoi_diffusion.diffusion.components import components

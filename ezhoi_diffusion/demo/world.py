@@ -57,7 +57,7 @@ class Scene:
 
 
 class Painter:
-    """Draws scenes from one pool of handwritten digits."""
+    """Draw scenes from one pool of handwritten digits."""
 
     def __init__(self, images: Tensor, labels: Tensor, rng: np.random.Generator) -> None:
         self.rng = rng

@@ -20,7 +20,7 @@ MAX_DIM = 65536
 
 @dataclass(frozen=True)
 class BridgeConfig:
-    """What a diffusion bridge adds to config.json. Raises ValueError for values that contradict each other."""
+    """Fields that a diffusion bridge adds to config.json. Raises ValueError for values that contradict each other."""
 
     dim: int
     recipe: Recipe

@@ -1,4 +1,4 @@
-"""What a denoiser is.
+"""The interface of a denoiser.
 
 A denoiser is a module `forward(x [N, D], t [N] or [1] int64) -> [N, D]` that returns the raw prediction of its objective.
 Every x has the norm `scale_factor`, so a denoiser sees a direction and a timestep. In training each x has its own timestep. A

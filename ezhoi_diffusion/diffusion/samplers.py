@@ -19,7 +19,7 @@ PredictX0 = Callable[[Tensor, int], Tensor]
 
 
 class Sampler(Protocol):
-    """What `register_samplers` takes."""
+    """A sampler, as `register_samplers` takes it."""
 
     def __call__(
         self, predict: PredictX0, z: Tensor, *, schedule: Schedule, timesteps: Sequence[int], scale_factor: float

@@ -1,4 +1,4 @@
-"""How much signal and how much noise each timestep holds, and what follows from that alone."""
+"""Signal and noise of each timestep, and the estimate that follows from them alone."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ MEASURE = "measure it: `ezhoi-diffusion compare TEST_FEATURES --bridge BRIDGE`"
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether a training was begun there and did not end."""
+    """Whether the folder holds an unfinished training."""
     return (folder / "checkpoints").is_dir() and not (folder / "config.json").is_file()
 
 
@@ -186,7 +186,7 @@ def check_effect(bridge: DiffusionBridge, features: Tensor, text: Tensor) -> Fin
 
 
 def _affordable(bridge: DiffusionBridge) -> int:
-    """How many features can be bridged in MAX_SECONDS, from the time of one evaluation after a first to warm up."""
+    """Number of features that can be bridged in MAX_SECONDS, by the time of one evaluation after a warm-up."""
     features, timesteps = torch.zeros(MIN_EFFECT, bridge.config.dim), torch.zeros(MIN_EFFECT, dtype=torch.long)
     with torch.no_grad():
         bridge.denoiser(features, timesteps)

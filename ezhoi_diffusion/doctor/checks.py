@@ -56,7 +56,7 @@ def run_checks(folders: Sequence[Path], script_line: Sequence[str], out: Path | 
 
 
 def kind_of(folder: Path) -> str | Finding:
-    """What a folder holds, by the names of its files; a finding where it is neither features nor a bridge."""
+    """Recognise features or a bridge by the names of the files; a finding for any other folder."""
     sources = f"features come from `{CAPTURE}`, a bridge from `{TRAIN}`"
     try:
         if folder.is_file():

@@ -27,7 +27,7 @@ TEXT_MEAN_NORM = (0.7, 0.9)
 
 @dataclass(frozen=True)
 class Contents:
-    """What one pass over the shards reads.
+    """Contents of the shards, read in one pass.
 
     Attributes:
         features: All pair features [N, D].
@@ -41,7 +41,7 @@ class Contents:
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether a capture was begun there and did not end."""
+    """Whether the folder holds an unfinished capture."""
     return (folder / "meta.json").is_file() and not (folder / "index.json").is_file()
 
 

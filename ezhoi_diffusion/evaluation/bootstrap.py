@@ -1,4 +1,4 @@
-"""Whether a difference in mean AP is more than chance: a paired bootstrap over images."""
+"""A paired bootstrap over images: whether a difference in mean AP is more than chance."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Difference:
 
 @dataclass(frozen=True, eq=False)
 class BootstrapResult:
-    """What a paired bootstrap says of one variant, for K classes.
+    """Results of a paired bootstrap for one variant and K classes.
 
     Attributes:
         mean_ap: Group -> interval of mean AP, in percent.
@@ -83,7 +83,7 @@ def paired_bootstrap(
     level: float = LEVEL,
     seed: int = 0,
 ) -> dict[str, BootstrapResult]:
-    """How certain mean AP is, and its differences, had the I images been other images of their kind.
+    """Estimate the uncertainty of mean AP and of its differences from the choice of the I images.
 
     Images are drawn with replacement, the same ones for every variant. An image drawn twice has its detections and
     annotations twice. A class without any annotation has an AP of zero, as EZ-HOI has it. A class whose images were not
@@ -157,7 +157,7 @@ def paired_bootstrap(
 
 
 def _weights(images: int, replicates: int, seed: int) -> NDArray[np.int32]:
-    """How often each image is there, [I, 1 + B]: once in the first column, which is what was found; then as drawn."""
+    """Counts of each image, [I, 1 + B]: once in the first column, the original sample; then as drawn."""
     draws = generator(seed, "bootstrap")
     weights = np.ones((images, 1 + replicates), np.int32)
     for replicate in range(1, 1 + replicates):
@@ -248,7 +248,7 @@ def _interval(values: NDArray[np.float64], level: float) -> NDArray[np.float64]:
 
 
 def _differences(values: NDArray[np.float64], level: float) -> list[Difference]:
-    """What is to be said of each of V variants, from its differences [V, 1 + B] to the reference in one group."""
+    """Interval and p-values of each of V variants, from its differences [V, 1 + B] to the reference in one group."""
     found, drawn = values[:, :1], values[:, 1:]
     drawn = drawn[:, ~np.isnan(drawn).any(0)]  # a replicate without any class of the group has it for no variant
     size, off = np.abs(found), np.abs(drawn - found)

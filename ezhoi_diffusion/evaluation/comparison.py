@@ -28,7 +28,7 @@ def p_text(p: float) -> str:
 
 @dataclass(frozen=True, eq=False)
 class VariantResult:
-    """What one variant is worth.
+    """Results of one variant.
 
     Attributes:
         name: What tables call it.
@@ -160,7 +160,7 @@ class Comparison:
         return self.mean_ap(variant, group) - self.mean_ap(REFERENCE, group)
 
     def is_significant(self, variant: str, group: str, over: str = REFERENCE) -> bool:
-        """Whether chance does not explain the difference to bare EZ-HOI, or over a baseline.
+        """Whether the difference to bare EZ-HOI, or to a baseline, is more than chance.
 
         The interval excludes 0, and the p-value adjusted for all variants is below 1 − level.
         """
@@ -189,7 +189,7 @@ class Comparison:
         return sorted((v for v in self.variants if v != REFERENCE), key=lambda v: self.mean_ap(v, FULL), reverse=True)
 
     def warnings(self) -> list[str]:
-        """What a reader must know before any number."""
+        """Warnings that come before any number."""
         return [
             *self.caveats,
             *(f"FORCED: {message}" for message in self.forced),

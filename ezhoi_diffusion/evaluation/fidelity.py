@@ -1,4 +1,4 @@
-"""How close a cheaper evaluation of a bridge comes to its reference."""
+"""Fidelity: how close a cheaper evaluation of a bridge comes to its reference."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ NUM_SHOWN = 500  # pairs in the pictures
 
 @dataclass(eq=False)
 class _Scorecard:
-    """What one variant has collected so far."""
+    """Results that one variant has collected so far."""
 
     alignment: Alignment | None
     scores: list[Tensor] = field(default_factory=list)

@@ -178,7 +178,7 @@ def write_choice(
 
 
 def evidence(comparison: Comparison, candidates: Sequence[Candidate]) -> dict[str, Any]:
-    """What the choice rests on, as JSON: mean AP of the candidates, and every variant's difference to `none`."""
+    """Evidence of the choice, as JSON: mean AP of the candidates, and the difference of every variant to `none`."""
     return {
         "images": comparison.images,
         "pairs": comparison.pairs,

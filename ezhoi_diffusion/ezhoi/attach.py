@@ -38,7 +38,7 @@ EVALUATIONS = ("test_hico", "cache_hico", "cache_vcoco")  # methods of EZ-HOI's 
 
 
 class Attachment:
-    """What is attached to one EZ-HOI run; a context manager."""
+    """The attachment to one EZ-HOI run, a context manager."""
 
     def __init__(self, run: EzHoiRun) -> None:
         self.run = run

@@ -122,7 +122,7 @@ def run_script(path: Path, argv: Sequence[str]) -> None:
 
 
 def _explain(error: Exception, path: Path) -> LaunchError | None:
-    """What a known error of an EZ-HOI script means, and what to do about it."""
+    """Explain a known error of an EZ-HOI script, and say what to do."""
     if isinstance(error, FileNotFoundError) and "_clip." in str(error):
         return LaunchError(
             f"a file of CLIP image features is missing ({error}): give the folder of this split as --clip_img_file; "

@@ -61,7 +61,7 @@ class EzHoiRun:
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """What a bridge must have been made for to be valid in this run."""
+        """Fingerprint that a bridge must have to be valid in this run."""
         return fp.fingerprint(self.model, self.args)
 
     def check_fingerprint(self, bridge: Bridge, name: str) -> None:

@@ -30,7 +30,7 @@ def find_text_encoder(model: nn.Module) -> nn.Module | None:
 
 
 class _CannotTell(Exception):
-    """Whether another run would give the same result is unknown; the message says why."""
+    """It is unknown whether another call gives the same result. The message says why."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class TextCache:
 
 
 def _is_traced() -> bool:
-    """Whether a recording is being made, in which a cached result would become a constant."""
+    """Whether tracing is active, in which a cached result would become a constant."""
     if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
         return True
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -1,4 +1,4 @@
-"""What may be learned from labels: annotated pairs of seen classes, in training images.
+"""Labels for fitting: annotated pairs of seen classes, in training images.
 
 Interactions that the split hides (`classes/unseen`) are never learned from, even where their annotations were captured.
 """

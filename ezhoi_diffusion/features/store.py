@@ -36,7 +36,7 @@ class FeatureStoreError(EzhoiDiffusionError):
 
 
 def is_captured(folder: Path, meta: dict[str, Any]) -> bool:
-    """Whether a folder holds the finished capture that `meta` describes. Raises FeatureStoreError where it is damaged."""
+    """Whether a folder holds the finished capture that `meta` describes. Raises FeatureStoreError if it is damaged."""
     return (folder / INDEX).exists() and FeatureStore(folder).meta == {"schema": SCHEMA, **meta}
 
 

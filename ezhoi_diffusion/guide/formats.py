@@ -166,7 +166,7 @@ def _type_of(value: Any) -> str:
 
 
 def _facts(value: Any, keys: tuple[str, ...] = FACTS) -> dict[str, Any]:
-    """What a file says, as far as one line and JSON can hold it."""
+    """Contents of a file, as far as one line and JSON can hold them."""
     facts = {key: value.get(key) for key in keys} if isinstance(value, Mapping) else {}
     return {
         key: printable(fact) if isinstance(fact, str) else fact

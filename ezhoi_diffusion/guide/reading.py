@@ -265,7 +265,7 @@ class _Unpickler(pickle._Unpickler):
             self.known["torch.storage._load_from_bytes"] = self._storage_from_bytes
 
     def find_class(self, module: str, name: str) -> Any:
-        """What a program may name."""
+        """Return the stand-in of a name that the pickle may use."""
         if module in ("torch", "torch.cuda", "torch.storage") and name in STORAGES:
             return STORAGES[name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):

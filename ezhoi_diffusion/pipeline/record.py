@@ -71,7 +71,7 @@ class Record:
             raise PipelineError(f"{out} is not empty and holds no pipeline: give another --out")
 
     def inputs(self, step: Step) -> dict[str, Any]:
-        """What the step's result depends on, with the output of the steps before it."""
+        """Inputs of the step, with the output of the steps before it."""
         return {**step.inputs, **{name: str(self._steps[name]["output"]) for name in step.after}}
 
     def reason(self, step: Step) -> str | None:
@@ -154,7 +154,7 @@ def tree_digest(folder: Path, files: Iterable[str]) -> str | None:
 
 
 def content(value: Any, without: Path) -> Any:
-    """What the value of a flag stands for, as an input of a step.
+    """The value of a flag, as an input of a step.
 
     Args:
         value: A file gives the digest of its contents. A folder gives a digest of names, sizes and times of its files, because

@@ -19,7 +19,7 @@ class EmbeddingError(EzhoiDiffusionError):
 
 
 def require_library(method: str) -> None:
-    """Raises EmbeddingError where the library of "tsne" or "umap" is not installed."""
+    """Raise EmbeddingError if the library of "tsne" or "umap" is not installed."""
     try:
         import_module({"tsne": "sklearn.manifold", "umap": "umap"}[method])
     except ImportError as error:
@@ -27,9 +27,14 @@ def require_library(method: str) -> None:
 
 
 def embed(parts: Sequence[Tensor], method: str) -> list[Tensor]:
-    """One map of all parts, features [N, D] each, as points [N, 2] each: by "tsne" or "umap", with cosine distances.
+    """Map all parts, features [N, D] each, to points [N, 2] each, with cosine distances.
 
-    Raises EmbeddingError where the library is not installed, or there are too few features.
+    Args:
+        parts: Features of each part.
+        method: "tsne" or "umap".
+
+    Raises:
+        EmbeddingError: The library is not installed, or there are too few features.
     """
     features = torch.cat([*parts]).float().numpy()
     if len(features) < 5:

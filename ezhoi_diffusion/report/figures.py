@@ -246,7 +246,7 @@ def _per_class(comparison: Comparison, variant: str) -> Panel:
 
 
 def _cost(comparison: Comparison) -> Panel:
-    """What a variant adds to an image's time, against its mean AP."""
+    """Time that a variant adds to an image, against its mean AP."""
 
     def draw(axes: Axes) -> None:
         _points(comparison, axes, {name: v.added_ms for name, v in comparison.variants.items()}, "ms added to an image")

@@ -100,7 +100,7 @@ def _figures(comparison: Comparison, variant: str) -> str:
 
 
 def _over_seeds(comparison: Comparison, variant: str) -> list[str]:
-    """What the other seeds of the same bridge say."""
+    """Mean and deviation over the seeds of the same bridge."""
     return [
         f"Over its {len(variants)} seeds, {name} has {mean:.2f} ± {deviation:.2f} (mean and standard deviation of full mAP); "
         f"bare EZ-HOI has {comparison.mean_ap(REFERENCE, FULL):.2f}."

@@ -1,4 +1,4 @@
-"""A comparison as one HTML page that needs nothing else: pictures are inside, and nothing is fetched or run."""
+"""A comparison as one HTML page. Pictures are embedded; nothing is fetched or run."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def _signed(value: float, digits: int = 2) -> str:
 
 
 def _breakable(name: str) -> Markup:
-    """A name that may go on in the next line after a comma, slash, … before it is torn apart anywhere."""
+    """A name that may break after a comma, a slash or the like."""
     from markupsafe import Markup
 
     return Markup("<wbr>").join(re.split(r"(?<=[,;:=/@])", name))  # which escapes what it joins

@@ -46,7 +46,7 @@ class Trial:
         return self.loaded()
 
     def apply(self, features: Tensor, bridge: Bridge | None = None) -> Tensor:
-        """What the bridge, or another one, returns for features [N, D] of one image."""
+        """Apply the bridge, or another one, to features [N, D] of one image."""
         result: Tensor = (bridge or self.bridge)(features, self.pairs(len(features)))
         return result
 

@@ -46,7 +46,7 @@ class FitTrial:
 
     @cached_property
     def artifact(self) -> Artifact:
-        """What the fit makes of that store."""
+        """The result of the fit on that store."""
         return self.fit(self.features)
 
 

@@ -40,7 +40,7 @@ def with_full_rank_texts(store: FeatureStore) -> FeatureStore:
 
 
 def reloaded(artifact: Artifact, load: Callable[[Path | None], B]) -> B:
-    """What `load` makes of the artefact, after it was saved into a folder."""
+    """Save the artefact into a folder and `load` it again."""
     with TemporaryDirectory() as folder:
         artifact.save(Path(folder))
         return load(Path(folder))

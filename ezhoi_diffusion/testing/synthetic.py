@@ -39,7 +39,7 @@ EMPTY_EVERY = 8  # one image in so many has no pair
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """What a synthetic store is made of.
+    """The known truth behind a synthetic store.
 
     The features of an annotated pair are length · (offset + map·(unit(t) − text_mean) + noise), with t the text of its
     interaction.

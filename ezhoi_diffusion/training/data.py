@@ -75,7 +75,7 @@ class TrainingSet:
     fingerprint: str
     """SHA-256 of the features and the means."""
     endpoint: tuple[Tensor, Tensor] | None = None
-    """What the last timestep holds instead of Gaussian noise: for pairs, visual features [N, D] and their mean [D]."""
+    """Replaces Gaussian noise at the last timestep: for pairs, visual features [N, D] and their mean [D]."""
     noise_scale: float = 0.0
     """Norm of the Gaussian noise added to the endpoint, as a share of the endpoint's norm."""
 

@@ -245,7 +245,7 @@ class TrainingLoop:
         broadcast_from_main(self.accelerator, lambda: self.bridge.save_pretrained(folder))
 
     def _loss_facts(self, record: dict[str, Any]) -> dict[str, Any]:
-        """What the artefact and training.json both say of the losses of a record."""
+        """Losses of a record, as the artefact and training.json have them."""
         return {
             "isotropic_val_loss": self.baseline_loss,
             "ranges": self.validation.ranges,

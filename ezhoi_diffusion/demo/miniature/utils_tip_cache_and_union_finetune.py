@@ -186,7 +186,7 @@ class DataFactory(Dataset):
 
 
 def relocate(x):
-    """What stands for pocket's relocate_to_cuda, which knows no strings: EZ-HOI's training trips over it."""
+    """Stands for pocket's relocate_to_cuda, which takes no strings: EZ-HOI's training fails on them."""
     if x is None or isinstance(x, torch.Tensor):
         return x
     if isinstance(x, (list, tuple)):

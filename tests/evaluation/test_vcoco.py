@@ -158,7 +158,7 @@ def test_boxes_are_scaled_to_the_picture_by_width_and_by_height(made):
 def test_a_comparison_that_cannot_work_is_refused_with_a_remedy(made, captured, mocker, capsys):
     store, line = made / "test", ["--bridges", "none,identity"]
     assert main(["compare", str(store), *line]) == 2
-    assert f"V-COCO has its own: `ezhoi-diffusion compare {store} --vcoco DIR`" in capsys.readouterr().err
+    assert f"for V-COCO give its annotations, `ezhoi-diffusion compare {store} --vcoco DIR`" in capsys.readouterr().err
     assert main(["compare", str(store), *line, "--vcoco", str(made)]) == 2
     assert "has no instances_vcoco_all_2014.json: give the folder of a V-COCO checkout" in capsys.readouterr().err
     line += ["--vcoco", str(made / "vcoco")]

@@ -391,7 +391,7 @@ def test_visual_embeddings_become_a_store_of_directions(files, tmp_path, words):
     assert len(store.text) == (0 if words == ["mean"] else N_SEL)
     assert (store.split, store.imported["norms"]) == ("train", False)
     assert next(f["file"] for f in store.imported["files"]) == "visual.pkl"
-    with pytest.raises(FeatureStoreError, match="'labels' was not in the files it comes from: capture"):
+    with pytest.raises(FeatureStoreError, match="'labels' is not in its source files: capture"):
         store.rows("labels")
     with pytest.raises(FeatureStoreError, match="the norms of features"):
         store.require_captured("the norms of features")
@@ -563,4 +563,4 @@ def test_package_exports_the_module_without_importing_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
     command = [sys.executable, "-m", "ezhoi_diffusion", "import", "--help"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "what makes what" in said
+    assert "what are these?" in said

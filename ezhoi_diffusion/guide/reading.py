@@ -224,6 +224,13 @@ def _are_sizes(numbers: Any) -> TypeGuard[tuple[int, ...]]:
     )
 
 
+class _Storage:
+    """The data of tensors, as a flat tensor. Only files make one, so a view cannot take its place."""
+
+    def __init__(self, flat: Tensor) -> None:
+        self.flat = flat
+
+
 class _Unpickler(pickle._Unpickler):
     """Python's unpickler with a closed list of instructions and calls, and a budget of bytes.
 
@@ -280,7 +287,7 @@ class _Unpickler(pickle._Unpickler):
             )
         return self.known[wanted]
 
-    def persistent_load(self, pid: Any) -> Tensor:
+    def persistent_load(self, pid: Any) -> _Storage:
         """The data of a tensor, which a torch file keeps outside of the pickle."""
         kind, dtype, key, _device, numel, *view = pid
         if (
@@ -295,7 +302,7 @@ class _Unpickler(pickle._Unpickler):
         storage = self.read_storage(dtype, key, numel)
         if storage.dtype != dtype or len(storage) != numel:
             raise GuideFileError(f"{self.path} is damaged: it claims two sizes of one tensor's data")
-        return storage
+        return _Storage(storage)
 
     def spend(self, count: int) -> None:
         """Take `count` bytes from the budget, before memory is taken for them."""
@@ -349,25 +356,30 @@ class _Unpickler(pickle._Unpickler):
         self.spend(len(data))
         return np.frombuffer(bytearray(data), dtype.value).reshape(shape, order="F" if order == "F" else "C")
 
-    def _storage_from_bytes(self, data: bytes) -> Tensor:
+    def _storage_from_bytes(self, data: bytes) -> _Storage:
         """The data of a tensor that was pickled without torch.save: a torch file in the old format."""
         self.spend(len(data))
         storage = _read_old_torch(data, self.path)
-        if not isinstance(storage, Tensor):
-            raise GuideFileError(f"{self.path} is damaged: {type(storage).__name__} in the place of a tensor's data")
-        return storage
+        return self._require_storage(storage)
 
-    def _tensor(self, storage: Tensor, offset: int, shape: Any, stride: Any, *_: Any) -> Tensor:
+    def _require_storage(self, value: Any) -> _Storage:
+        """Refuse a view, which can claim more numbers than are stored, and anything else that is no storage."""
+        if not isinstance(value, _Storage):
+            raise GuideFileError(f"{self.path} is damaged: {type(value).__name__} in the place of a tensor's data")
+        return value
+
+    def _tensor(self, storage: Any, offset: int, shape: Any, stride: Any, *_: Any) -> Tensor:
         if not (_are_sizes(shape) and _are_sizes(stride) and _are_sizes((offset,))):
             raise GuideFileError(f"{self.path} is damaged: a tensor of a shape that no tensor has")
+        flat = self._require_storage(storage).flat
         count = math.prod(shape)
         last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if count else -1
-        if max(last + 1, count) > len(storage):
+        if max(last + 1, count) > len(flat):
             raise GuideFileError(
-                f"{self.path} is damaged: a tensor of shape {list(shape)} claims more than the {len(storage)} numbers stored "
+                f"{self.path} is damaged: a tensor of shape {list(shape)} claims more than the {len(flat)} numbers stored "
                 f"for it"
             )
-        return storage.as_strided(shape, stride, offset)
+        return flat.as_strided(shape, stride, offset)
 
     def _key(self, key: Any) -> Any:
         """Check that a key hashes quickly: nested tuples can take for ever, and large numbers share their hashes."""

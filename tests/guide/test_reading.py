@@ -489,6 +489,42 @@ def test_a_storage_with_two_sizes_is_refused(tmp_path):
         read_untrusted(rewritten(path, change))
 
 
+class Call:
+    """Pickled as a call."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def view_of(storage, shape, stride):
+    return Call(torch._utils._rebuild_tensor_v2, storage, 0, shape, stride, False, OrderedDict())
+
+
+@pytest.mark.parametrize("how", ["torch", "torch-old", "pickle2", "pickle4"])
+def test_a_view_is_no_storage(tmp_path, how):
+    """A view [2**28, 0] takes no memory, and as a storage it would seem to hold 2**28 numbers."""
+    storage = torch.ones(1)._typed_storage()
+    assert torch.equal(read_untrusted(write(tmp_path / "f", view_of(storage, (1,), (1,)), how)), torch.ones(1))
+    parameter = Call(torch._utils._rebuild_parameter, torch.ones(1), False, OrderedDict())
+    for view in (view_of(storage, (1 << 28, 0), (1, 1)), torch.ones(1), parameter, [1.0]):
+        path = write(tmp_path / "f", {"embeddings": view_of(view, (1, 1), (0, 0))}, how)
+        with pytest.raises(GuideFileError, match=r"f is damaged: (Tensor|list) in the place of a tensor's data"):
+            read_untrusted(path)
+
+
+def test_a_view_in_the_bytes_of_a_pickled_storage_is_no_storage(tmp_path):
+    """A pickled tensor has its storage as an old torch file, which can hold a view instead."""
+    inner = io.BytesIO()
+    save_old(view_of(torch.ones(1)._typed_storage(), (1 << 28, 0), (1, 1)), inner)
+    view = Call(torch.storage._load_from_bytes, inner.getvalue())
+    for value in (view, view_of(view, (1, 1), (0, 0))):
+        with pytest.raises(GuideFileError, match="Tensor in the place of a tensor's data"):
+            read_untrusted(write(tmp_path / "f", {"embeddings": value}))
+
+
 def test_files_of_big_endian_machines_are_refused(tmp_path):
     path = write(tmp_path / "f", torch.ones(4), "torch")
     with pytest.raises(GuideFileError, match="big-endian"):

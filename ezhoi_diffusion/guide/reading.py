@@ -338,8 +338,14 @@ class _Unpickler(pickle._Unpickler):
         self.spend(len(text))
         return text.encode("latin1")
 
-    def _bytes(self, data: bytes | bytearray = b"") -> bytes:
-        self.spend(len(data))  # bytearray(n) would be n zeros; len refuses a number
+    def _require_bytes(self, data: Any) -> bytes | bytearray:
+        """Refuse a number and a tensor of one number: of these, bytes(n) and bytearray(n) make n zeros."""
+        if not isinstance(data, (bytes, bytearray)):
+            raise GuideFileError(f"{self.path} is damaged: {type(data).__name__} in the place of bytes")
+        return data
+
+    def _bytes(self, data: Any = b"") -> bytes:
+        self.spend(len(self._require_bytes(data)))
         return bytes(data)
 
     def _empty_array(self, _kind: Any, shape: Any, _code: Any) -> Any:
@@ -348,6 +354,7 @@ class _Unpickler(pickle._Unpickler):
         return np.empty(0, np.uint8)
 
     def _array(self, data: Any, dtype: _Dtype, shape: Any, order: str = "C") -> Any:
+        self._require_bytes(data)
         if not _are_sizes(shape) or math.prod(shape) * dtype.value.itemsize != len(data):
             shown = list(shape) if _are_sizes(shape) else "that no array has"
             raise GuideFileError(
@@ -358,7 +365,7 @@ class _Unpickler(pickle._Unpickler):
 
     def _storage_from_bytes(self, data: bytes) -> _Storage:
         """The data of a tensor that was pickled without torch.save: a torch file in the old format."""
-        self.spend(len(data))
+        self.spend(len(self._require_bytes(data)))
         storage = _read_old_torch(data, self.path)
         return self._require_storage(storage)
 

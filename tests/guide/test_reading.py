@@ -499,6 +499,16 @@ class Call:
         return self.call
 
 
+class Filled:
+    """Pickled as an empty array that is filled later."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def __reduce__(self):
+        return np.zeros(1).__reduce__()[0], (np.ndarray, (0,), b"b"), self.state
+
+
 def view_of(storage, shape, stride):
     return Call(torch._utils._rebuild_tensor_v2, storage, 0, shape, stride, False, OrderedDict())
 
@@ -523,6 +533,23 @@ def test_a_view_in_the_bytes_of_a_pickled_storage_is_no_storage(tmp_path):
     for value in (view, view_of(view, (1, 1), (0, 0))):
         with pytest.raises(GuideFileError, match="Tensor in the place of a tensor's data"):
             read_untrusted(write(tmp_path / "f", {"embeddings": value}))
+
+
+@pytest.mark.parametrize("how", ["torch", "torch-old", "pickle2", "pickle4"])
+def test_a_number_in_the_place_of_bytes_is_refused(tmp_path, how):
+    """From a tensor of one whole number n, bytes and bytearray make n zeros."""
+    number, dtype = torch.tensor([1 << 20]), np.dtype("u1")
+    scalar, frombuffer = np.uint8(1).__reduce__()[0], np.zeros(1).__reduce_ex__(5)[0]
+    calls = [
+        Call(bytes, number),
+        Call(bytearray, number),
+        Call(frombuffer, number, dtype, (1,), "C"),
+        Call(scalar, dtype, number),
+        Filled((1, (1,), dtype, False, number)),
+    ]
+    for call in calls:
+        with pytest.raises(GuideFileError, match="f is damaged: Tensor in the place of bytes"):
+            read_untrusted(write(tmp_path / "f", call, how))
 
 
 def test_files_of_big_endian_machines_are_refused(tmp_path):

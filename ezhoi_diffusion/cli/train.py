@@ -119,9 +119,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dim-mults", type=int, nargs="+", metavar="N", help="--denoiser unet1d with these multiples of it"
     )
-    parser.set_defaults(
-        flags={action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
-    )
+    flags: dict[str, str] = {}
+    for action in parser._actions:
+        if action.option_strings:
+            flags.setdefault(action.dest, action.option_strings[0])  # the guide's names come later
+    parser.set_defaults(flags=flags)
 
 
 def _add_everyday(parser: argparse.ArgumentParser) -> None:

@@ -81,6 +81,13 @@ def test_flags_without_effect_are_refused(words, named, capsys):
     assert named in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", [["--mixed-precision", "bf16"], ["--use-amp"]])
+def test_an_error_names_the_flag_itself_not_its_name_in_the_guide(flags, capsys):
+    assert main(["train", "F", "--out", "B", "--bridge", "x", *flags]) == 2
+    assert "--mixed-precision has no effect" in capsys.readouterr().err
+    assert parsed().flags["out"] == "--out"
+
+
 def test_a_file_of_the_guide_in_place_of_features_is_explained(tmp_path, capsys):
     (tmp_path / "x.pkl").write_bytes(b"")
     assert main(["train", "--data_path", str(tmp_path / "x.pkl"), "--results_folder", str(tmp_path / "b")]) == 2

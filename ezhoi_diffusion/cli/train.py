@@ -66,8 +66,8 @@ EVERYDAY = ("denoiser", "train_steps", "seed")  # fields of TrainConfig by group
 VALIDATION = ("val_fraction", "val_every", "patience", "checkpoint_every")
 FOR_FIT = ("features", "data_path", "out", "bridge", "set", "no_plugin")
 FOR_STUDENT = (
-    "features", "out", "student_of", "min_cosine", "set", "inference_steps", "start_timestep", "num_steps", "train_steps", "seed",
-    "device", "no_plugin",
+    "features", "data_path", "out", "student_of", "min_cosine", "set", "inference_steps", "start_timestep", "num_steps",
+    "train_steps", "seed", "device", "no_plugin",
 )  # fmt: skip
 ONLY_FOR_STUDENT = ("min_cosine", "device")
 STUDENT_STEPS = 2000
@@ -181,10 +181,14 @@ def _add_fields(group: arguments.Container, only: tuple[str, ...] = (), leave_ou
 
 def run(args: argparse.Namespace) -> int:
     """Train, fit or distil."""
-    args.features = args.features or args.data_path
     if args.bridge == LIST:
         print(f"bridges that can be fitted, and their options:\n{_describe_fits()}")
         return 0
+    if args.features and args.data_path:
+        raise EzhoiDiffusionError(
+            f"FEATURES ({args.features}) and --data-path ({args.data_path}) mean the same folder: give one of the two"
+        )
+    args.features = args.features or args.data_path
     if args.features is None or args.out is None:
         raise EzhoiDiffusionError(
             "FEATURES and --out DIR are required: name the captured features and a folder for the bridge"

@@ -74,6 +74,8 @@ def test_the_command_of_the_guide_works_as_it_is_written():
         (["F", "--out", "B", "--student-of", "x", "--recipe", "paper"], "--recipe"),
         (["F", "--out", "B", "--student-of", "x", "--resume"], "--resume"),
         (["F", "--out", "B", "--min-cosine", "0.5"], "--min-cosine"),
+        (["F", "--data-path", "G", "--out", "B"], "--data-path (G)"),
+        (["F", "--data-path", "G", "--out", "B", "--student-of", "x"], "--data-path (G)"),
     ],
 )
 def test_flags_without_effect_are_refused(words, named, capsys):
@@ -86,6 +88,13 @@ def test_an_error_names_the_flag_itself_not_its_name_in_the_guide(flags, capsys)
     assert main(["train", "F", "--out", "B", "--bridge", "x", *flags]) == 2
     assert "--mixed-precision has no effect" in capsys.readouterr().err
     assert parsed().flags["out"] == "--out"
+
+
+@pytest.mark.parametrize(("flag", "called"), [("--student-of", "_distil"), ("--bridge", "_fit")])
+def test_data_path_names_the_features_in_every_mode(flag, called, mocker):
+    made = mocker.patch(f"ezhoi_diffusion.cli.train.{called}", return_value=0)
+    assert main(["train", "--data-path", "F", "--out", "B", flag, "x"]) == 0
+    assert str(made.call_args.args[0].features) == "F"
 
 
 def test_a_file_of_the_guide_in_place_of_features_is_explained(tmp_path, capsys):

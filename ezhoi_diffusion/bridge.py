@@ -58,7 +58,7 @@ class Bridge(nn.Module, ABC):
         """
 
     def override(self, **settings: Any) -> Self:
-        """The same bridge, applied in another way. Provenance records the change under `overridden`.
+        """The same bridge, applied in another way. Its provenance, if any, records the change under `overridden`.
 
         Args:
             settings: New values for some of `self.settings`.
@@ -73,8 +73,8 @@ class Bridge(nn.Module, ABC):
             )
         other = copy.copy(self)
         other.apply_settings(settings)
-        if settings:
-            known = self.provenance or {}
+        known = self.provenance
+        if settings and known is not None:  # a bridge that fits every run still does
             other.provenance = {**known, "overridden": {**known.get("overridden", {}), **settings}}
         return other
 

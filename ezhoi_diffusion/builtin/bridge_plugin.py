@@ -66,12 +66,15 @@ class BridgePlugin:
             check=run.check_fingerprint,
             device=run.device,
             settings=parse_settings(run.args.set, run.args.inference_steps),
+            skip_unknown=True,  # another enabled bridge may have it; the run checks that one does
         )
         if len(variants) > 1:
             from ezhoi_diffusion.bridge import BridgeError
 
             raise BridgeError(f"{own or run.args.bridge} holds several seeds: name one of {', '.join(variants)}")
-        self._bridge = next(iter(variants.values())).bridge
+        variant = next(iter(variants.values()))
+        run.applied_settings.update(variant.source.settings if variant.source else ())
+        self._bridge = variant.bridge
 
     @hookimpl
     def post_adapter_feat(self, adapter_feat: Tensor, pairs: Pairs) -> Tensor | None:

@@ -159,6 +159,7 @@ def resolve_variants(
     settings: Mapping[str, Any] | None = None,
     sweep: Mapping[str, Sequence[Any]] | None = None,
     skip_refused: bool = False,
+    skip_unknown: bool = False,
 ) -> dict[str, Variant]:
     """Load the bridges that `none,NAME,NAME=DIR,…` names.
 
@@ -171,7 +172,8 @@ def resolve_variants(
         device: Where the bridges go.
         settings: Applied to every bridge that has them.
         sweep: Every bridge is also taken at each point of what this has of its settings.
-        skip_refused: Leave out settings that no bridge has and points that a bridge refuses, as for a default grid.
+        skip_refused: Leave out of the sweep what no bridge has and points that a bridge refuses, as for a default grid.
+        skip_unknown: Leave out settings that no bridge has. `Source.settings` has those that were applied.
 
     Returns:
         Variants by name, without `none`.
@@ -204,8 +206,7 @@ def resolve_variants(
         raise EzhoiDiffusionError(
             "only `none` is named; name a bridge beside it, e.g. none,diffusion with --bridge DIR"
         )
-    if not skip_refused:
-        _require_known({*settings, *sweep}, variants)
+    _require_known({*(() if skip_unknown else settings), *(() if skip_refused else sweep)}, variants)
     return variants
 
 
@@ -241,9 +242,9 @@ def _points(
     """The bridge as it is, and at every point of what the sweep has of its settings."""
     own = {key: values for key, values in sweep.items() if key in bridge.settings}
     points = [dict(zip(own, values, strict=True)) for values in itertools.product(*own.values())] if own else []
-    if skip_refused:
-        points = [point for point in points if _accepts(bridge, point)]
     with _naming(label):
+        if skip_refused:
+            points = [point for point in points if _accepts(bridge, point)]
         return [({}, bridge), *zip(points, bridge.sweep(points), strict=True)]
 
 

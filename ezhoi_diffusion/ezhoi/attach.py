@@ -97,12 +97,20 @@ class Attachment:
         elif args.compare:
             self._prepare_comparison()
         else:
+            self._require_settings_applied()
             if injects:
                 self._inject(injects[0])
             for name in EVALUATIONS:
                 self._wrap_evaluation(name, self._evaluate)
 
     # -- injection ---------------------------------------------------------------------------------------
+
+    def _require_settings_applied(self) -> None:
+        unknown = parse_settings(self.run.args.set, self.run.args.inference_steps).keys() - self.run.applied_settings
+        if unknown:
+            raise EzhoiDiffusionError(
+                f"no enabled bridge has a setting {', '.join(sorted(unknown))}: leave it out, or enable the bridge that has it"
+            )
 
     def _inject(self, plugin: str) -> None:
         run = self.run

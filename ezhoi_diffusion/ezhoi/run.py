@@ -41,6 +41,8 @@ class EzHoiRun:
     """Plugin -> number of images that it has from an earlier capture. The pass starts at the smallest."""
     forced: list[str] = field(default_factory=list)
     """Fingerprint mismatches that --force let through, for the report."""
+    applied_settings: set[str] = field(default_factory=set)
+    """Settings of --set and --inference-steps that an enabled bridge has."""
     _checked_a_bridge: bool = field(default=False, repr=False)
 
     @property

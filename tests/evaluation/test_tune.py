@@ -406,6 +406,33 @@ def test_a_third_partys_sweep_that_fails_is_named():
             resolve_variants(name, manager, check=lambda *_: None, device="cpu", sweep={"blend": [1]})
 
 
+def test_a_default_sweep_names_the_bridge_whose_settings_raise():
+    class Odd(FunctionBridge):
+        settings = ("blend",)
+
+        def apply_settings(self, settings):
+            raise ValueError("mine")
+
+    manager = PluginManager(discover=False)
+    manager.register(BridgePlugin("odd", lambda folder: Odd(lambda x: x)), "odd")
+    for skip_refused in (False, True):
+        with pytest.raises(BridgeError, match=r"bridge 'odd'.*ValueError: mine"):
+            resolve_variants(
+                "odd", manager, check=lambda *_: None, device="cpu", sweep={"blend": [1]}, skip_refused=skip_refused
+            )
+
+
+def test_a_setting_that_no_bridge_has_is_an_error_with_a_default_sweep_too():
+    for skip_refused in (False, True):
+        with pytest.raises(EzhoiDiffusionError, match="none of identity has a setting typo"):
+            resolved(
+                "identity",
+                settings={"typo": 1},
+                sweep={"blend": [1]} if skip_refused else {},
+                skip_refused=skip_refused,
+            )
+
+
 def test_a_bridge_that_cannot_be_loaded_is_named():
     manager = PluginManager(discover=False)
     manager.register(BridgePlugin("raises", lambda folder: 1 / 0), "raises")

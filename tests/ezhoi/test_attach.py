@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ezhoi_diffusion import EzhoiDiffusionError, attach, hookimpl
+from ezhoi_diffusion import Bridge, BridgePlugin, EzhoiDiffusionError, attach, hookimpl
 from ezhoi_diffusion.bridge import as_bridge, fingerprint_differences
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge
 from ezhoi_diffusion.diffusion.recipes import RECIPES
@@ -59,6 +59,32 @@ def test_identity_denoiser_leaves_logits_unchanged(ezhoi, mocker, recipe):
     assert len(before) == len(after) > 5
     scale = max(float(a.abs().max()) for a in before)
     assert max(float((a - b).abs().max()) for a, b in zip(before, after, strict=True)) < 1e-5 * max(scale, 1)
+
+
+class Scaled(Bridge):
+    settings = ("factor",)
+
+    def __init__(self, factor=1.0):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, adapter_feat, pairs=None):
+        return self.factor * adapter_feat
+
+
+def test_a_setting_reaches_the_enabled_bridges_that_have_it(ezhoi, use):
+    use(scaled=BridgePlugin("scaled", lambda folder: Scaled()), plain=BridgePlugin("plain", lambda folder: lambda x: x))
+    ezhoi.args.plugin = ["plain", "scaled"]
+    ezhoi.args.plugin_folders = {"plain": "", "scaled": ""}
+    with attach(ezhoi.model, ezhoi.args):
+        same = detect(ezhoi)
+    ezhoi.args.set = ["factor=2"]
+    with attach(ezhoi.model, ezhoi.args):
+        doubled = detect(ezhoi)
+    assert not all(torch.equal(a["scores"], b["scores"]) for a, b in zip(same, doubled, strict=True))
+    ezhoi.args.set = ["typo=2"]
+    with pytest.raises(EzhoiDiffusionError, match="no enabled bridge has a setting typo"):
+        attach(ezhoi.model, ezhoi.args)
 
 
 def bridge_of(provenance, context=None):

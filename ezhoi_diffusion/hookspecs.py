@@ -146,7 +146,7 @@ def on_attach(run: EzHoiRun) -> None:
 
     Args:
         run: `run.model`, `run.args`, `run.engine` (None under inference.py), `run.fingerprint`, `run.device`,
-            `run.rank`, `run.world_size`. A plugin that stored part of a split before sets `run.done[NAME]` to the
+            `run.rank`, `run.world_size`. A plugin that stored part of a split before sets `run.images_done[NAME]` to the
             position of the first image it still needs.
 
     Return: nothing.

@@ -144,7 +144,7 @@ def _add_everyday(parser: argparse.ArgumentParser) -> None:
     )
     add("--num-steps", type=int, metavar="N", help="network evaluations for a feature at eval: the cost (recipe's)")
     add("--spacing", metavar="NAME", help="spacing of the evaluated timesteps: linear, quadratic or cubic (recipe's)")
-    add("--sampler", metavar="NAME", help="ddim, or one that a plugin registers (recipe's)")
+    add("--sampler", metavar="NAME", help="ddim, published, or one that a plugin registers (recipe's)")
     add("--blend", type=float, metavar="L", help="share of the bridged direction in the result, 0 to 1 (recipe's)")
     add("--output-mode", dest="output", metavar="NAME", help="keep_norm or unit_norm (recipe's)")
     add("--scale-factor", type=float, metavar="S", help="norm of every network input (recipe's, 5)")
@@ -353,7 +353,7 @@ def _describe_fits() -> str:
     for name in fits.names():
         options = " ".join(f"[{option}={default}]" for option, default in fit_options(fits[name]).items())
         text = (inspect.getdoc(fits[name]) or "").replace("\n", "\n      ")
-        described.append(f"  {name} {options}\n      {text}")
+        described.append(f"  {f'{name} {options}'.rstrip()}\n      {text}")
     return "\n\n".join(described) or "  none: install a plugin first"
 
 

@@ -40,7 +40,7 @@ def comparison_pass(run: EzHoiRun, loader: Any, variants: Mapping[str, Variant],
         replicates: Of the bootstrap over images, 0 for none.
 
     Raises:
-        TapError: EZ-HOI never computed adapter_feat.
+        FeatureTapError: EZ-HOI never computed adapter_feat.
     """
     dataset = loader.dataset.dataset
     interactions = torch.from_numpy(np.asarray(dataset.object_n_verb_to_interaction, dtype=float))  # None becomes NaN

@@ -102,7 +102,7 @@ def test_being_found_costs_no_import_of_what_is_needed_later(environment):
 def test_options_are_explained(environment):
     done = environment.command("train", "--bridge", "list")
     assert done.returncode == 0, done.stderr
-    for said in (*NAMES, "[mode=diagonal]", "train_steps: optimiser steps", "Schönemann"):
+    for said in (*NAMES, "[mode=diagonal]", "train_steps: Optimizer steps", "Schönemann"):
         assert said in done.stdout, said
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -336,7 +336,9 @@ ATTRIBUTES: dict[str, Callable[[Any], bool]] = {
     "needs_pairs": lambda value: isinstance(value, bool),
     "settings": lambda value: isinstance(value, tuple) and all(isinstance(name, str) for name in value),
     "provenance": lambda value: value is None or isinstance(value, dict),
-    "context": lambda value: isinstance(value, dict) and all(isinstance(tensor, Tensor) for tensor in value.values()),
+    "context": lambda value: (
+        isinstance(value, Mapping) and all(isinstance(tensor, Tensor) for tensor in value.values())
+    ),
 }
 BASIC = ("shape", "device")
 BRIDGE_RULES: dict[str, Rule[Trial]] = {

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from ezhoi_diffusion.bridge import Bridge
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.evaluation.comparison import Comparison, VariantResult
 from ezhoi_diffusion.evaluation.effect import Effect, verdict
@@ -82,12 +83,16 @@ def test_every_bridge_sees_one_image_at_a_time_and_only_those_chosen(stores):
     store = FeatureStore(stores / "test")
     seen = []
 
-    def spy(feature, pairs):
-        seen.append((pairs.image, len(feature)))
+    class Spy(Bridge):
+        needs_pairs = True
+
+        def forward(self, adapter_feat, pairs=None):
+            seen.append((pairs.image, len(adapter_feat)))
+            return adapter_feat
 
     chosen = {i for i, entry in enumerate(store.images) if entry["rows"]}
     few = set(sorted(chosen)[:3])
-    comparison = replay(store, {"spy": Variant(spy)}, chosen=few)
+    comparison = replay(store, {"spy": Variant("spy", Spy())}, chosen=few)
     assert seen == [(store.images[i]["name"], store.images[i]["rows"]) for i in sorted(few)]
     assert comparison.images == 3
     annotated = {hoi for image in stored_images(store, few) for hoi in image.gt_hoi.tolist()}

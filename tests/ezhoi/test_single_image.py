@@ -226,7 +226,7 @@ def test_unused_engine_import_is_ignored(script, tmp_path):
 
 @pytest.mark.parametrize("flag", ["--diffusion_bridge", "--diffusion_text_mean=x", "--diffusion-steps"])
 def test_flags_of_the_guide_are_refused_with_ours(flag):
-    with pytest.raises(EzhoiDiffusionError, match="--plugin diffusion --bridge DIR"):
+    with pytest.raises(EzhoiDiffusionError, match="--plugin diffusion=DIR"):
         add_arguments(ArgumentParser(), ["--eval", flag, "y"])
     fork = ArgumentParser()
     fork.add_argument(flag.partition("=")[0])

@@ -216,7 +216,8 @@ def run(args: argparse.Namespace) -> int:
 def _refuse_others(args: argparse.Namespace, known: tuple[str, ...], mode: str) -> None:
     """Raise EzhoiDiffusionError for a flag that this way of making a bridge would ignore."""
     for name, flag in args.flags.items():
-        if name not in known and getattr(args, name, None) not in (None, False, []):
+        value = getattr(args, name, None)
+        if name not in known and value is not None and value is not False and value != []:
             raise EzhoiDiffusionError(f"{flag} has no effect with {mode}: leave it out")
 
 

@@ -73,6 +73,7 @@ def test_the_command_of_the_guide_works_as_it_is_written():
         (["F", "--out", "B", "--bridge", "x", "--blend", "1"], "--blend"),
         (["F", "--out", "B", "--student-of", "x", "--recipe", "paper"], "--recipe"),
         (["F", "--out", "B", "--student-of", "x", "--resume"], "--resume"),
+        (["F", "--out", "B", "--bridge", "x", "--seed", "0"], "--seed"),
         (["F", "--out", "B", "--min-cosine", "0.5"], "--min-cosine"),
         (["F", "--data-path", "G", "--out", "B"], "--data-path (G)"),
         (["F", "--data-path", "G", "--out", "B", "--student-of", "x"], "--data-path (G)"),

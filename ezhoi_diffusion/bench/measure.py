@@ -68,36 +68,39 @@ def _cpu() -> str:
 MIN_TURN = 0.05  # seconds: a fast call is repeated in its turn, so that it gets more samples than a slow one
 
 
-def interleaved(
-    calls: Mapping[str, Callable[[], Any]], *, seconds: float, rounds: int, device: torch.device
+def take_turns(
+    turns: Mapping[str, Callable[[], list[float]]], *, seconds: float, rounds: int
 ) -> dict[str, list[float]]:
-    """Time calls in turns (A B C A B C …), so that other work on the machine slows all of them.
-
-    torch.utils.benchmark.Timer warms up in every turn, which takes minutes for a call of ten seconds.
+    """Measure in turns (A B C A B C …), so that other work on the machine slows all of them.
 
     Args:
-        calls: Functions by name. Each is called once before it is timed.
+        turns: Functions by name. Each takes one turn and returns its samples.
         seconds: How long to go on.
         rounds: Least number of turns.
-        device: Is synchronized before the clock is read.
 
     Returns:
-        Seconds of each call, by name.
+        All samples, by name.
     """
-    for call in calls.values():
-        call()
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[str, list[float]] = {name: [] for name in turns}
     end, done = time.perf_counter() + seconds, 0
     while done < rounds or time.perf_counter() < end:
-        for name, call in calls.items():
-            turn = time.perf_counter() + MIN_TURN
-            while True:
-                began = now(device)
-                call()
-                samples[name].append(now(device) - began)
-                if time.perf_counter() >= turn:
-                    break
+        for name, turn in turns.items():
+            samples[name] += turn()
         done += 1
+    return samples
+
+
+def repeated(call: Callable[[], Any], device: torch.device) -> list[float]:
+    """Return the seconds of each call in one turn of at least `MIN_TURN` seconds.
+
+    torch.utils.benchmark.Timer warms up in every turn, which takes minutes for a call of ten seconds.
+    """
+    samples: list[float] = []
+    end = time.perf_counter() + MIN_TURN
+    while not samples or time.perf_counter() < end:
+        began = now(device)
+        call()
+        samples.append(now(device) - began)
     return samples
 
 

@@ -2,96 +2,90 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import replace
+from functools import partial
 from io import StringIO
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset
 
-from ezhoi_diffusion.bench.measure import now, spread
-from ezhoi_diffusion.diffusion.bridge import BridgeConfig, build_denoiser
-from ezhoi_diffusion.diffusion.components import Components
+from ezhoi_diffusion.bench.measure import in_new_process, now, peak_growth, spread, take_turns
+from ezhoi_diffusion.diffusion.bridge import build_denoiser
+from ezhoi_diffusion.diffusion.components import Components, components
 from ezhoi_diffusion.diffusion.normalization import normalize, rescale
 from ezhoi_diffusion.errors import Interrupted
+from ezhoi_diffusion.plugins import PluginManager
 from ezhoi_diffusion.training.config import TrainConfig
 from ezhoi_diffusion.training.data import TrainingData
 from ezhoi_diffusion.training.trainer import train
 
-MIN_TURN = 1.0  # seconds of each case in every round, or one step where that takes longer
+MIN_TURN = 1.0  # seconds of each trainer in every round, or one step where that takes longer
 FOREVER = 10_000_000
 EPOCH = 1 << 16  # samples in the published trainer's data set, so that no epoch ends while it is timed
 # Untimed steps at the start of a turn, and steps timed together: to synchronize a GPU after every step would slow it.
 WARM_UP = {"cpu": 1, "cuda": 20}
 TOGETHER = {"cpu": 1, "cuda": 10}
+GUIDE = "Trainer1D, unet1d"
+# Trainers by name: the network, and whether it is trained by denoising-diffusion-pytorch's Trainer1D or by this package.
+TRAINERS = {"ours, mlp": ("mlp", False), "Trainer1D, mlp": ("mlp", True), GUIDE: ("unet1d", True)}
+TRAINERS["ours, unet1d"] = ("unet1d", False)
+
+Run = Callable[[Callable[[], None]], None]
+"""Runs a training and calls the argument after every step, until that raises."""
 
 
 class _Enough(Exception):
     """Ends a training after its turn."""
 
 
-@dataclass(frozen=True)
-class TrainerCase:
-    """A training to measure: a network, in this package's loop or in denoising-diffusion-pytorch's Trainer1D."""
-
-    denoiser: str
-    published: bool
-
-    @property
-    def name(self) -> str:
-        """Name in the table."""
-        return f"{'Trainer1D' if self.published else 'ours'}, {self.denoiser}"
-
-
-GUIDE = TrainerCase("unet1d", published=True)
-TRAINER_CASES = (
-    TrainerCase("mlp", published=False),
-    TrainerCase("mlp", published=True),
-    GUIDE,
-    TrainerCase("unet1d", published=False),
-)
-
-
 def speed(
-    data: TrainingData,
-    *,
-    batch: int,
-    seconds: float,
-    rounds: int,
-    registry: Components,
-    device: torch.device,
+    data: TrainingData, *, batch: int, seconds: float, rounds: int, registry: Components, device: torch.device
 ) -> list[dict[str, Any]]:
     """Measure the steps a second of every trainer at this batch, and their ratio to the guide's.
 
-    The trainers take turns until `seconds` are over, and at least `rounds` times.
+    The trainers take turns until `seconds` are over, and at least `rounds` times. Every turn is a new training.
     """
-    taken: dict[TrainerCase, list[float]] = {trainer_case: [] for trainer_case in TRAINER_CASES}
-    end, done = time.perf_counter() + seconds, 0
-    with ExitStack() as stack:
-        turns = {
-            trainer_case: stack.enter_context(training(trainer_case, data, batch, registry))
-            for trainer_case in TRAINER_CASES
+    runs = {name: partial(run_training, name, data, batch, registry) for name in TRAINERS}
+    turns = {name: partial(step_seconds, run, device, MIN_TURN) for name, run in runs.items()}
+    samples = take_turns(turns, seconds=seconds, rounds=rounds)
+    rates = {name: spread([1 / second for second in taken]) for name, taken in samples.items()}
+    return [
+        {
+            "name": name,
+            "denoiser": TRAINERS[name][0],
+            "batch": batch,
+            "steps_per_second": rate,
+            "ratio": rate["median"] / rates[GUIDE]["median"],
         }
-        while done < rounds or time.perf_counter() < end:
-            for trainer_case, turn in turns.items():
-                taken[trainer_case] += _timed(turn, device)
-            done += 1
-    results: list[dict[str, Any]] = []
-    for trainer_case, samples in taken.items():
-        rates = spread([1 / second for second in samples])
-        results.append(
-            {"name": trainer_case.name, "denoiser": trainer_case.denoiser, "batch": batch, "steps_per_second": rates}
-        )
-    guides = next(r["steps_per_second"]["median"] for r in results if r["name"] == GUIDE.name)
-    return [{**r, "ratio": r["steps_per_second"]["median"] / guides} for r in results]
+        for name, rate in rates.items()
+    ]
+
+
+def step_seconds(run: Run, device: torch.device, seconds: float) -> list[float]:
+    """Seconds of each step of a training that goes on for `seconds`, and for two steps at least."""
+    warm_up, together = WARM_UP[device.type], TOGETHER[device.type]
+    stamps: list[float] = []
+    steps = count(1)
+
+    def after_step() -> None:
+        step = next(steps)
+        if step < warm_up or (step - warm_up) % together:
+            return
+        stamps.append(now(device))
+        if len(stamps) > 1 and stamps[-1] - stamps[0] >= seconds:
+            raise _Enough
+
+    with suppress(_Enough):
+        run(after_step)
+    return [(b - a) / together for a, b in pairwise(stamps)]
 
 
 @contextmanager
@@ -105,77 +99,56 @@ def silently() -> Iterator[None]:
             raise KeyboardInterrupt from error
 
 
-Turn = Callable[[Callable[[], None]], None]
-"""Continues a training and calls the argument after every step, until that raises."""
-
-
-@contextmanager
-def training(trainer_case: TrainerCase, data: TrainingData, batch: int, registry: Components) -> Iterator[Turn]:
-    """Yield a training that runs silently in turns, in a temporary folder."""
+def run_training(
+    name: str, data: TrainingData, batch: int, registry: Components, after_step: Callable[[], None]
+) -> None:
+    """Run a training silently in a temporary folder, until `after_step` raises."""
+    denoiser, published = TRAINERS[name]
     config = replace(
         TrainConfig(),
-        denoiser=trainer_case.denoiser,
+        denoiser=denoiser,
         batch_size=batch,
         train_steps=FOREVER,
         val_every=FOREVER,
         checkpoint_every=FOREVER,
     )
-    with TemporaryDirectory() as folder:
-        turns = (
-            _published(data, config, Path(folder), registry)
-            if trainer_case.published
-            else _ours(data, config, Path(folder), registry)
-        )
-
-        def turn(after_step: Callable[[], None]) -> None:
-            with silently(), suppress(_Enough):
-                turns(after_step)
-
-        yield turn
+    with TemporaryDirectory() as folder, silently():
+        if published:
+            _run_published(data, config, folder, registry, after_step)
+        else:
+            train(data, config, Path(folder) / "ours", registry=registry, on_step=lambda _: after_step())
 
 
-def _ours(data: TrainingData, config: TrainConfig, folder: Path, registry: Components) -> Turn:
-    begun: list[Path] = []
+def _run_published(
+    data: TrainingData, config: TrainConfig, folder: str, registry: Components, after_step: Callable[[], None]
+) -> None:
+    """Run Trainer1D as it is published: a data loader with a worker for every core, the loss fetched in every step."""
+    from denoising_diffusion_pytorch import Dataset1D, GaussianDiffusion1D, Trainer1D
 
-    def turn(after_step: Callable[[], None]) -> None:  # a new training each time
-        begun.append(folder / str(len(begun)))
-        train(data, config, begun[-1], registry=registry, on_step=lambda _: after_step())
-
-    return turn
-
-
-def _published(data: TrainingData, config: TrainConfig, folder: Path, registry: Components) -> Turn:
-    """Make Trainer1D as it is published: a data loader with a worker for every core, the loss fetched in every step."""
-    from denoising_diffusion_pytorch import GaussianDiffusion1D, Trainer1D
-
-    dim, recipe = data.text.shape[1], config.recipe
+    dim, scale = data.statistics.dim, config.recipe.scale_factor
     with torch.random.fork_rng(devices=[]):
-        network = build_denoiser(BridgeConfig(dim, recipe, config.denoiser), registry)
-    diffusion = GaussianDiffusion1D(
-        OnChannels(network, recipe.scale_factor),
-        seq_length=dim,
-        objective="pred_x0",
-        timesteps=config.num_timesteps,
-        auto_normalize=False,
-    )
+        network = build_denoiser(config.bridge_config(dim), registry)
+    texts = Dataset1D(normalize(data.text, data.statistics.text_mean, scale)[0].unsqueeze(1))
     trainer = Trainer1D(
-        diffusion,
-        RepeatedTexts(normalize(data.text, data.statistics.text_mean, recipe.scale_factor)[0]),
+        GaussianDiffusion1D(
+            OnChannels(network, scale),
+            seq_length=dim,
+            objective="pred_x0",
+            timesteps=config.num_timesteps,
+            auto_normalize=False,
+        ),
+        ConcatDataset([texts] * -(-EPOCH // len(texts))),
         train_batch_size=config.batch_size,
         train_lr=config.learning_rate,
         train_num_steps=FOREVER,
         save_and_sample_every=FOREVER,
-        results_folder=str(folder),
+        results_folder=folder,
     )
-
-    def turn(after_step: Callable[[], None]) -> None:
-        hook = trainer.opt.optimizer.register_step_post_hook(lambda *_: after_step())
-        try:
-            trainer.train()
-        finally:
-            hook.remove()
-
-    return turn
+    trainer.opt.optimizer.register_step_post_hook(lambda *_: after_step())
+    try:
+        trainer.train()
+    finally:
+        trainer.dl.close()  # ends the workers
 
 
 class OnChannels(nn.Module):
@@ -193,46 +166,17 @@ class OnChannels(nn.Module):
         return output.unsqueeze(1)
 
 
-class RepeatedTexts(Dataset[Tensor]):
-    """Text features [N, D] repeated, each as [1, D]."""
-
-    def __init__(self, texts: Tensor) -> None:
-        self.texts = texts
-
-    def __len__(self) -> int:
-        return max(EPOCH, len(self.texts))
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.texts[index % len(self.texts)].unsqueeze(0).clone()
+def memory(name: str, data: TrainingData, batch: int) -> int:
+    """Bytes that a training adds to its process, without the workers of a data loader."""
+    return in_new_process(_memory, name, data, batch)
 
 
-def _timed(turn: Turn, device: torch.device) -> list[float]:
-    """Seconds of each step of one turn."""
-    warm_up, together = WARM_UP[device.type], TOGETHER[device.type]
-    stamps: list[float] = []
-    steps = 0
+def _memory(name: str, data: TrainingData, batch: int) -> int:
+    import accelerate
+    import denoising_diffusion_pytorch  # noqa: F401, to load modules before measuring
 
-    def after_step() -> None:
-        nonlocal steps
-        steps += 1
-        if steps < warm_up or (steps - warm_up) % together:
-            return
-        stamps.append(now(device))
-        if len(stamps) > 1 and stamps[-1] - stamps[0] >= MIN_TURN:
-            raise _Enough
-
-    turn(after_step)
-    return [(b - a) / together for a, b in pairwise(stamps)]
-
-
-def take_steps(turn: Turn, count: int) -> None:
-    """Take `count` steps."""
-    left = count
-
-    def after_step() -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            raise _Enough
-
-    turn(after_step)
+    device = accelerate.Accelerator().device
+    run = partial(run_training, name, data, batch, components(PluginManager()))
+    with peak_growth(device) as grown:
+        step_seconds(run, device, seconds=0)  # two steps: the first one makes the optimizer's state
+    return grown[0]

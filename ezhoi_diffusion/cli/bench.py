@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print, and write where asked."""
     from ezhoi_diffusion.bench.data import captured, require_fit, synthetic
     from ezhoi_diffusion.bench.suite import QUICK, BenchConfig, measure
-    from ezhoi_diffusion.bench.table import plot_bench, table
+    from ezhoi_diffusion.bench.table import plot_bench, summary, tables
+    from ezhoi_diffusion.cli.terminal import print_table
     from ezhoi_diffusion.device import pick_device
     from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
     from ezhoi_diffusion.diffusion.components import components
@@ -71,7 +72,10 @@ def run(args: argparse.Namespace) -> int:
         check_writable(args.out)
     result = measure(data, bridge, QUICK if args.quick else BenchConfig(), registry, pick_device(args.device))
     result["warnings"] += forced
-    print("\n" + table(result), flush=True)
+    print("\n" + summary(result))
+    for caption, head, rows in tables(result):
+        print(f"\n{caption}\n")
+        print_table(head, rows, numbers=range(2, len(head)))
     if args.out:
         write_json(args.out / "bench.json", result)
         plot_bench(result, args.out / "bench.png")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from ezhoi_diffusion.bench import measure, sampling, suite, training
-from ezhoi_diffusion.bench.data import captured, student_of, synthetic, trained
+from ezhoi_diffusion.bench.data import captured, synthetic, trained
 from ezhoi_diffusion.bench.measure import BenchError, busy
-from ezhoi_diffusion.bench.table import table
+from ezhoi_diffusion.bench.table import summary
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge, build_denoiser
 from ezhoi_diffusion.diffusion.components import Components
@@ -30,7 +31,6 @@ TINY = suite.BenchConfig(
     seconds=0.01,
     features=4,
     train_steps=10,
-    student_steps=2,
     batch=4,
     training_seconds=0.01,
 )
@@ -57,7 +57,6 @@ def run(store, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(suite, "QUICK", TINY)
-        patch.setattr("ezhoi_diffusion.training.distillation.NUM_FEATURES", 64)
         patch.setattr(training, "MIN_TURN", 0.01)
         patch.setattr(measure, "MIN_TURN", 0.0)
         printed = []
@@ -80,7 +79,7 @@ def numbers(value, name=""):
 def test_the_command_writes_every_figure_and_all_are_finite_and_positive(run):
     _, result, folder = run
     assert {
-        "machine", "warnings", "data", "config", "sampler", "fewest", "training", "closed_form", "memory", "seconds",
+        "machine", "warnings", "data", "config", "sampler", "training", "closed_form", "memory", "seconds",
     } == set(result)  # fmt: skip
     assert {"cpu", "cores", "threads", "torch", "load", "device"} <= set(result["machine"])
     for name, value in numbers(result):
@@ -94,10 +93,8 @@ def test_the_command_writes_every_figure_and_all_are_finite_and_positive(run):
     assert guide["ratio"] == {"3": 1, "5": 1}
     assert guide["fidelity"] is None
     assert all(set(entry["fidelity"]) == {"cosine", "cosine_min", "top1", "rows"} for entry in others)
-    assert [entry["name"] for entry in result["training"]] == [
-        trainer_case.name for trainer_case in training.TRAINER_CASES
-    ]
-    assert len(result["memory"]) == 3 + len(training.TRAINER_CASES)
+    assert [entry["name"] for entry in result["training"]] == list(training.TRAINERS)
+    assert [entry["name"] for entry in result["memory"]] == [guide["name"], others[0]["name"], *training.TRAINERS]
     assert (folder / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -114,35 +111,34 @@ def test_ratios_are_those_of_the_medians(run):
 def test_the_table_names_all_cases_and_what_was_not_timed(run):
     printed, result, _ = run
     for entry in (*result["sampler"], *result["training"], *result["memory"]):
-        assert f" {entry['name']}" in printed
+        assert f"\n{entry['name']}" in printed
     names = [entry["name"] for entry in result["sampler"]]
     assert names == [
-        "the guide's unet1d", "mlp, recipe gentle", "mlp, its student", "mlp, S = 1", "mlp, S = 5",
-        "mlp, S = 5, cubic", "mlp, S = 10, cubic", "gaussian, S = 5, cubic", "gaussian, S = 10, cubic",
+        "the guide's unet1d", "mlp, recipe gentle", "mlp, S = 1", "mlp, S = 5", "gaussian, S = 5, cubic",
     ]  # fmt: skip
     assert "the guide's unet1d*" in printed
     assert "timed on 2 of its 600 evaluations, times 300" in printed
     assert f"trained on the texts for {TINY.train_steps} steps" in printed
 
 
-def test_a_table_of_a_busy_machine_and_of_a_bridge_as_given(run):
+def test_the_summary_of_a_busy_machine_and_of_a_bridge_as_given(run):
     _, result, _ = run
-    warned = table({**result, "warnings": ["the machine is busy"], "closed_form": None})
+    warned = summary({**result, "warnings": ["the machine is busy"], "closed_form": None})
     assert "warning: the machine is busy" in warned
     assert "closed-form" not in warned
     reached = {**result["closed_form"], "reached_at_step": 300, "reached_after_seconds": 7.0}
-    assert "below it after 300 steps, 7 s" in table({**result, "closed_form": reached})
-    assert "not reached in 10 steps" in table({**result, "closed_form": {**reached, "reached_at_step": None}})
+    assert "below it after 300 steps, 7 s" in summary({**result, "closed_form": reached})
+    assert "not reached in 10 steps" in summary({**result, "closed_form": {**reached, "reached_at_step": None}})
 
 
 def test_all_evaluations_against_themselves_are_the_same_result_and_fewer_are_not():
     data = synthetic(dim=D, texts=20, features=8)
     entries = sampling.bridge_cases(bridge(), (1, 600), Components())
-    found = dict(zip([e.name for e in entries], sampling.nearness(entries, data.features, data.text), strict=True))
+    found = dict(zip([e.name for e in entries], sampling.nearness(entries, data.visual, data.text), strict=True))
     whole = found["mlp, S = 600"]
-    assert (whole.cosine, whole.cosine_min) == pytest.approx((1, 1), abs=1e-6)
-    assert whole.top1 == 1
-    assert found["mlp, S = 1"].cosine < 0.999
+    assert (whole["cosine"], whole["cosine_min"]) == pytest.approx((1, 1), abs=1e-6)
+    assert whole["top1"] == 1
+    assert found["mlp, S = 1"]["cosine"] < 0.999
     assert found["the guide's unet1d"] is None
 
 
@@ -155,19 +151,27 @@ def test_the_reference_has_every_timestep_and_the_start_of_its_case():
 
 def test_untimed_evaluations_count_like_timed_ones(monkeypatch):
     entries = sampling.bridge_cases(bridge(), (5,), Components())
-    monkeypatch.setattr(sampling, "interleaved", lambda calls, **_: {name: [0.002, 0.004, 0.003] for name in calls})
+    monkeypatch.setattr(sampling, "take_turns", lambda turns, **_: {name: [0.002, 0.004, 0.003] for name in turns})
     guide, other, *_ = sampling.cost(entries, torch.randn(4, D), 16, seconds=0, rounds=1)
     assert other == {"median": pytest.approx(3), "low": pytest.approx(2.5), "high": pytest.approx(3.5), "samples": 3}
     assert guide["median"] == pytest.approx(300 * 3)
 
 
-def test_calls_take_turns_and_every_one_is_warm(monkeypatch):
+def test_cases_take_turns(monkeypatch):
     monkeypatch.setattr(measure, "MIN_TURN", 0.0)
     order = []
-    calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    samples = measure.interleaved(calls, seconds=0, rounds=3, device=CPU)
-    assert "".join(order) == 4 * "abc"
+    turns = {name: partial(measure.repeated, partial(order.append, name), CPU) for name in "abc"}
+    samples = measure.take_turns(turns, seconds=0, rounds=3)
+    assert "".join(order) == 3 * "abc"
     assert {name: len(taken) for name, taken in samples.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_every_bridge_is_called_once_before_it_is_timed(monkeypatch):
+    cases, called = sampling.bridge_cases(bridge(), (5,), Components()), []
+    monkeypatch.setattr(DiffusionBridge, "forward", lambda self, x: called.append(self.config))
+    monkeypatch.setattr(sampling, "take_turns", lambda turns, **_: {name: [len(called)] for name in turns})
+    sampling.cost(cases, torch.randn(4, D), 16, seconds=0, rounds=1)
+    assert called == [case.timed.config for case in cases]
 
 
 def test_one_sample_has_no_spread():
@@ -180,21 +184,20 @@ def test_the_first_steps_of_a_turn_are_not_timed_and_the_clock_is_not_asked_afte
     asked, steps = [], []
     monkeypatch.setattr(training, "now", lambda _: asked.append(len(steps)) or {3: 7.0, 5: 7.5, 7: 9.0}[len(steps)])
 
-    def turn(after_step):
-        with training.suppress(training._Enough):
-            while True:
-                steps.append(None)
-                after_step()
+    def run(after_step):
+        while True:
+            steps.append(None)
+            after_step()
 
-    assert training._timed(turn, CPU) == [0.25, 0.75]
+    assert training.step_seconds(run, CPU, seconds=2) == [0.25, 0.75]
     assert asked == [3, 5, 7]
 
 
-def test_a_published_trainer_continues(store):
-    texts = captured(store).texts_only
-    with training.training(training.TrainerCase("mlp", published=True), texts, 4, Components()) as turn:
-        training.take_steps(turn, 2)
-        assert len(training._timed(turn, CPU)) >= 1
+@pytest.mark.parametrize("name", ["ours, mlp", "Trainer1D, mlp"])
+def test_a_training_can_be_timed_again(store, name):
+    run = partial(training.run_training, name, captured(store), 4, Components())
+    for _ in range(2):
+        assert len(training.step_seconds(run, CPU, seconds=0)) == 1
 
 
 def test_a_network_in_channels_is_the_network_at_its_norm():
@@ -208,11 +211,9 @@ def test_a_network_in_channels_is_the_network_at_its_norm():
 def test_captured_features_are_of_images_that_nothing_learns_from(store, tmp_path):
     data = captured(store)
     apart = validation_mask(len(store.images))[store.image_index()]
-    assert sorted(data.features.tolist()) == sorted(store.adapter_feat()[apart].tolist())
-    assert sorted(data.learnable.tolist()) == sorted(store.adapter_feat()[~apart].tolist())
+    assert sorted(data.visual.tolist()) == sorted(store.adapter_feat()[apart].tolist())
     test = synthetic_store(tmp_path / "test", split="test", dim=D)
-    assert sorted(captured(test).features.tolist()) == sorted(test.adapter_feat().tolist())
-    assert len(captured(test).learnable) == 0
+    assert sorted(captured(test).visual.tolist()) == sorted(test.adapter_feat().tolist())
 
 
 def test_synthetic_features_have_two_cones():
@@ -226,43 +227,20 @@ def test_a_training_says_when_it_was_below_the_closed_form(monkeypatch):
     from ezhoi_diffusion.bench import data as bench_data
 
     monkeypatch.setattr(bench_data, "VALIDATE_EVERY", 2)
-    steps = []
-    found = trained(synthetic(dim=D, texts=20, features=8), 4, Components(), CPU, steps.append)
-    assert steps == [1, 2, 3, 4]
-    assert found.val_loss < found.baseline_loss  # eighteen texts say little of a covariance
-    assert found.reached[0] == 2
-    assert 0 < found.reached[1] < found.seconds
-    found = trained(synthetic(dim=D, texts=400, features=8), 2, Components(), CPU, steps.append)
-    assert found.val_loss > found.baseline_loss > 0
-    assert found.reached is None
+    *_, found = trained(synthetic(dim=D, texts=20, features=8), 4, Components(), CPU)
+    assert found["val_loss"] < found["baseline_loss"]  # eighteen texts say little of a covariance
+    assert found["reached_at_step"] == 2
+    assert found["reached_after_seconds"] == pytest.approx(found["seconds"] / 2)
+    *_, found = trained(synthetic(dim=D, texts=400, features=8), 2, Components(), CPU)
+    assert found["val_loss"] > found["baseline_loss"] > 0
+    assert found["reached_at_step"] is found["reached_after_seconds"] is None
 
 
-def test_a_student_is_measured_as_it_is_and_has_no_student():
+def test_a_student_is_measured_as_it_is():
     student = bridge(student_of={"num_steps": 5}, recipe=replace(DEFAULT_RECIPE, num_steps=1))
     entries = sampling.bridge_cases(student, (1, 5), Components())
     assert [e.name for e in entries] == ["the guide's unet1d", "mlp, a student"]
     assert sampling.nearness(entries, torch.randn(4, D), torch.randn(4, D)) == [None] * 2
-    assert student_of(student, synthetic(dim=D, texts=20, features=8), 2, CPU) is None
-
-
-def test_the_fewest_evaluations_are_of_the_same_network_spacing_and_start():
-    def result(evaluations, cosine, **changes):
-        near = {"cosine": cosine}
-        facts = {
-            "denoiser": "mlp",
-            "start_timestep": 600,
-            "spacing": "linear",
-            "evaluations": evaluations,
-            "fidelity": near,
-        }
-        return {**facts, **changes}
-
-    results = [
-        result(20, 0.9995), result(8, 0.992), result(10, 0.995), result(5, 0.98), result(1, 1.0, start_timestep=100),
-        result(2, 1.0, denoiser="gaussian"), result(3, 1.0, spacing="cubic"), result(4, None, fidelity=None),
-    ]  # fmt: skip
-    assert sampling.fewest(results, bridge().config) == {"0.99": 8, "0.999": 20}
-    assert sampling.fewest(results[3:], bridge().config) == {"0.99": None, "0.999": None}
 
 
 MIB = 1 << 20

@@ -85,7 +85,7 @@ def trained(
         network there, and when it was first below the Gaussian's. That is known to `VALIDATE_EVERY` steps; its seconds are
         the same share of the training's.
     """
-    config = replace(TrainConfig(), train_steps=steps, val_every=min(VALIDATE_EVERY, steps), checkpoint_every=steps)
+    config = TrainConfig(train_steps=steps, val_every=min(VALIDATE_EVERY, steps), checkpoint_every=steps)
     bridges, facts = [], []
     with TemporaryDirectory() as folder, silently():
         for denoiser in (config.denoiser, "gaussian"):

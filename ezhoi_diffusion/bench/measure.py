@@ -8,10 +8,9 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median, quantiles
@@ -117,17 +116,15 @@ def spread(samples: Sequence[float]) -> dict[str, float | int]:
     return {"median": median(samples), "low": low, "high": high, "samples": len(samples)}
 
 
-@contextmanager
-def peak_growth(device: torch.device) -> Iterator[list[int]]:
-    """Yield a list; after the block it holds the bytes by which the peak has grown."""
+def peak_growth(work: Callable[[], Any], device: torch.device) -> int:
+    """Bytes by which the peak grows while `work` is done."""
     small = torch.randn(64, 64, device=device)
     _ = small @ small  # loads the libraries that every computation needs
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     before = _peak(device)
-    grown: list[int] = []
-    yield grown
-    grown.append(_peak(device) - before)
+    work()
+    return _peak(device) - before
 
 
 def _peak(device: torch.device) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ezhoi_diffusion.bench.measure import in_new_process, peak_growth, repeated, spread, take_turns
+from ezhoi_diffusion.bench.measure import peak_growth, repeated, spread, take_turns
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge, build_denoiser
 from ezhoi_diffusion.diffusion.components import Components, components
 from ezhoi_diffusion.diffusion.recipes import RECIPES
@@ -141,16 +141,9 @@ def nearness(cases: Sequence[BridgeCase], features: Tensor, text: Tensor) -> lis
     return [compare(case.bridge, case.reference) if case.reference else None for case in cases]
 
 
-def memory(case: BridgeCase, features: Tensor) -> int:
-    """Bytes that a bridge and bridging features [N, D] with it add to a process."""
-    bridge = case.timed
-    return in_new_process(_memory, bridge.config, bridge.statistics, features, bridge.input_mean.device)
+def memory(config: BridgeConfig, statistics: ModalityStatistics, features: Tensor, device: torch.device) -> int:
+    """Bytes that a bridge and bridging features [N, D] with it add to this process, which has to be a new one."""
+    import denoising_diffusion_pytorch  # noqa: F401, to load modules before measuring
 
-
-def _memory(config: BridgeConfig, statistics: ModalityStatistics, features: Tensor, device: torch.device) -> int:
     registry = components(PluginManager())
-    if config.denoiser == "unet1d":
-        import denoising_diffusion_pytorch  # noqa: F401, to load modules before measuring
-    with peak_growth(device) as grown:
-        fresh(config, statistics, registry).to(device)(features.to(device))
-    return grown[0]
+    return peak_growth(lambda: fresh(config, statistics, registry).to(device)(features.to(device)), device)

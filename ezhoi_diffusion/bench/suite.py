@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ezhoi_diffusion.bench import sampling, training
 from ezhoi_diffusion.bench.data import trained
-from ezhoi_diffusion.bench.measure import busy, machine
+from ezhoi_diffusion.bench.measure import busy, in_new_process, machine
 from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
 from ezhoi_diffusion.diffusion.components import Components
 from ezhoi_diffusion.training.config import TrainConfig
@@ -89,13 +89,13 @@ def measure(
             device=device,
         )
         part("memory")
-        pairs = config.sizes[-1]
-        image = sampling.image_of(features, pairs)
-        memory = [(f"bridging {pairs} pairs", case.name, sampling.memory(case, image)) for case in cases[:2]]
-        memory += [
-            (f"training, batch {config.batch}", name, training.memory(name, data, config.batch))
-            for name in training.TRAINERS
-        ]
+        memory, image = [], sampling.image_of(features, config.sizes[-1])
+        for case in cases[:2]:
+            taken = in_new_process(sampling.memory, case.timed.config, bridge.statistics, image, device)
+            memory.append({"of": f"bridging {len(image)} pairs", "name": case.name, "bytes": taken})
+        for name in training.TRAINERS:
+            taken = in_new_process(training.memory, name, data, config.batch)
+            memory.append({"of": f"training, batch {config.batch}", "name": name, "bytes": taken})
     sampler = []
     for number, case in enumerate(cases):
         own = {size: results[number] for size, results in ms.items()}
@@ -116,6 +116,6 @@ def measure(
         "sampler": sampler,
         "training": rates,
         "closed_form": closed_form,
-        "memory": [{"of": of, "name": name, "bytes": taken} for of, name, taken in memory],
+        "memory": memory,
         "seconds": time.monotonic() - began,
     }

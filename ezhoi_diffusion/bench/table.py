@@ -40,11 +40,11 @@ def tables(result: dict[str, Any]) -> list[Table]:
     return [
         _sampler(result),
         (
-            "Training: median of the steps a second [quartiles]. Trainer1D is that of denoising-diffusion-pytorch, as "
-            "published, with a data loader's worker for every core.",
-            ["trainer, network", "batch", "steps/s", "x Trainer1D, unet1d"],
+            f"Training at batch {result['config']['batch']}: median of the steps a second [quartiles]. Trainer1D is that of "
+            "denoising-diffusion-pytorch, as published, with a data loader's worker for every core.",
+            ["trainer, network", "steps/s", "x Trainer1D, unet1d"],
             [
-                [entry["name"], str(entry["batch"]), _spread(entry["steps_per_second"]), _figure(entry["ratio"])]
+                [entry["name"], _spread(entry["steps_per_second"]), _figure(entry["ratio"])]
                 for entry in result["training"]
             ],
         ),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import replace
 from functools import partial
 from io import StringIO
 from itertools import count, pairwise
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 
-from ezhoi_diffusion.bench.measure import in_new_process, now, peak_growth, spread, take_turns
+from ezhoi_diffusion.bench.measure import now, peak_growth, spread, take_turns
 from ezhoi_diffusion.diffusion.bridge import build_denoiser
 from ezhoi_diffusion.diffusion.components import Components, components
 from ezhoi_diffusion.diffusion.normalization import normalize, rescale
@@ -35,8 +34,12 @@ WARM_UP = {"cpu": 1, "cuda": 20}
 TOGETHER = {"cpu": 1, "cuda": 10}
 GUIDE = "Trainer1D, unet1d"
 # Trainers by name: the network, and whether it is trained by denoising-diffusion-pytorch's Trainer1D or by this package.
-TRAINERS = {"ours, mlp": ("mlp", False), "Trainer1D, mlp": ("mlp", True), GUIDE: ("unet1d", True)}
-TRAINERS["ours, unet1d"] = ("unet1d", False)
+TRAINERS = {
+    "ours, mlp": ("mlp", False),
+    "Trainer1D, mlp": ("mlp", True),
+    GUIDE: ("unet1d", True),
+    "ours, unet1d": ("unet1d", False),
+}
 
 Run = Callable[[Callable[[], None]], None]
 """Runs a training and calls the argument after every step, until that raises."""
@@ -58,13 +61,7 @@ def speed(
     samples = take_turns(turns, seconds=seconds, rounds=rounds)
     rates = {name: spread([1 / second for second in taken]) for name, taken in samples.items()}
     return [
-        {
-            "name": name,
-            "denoiser": TRAINERS[name][0],
-            "batch": batch,
-            "steps_per_second": rate,
-            "ratio": rate["median"] / rates[GUIDE]["median"],
-        }
+        {"name": name, "steps_per_second": rate, "ratio": rate["median"] / rates[GUIDE]["median"]}
         for name, rate in rates.items()
     ]
 
@@ -104,8 +101,7 @@ def run_training(
 ) -> None:
     """Run a training silently in a temporary folder, until `after_step` raises."""
     denoiser, published = TRAINERS[name]
-    config = replace(
-        TrainConfig(),
+    config = TrainConfig(
         denoiser=denoiser,
         batch_size=batch,
         train_steps=FOREVER,
@@ -167,16 +163,11 @@ class OnChannels(nn.Module):
 
 
 def memory(name: str, data: TrainingData, batch: int) -> int:
-    """Bytes that a training adds to its process, without the workers of a data loader."""
-    return in_new_process(_memory, name, data, batch)
-
-
-def _memory(name: str, data: TrainingData, batch: int) -> int:
+    """Bytes that a training adds to this process, which has to be a new one, without a data loader's workers."""
     import accelerate
     import denoising_diffusion_pytorch  # noqa: F401, to load modules before measuring
 
     device = accelerate.Accelerator().device
     run = partial(run_training, name, data, batch, components(PluginManager()))
-    with peak_growth(device) as grown:
-        step_seconds(run, device, seconds=0)  # two steps: the first one makes the optimizer's state
-    return grown[0]
+    # two steps: the first one makes the optimizer's state
+    return peak_growth(lambda: step_seconds(run, device, seconds=0), device)

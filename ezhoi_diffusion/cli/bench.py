@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     print("\n" + summary(result))
     for caption, head, rows in tables(result):
         print(f"\n{caption}\n")
-        print_table(head, rows, numbers=range(2, len(head)))
+        print_table(head, rows, numbers=range(1, len(head)))
     if args.out:
         write_json(args.out / "bench.json", result)
         plot_bench(result, args.out / "bench.png")

@@ -247,9 +247,7 @@ MIB = 1 << 20
 
 
 def hog(floats):
-    with measure.peak_growth(CPU) as grown:
-        _ = torch.ones(floats).sum()
-    return grown[0]
+    return measure.peak_growth(lambda: torch.ones(floats).sum(), CPU)
 
 
 def test_memory_is_that_of_the_work_whatever_was_used_before():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
@@ -94,13 +95,14 @@ def _class_table(comparison: Comparison, variant: str) -> dict[str, Any]:
 
 def _class(comparison: Comparison, variant: str, found: Changes, at: int) -> dict[str, Any]:
     index = int(found.classes[at])
+    bounds = [] if found.bounds is None else found.bounds[at].tolist()
     return {
         "name": comparison.names[index] if comparison.names else f"interaction {index}",
         "annotations": int(comparison.annotations[index]),
         "before": float(comparison.variants[REFERENCE].ap[index]) * 100,
         "after": float(comparison.variants[variant].ap[index]) * 100,
         "change": float(found.points[at]),
-        "interval": None if found.bounds is None else found.bounds[at].tolist(),
+        "interval": None if any(map(math.isnan, bounds)) else bounds,  # NaN: annotated in too few images
     }
 
 

@@ -303,6 +303,20 @@ def test_single_classes_are_listed_by_change(reports):
         assert row[1:] == [figures, f"{before:.2f}", f"{after:.2f}", str(int(comparison.annotations[index]))]
 
 
+def test_a_class_without_interval_is_listed_without_one(tmp_path):
+    comparison = complete(EIGHT)
+    best = comparison.ranked()[0]
+    top = int(changes(comparison, best).classes[0])
+    bootstrap = comparison.variants[best].bootstrap
+    bounds = bootstrap.per_class.clone()
+    bounds[top] = torch.nan
+    changed(comparison, best, bootstrap=replace(bootstrap, per_class=bounds))
+    write_report(comparison, tmp_path)
+    page = read(tmp_path)
+    assert re.fullmatch(r"\+\d+\.\d\d", page.row(f"a person riding animal {top}")[0][1])
+    assert "nan" not in page.text
+
+
 def test_what_is_not_known_is_left_out(reports):
     known, unknown = ({s["id"] for s in read(reports / size).all("section")} for size in ("eight", "bare"))
     assert known == {"map", "seeds", "classes", "alignment", "cost", "features", "provenance"}

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.linalg import orthogonal_procrustes
-from sklearn.linear_model import Ridge
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -134,6 +132,8 @@ def rotation(a: Tensor, b: Tensor) -> Tensor:
     small multiple of the identity below both a and b [M, D] makes the rotation nearest to none win there.
     """
     pull = (PULL * a.norm() * b.norm()).sqrt() * torch.eye(a.shape[1], dtype=a.dtype)
+    from scipy.linalg import orthogonal_procrustes  # here: every command imports this module
+
     return torch.from_numpy(orthogonal_procrustes(torch.cat([a, pull]).numpy(), torch.cat([b, pull]).numpy())[0])
 
 
@@ -142,6 +142,8 @@ def ridge(a: Tensor, b: Tensor, learned_from: Tensor) -> tuple[Tensor, dict[str,
 
     A map learned from the rows `learned_from` [M] bool has the largest mean cosine on the others at this alpha.
     """
+
+    from sklearn.linear_model import Ridge
 
     def fitted(rows: Tensor, alpha: float) -> Tensor:
         penalty = alpha * float(a[rows].square().sum() / a.shape[1])

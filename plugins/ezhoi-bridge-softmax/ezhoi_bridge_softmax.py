@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from ezhoi_diffusion import Artifact, Bridge, BridgeError, BridgePlugin, EzHoiScore, FeatureStore, Pairs, seen_pairs
@@ -75,6 +74,8 @@ def fit(features: FeatureStore) -> Artifact:
     score, pairs = EzHoiScore.from_store(features), seen_pairs(features)
     matrix = score.logits(torch.eye(pairs.visual.shape[1])).double()  # the score is linear
     logits = pairs.visual.double() @ matrix
+
+    from scipy.optimize import minimize_scalar  # here: every command imports this module
 
     def loss(log_temperature: float) -> float:
         return float(torch.nn.functional.cross_entropy(math.exp(log_temperature) * logits, pairs.target))

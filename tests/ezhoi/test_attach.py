@@ -265,7 +265,7 @@ def test_pocket_meter_is_used_where_available(mocker):
     )
     mocker.patch.dict("sys.modules", {"pocket": pocket})
     scored = Scored(torch.ones(1), torch.zeros(1, dtype=torch.long), torch.ones(1), torch.zeros(1, dtype=torch.long))
-    assert _average_precision(scored, [3]).tolist() == [1]
+    assert _average_precision(scored, torch.tensor([3]), "11P").tolist() == [1]
     assert made == [(1, [3], 1, "11P")]
     assert _association()("gt", "detected", "scores").tolist() == [1]
     assert association.call_args.args == ("gt", "detected", "scores")

@@ -107,7 +107,7 @@ def test_capture_is_repeatable_and_resumable(small_world, captured, tmp_path):
     assert again.fingerprint == captured[0].fingerprint
     done = launch(*flags, "--capture", str(tmp_path / "again"))
     assert done.returncode == 0, done.stderr
-    assert "holds this very capture, finished" in done.stdout
+    assert "already holds this capture, finished" in done.stdout
     refused = launch(*flags, "--capture", str(tmp_path / "again"), "--max-images", "3")
     assert refused.returncode == 2
     assert "holds a finished capture" in refused.stderr
@@ -172,7 +172,7 @@ def test_compare_scores_all_variants_on_the_same_pairs(small_world, evaluated, b
     assert rows["identity"] == rows["none"]
     assert printed_by_ezhoi(done.stdout) == printed_by_ezhoi(printed), "EZ-HOI prints what it would print alone"
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["difference"]["identity"]["full"] == 0
+    assert {v["name"]: v for v in report["variants"]}["identity"]["difference"]["full"] == 0
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert "<!doctype html>" in (tmp_path / "report.html").read_text()
     # every fourth scoring is the bare one, and the identity's follows it
@@ -293,7 +293,10 @@ def test_fork_that_calls_attach(small_world, bridge, tmp_path):
         (["--compare", "none"], "only `none` is named"),
         (["--compare", "none,unheard"], "there is no bridge 'unheard'"),
         (["--max-images", "3"], "no enabled plugin makes one"),
-        (["--plugin", "mean_shift"], "mean_shift takes its means from a trained bridge: give --bridge DIR"),
+        (
+            ["--plugin", "mean_shift"],
+            "mean_shift takes its means from a trained bridge: give mean_shift=DIR, or --bridge DIR",
+        ),
         (["--force"], "this run uses none: add --bridge DIR"),
         (["--compare", "identity", "--plugin", "diffusion"], "scores only what it names: add 'diffusion' there"),
         (["--compare", "identity", "--out", "/proc/nowhere"], "cannot hold results"),

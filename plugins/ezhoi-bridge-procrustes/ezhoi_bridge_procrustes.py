@@ -131,9 +131,9 @@ def rotation(a: Tensor, b: Tensor) -> Tensor:
     Texts of seen classes span fewer than D dimensions. In the others every rotation fits, and rounding would choose. A
     small multiple of the identity below both a and b [M, D] makes the rotation nearest to none win there.
     """
-    pull = (PULL * a.norm() * b.norm()).sqrt() * torch.eye(a.shape[1], dtype=a.dtype)
     from scipy.linalg import orthogonal_procrustes  # here: every command imports this module
 
+    pull = (PULL * a.norm() * b.norm()).sqrt() * torch.eye(a.shape[1], dtype=a.dtype)
     return torch.from_numpy(orthogonal_procrustes(torch.cat([a, pull]).numpy(), torch.cat([b, pull]).numpy())[0])
 
 
@@ -142,7 +142,6 @@ def ridge(a: Tensor, b: Tensor, learned_from: Tensor) -> tuple[Tensor, dict[str,
 
     A map learned from the rows `learned_from` [M] bool has the largest mean cosine on the others at this alpha.
     """
-
     from sklearn.linear_model import Ridge
 
     def fitted(rows: Tensor, alpha: float) -> Tensor:

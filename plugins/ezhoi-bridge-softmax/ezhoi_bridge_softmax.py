@@ -71,11 +71,11 @@ def fit(features: FeatureStore) -> Artifact:
         EzhoiDiffusionError: The features have no labels to learn from, or no score of EZ-HOI.
         BridgeError: The logits cannot be set one by one, as with fewer dimensions than classes.
     """
+    from scipy.optimize import minimize_scalar  # here: every command imports this module
+
     score, pairs = EzHoiScore.from_store(features), seen_pairs(features)
     matrix = score.logits(torch.eye(pairs.visual.shape[1])).double()  # the score is linear
     logits = pairs.visual.double() @ matrix
-
-    from scipy.optimize import minimize_scalar  # here: every command imports this module
 
     def loss(log_temperature: float) -> float:
         return float(torch.nn.functional.cross_entropy(math.exp(log_temperature) * logits, pairs.target))

@@ -248,7 +248,7 @@ def test_command_output_and_exit_codes(fork, capsys):
     assert "-    attach(upt, args, engine)" in capsys.readouterr().out
     assert script.read_bytes() == MINIATURE_SCRIPT != after
     assert main(["patch", str(fork), "--revert"]) == 0
-    assert "has no line of ours" in capsys.readouterr().out
+    assert "has none of our lines" in capsys.readouterr().out
 
 
 def test_only_the_script_changes_and_keeps_mode_and_link(fork, tmp_path):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Algorithm = Literal["11P", "AUC", "VOC"]
-RECALLS = torch.linspace(0, 1, 11, dtype=torch.float64)  # where "11P" reads the curve
+IntArray = NDArray[np.integer[Any]]
+RECALLS = torch.linspace(0, 1, 11, dtype=torch.float64).tolist()  # where "11P" reads the curve
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,11 +83,28 @@ def ranked(scored: Scored) -> Iterator[tuple[int, Tensor]]:
     order = torch.argsort(scored.classes, stable=True)
     present, counts = scored.classes[order].unique_consecutive(return_counts=True)
     for index, rows in zip(present.tolist(), order.split(counts.tolist()), strict=True):
-        yield index, rows[scored.scores[rows].argsort(descending=True)]
+        yield index, rows[scored.scores[rows].argsort(descending=True, stable=True)]
 
 
 def average_precision(scored: Scored, num_gt: Sequence[int] | Tensor, algorithm: Algorithm = "11P") -> Tensor:
     """AP of each class, float64 [K] in 0..1; zero for a class without detections or annotations.
+
+    Args:
+        scored: The detections.
+        num_gt: Annotated pairs of each of the K classes.
+        algorithm: One of those of `area`.
+    """
+    counts = torch.as_tensor(num_gt).tolist()
+    ap = torch.zeros(len(counts), dtype=torch.float64)
+    for index, rows in ranked(scored):
+        true = scored.labels[rows].nonzero().numpy()
+        if len(true) and counts[index]:
+            ap[index] = float(area(np.ones_like(true), true + 1, np.array([counts[index]]), algorithm)[0])
+    return ap
+
+
+def area(copies: IntArray, detections: IntArray, annotated: IntArray, algorithm: Algorithm) -> NDArray[np.float64]:
+    """AP of one class in R samples of the images, [R] in 0..1.
 
     "11P": precision interpolated at eleven recalls (Everingham et al., VOC 2007), as EZ-HOI reports it.
     "AUC": the area under the curve, as pocket's DetectionAPMeter computes it. Straight lines join the points of the curve,
@@ -92,43 +112,53 @@ def average_precision(scored: Scored, num_gt: Sequence[int] | Tensor, algorithm:
     "VOC": the area under the curve with precision interpolated at every recall (Everingham et al., VOC 2010), as V-COCO's
     tool computes it.
 
-    The bootstrap has the same areas for images with weights (`bootstrap.py`). They agree to rounding.
+    Between two true positives precision only falls and recall stays, so all that a sample needs is what its curve has at
+    each true positive. An image that was drawn twice has its detections twice.
 
     Args:
-        scored: The detections.
-        num_gt: Annotated pairs of each of the K classes.
+        copies: How often each of the T true positives occurs, best scored first, [T, R].
+        detections: Number of detections down to the last copy of each true positive, [T, R].
+        annotated: Annotated pairs, [R], at least 1.
         algorithm: One of the three above.
     """
-    counts = torch.as_tensor(num_gt).tolist()
-    area = {"11P": _eleven_point, "AUC": _under_curve, "VOC": _interpolated}[algorithm]
-    ap = torch.zeros(len(counts), dtype=torch.float64)
-    for index, rows in ranked(scored):
-        if counts[index]:
-            ap[index] = area(scored.labels[rows], counts[index])
-    return ap
+    return {"11P": _eleven_point, "AUC": _under_curve, "VOC": _interpolated}[algorithm](copies, detections, annotated)
 
 
-def _eleven_point(labels: Tensor, num_gt: int) -> Tensor:
-    best = _best_precision(labels)
-    at = torch.searchsorted(labels.cumsum(0) / num_gt, RECALLS)
-    return best[at[at < len(best)]].sum() / 11
+def _eleven_point(copies: IntArray, detections: IntArray, annotated: IntArray) -> NDArray[np.float64]:
+    best = _best_precision(copies, detections)
+    recall = np.cumsum(copies, axis=0, dtype=np.int32) / annotated
+    at = np.stack([(recall < threshold).sum(0) for threshold in RECALLS])
+    precision = np.take_along_axis(best, np.minimum(at, len(best) - 1), axis=0)
+    return np.asarray(np.where(at < len(best), precision, 0.0).sum(0) / len(RECALLS))
 
 
-def _interpolated(labels: Tensor, num_gt: int) -> Tensor:
-    return (_best_precision(labels) * labels).sum() / num_gt
+def _interpolated(copies: IntArray, detections: IntArray, annotated: IntArray) -> NDArray[np.float64]:
+    # over copies of a true positive precision rises, so the last copy's is the highest of them
+    return np.asarray((copies * _best_precision(copies, detections)).sum(0) / annotated)
 
 
-def _best_precision(labels: Tensor) -> Tensor:
-    """The highest precision from each detection on."""
-    precision = labels.cumsum(0) / torch.arange(1, len(labels) + 1, dtype=torch.float64)
-    return precision.flip(0).cummax(0).values.flip(0)
+def _best_precision(copies: IntArray, detections: IntArray) -> NDArray[np.float64]:
+    """The highest precision from the last copy of each true positive on, [T, R]."""
+    true = np.cumsum(copies, axis=0, dtype=np.int32)
+    return np.maximum.accumulate((true / np.maximum(detections, 1))[::-1])[::-1]
 
 
-def _under_curve(labels: Tensor, num_gt: int) -> Tensor:
-    precision = labels.cumsum(0) / torch.arange(1, len(labels) + 1, dtype=torch.float64)
-    before = torch.cat([precision[:1], precision[:-1]])
-    counted = labels.nonzero().squeeze(1)[:-1]
-    return (precision[counted] + before[counted]).sum() / 2 / num_gt
+def _under_curve(copies: IntArray, detections: IntArray, annotated: IntArray) -> NDArray[np.float64]:
+    """The area under straight lines.
+
+    The curve rises over c copies of a true positive, from t of n detections: its heights are (t + j) / (n + j), j = 0..c,
+    that is 1 - (n - t) / (n + j), and the sum of these has a closed form in harmonic numbers. It begins at 1, if it
+    begins with a true positive.
+    """
+    true = np.cumsum(copies, axis=0, dtype=np.int32)
+    last = (copies > 0) & (true == true[-1])  # whose last copy does not count
+    copies, true, detections = copies - last, true - last, detections - last
+    before = detections - copies
+    harmonic = np.r_[0, np.cumsum(1 / np.arange(1, 1 + detections.max()))]
+    heights = copies - (detections - true) * (harmonic[detections] - harmonic[before])  # j = 1..c
+    start = np.divide(true - copies, before, out=np.ones(true.shape), where=before > 0)  # j = 0
+    end = np.divide(true, detections, out=np.ones(true.shape), where=detections > 0)  # j = c
+    return np.asarray((heights + (start - end) / 2).sum(0) / annotated)
 
 
 def known_object(scored: Scored, annotated_objects: Tensor, object_of_class: Tensor) -> Scored:
@@ -143,29 +173,3 @@ def known_object(scored: Scored, annotated_objects: Tensor, object_of_class: Ten
     """
     counts = annotated_objects[scored.image, object_of_class[scored.classes]]
     return Scored(scored.scores[counts], scored.classes[counts], scored.labels[counts], scored.image[counts])
-
-
-class DetectionAP:
-    """Collects detections for the 11-point AP of `average_precision`.
-
-    Args:
-        num_classes: Number of classes.
-        num_gt: Annotated pairs of each class.
-    """
-
-    def __init__(self, num_classes: int, num_gt: Sequence[int]) -> None:
-        if len(num_gt) != num_classes:
-            raise ValueError(f"{len(num_gt)} counts of annotations for {num_classes} classes")
-        self.num_gt = list(num_gt)
-        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def append(self, scores: Tensor, classes: Tensor, labels: Tensor) -> None:
-        """Add detections: scores [M], classes [M], labels [M] of 0 and 1."""
-        self._parts.append((scores.double().cpu(), classes.long().cpu(), labels.double().cpu()))
-
-    def compute(self) -> Tensor:
-        """AP of each class, float64 [num_classes]; zero for a class without detections or annotations."""
-        if not self._parts:
-            return torch.zeros(len(self.num_gt), dtype=torch.float64)
-        scores, classes, labels = (torch.cat(column) for column in zip(*self._parts, strict=True))
-        return average_precision(Scored(scores, classes, labels, torch.zeros_like(classes)), self.num_gt)

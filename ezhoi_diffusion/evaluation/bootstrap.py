@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from ezhoi_diffusion.evaluation.average_precision import RECALLS, Algorithm, Scored, ranked
+from ezhoi_diffusion.evaluation.average_precision import Algorithm, Scored, area, ranked
 from ezhoi_diffusion.rng import generator
 
 REPLICATES = 1000
@@ -170,12 +170,10 @@ def _resampled_ap(
 ) -> NDArray[np.float64]:
     """AP [K, 1 + B] in 0..1 of the images in each column of `weights`; NaN where those of a class were not drawn.
 
-    annotated [K, 1 + B]: annotated pairs. Detections are ranked once. Between two true positives precision only falls
-    and recall stays, so all that a replicate needs is what its curve has at each true positive.
+    annotated [K, 1 + B]: annotated pairs. Detections are ranked once.
     """
     from scipy.sparse import csr_array  # slow to import, and few runs need it
 
-    area = {"11P": _eleven_point, "AUC": _under_curve, "VOC": _interpolated}[algorithm]
     ap = np.zeros(annotated.shape)
     for index, rows in ranked(scored):
         true = scored.labels[rows].nonzero().squeeze(1).numpy()
@@ -185,53 +183,9 @@ def _resampled_ap(
                 (np.ones(len(image), np.int32), image, np.r_[0, true + 1]), shape=(len(true), len(weights))
             )
             detections = np.cumsum(between @ weights, axis=0, dtype=np.int32)
-            ap[index] = area(weights[image[true]], detections, np.maximum(annotated[index], 1))
+            ap[index] = area(weights[image[true]], detections, np.maximum(annotated[index], 1), algorithm)
     ap[(annotated == 0) & (annotated[:, :1] > 0)] = np.nan
     return ap
-
-
-def _eleven_point(
-    copies: NDArray[np.int32], detections: NDArray[np.int32], annotated: NDArray[np.int32]
-) -> NDArray[np.float64]:
-    """AP [R] of R replicates as `average_precision` has it: of T true positives' copies and detections down to each [T, R]."""
-    best = _best_precision(copies, detections)
-    recall = np.cumsum(copies, axis=0, dtype=np.int32) / annotated
-    at = np.stack([(recall < threshold).sum(0) for threshold in RECALLS.tolist()])
-    precision = np.take_along_axis(best, np.minimum(at, len(best) - 1), axis=0)
-    return np.asarray(np.where(at < len(best), precision, 0.0).sum(0) / len(RECALLS))
-
-
-def _interpolated(
-    copies: NDArray[np.int32], detections: NDArray[np.int32], annotated: NDArray[np.int32]
-) -> NDArray[np.float64]:
-    """As `_eleven_point`, with precision interpolated at every recall: over copies of a true positive precision rises."""
-    return np.asarray((copies * _best_precision(copies, detections)).sum(0) / annotated)
-
-
-def _best_precision(copies: NDArray[np.int32], detections: NDArray[np.int32]) -> NDArray[np.float64]:
-    """The highest precision from the last copy of each true positive on, [T, R]."""
-    true = np.cumsum(copies, axis=0, dtype=np.int32)
-    return np.maximum.accumulate((true / np.maximum(detections, 1))[::-1])[::-1]
-
-
-def _under_curve(
-    copies: NDArray[np.int32], detections: NDArray[np.int32], annotated: NDArray[np.int32]
-) -> NDArray[np.float64]:
-    """As `_eleven_point`, for the area under the curve.
-
-    The curve rises over c copies of a true positive, from t of n detections: its heights are (t + j) / (n + j), j = 0..c,
-    that is 1 - (n - t) / (n + j), and the sum of these has a closed form in harmonic numbers. It begins at 1, if it
-    begins with a true positive.
-    """
-    true = np.cumsum(copies, axis=0, dtype=np.int32)
-    last = (copies > 0) & (true == true[-1])  # whose last copy does not count
-    copies, true, detections = copies - last, true - last, detections - last
-    before = detections - copies
-    harmonic = np.r_[0, np.cumsum(1 / np.arange(1, 1 + detections.max()))]
-    heights = copies - (detections - true) * (harmonic[detections] - harmonic[before])  # j = 1..c
-    start = np.divide(true - copies, before, out=np.ones(true.shape), where=before > 0)  # j = 0
-    end = np.divide(true, detections, out=np.ones(true.shape), where=detections > 0)  # j = c
-    return np.asarray((heights + (start - end) / 2).sum(0) / annotated)
 
 
 def _mean(values: NDArray[np.float64]) -> NDArray[np.float64]:

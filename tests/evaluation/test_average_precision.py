@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from ezhoi_diffusion.evaluation.average_precision import (
-    DetectionAP,
     Scored,
     associate_pairs,
     average_precision,
@@ -34,7 +33,7 @@ def ap_by_definition(scores, labels, num_gt):
 def test_ap_is_eleven_point_interpolation(seed):
     generator = torch.Generator().manual_seed(seed)
     classes, num_gt = 5, [4, 9, 30, 1, 7]
-    meter, kept = DetectionAP(classes, num_gt), {c: ([], []) for c in range(classes)}
+    images, kept = [], {c: ([], []) for c in range(classes)}
     left = list(num_gt)
     for _ in range(6):  # several images
         n = int(torch.randint(0, 12, (), generator=generator))
@@ -47,9 +46,10 @@ def test_ap_is_eleven_point_interpolation(seed):
                 labels[i], left[c] = 1, left[c] - 1
             kept[c][0].append(float(scores[i].double()))
             kept[c][1].append(float(labels[i]))
-        meter.append(scores, of, labels)
+        images.append((scores, of, labels, of))
+    scored = Scored(*map(torch.cat, zip(*images, strict=True)))
     expected = [ap_by_definition(*kept[c], num_gt[c]) for c in range(classes)]
-    assert meter.compute().tolist() == pytest.approx(expected, abs=1e-12)
+    assert average_precision(scored, num_gt).tolist() == pytest.approx(expected, abs=1e-12)
 
 
 def area_by_definition(scores, labels, num_gt):
@@ -133,14 +133,20 @@ def test_known_object_drops_what_lies_in_images_without_the_object():
 
 
 def test_ap_by_hand():
-    meter = DetectionAP(3, [2, 1, 0])
-    meter.append(torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 0, 0]), torch.tensor([1.0, 0.0, 1.0]))
-    meter.append(torch.tensor([0.5]), torch.tensor([2]), torch.tensor([0.0]))
+    classes = torch.tensor([0, 0, 0, 2])
+    scored = Scored(torch.tensor([0.9, 0.8, 0.7, 0.5]), classes, torch.tensor([1.0, 0.0, 1.0, 0.0]), classes)
     # recall .5 at precision 1 (6 of the 11 points), recall 1 at precision 2/3 (5 points)
-    assert meter.compute().tolist() == pytest.approx([(6 + 5 * 2 / 3) / 11, 0, 0])
-    assert DetectionAP(2, [1, 1]).compute().tolist() == [0, 0]
-    with pytest.raises(ValueError, match="2 counts of annotations for 3 classes"):
-        DetectionAP(3, [1, 1])
+    assert average_precision(scored, [2, 1, 0]).tolist() == pytest.approx([(6 + 5 * 2 / 3) / 11, 0, 0])
+    nothing = torch.zeros(0, dtype=torch.long)
+    assert average_precision(Scored(nothing.float(), nothing, nothing.float(), nothing), [1, 1]).tolist() == [0, 0]
+
+
+def test_labels_of_single_precision_count_as_those_of_double():
+    # 7 / 10 of float32 lies below the seventh of the eleven recalls
+    classes = torch.zeros(7, dtype=torch.long)
+    for dtype in (torch.float32, torch.float64):
+        scored = Scored(torch.arange(7).flip(0).to(dtype), classes, torch.ones(7, dtype=dtype), classes)
+        assert average_precision(scored, [10]).item() == pytest.approx(8 / 11, abs=1e-15)
 
 
 def test_box_iou():

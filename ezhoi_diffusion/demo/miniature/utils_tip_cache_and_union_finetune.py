@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 from ezhoi_diffusion.demo import world
-from ezhoi_diffusion.evaluation.average_precision import DetectionAP, associate_pairs
+from ezhoi_diffusion.evaluation.average_precision import Scored, associate_pairs, average_precision
 
 
 def custom_collate(batch):
@@ -284,7 +284,7 @@ class CustomisedDLE:
         net.eval()
         dataset = dataloader.dataset.dataset
         conversion = torch.from_numpy(np.asarray(dataset.object_n_verb_to_interaction, dtype=float))
-        meter = DetectionAP(dataset.num_interation_cls, num_gt=dataset.anno_interaction)
+        found = [(torch.zeros(0), torch.zeros(0).long(), torch.zeros(0))]
         for images, targets in dataloader:
             for output, target in zip(net(relocate(images), targets) or [], targets, strict=False):
                 boxes_h, boxes_o = output["boxes"][output["pairing"]]
@@ -299,8 +299,9 @@ class CustomisedDLE:
                         labels[det] = associate_pairs(
                             (gt_h[gt], gt_o[gt]), (boxes_h[det], boxes_o[det]), scores[det], min_iou=0.5
                         ).to(labels)
-                meter.append(scores, interactions, labels)
-        return meter.compute()
+                found.append((scores.cpu(), interactions.cpu(), labels.cpu()))
+        scores, classes, labels = map(torch.cat, zip(*found, strict=True))
+        return average_precision(Scored(scores, classes, labels, classes), dataset.anno_interaction)
 
     @torch.no_grad()
     def cache_hico(self, dataloader, cache_dir):

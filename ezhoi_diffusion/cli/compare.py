@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ezhoi_diffusion.cli import arguments
 from ezhoi_diffusion.cli.terminal import is_terminal, print_table
@@ -159,15 +159,19 @@ def _score(
     forced: list[str],
 ) -> Comparison:
     from ezhoi_diffusion.evaluation.bootstrap import REPLICATES
+    from ezhoi_diffusion.evaluation.protocols import hicodet
     from ezhoi_diffusion.evaluation.replay import replay
-    from ezhoi_diffusion.evaluation.vcoco import replay_roles
+    from ezhoi_diffusion.evaluation.vcoco import vcoco_protocol
 
-    replicates = REPLICATES if args.replicates is None else args.replicates
-    options: dict[str, Any] = {"replicates": replicates, "aligned": True, "device": device, "forced": forced}
     if args.vcoco:
-        comparison = replay_roles(store, variants, args.vcoco, **options)
+        protocol = vcoco_protocol(store, args.vcoco)
     else:
-        comparison = replay(store, variants, chosen=chosen, algorithm=args.ap, setting=args.setting, **options)
+        protocol = hicodet(store, algorithm=args.ap, setting=args.setting)
+    replicates = REPLICATES if args.replicates is None else args.replicates
+    comparison = replay(
+        store, variants, protocol=protocol, chosen=chosen, replicates=replicates, measured=True, device=device
+    )
+    comparison.forced += forced
     parts = (
         (
             chosen is not None,

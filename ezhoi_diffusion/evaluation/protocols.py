@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ezhoi_diffusion.evaluation.average_precision import matches
+from ezhoi_diffusion.evaluation.average_precision import Algorithm, matches
 from ezhoi_diffusion.features.batch import Pairs
 from ezhoi_diffusion.features.score import EzHoiScore, ScoreError, interaction_classes, names_of_interactions
 from ezhoi_diffusion.features.store import FeatureStore
 
+Setting = Literal["default", "known-object"]
 GROUPS = ("full", "unseen", "seen", "rare", "non-rare")  # a file of tensors keeps no order
 
 
@@ -131,6 +132,9 @@ class EvalProtocol:
         groups: As in `Comparison`.
         names: As in `Comparison`.
         uncaptured: Annotations of the split's images that EZ-HOI leaves out, [I, K] int64. They count as missed.
+        algorithm: Of average precision.
+        setting: `known-object` scores a class only on images that have its object (Chao et al., WACV 2018).
+        partial: Some annotations are left out. Classes that have none left are left out of the groups.
     """
 
     match: MatchFn
@@ -138,10 +142,25 @@ class EvalProtocol:
     groups: dict[str, Tensor]
     names: list[str] | None
     uncaptured: Tensor
+    algorithm: Algorithm = "11P"
+    setting: Setting = "default"
+    partial: bool = False
 
 
-def hicodet(store: FeatureStore, score: EzHoiScore) -> EvalProtocol:
-    """HICO-DET's protocol, as EZ-HOI evaluates it. Raises ScoreError for a capture of another data set."""
+def hicodet(
+    store: FeatureStore, *, algorithm: Algorithm = "11P", setting: Setting = "default", classes: Tensor | None = None
+) -> EvalProtocol:
+    """HICO-DET's protocol, as EZ-HOI evaluates it.
+
+    Args:
+        store: The capture.
+        algorithm: Of average precision.
+        setting: One of those of `EvalProtocol`.
+        classes: Interaction classes whose annotations may be used [k]; all by default.
+
+    Raises:
+        ScoreError: The capture is of another data set, or lacks a constant of EZ-HOI's score.
+    """
     dataset = store.fingerprint.get("dataset")
     if dataset != "hicodet":
         own = (
@@ -150,13 +169,24 @@ def hicodet(store: FeatureStore, score: EzHoiScore) -> EvalProtocol:
             else ""
         )
         raise ScoreError(f"{store.folder} is a capture of {dataset}, which EZ-HOI cannot evaluate{own}")
-    classes = int(store.ezhoi["object_n_verb_to_interaction"].max()) + 1
+    score = EzHoiScore.from_store(store)
+    num_classes = int(store.ezhoi["object_n_verb_to_interaction"].max()) + 1
+
+    def usable(image: StoredImage) -> StoredImage:
+        if classes is None:
+            return image
+        kept = torch.isin(image.gt_hoi, classes)
+        return replace(image, gt_boxes=image.gt_boxes[kept], gt_hoi=image.gt_hoi[kept])
+
     return EvalProtocol(
-        match=functools.partial(_detections, store, score),
-        count=lambda image: torch.bincount(image.gt_hoi, minlength=classes),
+        match=lambda image: _detections(store, score, usable(image)),
+        count=lambda image: torch.bincount(usable(image).gt_hoi, minlength=num_classes),
         groups={name: store.ezhoi[f"classes/{name}"] for name in GROUPS if f"classes/{name}" in store.ezhoi},
         names=names_of_interactions(store),
-        uncaptured=torch.zeros(0, classes, dtype=torch.long),
+        uncaptured=torch.zeros(0, num_classes, dtype=torch.long),
+        algorithm=algorithm,
+        setting=setting,
+        partial=classes is not None,
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.alignment import Alignment
-from ezhoi_diffusion.evaluation.average_precision import Algorithm, Scored, known_object
+from ezhoi_diffusion.evaluation.average_precision import Scored, known_object
 from ezhoi_diffusion.evaluation.comparison import FULL, REFERENCE, Comparison
 from ezhoi_diffusion.evaluation.effect import Effect
 from ezhoi_diffusion.evaluation.protocols import (
@@ -34,7 +34,6 @@ from ezhoi_diffusion.rng import generator
 MAX_PAIRS = 2048  # in one call, if a bridge takes many images: enough for a processor, and little memory
 NUM_TIMED = 8  # images on which the cost of a bridge is measured, one at a time, as at eval …
 TIMED_SECONDS = 1.0  # … or fewer, if they take this long
-Setting = Literal["default", "known-object"]
 NUM_SHOWN = 500  # pairs in the pictures
 
 
@@ -55,14 +54,9 @@ def replay(
     *,
     protocol: EvalProtocol | None = None,
     chosen: set[int] | None = None,
-    classes: Tensor | None = None,
-    algorithm: Algorithm = "11P",
-    setting: Setting = "default",
     replicates: int = 0,
-    aligned: bool = False,
-    timed: bool = True,
+    measured: bool = False,
     device: torch.device | str = "cpu",
-    forced: list[str] | None = None,
 ) -> Comparison:
     """Make the comparison that `--compare` makes in EZ-HOI, from the features of a split.
 
@@ -71,16 +65,12 @@ def replay(
     Args:
         store: Features of the split.
         variants: Bridges by name.
-        protocol: HICO-DET's by default. `classes` and `setting` need it.
+        protocol: How to evaluate; `hicodet(store)` by default.
         chosen: Positions of the images to take; all by default.
-        classes: Interaction classes whose annotations may be used; all by default.
-        algorithm: Of average precision.
-        setting: `known-object` scores a class only on images that have its object (Chao et al., WACV 2018).
         replicates: Of the bootstrap over images, 0 for none.
-        aligned: Measure alignment, and keep a sample of the features.
-        timed: Measure the cost of the bridges. Otherwise `added_ms` is that of one image.
+        measured: Also measure alignment and the cost of the bridges, and keep a sample of the features. Otherwise
+            `added_ms` is that of one image.
         device: Where the bridges get their features.
-        forced: Warnings that go into the comparison.
 
     Raises:
         ScoreError: The features cannot be scored, or no image has a pair or an annotation that counts.
@@ -88,7 +78,7 @@ def replay(
         EzhoiDiffusionError: A bridge changes its input, or depends on other features although it says row_by_row.
     """
     score = EzHoiScore.from_store(store)
-    protocol = protocol or hicodet(store, score)
+    protocol = protocol or hicodet(store)
     require_replayable(store, score)
     images = [position for position in range(len(store.images)) if chosen is None or position in chosen]
     num_pairs = sum(store.images[position]["rows"] for position in images)
@@ -96,7 +86,7 @@ def replay(
         raise ScoreError(
             f"{store.folder}: none of the {len(images)} images has a human-object pair, so nothing can be scored"
         )
-    text_mean = store.statistics().text_mean if aligned else None
+    text_mean = store.statistics().text_mean if measured else None
     cards = {
         name: _Scorecard(
             Alignment(score.text, score.class_text, text_mean, pairs=num_pairs) if text_mean is not None else None
@@ -104,15 +94,15 @@ def replay(
         for name in (REFERENCE, *variants)
     }
     with torch.no_grad(), tqdm(total=len(images), desc="compare", unit="img", file=sys.stderr) as progress:
-        stored = _only(stored_images(store, chosen), classes)
+        stored = stored_images(store, chosen)
         scored, annotations = _collect(
-            protocol, score, stored, variants, cards, num_pairs, NUM_TIMED if timed else 1, device, progress
+            protocol, score, stored, variants, cards, num_pairs, NUM_TIMED if measured else 1, device, progress
         )
-    part = chosen is not None or classes is not None or store.meta.get("max_images") is not None
+    part = chosen is not None or protocol.partial or store.meta.get("max_images") is not None
     if not part:
         annotations = torch.cat([annotations, protocol.uncaptured])
     num_gt = annotations.sum(0)
-    if setting == "known-object":
+    if protocol.setting == "known-object":
         present, object_of = annotated_objects(store, annotations)
         scored = {name: known_object(one, present, object_of) for name, one in scored.items()}
     groups = protocol.groups
@@ -130,15 +120,14 @@ def replay(
         variants,
         added_ms={name: _milliseconds(cards[name].seconds, store, images) for name in variants},
         alignment={name: card.alignment.measures() for name, card in cards.items() if card.alignment is not None},
-        samples={name: torch.cat(card.shown) for name, card in cards.items()} if aligned else None,
-        sample_text=score.text if aligned else None,
-        algorithm=algorithm,
+        samples={name: torch.cat(card.shown) for name, card in cards.items()} if measured else None,
+        sample_text=score.text if measured else None,
+        algorithm=protocol.algorithm,
         replicates=replicates,
         pairs=num_pairs,
         names=protocol.names,
         fingerprint=store.fingerprint,
-        forced=forced or [],
-        setting=setting,
+        setting=protocol.setting,
     )
 
 
@@ -192,16 +181,6 @@ def _collect(
         for name, card in cards.items()
     }
     return scored, torch.stack(annotations)
-
-
-def _only(images: Iterable[StoredImage], classes: Tensor | None) -> Iterator[StoredImage]:
-    """The images with annotations of these classes only."""
-    for image in images:
-        if classes is None:
-            yield image
-        else:
-            kept = torch.isin(image.gt_hoi, classes)
-            yield replace(image, gt_boxes=image.gt_boxes[kept], gt_hoi=image.gt_hoi[kept])
 
 
 def _batches(images: Iterable[StoredImage]) -> Iterator[list[StoredImage]]:
@@ -283,7 +262,7 @@ def effect_of(
         ScoreError: The features cannot be scored, or none of the images has a pair.
     """
     score = EzHoiScore.from_store(store)
-    find = hicodet(store, score).match
+    match = hicodet(store).match
     names = names_of_interactions(store)
     columns: dict[str, list[Tensor]] = {}
     predictions = []
@@ -303,7 +282,7 @@ def effect_of(
             }
             for key, value in values.items():
                 columns.setdefault(key, []).append(value)
-            detections = Detections.from_images([image], find)
+            detections = Detections.from_images([image], match)
             predictions.append(
                 {
                     "image": image.name,

@@ -17,6 +17,7 @@ from ezhoi_diffusion.diffusion.baselines import Identity
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.bootstrap import REPLICATES
 from ezhoi_diffusion.evaluation.comparison import REFERENCE, Comparison
+from ezhoi_diffusion.evaluation.protocols import hicodet
 from ezhoi_diffusion.evaluation.replay import replay
 from ezhoi_diffusion.evaluation.variants import Variant, load_bridge
 from ezhoi_diffusion.features.batch import Pairs
@@ -88,13 +89,12 @@ def tune(
     comparison = replay(
         store,
         variants,
+        protocol=hicodet(store, classes=seen_classes(store)),
         chosen=images,
-        classes=seen_classes(store),
         replicates=REPLICATES,
-        timed=False,
         device=device,
-        forced=forced,
     )
+    comparison.forced += forced or []
     comparison.caveats.append(
         f"Chosen on {len(images)} held-out images of the train split, seen classes only. This is no result to report."
     )

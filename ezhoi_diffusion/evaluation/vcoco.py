@@ -9,17 +9,13 @@ be hidden. Scenario 2 accepts any box, because the thing may belong to no catego
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ezhoi_diffusion.evaluation.comparison import FULL, Comparison
+from ezhoi_diffusion.evaluation.comparison import FULL
 from ezhoi_diffusion.evaluation.protocols import EvalProtocol, StoredImage, scored_pairs
-from ezhoi_diffusion.evaluation.replay import replay
-from ezhoi_diffusion.evaluation.variants import Variant
 from ezhoi_diffusion.evaluation.vcoco_annotations import RoleAnnotations, Vcoco, read_vcoco
 from ezhoi_diffusion.features.score import EzHoiScore, ScoreError, names_of_interactions
 from ezhoi_diffusion.features.store import FeatureStore
@@ -28,17 +24,15 @@ MIN_IOU = 0.5
 SCENARIOS = ("scenario 1", "scenario 2")
 
 
-def replay_roles(store: FeatureStore, variants: Mapping[str, Variant], folder: Path, **options: Any) -> Comparison:
-    """Compare variants on a capture of one split of V-COCO.
+def vcoco_protocol(store: FeatureStore, folder: Path) -> EvalProtocol:
+    """V-COCO's protocol, for a capture of one of its splits.
 
     Classes are V-COCO's R action-roles in scenario 1, then in scenario 2; the full group is both. EZ-HOI has no class for one
     action-role, `point-instr`, whose AP is 0. Where it lacks any, further groups leave them out.
 
     Args:
         store: The capture.
-        variants: The variants but `none`.
         folder: V-COCO's annotations, see `read_vcoco`.
-        options: Of `replay`.
 
     Raises:
         ScoreError: The capture is of another data set, or names unknown actions.
@@ -49,11 +43,6 @@ def replay_roles(store: FeatureStore, variants: Mapping[str, Variant], folder: P
             f"{store.folder} is a capture of {store.fingerprint.get('dataset')}, not of V-COCO: leave --vcoco out"
         )
     data = read_vcoco(folder, [str(image["name"]) for image in store.images])
-    return replay(store, variants, protocol=vcoco_protocol(store, data), algorithm="VOC", **options)
-
-
-def vcoco_protocol(store: FeatureStore, data: Vcoco) -> EvalProtocol:
-    """V-COCO's protocol. Raises ScoreError where V-COCO does not know one of EZ-HOI's actions."""
     role = _roles(store, data)
     count = len(data.roles)
     captured = {image["name"] for image in store.images}
@@ -69,6 +58,7 @@ def vcoco_protocol(store: FeatureStore, data: Vcoco) -> EvalProtocol:
         groups=groups,
         names=[f"{name}, {scenario}" for scenario in SCENARIOS for name in data.roles],
         uncaptured=torch.stack(uncaptured) if uncaptured else torch.zeros(0, 2 * count, dtype=torch.long),
+        algorithm="VOC",
     )
 
 

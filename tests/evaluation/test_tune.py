@@ -19,6 +19,7 @@ from ezhoi_diffusion import (
 )
 from ezhoi_diffusion.bridge import FunctionBridge
 from ezhoi_diffusion.cli import main
+from ezhoi_diffusion.evaluation.protocols import hicodet
 from ezhoi_diffusion.evaluation.replay import replay
 from ezhoi_diffusion.evaluation.tune import TuneError, seen_classes, tune
 from ezhoi_diffusion.evaluation.variants import Variant, parse_settings, parse_sweep, resolve_variants
@@ -384,7 +385,7 @@ def test_a_bridge_that_writes_into_its_input_is_caught_before_others_get_it(stor
 
 def test_images_without_a_class_that_counts_are_refused(store):
     with pytest.raises(EzhoiDiffusionError, match="has an annotation of a class that counts"):
-        replay(store, {"oracle": ORACLE}, classes=torch.zeros(0, dtype=torch.long))
+        replay(store, {"oracle": ORACLE}, protocol=hicodet(store, classes=torch.zeros(0, dtype=torch.long)))
 
 
 def test_a_third_partys_sweep_that_fails_is_named():

@@ -11,12 +11,16 @@ import torch
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.demo import world
 from ezhoi_diffusion.evaluation.protocols import stored_images
-from ezhoi_diffusion.evaluation.vcoco import replay_roles, vcoco_protocol
-from ezhoi_diffusion.evaluation.vcoco_annotations import read_vcoco
+from ezhoi_diffusion.evaluation.replay import replay
+from ezhoi_diffusion.evaluation.vcoco import vcoco_protocol
 from ezhoi_diffusion.features.score import ScoreError
 from ezhoi_diffusion.features.store import FeatureStore
 from helpers.miniature import VCOCO_ACTIONS, launch, rows_of, vcoco_flags
 from helpers.vcoco_files import Case, by_definition, by_tool, write
+
+
+def replay_roles(store, folder):
+    return replay(store, {}, protocol=vcoco_protocol(store, folder))
 
 
 def annotations(folder) -> Case:
@@ -120,16 +124,16 @@ def test_vcoco_s_tool_prints_the_same_for_the_cache_of_ezhoi(vcoco, made, tmp_pa
     case = annotations(vcoco)
     case.detections = json.loads((tmp_path / "cache.json").read_text())
     is_significant = by_tool(case, tmp_path, absent=[0.0, 0.0, 0.1, 0.1, 0.0])
-    found = replay_roles(FeatureStore(made / "test"), {}, made / "vcoco").variants["none"].ap.tolist()
+    found = replay_roles(FeatureStore(made / "test"), made / "vcoco").variants["none"].ap.tolist()
     assert is_significant[:11] == pytest.approx(found[:11], abs=1e-6)
     assert all(given >= own - 1e-6 for given, own in zip(is_significant[11:], found[11:], strict=True))
 
 
 def test_of_the_first_images_only_their_own_annotations_count(made, mocker):
     store = FeatureStore(made / "test")
-    whole = replay_roles(store, {}, made / "vcoco")
+    whole = replay_roles(store, made / "vcoco")
     mocker.patch.dict(store.meta, max_images=30)
-    part = replay_roles(store, {}, made / "vcoco")
+    part = replay_roles(store, made / "vcoco")
     assert whole.images > part.images == len(store.images)
     assert 0 < part.annotations.sum() < whole.annotations.sum()
     assert (part.variants["none"].ap >= whole.variants["none"].ap).all()
@@ -141,7 +145,7 @@ def test_of_the_first_images_only_their_own_annotations_count(made, mocker):
 
 def test_boxes_are_scaled_to_the_picture_by_width_and_by_height(made):
     store = FeatureStore(made / "test")
-    find = vcoco_protocol(store, read_vcoco(made / "vcoco", [image["name"] for image in store.images])).match
+    find = vcoco_protocol(store, made / "vcoco").match
     right = 0
     for image in stored_images(store):
         narrow = replace(
@@ -173,4 +177,4 @@ def test_a_comparison_that_cannot_work_is_refused_with_a_remedy(made, captured, 
         opened = FeatureStore(store)
         mocker.patch.dict(opened.meta, interactions=names)
         with pytest.raises(ScoreError, match=message):
-            replay_roles(opened, {}, made / "vcoco")
+            replay_roles(opened, made / "vcoco")

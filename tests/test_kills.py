@@ -54,7 +54,7 @@ processes.set_forkserver_preload([__name__])
 def _server():
     """Start it where it finds this module: it does not look along sys.path."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join((str(TESTS.parent), str(TESTS), *sys.path)))
+        patch.setenv("PYTHONPATH", os.pathsep.join((str(TESTS), *sys.path)))
         forkserver.ensure_running()
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ezhoi_diffusion.cli.arguments import add_out
 
 if TYPE_CHECKING:
-    from ezhoi_diffusion.guide.formats import GuideFile
+    from ezhoi_diffusion.guide.kinds import GuideFile
 
 DESCRIPTION = """\
 Identify files of the training guide (.pkl, .pt) by their content, and with --out convert them into a bridge or into features.

@@ -18,8 +18,8 @@ from ezhoi_diffusion.features.statistics import ModalityStatistics
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.features.writer import write_imported
 from ezhoi_diffusion.files import new_folder, require_unused, sha256
-from ezhoi_diffusion.guide.formats import (
-    HOI_CLASSES,
+from ezhoi_diffusion.guide.formats import HOI_CLASSES
+from ezhoi_diffusion.guide.kinds import (
     AnalysisFile,
     EzHoiCheckpoint,
     GuideFile,

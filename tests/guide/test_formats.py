@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from ezhoi_diffusion.guide.formats import (
+from ezhoi_diffusion.guide.formats import read_guide_file
+from ezhoi_diffusion.guide.kinds import (
     AnalysisFile,
     EzHoiCheckpoint,
     ModelFile,
     TextFile,
     TextMeanFile,
     VisualFile,
-    read_guide_file,
 )
 from ezhoi_diffusion.guide.reading import GuideFileError
 from helpers.guide_files import (

@@ -36,6 +36,7 @@ BUILTIN = {
     "mean_shift": "ezhoi_diffusion.builtin.mean_shift:plugin",
     "tuned": "ezhoi_diffusion.builtin.tuned:plugin",
     "text_cache": "ezhoi_diffusion.builtin.text_cache:plugin",
+    "residual": "ezhoi_diffusion.builtin.scoring:residual",
 }
 ON_BY_DEFAULT = ("text_cache",)  # they change no result
 ENV_STRICT = "EZHOI_DIFFUSION_STRICT"

@@ -136,7 +136,7 @@ def train(bridge: Residual, pairs: LabelledPairs, epochs: int, seed: int) -> lis
             batch = pairs[rows]
             loss = bridge_loss(batch.visual + bridge.change(batch.visual), batch, positives * len(rows))
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
             total += float(loss.detach()) * len(rows)

@@ -14,7 +14,7 @@ from ezhoi_diffusion.training.config import TrainConfig
 FOR_VISUAL = {"train_steps": 5000, "val_every": 500, "checkpoint_every": 1000, "learning_rate": 8e-5}
 FOR_PAIRS = {**FOR_VISUAL, "patience": 5}
 # The score overfits soon: on the demo's features the validation loss is lowest after some 100 steps.
-FOR_SCORE = {
+FOR_SCORE: dict[str, Any] = {
     "train_steps": 600,
     "batch_size": 256,
     "learning_rate": 1e-3,
@@ -54,7 +54,7 @@ def choose_config(recipe: Recipe, given: Mapping[str, Any]) -> TrainConfig:
         recipe.trained_on
     ]
     denoiser = given.get("denoiser", "mlp")
-    fitting = FOR_UNET if denoiser == "unet1d" else {}
+    fitting: dict[str, Any] = FOR_UNET if denoiser == "unet1d" else {}
     if recipe.trained_on == "score" and denoiser == "mlp":
         fitting = {"denoiser_options": MLP_FOR_SCORE}
     return TrainConfig(**{"recipe": recipe, **defaults, **fitting, **given})

@@ -76,7 +76,8 @@ class EzHoiScore:
                 f"the logits of {classes} classes cannot be set one by one: their texts have {dim} dimensions and rank {rank} "
                 f"(condition {float(s[0] / s[-1].clamp_min(1e-300)):.3g}). Use a bridge that does not set logits"
             )
-        return vh.T / s @ u.T
+        inverse: Tensor = vh.T / s @ u.T
+        return inverse
 
     def feature(self, x: Tensor, logits: Tensor) -> Tensor:
         """The nearest features [P, D] to x [P, D] that have these logits [P, C]: x + (logits − x·Wᵀ)·pinv(W)ᵀ.
@@ -102,7 +103,8 @@ def nearest_feature(x: Tensor, logits: Tensor, matrix: Tensor, inverse: Tensor) 
 
 def relative_change(x: Tensor, moved: Tensor) -> Tensor:
     """[P], the size of the change from features x [P, D] to `moved` as a share of the norm of x."""
-    return (moved - x).norm(dim=1) / x.norm(dim=1).clamp_min(1e-12)
+    change: Tensor = (moved - x).norm(dim=1) / x.norm(dim=1).clamp_min(1e-12)
+    return change
 
 
 def require_replayable(store: FeatureStore, score: EzHoiScore) -> float:

@@ -1,0 +1,32 @@
+"""Bridges that act on the score, and the baselines that they have to beat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ezhoi_diffusion.builtin.bridge_plugin import BridgePlugin
+from ezhoi_diffusion.scoring import compete as _compete
+from ezhoi_diffusion.scoring import interactive as _interactive
+from ezhoi_diffusion.scoring.controls import PriorOnly, RandomMove, Scale
+
+
+def load_prior_only(folder: Path | None) -> PriorOnly:
+    """The bridge to zero, whatever the folder."""
+    return PriorOnly()
+
+
+def load_scale(folder: Path | None) -> Scale:
+    """The scaling, whatever the folder."""
+    return Scale()
+
+
+def load_random_move(folder: Path | None) -> RandomMove:
+    """The random move, whatever the folder."""
+    return RandomMove()
+
+
+compete = BridgePlugin(_compete.NAME, _compete.load, _compete.fit)
+interactive = BridgePlugin(_interactive.NAME, _interactive.load, _interactive.fit)
+prior_only = BridgePlugin("prior_only", load_prior_only)
+random_move = BridgePlugin("random_move", load_random_move)
+scale = BridgePlugin("scale", load_scale)

@@ -37,6 +37,8 @@ BUILTIN = {
     "tuned": "ezhoi_diffusion.builtin.tuned:plugin",
     "text_cache": "ezhoi_diffusion.builtin.text_cache:plugin",
     "compete": "ezhoi_diffusion.builtin.scoring:compete",
+    "eszsl": "ezhoi_diffusion.builtin.scoring:eszsl",
+    "gaussian_classes": "ezhoi_diffusion.builtin.scoring:gaussian_classes",
     "interactive": "ezhoi_diffusion.builtin.scoring:interactive",
     "prior_only": "ezhoi_diffusion.builtin.scoring:prior_only",
     "random_move": "ezhoi_diffusion.builtin.scoring:random_move",

@@ -7,6 +7,7 @@ from pathlib import Path
 from ezhoi_diffusion.builtin.bridge_plugin import BridgePlugin
 from ezhoi_diffusion.scoring import compete as _compete
 from ezhoi_diffusion.scoring import interactive as _interactive
+from ezhoi_diffusion.scoring import linear
 from ezhoi_diffusion.scoring.controls import PriorOnly, RandomMove, Scale
 
 
@@ -25,6 +26,8 @@ def load_random_move(folder: Path | None) -> RandomMove:
     return RandomMove()
 
 
+eszsl = BridgePlugin(linear.ESZSL, linear.load_eszsl, linear.fit_eszsl)
+gaussian_classes = BridgePlugin(linear.GAUSSIAN_CLASSES, linear.load_gaussian_classes, linear.fit_gaussian_classes)
 compete = BridgePlugin(_compete.NAME, _compete.load, _compete.fit)
 interactive = BridgePlugin(_interactive.NAME, _interactive.load, _interactive.fit)
 prior_only = BridgePlugin("prior_only", load_prior_only)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,6 +79,15 @@ def score_files(store: FeatureStore) -> dict[str, dict[str, Tensor]]:
     score = EzHoiScore.from_store(store)
     _ = score.inverse  # where it does not exist, the fit ends here and not every later command
     return {SCORE: {name: store.ezhoi[name] for name in NEEDED}}
+
+
+def load_artifact(folder: Path | None, name: str) -> Artifact:
+    """Read the artefact of the bridge `name`. Raises BridgeError, also where there is no folder."""
+    if folder is None:
+        raise BridgeError(
+            f"{name} needs its folder: `ezhoi-diffusion train FEATURES --bridge {name} --out DIR` makes it"
+        )
+    return Artifact.load(folder, name)
 
 
 def checked_number(bridge: str, settings: Mapping[str, Any], name: str, default: float) -> float:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from ezhoi_diffusion.artifact import Artifact
-from ezhoi_diffusion.bridge import BridgeError
 from ezhoi_diffusion.features.labels import LabelledPairs, labelled_pairs
 from ezhoi_diffusion.features.store import FeatureStore
-from ezhoi_diffusion.scoring.bridge import ScoreBridge, checked_number, score_files
+from ezhoi_diffusion.scoring.bridge import ScoreBridge, checked_number, load_artifact, score_files
 
 if TYPE_CHECKING:
     from ezhoi_diffusion.features.batch import Pairs
@@ -80,11 +79,7 @@ def exclusion_of(pairs: LabelledPairs) -> Tensor:
 
 def load(folder: Path | None) -> Compete:
     """Load the bridge in `folder`. Raises BridgeError."""
-    if folder is None:
-        raise BridgeError(
-            f"{NAME} needs its folder: `ezhoi-diffusion train FEATURES --bridge {NAME} --out DIR` makes it"
-        )
-    return Compete(Artifact.load(folder, NAME))
+    return Compete(load_artifact(folder, NAME))
 
 
 def fit(features: FeatureStore, alpha: float = 0.5) -> Artifact:

@@ -11,12 +11,11 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ezhoi_diffusion.artifact import Artifact
-from ezhoi_diffusion.bridge import BridgeError
 from ezhoi_diffusion.features.images import stored_images
 from ezhoi_diffusion.features.labels import labelled_pairs
 from ezhoi_diffusion.features.score import EzHoiScore
 from ezhoi_diffusion.features.store import FeatureStore
-from ezhoi_diffusion.scoring.bridge import ScoreBridge, checked_number, score_files
+from ezhoi_diffusion.scoring.bridge import ScoreBridge, checked_number, load_artifact, score_files
 from ezhoi_diffusion.scoring.geometry import GEOMETRY, pair_geometry
 
 if TYPE_CHECKING:
@@ -59,11 +58,7 @@ class Interactive(ScoreBridge):
 
 def load(folder: Path | None) -> Interactive:
     """Load the bridge in `folder`. Raises BridgeError."""
-    if folder is None:
-        raise BridgeError(
-            f"{NAME} needs its folder: `ezhoi-diffusion train FEATURES --bridge {NAME} --out DIR` makes it"
-        )
-    return Interactive(Artifact.load(folder, NAME))
+    return Interactive(load_artifact(folder, NAME))
 
 
 def fit(features: FeatureStore, weight: float = 1.0) -> Artifact:

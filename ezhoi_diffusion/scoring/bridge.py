@@ -61,6 +61,10 @@ class ScoreBridge(Bridge):
             [P, C] float64.
         """
 
+    def allowed_verbs(self, pairs: Pairs) -> Tensor:
+        """[P, C] bool, the verbs of each pair's object."""
+        return self.allowed[pairs.objects.to(self.allowed.device)]  # a replay leaves pairs on the CPU
+
     @torch.no_grad()
     def forward(self, adapter_feat: Tensor, pairs: Pairs | None = None) -> Tensor:
         """Move features [P, D]."""

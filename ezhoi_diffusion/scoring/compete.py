@@ -45,7 +45,7 @@ class Compete(ScoreBridge):
     def moved_logits(self, x: Tensor, logits: Tensor, pairs: Pairs | None) -> Tensor:
         """Add α·(z − log-sum over competitors) to logits [P, C] of allowed verbs."""
         assert pairs is not None
-        allowed = self.allowed[pairs.objects]
+        allowed = self.allowed_verbs(pairs)
         return torch.where(allowed, logits + self.alpha * (logits - rivals(logits, allowed, self.exclusion)), logits)
 
 

@@ -51,7 +51,7 @@ class Interactive(ScoreBridge):
     def moved_logits(self, x: Tensor, logits: Tensor, pairs: Pairs | None) -> Tensor:
         """Add λ·log P to all logits [P, C]."""
         assert pairs is not None
-        geometry = (pair_geometry(pairs) - self.mean) / self.spread
+        geometry = (pair_geometry(pairs).to(logits.device) - self.mean) / self.spread
         annotated = geometry @ self.coefficient[:-1] + self.coefficient[-1]
         return logits + self.weight * logsigmoid(annotated).unsqueeze(1)
 

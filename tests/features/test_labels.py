@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ezhoi_diffusion import EzHoiScore, seen_pairs
-from ezhoi_diffusion.evaluation.protocols import stored_images
+from ezhoi_diffusion.features.images import stored_images
 from ezhoi_diffusion.features.labels import LabelsError, labelled_pairs
 from ezhoi_diffusion.features.split import validation_mask
 from ezhoi_diffusion.testing import synthetic_store

@@ -23,7 +23,7 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fitted(store):
-    return fit(store, epochs=40)
+    return fit(store)
 
 
 def test_it_adds_a_network_of_one_hidden_layer(store, fitted):
@@ -47,8 +47,8 @@ def test_it_learns_what_ez_hoi_is_trained_for_and_this_holds_on_other_images(sto
 
 
 def test_a_seed_is_a_bridge(store, fitted):
-    assert same_artifact(fit(store, epochs=40), fitted)
-    other = fit(store, epochs=40, seed=1)
+    assert same_artifact(fit(store), fitted)
+    other = fit(store, seed=1)
     assert not torch.equal(other.files[TENSORS]["enter.weight"], fitted.files[TENSORS]["enter.weight"])
 
 

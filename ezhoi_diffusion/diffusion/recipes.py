@@ -10,7 +10,7 @@ from ezhoi_diffusion.errors import EzhoiDiffusionError
 
 Side = Literal["visual", "text"]
 Source = Literal["visual", "text", "pairs", "score"]
-Output = Literal["keep_norm", "unit_norm"]
+Output = Literal["keep_norm", "free_norm", "unit_norm"]
 NoisyNorm = Literal["expected", "scale_factor"]
 Spacing = Literal["linear", "quadratic", "cubic", "published"]
 Objective = Literal["pred_x0", "pred_noise", "pred_v"]
@@ -44,9 +44,10 @@ class Recipe:
     num_steps: int
     """S: how many evaluations of the denoiser that takes."""
     blend: float
-    """λ of direction = unit((1−λ)·input + λ·bridged), both unit and centred."""
+    """λ of direction = unit((1−λ)·input + λ·bridged), both unit and centred. Of output "free_norm": of features as they are."""
     output: Output
-    """keep_norm: the mean and the norm of the input are restored. unit_norm: the centred unit direction."""
+    """keep_norm: the mean and the norm of the input are restored. free_norm: the mean is restored, and the norm is that of the
+    estimate. unit_norm: the centred unit direction."""
     scale_factor: float = 5.0
     """s, the norm of every input of the denoiser."""
     sampler: str = "ddim"
@@ -139,7 +140,7 @@ RECIPES: dict[str, Recipe] = {
             start_timestep=100,
             num_steps=1,
             blend=1.0,
-            output="keep_norm",
+            output="free_norm",
             noise_augmentation=1.0,
         ),
         # The default, the gentlest of those measured. A low start keeps the identity of a feature, and the blend most of its

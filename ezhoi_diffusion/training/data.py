@@ -94,8 +94,6 @@ class TrainingSet:
     """Norm of the Gaussian noise added to the endpoint, as a share of the endpoint's norm. With labels: share of the noise."""
     labelled: LabelledPairs | None = None
     """`source` with its labels, for training on the score."""
-    restored_mean: Tensor | None = None
-    """The mean that an estimate gets back before it is scored [D]."""
     num_timesteps: int = 1000
     """Timesteps from this one on are not learned."""
 
@@ -107,14 +105,13 @@ class TrainingSet:
             TrainingError: The data have another shape, are not finite, or are too few to split.
         """
         recipe, statistics = config.recipe, data.statistics
-        endpoint, labelled, restored_mean = None, None, None
+        endpoint, labelled = None, None
         if recipe.trained_on == "text":
             source, mean, what = data.text, statistics.text_mean, "text features"
             groups, count, seed = torch.arange(len(data.text)), len(data.text), config.seed
         else:
             means = {"visual": statistics.visual_mean, "text": statistics.text_mean}
             source, mean, what = data.visual, means[recipe.input_mean], "images"
-            restored_mean = means[recipe.restored_mean]
             groups, seed = data.image, 0
             count = data.images if data.images is not None else int(groups.max()) + 1 if len(groups) else 0
             if recipe.trained_on == "pairs":
@@ -162,7 +159,6 @@ class TrainingSet:
             endpoint,
             recipe.noise_augmentation,
             labelled,
-            restored_mean,
             # The score says little of features that are mostly noise, and no feature enters there.
             config.num_timesteps if labelled is None else recipe.start_timestep,
         )

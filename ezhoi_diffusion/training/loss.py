@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ezhoi_diffusion.diffusion.normalization import normalize, rescale, uncenter
+from ezhoi_diffusion.diffusion.normalization import normalize, rescale, shift
 from ezhoi_diffusion.diffusion.recipes import Objective
 from ezhoi_diffusion.diffusion.schedule import Schedule
 from ezhoi_diffusion.features.labels import LabelledPairs
@@ -51,7 +51,7 @@ def denoising_loss(
 def scored_loss(
     predict: Predict, pairs: LabelledPairs, t: Tensor, noise: Tensor, schedule: Schedule, features: TrainingSet
 ) -> Tensor:
-    """Return `bridge_loss` of the features that the denoiser's estimates stand for, with mean and norm given back.
+    """Return `bridge_loss` of the features that the denoiser's estimates stand for, in output "free_norm".
 
     At inference a feature enters without noise, whatever the timestep. All timesteps weigh alike.
 
@@ -63,10 +63,10 @@ def scored_loss(
         schedule: The noise schedule.
         features: The training set of the pairs.
     """
-    assert features.restored_mean is not None
-    z, norm = normalize(pairs.visual, features.mean.to(noise), features.scale_factor)
+    mean = features.mean.to(noise)
+    z, _ = normalize(pairs.visual, mean, features.scale_factor)
     x = rescale(schedule.q_sample(z, t, noise), features.scale_factor)
     estimate = predict(x, t.to(z.device, non_blocking=True)).float()
     with torch.autocast(z.device.type, enabled=False):  # logits and their logarithms in float32
-        bridged = norm * uncenter(estimate, features.restored_mean.to(noise))
+        bridged = shift(pairs.visual, mean, z, estimate)
         return bridge_loss(bridged, pairs, features.positives_per_pair * len(pairs))

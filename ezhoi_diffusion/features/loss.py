@@ -9,7 +9,7 @@ from torch.nn.functional import logsigmoid
 from ezhoi_diffusion.features.labels import LabelledPairs
 
 ALPHA, GAMMA = 0.5, 0.2  # EZ-HOI's defaults, which all of its scripts use
-KEEP = 1.0  # weight of the squared change of a logit
+KEEP = 0.0075  # weight of the squared change of a logit
 
 
 def interaction_loss(logits: Tensor, prior: Tensor, target: Tensor, valid: Tensor, positives: float) -> Tensor:
@@ -38,7 +38,7 @@ def interaction_loss(logits: Tensor, prior: Tensor, target: Tensor, valid: Tenso
 
 
 def bridge_loss(bridged: Tensor, pairs: LabelledPairs, positives: float, keep: float = KEEP) -> Tensor:
-    """EZ-HOI's training loss of what bridged features score, plus `keep` times the mean squared change of a logit.
+    """EZ-HOI's training loss of what bridged features score, plus `keep` times the squared change of all logits, per positive.
 
     The second term counts every class of every pair. Classes without a loss, such as those that the split hides, are held where
     EZ-HOI has them: without it, what separates seen classes moves the others at random.
@@ -55,4 +55,4 @@ def bridge_loss(bridged: Tensor, pairs: LabelledPairs, positives: float, keep: f
     logits = bridged @ pairs.class_weight.T
     change = logits - pairs.visual @ pairs.class_weight.T
     loss = interaction_loss(logits, pairs.prior, pairs.target, pairs.valid, positives)
-    return loss + keep * change.square().mean()
+    return loss + keep * change.square().sum() / positives

@@ -18,7 +18,7 @@ from ezhoi_diffusion.artifact import Artifact
 from ezhoi_diffusion.bridge import Bridge, BridgeError
 from ezhoi_diffusion.features.batch import Pairs
 from ezhoi_diffusion.features.labels import LabelledPairs, labelled_pairs
-from ezhoi_diffusion.features.loss import bridge_loss
+from ezhoi_diffusion.features.loss import KEEP, bridge_loss
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.rng import generator
 
@@ -93,7 +93,7 @@ def load(folder: Path | None) -> Residual:
     return bridge.requires_grad_(False)
 
 
-def fit(features: FeatureStore, blend: float = 1.0, epochs: int = 40, seed: int = 0) -> Artifact:
+def fit(features: FeatureStore, blend: float = 1.0, keep: float = KEEP, epochs: int = 40, seed: int = 0) -> Artifact:
     """A network with one hidden layer that adds to features, trained through EZ-HOI's own loss.
 
     It learns from all pairs of training images, background included. A second term keeps the logits of all classes near those
@@ -102,6 +102,7 @@ def fit(features: FeatureStore, blend: float = 1.0, epochs: int = 40, seed: int 
     Args:
         features: A capture of the train split.
         blend: 0 to 1, the share of the change in the result.
+        keep: Weight of that term. More protects unseen classes, and less raises seen ones.
         epochs: Passes over all pairs, up to 4000 steps of 512.
         seed: Seed of initial weights and order.
 
@@ -113,17 +114,19 @@ def fit(features: FeatureStore, blend: float = 1.0, epochs: int = 40, seed: int 
         raise BridgeError(
             f"{NAME}: epochs is a whole number from 1, and seed a whole number, not {epochs!r} and {seed!r}"
         )
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 <= keep < math.inf:
+        raise BridgeError(f"{NAME}: keep is a number of at least 0, not {keep!r}")
     pairs = labelled_pairs(features)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed other devices too
         bridge = Residual(pairs.visual.shape[1], blend=blend)
-        train(bridge, pairs, epochs, seed)
+        train(bridge, pairs, keep, epochs, seed)
     provenance = {"fingerprint": features.fingerprint, "pairs": len(pairs)}
-    config = {"blend": bridge.blend, "epochs": epochs, "seed": seed}
+    config = {"blend": bridge.blend, "keep": keep, "epochs": epochs, "seed": seed}
     return Artifact(NAME, config, {TENSORS: bridge.state_dict()}, provenance)
 
 
-def train(bridge: Residual, pairs: LabelledPairs, epochs: int, seed: int) -> None:
+def train(bridge: Residual, pairs: LabelledPairs, keep: float, epochs: int, seed: int) -> None:
     """Train the network of `bridge` on the pairs."""
     bridge.mean.copy_(pairs.visual.mean(0))
     bridge.scale.copy_((pairs.visual - bridge.mean).square().mean().sqrt().clamp_min(1e-12))
@@ -133,7 +136,7 @@ def train(bridge: Residual, pairs: LabelledPairs, epochs: int, seed: int) -> Non
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     for rows in itertools.islice(_batches(len(pairs), epochs, seed), steps):
         batch = pairs[rows]
-        loss = bridge_loss(batch.visual + bridge.change(batch.visual), batch, positives_per_pair * len(rows))
+        loss = bridge_loss(batch.visual + bridge.change(batch.visual), batch, positives_per_pair * len(rows), keep)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

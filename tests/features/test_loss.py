@@ -58,7 +58,7 @@ def test_a_bridge_is_held_near_the_logits_of_every_class(pairs):
     bridged = pairs.visual + 0.1 * move
     logits = bridged @ pairs.class_weight.T
     alone = interaction_loss(logits, pairs.prior, pairs.target, pairs.valid, 5.0)
-    change = (0.1 * move @ pairs.class_weight.T).square().mean()
+    change = (0.1 * move @ pairs.class_weight.T).square().sum() / 5
     torch.testing.assert_close(bridge_loss(bridged, pairs, 5.0, keep=3.0), alone + 3 * change)
     torch.testing.assert_close(
         bridge_loss(pairs.visual, pairs, 5.0, keep=3.0), bridge_loss(pairs.visual, pairs, 5.0, keep=0.0)

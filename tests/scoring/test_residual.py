@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from ezhoi_diffusion import BridgeError
+from ezhoi_diffusion import BridgeError, EzHoiScore
 from ezhoi_diffusion.features.labels import labelled_pairs
 from ezhoi_diffusion.features.loss import bridge_loss
 from ezhoi_diffusion.scoring.residual import TENSORS, fit, load
@@ -52,6 +52,15 @@ def test_a_seed_is_a_bridge(store, fitted):
     assert not torch.equal(other.files[TENSORS]["enter.weight"], fitted.files[TENSORS]["enter.weight"])
 
 
+def test_what_is_kept_stays(store, fitted):
+    x, score = store.adapter_feat(), EzHoiScore.from_store(store)
+    moved = [
+        (score.logits(reloaded(one, load)(x)) - score.logits(x)).norm()
+        for one in (fit(store, keep=0.0), fitted, fit(store, keep=10.0))
+    ]
+    assert moved[0] > moved[1] > 5 * moved[2] > 0
+
+
 def test_all_images_are_learned_from(store, tmp_path):
     """Also those that `tune` holds out: it fits again without them."""
     last = synthetic_store(tmp_path / "last", images=80, alter=unannotated_in(78))
@@ -62,7 +71,10 @@ def unannotated_in(index):
     return lambda batch: replace(batch, labels=batch.labels & (batch.index != index))
 
 
-@pytest.mark.parametrize("options", [{"epochs": 0}, {"epochs": 1.5}, {"seed": "a"}, {"blend": 1.5}, {"blend": "much"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"epochs": 0}, {"keep": -1}, {"keep": "x"}, {"epochs": 1.5}, {"seed": "a"}, {"blend": 1.5}, {"blend": "much"}],
+)
 def test_other_options_are_refused(store, options):
     with pytest.raises(BridgeError):
         fit(store, **options)

@@ -36,6 +36,14 @@ BUILTIN = {
     "mean_shift": "ezhoi_diffusion.builtin.mean_shift:plugin",
     "tuned": "ezhoi_diffusion.builtin.tuned:plugin",
     "text_cache": "ezhoi_diffusion.builtin.text_cache:plugin",
+    "compete": "ezhoi_diffusion.builtin.scoring:compete",
+    "eszsl": "ezhoi_diffusion.builtin.scoring:eszsl",
+    "gaussian_classes": "ezhoi_diffusion.builtin.scoring:gaussian_classes",
+    "interactive": "ezhoi_diffusion.builtin.scoring:interactive",
+    "prior_only": "ezhoi_diffusion.builtin.scoring:prior_only",
+    "random_move": "ezhoi_diffusion.builtin.scoring:random_move",
+    "residual": "ezhoi_diffusion.builtin.scoring:residual",
+    "scale": "ezhoi_diffusion.builtin.scoring:scale",
 }
 ON_BY_DEFAULT = ("text_cache",)  # they change no result
 ENV_STRICT = "EZHOI_DIFFUSION_STRICT"

@@ -18,7 +18,7 @@ LAYERS = [
     ["artifact", "plugins"],
     ["hub"],
     ["features"],
-    ["diffusion"],
+    ["diffusion", "scoring"],
     ["training", "evaluation"],
     ["report"],
     ["ezhoi"],
@@ -28,7 +28,7 @@ LAYERS = [
     ["cli"],
 ]
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
-OFFLINE = ("features", "diffusion", "training", "evaluation", "report", "testing")
+OFFLINE = ("features", "diffusion", "scoring", "training", "evaluation", "report", "testing")
 
 
 def part_of(module: str) -> str:

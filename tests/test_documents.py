@@ -22,6 +22,8 @@ import ezhoi_diffusion
 from ezhoi_diffusion import testing
 from ezhoi_diffusion.artifact import Artifact
 from ezhoi_diffusion.bridge import Bridge
+from ezhoi_diffusion.builtin import scoring
+from ezhoi_diffusion.builtin.bridge_plugin import BridgePlugin
 from ezhoi_diffusion.cli import COMMANDS, build_parser, main
 from ezhoi_diffusion.diffusion.bridge import SETTINGS, DiffusionBridge
 from ezhoi_diffusion.diffusion.components import Components, components
@@ -35,7 +37,14 @@ from ezhoi_diffusion.hookspecs import HOOKS
 from ezhoi_diffusion.plugins import PluginManager
 from ezhoi_diffusion.registry import Registry
 from ezhoi_diffusion.report.hub_card import push_to_hub
-from ezhoi_diffusion.testing import BRIDGE_RULES, FIT_RULES, check_bridge, check_fit, synthetic_store
+from ezhoi_diffusion.testing import (
+    BRIDGE_RULES,
+    FIT_RULES,
+    check_bridge,
+    check_fit,
+    synthetic_store,
+    with_full_rank_texts,
+)
 from helpers import TESTS
 from helpers.miniature import MINIATURE
 
@@ -310,6 +319,25 @@ def test_the_example_for_forks_fits_the_functions(monkeypatch):
     exec(code, dict(names))
     called.assert_called_once_with(names["upt"], names["args"], names["engine"])
     assert "--plugin" in names["parser"].format_help()
+
+
+def test_the_example_for_the_score_gives_the_logits(workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+    (code,) = python_blocks(section(REFERENCE, "Bridges that act on the score"))
+    monkeypatch.setattr(
+        "ezhoi_diffusion.features.store.FeatureStore", lambda folder: with_full_rank_texts(FeatureStore(folder))
+    )
+    names: dict = {}
+    exec(code, names)
+    logits = names["score"].logits
+    torch.testing.assert_close(logits(names["moved"]), 2 * logits(names["x"]), rtol=0, atol=1e-4)
+
+
+def test_bridges_that_act_on_the_score_are_listed():
+    listed = first_column(REFERENCE, "bridge | moves the logits z to")
+    assert sorted(listed) == sorted(
+        plugin.name for plugin in vars(scoring).values() if isinstance(plugin, BridgePlugin)
+    )
 
 
 def test_the_example_for_the_hub_fits_the_class(monkeypatch):

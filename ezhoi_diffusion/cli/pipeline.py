@@ -41,7 +41,7 @@ def _declare(parser: Container) -> None:
     add_out(parser, "folder for all results (required)")
     add = parser.add_argument
     add("--max-images", type=int, metavar="N", help="capture the first N images of each split only")
-    add("--recipe", metavar="NAME", help="gentle (default), paper, paired or guide")
+    add("--recipe", metavar="NAME", help="gentle (default), paper, paired, scored or guide")
     add("--denoiser", metavar="NAME", help="mlp (default), unet1d, gaussian, empirical, or a plugin's")
     add("--train-steps", type=int, metavar="N", help="optimizer steps")
     add("--scale-factor", type=float, metavar="S", help="norm of every network input (5)")

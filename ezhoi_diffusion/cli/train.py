@@ -24,6 +24,7 @@ recipes:
   gentle  (default) learns the text features; a visual feature starts at a low timestep and is blended with itself
   paper   learns the text features; starts at timestep 600, 5 evaluations (Diffusion Bridge, CVPR 2025)
   paired  learns from pairs of seen classes (a visual feature, the text of its class), with noise augmentation and --patience 5
+  scored  learns through EZ-HOI's own training loss, from all pairs and the labels of seen classes, with --patience 5
   guide   learns visual features without the text mean; 600 evaluations, unit norm. It hurt wherever it was measured.
 
 what the numbers mean:
@@ -129,7 +130,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def _add_everyday(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("everyday options")
     add = group.add_argument
-    add("--recipe", metavar="NAME", help="gentle (default), paper, paired or guide; see below")
+    add("--recipe", metavar="NAME", help="gentle (default), paper, paired, scored or guide; see below")
     _add_fields(group, only=EVERYDAY)
     add(
         "--seeds", type=int, metavar="N",
@@ -146,11 +147,11 @@ def _add_everyday(parser: argparse.ArgumentParser) -> None:
     add("--spacing", metavar="NAME", help="spacing of the evaluated timesteps: linear, quadratic or cubic (recipe's)")
     add("--sampler", metavar="NAME", help="ddim, published, or one that a plugin registers (recipe's)")
     add("--blend", type=float, metavar="L", help="share of the bridged direction in the result, 0 to 1 (recipe's)")
-    add("--output-mode", dest="output", metavar="NAME", help="keep_norm or unit_norm (recipe's)")
+    add("--output-mode", dest="output", metavar="NAME", help="keep_norm, free_norm or unit_norm (recipe's)")
     add("--scale-factor", type=float, metavar="S", help="norm of every network input (recipe's, 5)")
     add(
         "--noise-augmentation", type=float, metavar="S",
-        help="recipe paired: noise added to visual features, as a share of their norm (recipe's)",
+        help="recipe paired: noise added to visual features, as a share of their norm; scored: share of the noise (recipe's)",
     )  # fmt: skip
     arguments.add_settings(group)
     arguments.add_device(group)

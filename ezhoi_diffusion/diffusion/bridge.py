@@ -18,7 +18,7 @@ from ezhoi_diffusion.artifact import CONTEXT
 from ezhoi_diffusion.bridge import Bridge, BridgeError
 from ezhoi_diffusion.diffusion.artifact import MODEL, STATISTICS, BridgeConfig, read_artifact, write_artifact
 from ezhoi_diffusion.diffusion.components import Components
-from ezhoi_diffusion.diffusion.normalization import normalize, uncenter
+from ezhoi_diffusion.diffusion.normalization import normalize, shift, uncenter
 from ezhoi_diffusion.diffusion.recipes import Recipe, Side
 from ezhoi_diffusion.diffusion.timesteps import make_timesteps
 from ezhoi_diffusion.errors import EzhoiDiffusionError
@@ -224,6 +224,8 @@ class DiffusionBridge(Bridge):
 
     def _compose(self, x: Tensor, z: Tensor, norm: Tensor, bridged: Tensor) -> Tensor:
         recipe = self.config.recipe
+        if recipe.output == "free_norm":
+            return torch.lerp(x, torch.where(norm > 0, shift(x, self.input_mean, z, bridged), x), recipe.blend)
         # Unit vectors on both sides: an estimate is shorter the less the denoiser knows, and would count for less.
         mixed = (1 - recipe.blend) * F.normalize(z, dim=-1) + recipe.blend * F.normalize(bridged, dim=-1)
         direction = F.normalize(mixed, dim=-1)

@@ -28,6 +28,22 @@ def normalize(x: Tensor, mean: Tensor, scale_factor: float) -> tuple[Tensor, Ten
     return rescale(F.normalize(x, dim=-1) - mean, scale_factor), x.norm(dim=-1, keepdim=True)
 
 
+def shift(x: Tensor, mean: Tensor, z: Tensor, sampled: Tensor) -> Tensor:
+    """Move features as far as `sampled` is from z, in their own units: the result has its own norm.
+
+    Args:
+        x: Features [N, D].
+        mean: Mean [D] of the unit features.
+        z: Their normalised form [N, D], which stands for x itself.
+        sampled: Where z was moved to [N, D].
+
+    Returns:
+        x + |x|·|unit(x) − mean|/|z|·(sampled − z) [N, D].
+    """
+    length = (F.normalize(x, dim=-1) - mean).norm(dim=-1, keepdim=True) * x.norm(dim=-1, keepdim=True)
+    return x + length / z.norm(dim=-1, keepdim=True).clamp_min(1e-12) * (sampled - z)
+
+
 def uncenter(z: Tensor, mean: Tensor) -> Tensor:
     """Return the unit vectors u [N, D] for which u − mean points along z [N, D], whatever the norm of z.
 

@@ -1,8 +1,8 @@
-"""Stored images, the detections that EZ-HOI forms from them, and how a data set evaluates those."""
+"""The detections that EZ-HOI forms from stored images, and how a data set evaluates those."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ezhoi_diffusion.evaluation.average_precision import Algorithm, matches
 from ezhoi_diffusion.features.batch import Pairs
+from ezhoi_diffusion.features.images import StoredImage
 from ezhoi_diffusion.features.score import EzHoiScore, ScoreError, interaction_classes, names_of_interactions
 from ezhoi_diffusion.features.store import FeatureStore
 
@@ -18,51 +19,7 @@ Setting = Literal["default", "known-object"]
 GROUPS = ("full", "unseen", "seen", "rare", "non-rare")  # a file of tensors keeps no order
 
 
-@dataclass(frozen=True, eq=False)
-class StoredImage:
-    """One image of a store, with its annotations.
-
-    Attributes:
-        name: File name.
-        adapter_feat: Pair features [P, D].
-        logits: EZ-HOI's logits [P, C].
-        pairs: Boxes, detector scores and object classes.
-        labels: Annotations of each pair by IoU, [P, C] bool.
-        gt_boxes: Annotated human and object boxes, [G, 2, 4].
-        gt_hoi: Annotated interaction classes [G].
-    """
-
-    name: str | None
-    adapter_feat: Tensor
-    logits: Tensor
-    pairs: Pairs
-    labels: Tensor
-    gt_boxes: Tensor
-    gt_hoi: Tensor
-
-
 MatchFn = Callable[[StoredImage], tuple[Tensor, ...]]
-
-
-def stored_images(store: FeatureStore, chosen: set[int] | None = None) -> Iterator[StoredImage]:
-    """Yield the images of a store in order, or those at `chosen` positions. Raises FeatureStoreError for a damaged shard."""
-    position = 0
-    for shard, tensors in zip(store.index["shards"], store.shards(), strict=True):
-        at = {"rows": 0, "boxes": 0, "annotations": 0}
-        for number, image in enumerate(shard["images"]):
-            span = {what: slice(begin, begin + image[what]) for what, begin in at.items()}
-            at = {what: piece.stop for what, piece in span.items()}
-            if chosen is None or position in chosen:
-                rows, boxes, annotations = span["rows"], span["boxes"], span["annotations"]
-                pairs = Pairs(
-                    image["name"], 0, tensors["sizes"][number], tensors["boxes"][boxes], tensors["scores"][boxes],
-                    tensors["classes"][boxes].long(), tensors["pairing"][rows].long().T,
-                )  # fmt: skip
-                yield StoredImage(
-                    image["name"], tensors["adapter_feat"][rows], tensors["logits"][rows], pairs, tensors["labels"][rows],
-                    tensors["gt_boxes"][annotations], tensors["gt_hoi"][annotations].long(),
-                )  # fmt: skip
-            position += 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,13 +20,12 @@ from ezhoi_diffusion.evaluation.effect import Effect
 from ezhoi_diffusion.evaluation.protocols import (
     Detections,
     EvalProtocol,
-    StoredImage,
     annotated_objects,
     hicodet,
-    stored_images,
 )
 from ezhoi_diffusion.evaluation.variants import Variant
 from ezhoi_diffusion.features.batch import Pairs
+from ezhoi_diffusion.features.images import StoredImage, stored_images
 from ezhoi_diffusion.features.score import EzHoiScore, ScoreError, names_of_interactions, require_replayable
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.rng import generator

@@ -121,7 +121,7 @@ def require_labels_unseen(bridge: Bridge, name: str, store: FeatureStore) -> Non
     provenance = bridge.provenance or {}
     trained = provenance.get("training") or _dict(provenance.get("distilled")).get("teacher")
     config = _dict(_dict(trained).get("config"))
-    labelled = "fit" in provenance or _dict(config.get("recipe")).get("trained_on") == "pairs"
+    labelled = "fit" in provenance or _dict(config.get("recipe")).get("trained_on") in ("pairs", "score")
     images = _dict(provenance.get("features")).get("images")
     if labelled and images is not None and images != len(store.images):
         raise TuneError(
@@ -130,7 +130,7 @@ def require_labels_unseen(bridge: Bridge, name: str, store: FeatureStore) -> Non
         )
     if labelled and config.get("val_fraction", FRACTION) < FRACTION:
         raise TuneError(
-            f"bridge '{name}' was trained on pairs with --val-fraction {config['val_fraction']}, so it knows labels of the "
+            f"bridge '{name}' was trained on labels with --val-fraction {config['val_fraction']}, so it knows labels of the "
             f"images that decide: train it with {FRACTION} or more"
         )
 

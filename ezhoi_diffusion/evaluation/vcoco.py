@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ezhoi_diffusion.evaluation.comparison import FULL
-from ezhoi_diffusion.evaluation.protocols import EvalProtocol, StoredImage, scored_pairs
+from ezhoi_diffusion.evaluation.protocols import EvalProtocol, scored_pairs
 from ezhoi_diffusion.evaluation.vcoco_annotations import RoleAnnotations, Vcoco, read_vcoco
+from ezhoi_diffusion.features.images import StoredImage
 from ezhoi_diffusion.features.score import EzHoiScore, ScoreError, names_of_interactions
 from ezhoi_diffusion.features.store import FeatureStore
 

@@ -59,10 +59,52 @@ class EzHoiScore:
         """Logits [P, C] of features x [P, D]: ½·logit_scale·((x·Tᵀ)·label / sample_lens), without normalization."""
         return x @ self.text.T @ self.label / self.sample_lens / 2 * self.logit_scale
 
+    @cached_property
+    def matrix(self) -> Tensor:
+        """[C, D] float64, the W of the logits x·Wᵀ: the class texts times half the logit scale."""
+        class_text = self.label.double().T @ self.text.double() / self.sample_lens.double().unsqueeze(1)
+        return class_text * self.logit_scale.double() / 2
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """[D, C] float64, the pseudo-inverse of W. Raises ScoreError where W has not full row rank."""
+        u, s, vh = torch.linalg.svd(self.matrix, full_matrices=False)
+        classes, dim = self.matrix.shape
+        rank = int((s > max(classes, dim) * torch.finfo(torch.float32).eps * s[0]).sum())  # the texts are float32
+        if rank < classes:
+            raise ScoreError(
+                f"the logits of {classes} classes cannot be set one by one: their texts have {dim} dimensions and rank {rank} "
+                f"(condition {float(s[0] / s[-1].clamp_min(1e-300)):.3g}). Use a bridge that does not set logits"
+            )
+        inverse: Tensor = vh.T / s @ u.T
+        return inverse
+
+    def feature(self, x: Tensor, logits: Tensor) -> Tensor:
+        """The nearest features [P, D] to x [P, D] that have these logits [P, C]: x + (logits − x·Wᵀ)·pinv(W)ᵀ.
+
+        It is computed in float64 and returned in the dtype of x. `relative_change` tells how far it is from x.
+
+        Raises:
+            ScoreError: W has not full row rank, so not all logits can be had.
+        """
+        return nearest_feature(x, logits, self.matrix, self.inverse)
+
     def prior(self, human: Tensor, other: Tensor, objects: Tensor) -> Tensor:
         """Prior [P, C] from detector scores [P] and object classes [P]: (s_h·s_o)^p where the object has the verb, else 0."""
         together = human.pow(self.hyper_lambda) * other.pow(self.hyper_lambda)
         return together.unsqueeze(1) * self.object_to_target[objects.long()]
+
+
+def nearest_feature(x: Tensor, logits: Tensor, matrix: Tensor, inverse: Tensor) -> Tensor:
+    """`EzHoiScore.feature` with its `matrix` and `inverse`, on whatever device they are."""
+    moved = x.double() + (logits.double() - x.double() @ matrix.T) @ inverse.T
+    return moved.to(x.dtype)
+
+
+def relative_change(x: Tensor, moved: Tensor) -> Tensor:
+    """[P], the size of the change from features x [P, D] to `moved` as a share of the norm of x."""
+    change: Tensor = (moved - x).norm(dim=1) / x.norm(dim=1).clamp_min(1e-12)
+    return change
 
 
 def require_replayable(store: FeatureStore, score: EzHoiScore) -> float:

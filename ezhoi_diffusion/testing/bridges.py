@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ezhoi_diffusion.bridge import Bridge, BridgeError, as_bridge
+from ezhoi_diffusion.bridge import PROTOCOLS, Bridge, BridgeError, as_bridge
 from ezhoi_diffusion.features.batch import Pairs
+from ezhoi_diffusion.scoring.bridge import ScoreBridge
 from ezhoi_diffusion.testing.rules import Rule, apply_rules
 
 ROUNDING = 1e-4  # of the largest value: more than another order of summation changes, and less than half precision
@@ -289,6 +290,16 @@ def _default_dtype(trial: Trial) -> str | None:
     return _moved(expected, result, "; give new tensors the features' dtype")
 
 
+def _score(trial: Trial) -> str | None:
+    """The features of a ScoreBridge have the logits that its `moved_logits` chooses."""
+    bridge = trial.bridge
+    if not isinstance(bridge, ScoreBridge):
+        return None
+    x, pairs = trial.features(9, torch.float64), trial.pairs(9)
+    expected = bridge.moved_logits(x, x @ bridge.matrix.T, pairs)
+    return _moved(expected, trial.apply(trial.features(9)).double() @ bridge.matrix.T)
+
+
 def _moved(expected: Tensor, result: Tensor, remedy: str = "") -> str | None:
     if result.dtype != expected.dtype or result.shape != expected.shape:
         return f"{result.dtype} {list(result.shape)} came for {expected.dtype} {list(expected.shape)}{remedy}"
@@ -333,6 +344,7 @@ ATTRIBUTES: dict[str, Callable[[Any], bool]] = {
     "row_by_row": lambda value: isinstance(value, bool),
     "baseline": lambda value: isinstance(value, bool),
     "seeded": lambda value: isinstance(value, bool),
+    "protocol": lambda value: value in PROTOCOLS,
     "needs_pairs": lambda value: isinstance(value, bool),
     "settings": lambda value: isinstance(value, tuple) and all(isinstance(name, str) for name in value),
     "provenance": lambda value: value is None or isinstance(value, dict),
@@ -362,5 +374,6 @@ BRIDGE_RULES: dict[str, Rule[Trial]] = {
     "attributes": _attributes,
     "settings": _settings,
     "pairs": _pairs,
+    "score": _score,
     "loading": _loading,
 }

@@ -13,7 +13,6 @@ import torch
 from ezhoi_diffusion.artifact import Artifact
 from ezhoi_diffusion.features.batch import FeatureBatch
 from ezhoi_diffusion.features.score import targets_of
-from ezhoi_diffusion.features.split import validation_mask
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.testing.bridges import seeded
 from ezhoi_diffusion.testing.rules import Rule, apply_rules
@@ -116,21 +115,6 @@ def _unseen(trial: FitTrial) -> str | None:
     return other and f"{other} where they say something else; take labels from seen_pairs(features)"
 
 
-def _held_out(trial: FitTrial) -> str | None:
-    """Annotations in the held-out images, which choose settings, have no effect."""
-    apart = validation_mask(IMAGES)
-    table = trial.features.ezhoi["object_n_verb_to_interaction"]
-
-    def alter(batch: FeatureBatch) -> FeatureBatch:
-        if not apart[batch.index]:
-            return batch
-        labels = (table[batch.pairs.objects] >= 0) & ~batch.labels
-        return replace(batch, labels=labels, gt_boxes=batch.gt_boxes / 2, gt_hoi=(batch.gt_hoi + 1) % (table.max() + 1))
-
-    other = _difference(trial.artifact, trial.fit(trial.store("held-out", alter=alter)))
-    return other and f"{other} where they say something else; take labels from seen_pairs(features)"
-
-
 def _without_split(trial: FitTrial) -> str | None:
     """Features captured without --zs, where no class is hidden, can be fitted to."""
     trial.fit(trial.store("no-split", unseen=False))
@@ -161,6 +145,5 @@ FIT_RULES: dict[str, Rule[FitTrial]] = {
     "stored": _stored,
     "deterministic": _deterministic,
     "unseen": _unseen,
-    "held out": _held_out,
     "without split": _without_split,
 }

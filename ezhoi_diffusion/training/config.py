@@ -98,8 +98,8 @@ class TrainConfig:
         self._require("denoiser_options", _is_json_object(self.denoiser_options), "a JSON object")
         self._require(
             "objective",
-            self.recipe.trained_on != "pairs" or self.objective == "pred_x0",
-            "pred_x0 for a recipe of pairs",
+            self.recipe.trained_on not in ("pairs", "score") or self.objective == "pred_x0",
+            "pred_x0 for a recipe that learns from labels",
         )
 
     def _require(self, name: str, holds: bool, what: str) -> None:

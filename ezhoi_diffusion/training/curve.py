@@ -34,5 +34,5 @@ def unlearned(history: Sequence[Mapping[str, Any]], trained_on: str) -> tuple[st
         return "the training loss rose", "lower --learning-rate"
     if not validations or validations[-1] == min(validations):
         return "it is under-trained", "give more --train-steps; if that does not help, try another --learning-rate"
-    closed_form = ", or use --denoiser gaussian, which needs no training" if trained_on != "pairs" else ""
+    closed_form = ", or use --denoiser gaussian, which needs no training" if trained_on in ("text", "visual") else ""
     return "the network memorised its features", f"capture more of them{closed_form}"

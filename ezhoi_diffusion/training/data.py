@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ezhoi_diffusion.diffusion.normalization import normalize, rescale
 from ezhoi_diffusion.diffusion.recipes import Source
-from ezhoi_diffusion.features.labels import seen_pairs
+from ezhoi_diffusion.features.labels import LabelledPairs, labelled_pairs, seen_pairs
 from ezhoi_diffusion.features.split import validation_mask
 from ezhoi_diffusion.features.statistics import ModalityStatistics
 from ezhoi_diffusion.features.store import FeatureStore
@@ -38,26 +39,39 @@ class TrainingData:
     """EZ-HOI's context vectors; they go into the artefact."""
     own_text: Tensor | None = None
     """[N, D], the text of each visual feature's own class, for training on pairs."""
+    labelled: LabelledPairs | None = None
+    """`visual` and `image` with their labels, for training on the score."""
     images: int | None = None
     """Number of captured images, with those that have no pair."""
 
     @classmethod
     def from_store(cls, store: FeatureStore, trained_on: Source) -> TrainingData:
-        """Take what a recipe learns from. Visual features are read for "visual" and "pairs" only.
+        """Take what a recipe learns from. Visual features are not read for "text".
 
         Raises:
             EzhoiDiffusionError: The store is a capture of test images.
         """
         store.require_training_images("a bridge is trained on")
         provenance = {"fingerprint": store.fingerprint, "features": {"rows": len(store), "images": len(store.images)}}
-        visual, image, own_text = store.text[:0], torch.zeros(0, dtype=torch.long), None
+        visual, image, own_text, labelled = store.text[:0], torch.zeros(0, dtype=torch.long), None, None
         if trained_on == "visual":
             visual, image = store.adapter_feat(), store.image_index()
         elif trained_on == "pairs":
             pairs = seen_pairs(store, held_out=None)
             visual, image, own_text = pairs.visual, pairs.image, pairs.text
+        elif trained_on == "score":
+            labelled = labelled_pairs(store)
+            visual, image = labelled.visual, labelled.image
         return cls(
-            visual, image, store.text, store.statistics(), provenance, store.context, own_text, len(store.images)
+            visual,
+            image,
+            store.text,
+            store.statistics(),
+            provenance,
+            store.context,
+            own_text,
+            labelled,
+            len(store.images),
         )
 
 
@@ -73,11 +87,15 @@ class TrainingSet:
     validation: Tensor
     """Indices of the held-out part."""
     fingerprint: str
-    """SHA-256 of the features and the means."""
+    """SHA-256 of the features, the means and the labels."""
     endpoint: tuple[Tensor, Tensor] | None = None
     """Replaces Gaussian noise at the last timestep: for pairs, visual features [N, D] and their mean [D]."""
     noise_scale: float = 0.0
-    """Norm of the Gaussian noise added to the endpoint, as a share of the endpoint's norm."""
+    """Norm of the Gaussian noise added to the endpoint, as a share of the endpoint's norm. With labels: share of the noise."""
+    labelled: LabelledPairs | None = None
+    """`source` with its labels, for training on the score."""
+    num_timesteps: int = 1000
+    """Timesteps from this one on are not learned."""
 
     @classmethod
     def from_data(cls, data: TrainingData, config: TrainConfig) -> TrainingSet:
@@ -87,7 +105,7 @@ class TrainingSet:
             TrainingError: The data have another shape, are not finite, or are too few to split.
         """
         recipe, statistics = config.recipe, data.statistics
-        endpoint = None
+        endpoint, labelled = None, None
         if recipe.trained_on == "text":
             source, mean, what = data.text, statistics.text_mean, "text features"
             groups, count, seed = torch.arange(len(data.text)), len(data.text), config.seed
@@ -103,6 +121,10 @@ class TrainingSet:
                     )
                 endpoint = (source, mean)
                 source, mean = data.own_text, statistics.text_mean
+            elif recipe.trained_on == "score":
+                labelled = data.labelled
+                if labelled is None:
+                    raise TrainingError(f"recipe {recipe.name!r} learns from labels, and the data hold none")
         if source.ndim != 2 or source.shape[1] != statistics.dim or groups.shape != source.shape[:1]:
             raise TrainingError(
                 f"{recipe.trained_on} features must be [N, {statistics.dim}] with one group each, "
@@ -114,6 +136,9 @@ class TrainingSet:
                 if not torch.isfinite(block).all():
                     raise TrainingError(f"{recipe.trained_on} features hold NaN or infinity: capture them again")
                 digest.update(block.contiguous().numpy().tobytes())
+        if labelled is not None:
+            for labels in (labelled.target, labelled.valid, labelled.prior, labelled.class_weight):
+                digest.update(labels.contiguous().numpy().tobytes())
         try:
             held_out = validation_mask(count, config.val_fraction, seed)[groups]
         except ValueError as error:
@@ -133,6 +158,9 @@ class TrainingSet:
             digest.hexdigest(),
             endpoint,
             recipe.noise_augmentation,
+            labelled,
+            # The score says little of features that are mostly noise, and no feature enters there.
+            config.num_timesteps if labelled is None else recipe.start_timestep,
         )
 
     @property
@@ -145,12 +173,18 @@ class TrainingSet:
         """Whether it holds pairs."""
         return self.endpoint is not None
 
+    @cached_property
+    def positives_per_pair(self) -> float:
+        """How many classes a training pair is annotated with on average. Needs labels."""
+        assert self.labelled is not None
+        return max(1, int(self.labelled.target[self.training].sum())) / len(self.training)
+
     def resident(self, device: torch.device) -> Tensor | None:
         """Return all normalised features [N, D] on the device, or None where batches are taken one by one.
 
-        Those are pairs, and many features on a CPU: they may be mapped from disk and larger than its memory.
+        Those are pairs, features with labels, and many features on a CPU: they may be mapped from disk and larger than its memory.
         """
-        if self.paired or (device.type == "cpu" and len(self.source) > BLOCK):
+        if self.paired or self.labelled is not None or (device.type == "cpu" and len(self.source) > BLOCK):
             return None
         return torch.cat([self[indices].to(device) for indices in torch.arange(len(self.source)).split(BLOCK)])
 
@@ -159,7 +193,13 @@ class TrainingSet:
         return normalize(self.source[indices].float(), self.mean, self.scale_factor)[0]
 
     def noise(self, indices: Tensor, gaussian: Tensor) -> Tensor:
-        """Return what features are mixed with [n, D]: standard normal `gaussian`, or their endpoint with that noise."""
+        """Return what features are mixed with [n, D].
+
+        It is standard normal `gaussian`, or with labels a share of it. Of pairs it is their endpoint with a noise of norm
+        `noise_scale`·`scale_factor`.
+        """
+        if self.labelled is not None:
+            return self.noise_scale * gaussian
         if self.endpoint is None:
             return gaussian
         visual, mean = self.endpoint

@@ -13,6 +13,17 @@ from ezhoi_diffusion.training.config import TrainConfig
 # TrainConfig's defaults fit a few hundred texts and the mlp. Visual features are many, and unet1d has its published rate.
 FOR_VISUAL = {"train_steps": 5000, "val_every": 500, "checkpoint_every": 1000, "learning_rate": 8e-5}
 FOR_PAIRS = {**FOR_VISUAL, "patience": 5}
+# The score overfits soon: on the demo's features the validation loss is lowest after some 100 steps.
+FOR_SCORE: dict[str, Any] = {
+    "train_steps": 600,
+    "batch_size": 256,
+    "learning_rate": 1e-3,
+    "ema_decay": 0.9,
+    "val_every": 20,
+    "checkpoint_every": 100,
+    "patience": 5,
+}
+MLP_FOR_SCORE = {"width": 256, "depth": 1}
 FOR_UNET = {"learning_rate": 8e-5}
 RECIPE_SETTINGS = [field.name for field in fields(Recipe) if field.name not in ("name", "trained_on")]
 
@@ -39,6 +50,11 @@ def choose_config(recipe: Recipe, given: Mapping[str, Any]) -> TrainConfig:
     Raises:
         TrainingError: A value is out of range.
     """
-    defaults: dict[str, Any] = {"text": {}, "visual": FOR_VISUAL, "pairs": FOR_PAIRS}[recipe.trained_on]
-    unet = FOR_UNET if given.get("denoiser") == "unet1d" else {}
-    return TrainConfig(**{"recipe": recipe, **defaults, **unet, **given})
+    defaults: dict[str, Any] = {"text": {}, "visual": FOR_VISUAL, "pairs": FOR_PAIRS, "score": FOR_SCORE}[
+        recipe.trained_on
+    ]
+    denoiser = given.get("denoiser", "mlp")
+    fitting: dict[str, Any] = FOR_UNET if denoiser == "unet1d" else {}
+    if recipe.trained_on == "score" and denoiser == "mlp":
+        fitting = {"denoiser_options": MLP_FOR_SCORE}
+    return TrainConfig(**{"recipe": recipe, **defaults, **fitting, **given})

@@ -45,6 +45,11 @@ def fit_bridge(data: TrainingData, config: TrainConfig, out: Path, registry: Com
             f"recipe {config.recipe.name!r} mixes texts with visual features, and {config.denoiser} assumes Gaussian noise: "
             f"choose a recipe that learns from text, or the denoiser mlp"
         )
+    if features.labelled is not None:
+        raise TrainingError(
+            f"recipe {config.recipe.name!r} learns through EZ-HOI's score, and {config.denoiser} is fitted without it: choose a "
+            f"recipe that learns from text, or the denoiser mlp"
+        )
     is_text = config.recipe.trained_on == "text"
     sample = _sample(features.training, config.seed)
     without_held_out = _fitted(config, features, sample, registry)

@@ -26,7 +26,7 @@ from ezhoi_diffusion.training.batches import batch_indices, timesteps_and_noise
 from ezhoi_diffusion.training.checkpoint import flat, nested, read_newest, require_same_run, write_checkpoint
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
 from ezhoi_diffusion.training.data import TrainingData, TrainingSet
-from ezhoi_diffusion.training.loss import denoising_loss
+from ezhoi_diffusion.training.loss import denoising_loss, scored_loss
 from ezhoi_diffusion.training.processes import broadcast_from_main, require_same_everywhere
 from ezhoi_diffusion.training.validation import Validation
 
@@ -161,17 +161,24 @@ class TrainingLoop:
         """Return this process's share of the loss of one global batch."""
         config, accelerator = self.config, self.accelerator
         indices = batch_indices(len(self.features.training), config.batch_size, config.seed, batch)
-        t, noise = timesteps_and_noise((config.batch_size, self.features.dim), config.num_timesteps, config.seed, batch)
+        t, noise = timesteps_and_noise(
+            (config.batch_size, self.features.dim), self.features.num_timesteps, config.seed, batch
+        )
         share = config.batch_size // accelerator.num_processes
         own = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
         chosen = self.features.training[indices[own]]
+        noise = self._to_device(self.features.noise(chosen, noise[own]))
+        if self.features.labelled is not None:
+            pairs = self.features.labelled[chosen].to(self.device)
+            with accelerator.autocast():
+                return scored_loss(self.model, pairs, t[own], noise, self.validation.schedule, self.features)
         z = self.features[chosen] if self.resident is None else self.resident[self._to_device(chosen)]
         with accelerator.autocast():
             return denoising_loss(
                 self.model,
                 z.to(self.device),
                 t[own],
-                self._to_device(self.features.noise(chosen, noise[own])),
+                noise,
                 self.validation.schedule,
                 config.objective,
                 config.recipe.scale_factor,

@@ -20,6 +20,7 @@ from ezhoi_diffusion.diffusion.bridge import (
 )
 from ezhoi_diffusion.diffusion.components import Components
 from ezhoi_diffusion.diffusion.denoiser import DenoiserError
+from ezhoi_diffusion.diffusion.normalization import normalize
 from ezhoi_diffusion.diffusion.recipes import RECIPES
 from ezhoi_diffusion.features.statistics import ModalityStatistics
 from ezhoi_diffusion.files import COMMITTED, write_tensors
@@ -34,7 +35,7 @@ class Identity(nn.Module):
 
 
 @pytest.mark.parametrize("dim", [512, 768])
-@pytest.mark.parametrize(("recipe", "blend"), [("paper", 1.0), ("gentle", 0.3), ("gentle", 0.0)])
+@pytest.mark.parametrize(("recipe", "blend"), [("paper", 1.0), ("gentle", 0.3), ("gentle", 0.0), ("scored", 0.7)])
 def test_identity_denoiser_returns_the_input(dim, recipe, blend):
     chosen = replace(RECIPES[recipe], restored_mean="visual", blend=blend)
     bridge = DiffusionBridge(BridgeConfig(dim, chosen, "identity"), Identity(), statistics(dim))
@@ -136,7 +137,7 @@ def test_a_fresh_mlp_is_the_isotropic_estimate():
     assert torch.equal(mlp(x, torch.full((3,), 599)), skip * x)
 
 
-@pytest.mark.parametrize("recipe", ["paper", "guide", "gentle"])
+@pytest.mark.parametrize("recipe", ["paper", "guide", "gentle", "scored"])
 @pytest.mark.parametrize("objective", ["pred_x0", "pred_noise", "pred_v"])
 def test_deterministic_and_independent_of_batch_and_chunks(recipe, objective):
     changes = {"num_steps": 20} if recipe == "guide" else {}
@@ -156,6 +157,17 @@ def test_keep_norm_keeps_norms_and_unit_norm_gives_unit_vectors():
     assert torch.allclose(make("gentle")(x).norm(dim=1), x.norm(dim=1), rtol=1e-5)
     unit_norm = make("guide", num_steps=5)(x)
     assert torch.allclose(unit_norm.norm(dim=1), torch.ones(len(x)), rtol=1e-5)
+
+
+def test_free_norm_moves_a_feature_as_far_as_its_sample():
+    x = features()
+    bridge = make("scored")
+    z, norm = normalize(x, bridge.input_mean, 5.0)
+    length = norm * (x / norm - bridge.input_mean).norm(dim=1, keepdim=True)
+    moved = length / 5 * (bridge.sample(z) - z)
+    assert moved.norm() > 0.01 * x.norm()
+    torch.testing.assert_close(bridge(x), x + moved, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(bridge.override(blend=0.3)(x), x + 0.3 * moved, rtol=1e-4, atol=1e-4)
 
 
 def test_no_features_and_features_of_norm_zero():

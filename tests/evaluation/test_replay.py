@@ -11,9 +11,9 @@ from ezhoi_diffusion.bridge import Bridge
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.evaluation.comparison import Comparison, VariantResult
 from ezhoi_diffusion.evaluation.effect import Effect, verdict
-from ezhoi_diffusion.evaluation.protocols import stored_images
 from ezhoi_diffusion.evaluation.replay import effect_of, replay
 from ezhoi_diffusion.evaluation.variants import Variant
+from ezhoi_diffusion.features.images import stored_images
 from ezhoi_diffusion.features.score import EzHoiScore, ScoreError, require_replayable
 from ezhoi_diffusion.features.store import FeatureStore
 from helpers.miniature import ezhoi_flags, launch, rows_of

@@ -10,9 +10,9 @@ import torch
 
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.demo import world
-from ezhoi_diffusion.evaluation.protocols import stored_images
 from ezhoi_diffusion.evaluation.replay import replay
 from ezhoi_diffusion.evaluation.vcoco import vcoco_protocol
+from ezhoi_diffusion.features.images import stored_images
 from ezhoi_diffusion.features.score import ScoreError
 from ezhoi_diffusion.features.store import FeatureStore
 from helpers.miniature import VCOCO_ACTIONS, launch, rows_of, vcoco_flags

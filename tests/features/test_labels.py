@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ezhoi_diffusion import EzHoiScore, seen_pairs
-from ezhoi_diffusion.evaluation.protocols import stored_images
-from ezhoi_diffusion.features.labels import LabelsError
+from ezhoi_diffusion.features.images import stored_images
+from ezhoi_diffusion.features.labels import LabelsError, labelled_pairs
 from ezhoi_diffusion.features.split import validation_mask
 from ezhoi_diffusion.testing import synthetic_store
 
@@ -77,13 +77,52 @@ def test_labels_of_hidden_classes_are_not_looked_at(store, tmp_path):
         one, other = seen_pairs(store, held_out=which), seen_pairs(altered, held_out=which)
         for name in ("visual", "text", "target", "image"):
             assert torch.equal(getattr(one, name), getattr(other, name)), name
+    for name, tensor in vars(labelled_pairs(store)).items():
+        assert torch.equal(tensor, getattr(labelled_pairs(altered), name)), name
+
+
+def test_every_pair_has_the_labels_that_may_count(store):
+    pairs = labelled_pairs(store)
+    table, unseen = store.ezhoi["object_n_verb_to_interaction"], store.ezhoi["classes/unseen"].tolist()
+    row = hidden_verbs_in_images = 0
+    for position, image in enumerate(stored_images(store)):
+        hidden = {int((table == hoi).nonzero()[0, 1]) for hoi in image.gt_hoi.tolist() if hoi in unseen}
+        hidden_verbs_in_images += len(hidden)
+        human, other = image.pairs.pairing
+        for pair, found in enumerate(image.pairs.objects.tolist()):
+            own = table[found].tolist()
+            valid = [hoi >= 0 and hoi not in unseen and verb not in hidden for verb, hoi in enumerate(own)]
+            assert pairs.valid[row].tolist() == valid
+            assert pairs.target[row].tolist() == (image.labels[pair] & torch.tensor(valid)).tolist()
+            assert pairs.prior[row] == image.pairs.scores[human[pair]] * image.pairs.scores[other[pair]]
+            assert torch.equal(pairs.visual[row], image.adapter_feat[pair])
+            assert pairs.image[row] == position
+            row += 1
+    assert row == len(pairs) == len(store)
+    assert hidden_verbs_in_images > 3
+    torch.testing.assert_close(pairs.visual @ pairs.class_weight.T, EzHoiScore.from_store(store).logits(pairs.visual))
+    assert 0 < pairs.target.sum() == len(seen_pairs(store, held_out=None))
+
+
+def test_a_pair_that_ez_hoi_scores_zero_does_not_count(tmp_path):
+    without = synthetic_store(tmp_path / "zero", alter=lambda b: replace(b, pairs=replace(b.pairs, scores=unsure(b))))
+    assert not labelled_pairs(without).valid[::6].any()
+    assert labelled_pairs(without).valid[1::6].any()
+
+
+def unsure(batch):
+    """The detector's scores, zero for the first object."""
+    scores = batch.pairs.scores.clone()
+    scores[batch.pairs.pairing[1, :1]] = 0
+    return scores
 
 
 def test_what_cannot_be_learned_from_is_refused(store, tmp_path):
     with pytest.raises(LabelsError, match="learn from training images only"):
         seen_pairs(synthetic_store(tmp_path / "test", split="test"))
     nothing = synthetic_store(tmp_path / "nothing", alter=lambda b: replace(b, labels=torch.zeros_like(b.labels)))
-    with pytest.raises(LabelsError, match="no pair of a seen class is annotated"):
-        seen_pairs(nothing)
+    for collect in (seen_pairs, labelled_pairs):
+        with pytest.raises(LabelsError, match="no pair of a seen class is annotated"):
+            collect(nothing)
     with pytest.raises(LabelsError, match="too few images"):
         seen_pairs(synthetic_store(tmp_path / "one", images=1))

@@ -1,0 +1,102 @@
+"""What bridges that act on the score have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ezhoi_diffusion.artifact import Artifact
+from ezhoi_diffusion.bridge import Bridge, BridgeError
+from ezhoi_diffusion.features.score import NEEDED, EzHoiScore, nearest_feature
+from ezhoi_diffusion.features.store import FeatureStore
+
+if TYPE_CHECKING:
+    from ezhoi_diffusion.features.batch import Pairs
+
+SCORE = "score.safetensors"
+
+
+class ScoreBridge(Bridge):
+    """Maps features to the nearest ones with the logits that `moved_logits` chooses (`EzHoiScore.feature`).
+
+    Args:
+        artifact: An artefact with the files of `score_files`.
+
+    Raises:
+        BridgeError: The artefact lacks them.
+        ScoreError: Not all logits can be had.
+    """
+
+    row_by_row = True
+    matrix: Tensor
+    inverse: Tensor
+    allowed: Tensor
+
+    def __init__(self, artifact: Artifact) -> None:
+        super().__init__()
+        try:
+            score = EzHoiScore(**artifact.files[SCORE])
+        except (KeyError, TypeError) as error:
+            raise BridgeError(f"the '{artifact.bridge}' holds no score of EZ-HOI ({error}): fit it again") from error
+        self.register_buffer("matrix", score.matrix, persistent=False)  # [C, D]
+        self.register_buffer("inverse", score.inverse, persistent=False)  # [D, C]
+        self.register_buffer("allowed", score.object_to_target, persistent=False)  # [O, C]
+        self.provenance, self.context = artifact.provenance, artifact.context
+
+    @abstractmethod
+    def moved_logits(self, x: Tensor, logits: Tensor, pairs: Pairs | None) -> Tensor:
+        """The logits that the returned features get.
+
+        Args:
+            x: Pair features [P, D], float64.
+            logits: Their logits [P, C], float64.
+            pairs: As in `forward`.
+
+        Returns:
+            [P, C] float64.
+        """
+
+    def allowed_verbs(self, pairs: Pairs) -> Tensor:
+        """[P, C] bool, the verbs of each pair's object."""
+        return self.allowed[pairs.objects.to(self.allowed.device)]  # a replay leaves pairs on the CPU
+
+    @torch.no_grad()
+    def forward(self, adapter_feat: Tensor, pairs: Pairs | None = None) -> Tensor:
+        """Move features [P, D]."""
+        with torch.autocast(adapter_feat.device.type, enabled=False):
+            x = adapter_feat.double()
+            moved = self.moved_logits(x, x @ self.matrix.T, pairs)
+            return nearest_feature(adapter_feat, moved, self.matrix, self.inverse)
+
+
+def score_files(store: FeatureStore) -> dict[str, dict[str, Tensor]]:
+    """The files that `ScoreBridge` reads.
+
+    Raises:
+        ScoreError: The store lacks a constant of the score, or not all logits can be had.
+    """
+    score = EzHoiScore.from_store(store)
+    _ = score.inverse  # where it does not exist, the fit ends here and not every later command
+    return {SCORE: {name: store.ezhoi[name] for name in NEEDED}}
+
+
+def load_artifact(folder: Path | None, name: str) -> Artifact:
+    """Read the artefact of the bridge `name`. Raises BridgeError, also where there is no folder."""
+    if folder is None:
+        raise BridgeError(
+            f"{name} needs its folder: `ezhoi-diffusion train FEATURES --bridge {name} --out DIR` makes it"
+        )
+    return Artifact.load(folder, name)
+
+
+def checked_number(bridge: str, settings: Mapping[str, Any], name: str, default: float) -> float:
+    """A setting that is a number of at least 0. Raises BridgeError for another value."""
+    value = settings.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise BridgeError(f"{bridge}: {name} is a number of at least 0, not {value!r:.60}")
+    return float(value)

@@ -1,0 +1,94 @@
+"""`compete`: one verb against the others that the object allows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ezhoi_diffusion.artifact import Artifact
+from ezhoi_diffusion.features.labels import LabelledPairs, labelled_pairs
+from ezhoi_diffusion.features.store import FeatureStore
+from ezhoi_diffusion.scoring.bridge import ScoreBridge, checked_number, load_artifact, score_files
+
+if TYPE_CHECKING:
+    from ezhoi_diffusion.features.batch import Pairs
+
+NAME = "compete"
+TENSORS = "compete.safetensors"
+PSEUDO_COUNT = 1.0  # of pairs with both verbs; more would take longer to believe that two verbs exclude each other
+
+
+class Compete(ScoreBridge):
+    """z_v -> z_v + α·(z_v − log Σ_w e_vw·exp z_w), over the verbs w that the object allows.
+
+    With all e_vw = 1 the term is α·log softmax: the idea of group softmax (Li et al., "Overcoming classifier imbalance
+    for long-tail object detection with balanced group softmax", CVPR 2020). Here e_vw is how far v and w exclude each other.
+    """
+
+    needs_pairs = True
+    settings = ("alpha",)
+    exclusion: Tensor
+
+    def __init__(self, artifact: Artifact) -> None:
+        super().__init__(artifact)
+        self.alpha = checked_number(NAME, artifact.config, "alpha", 0.5)
+        self.register_buffer("exclusion", artifact.files[TENSORS]["exclusion"], persistent=False)  # [C, C]
+
+    def apply_settings(self, settings: Mapping[str, Any]) -> None:
+        """Take over an alpha of at least 0. Raises BridgeError for another value."""
+        self.alpha = checked_number(NAME, settings, "alpha", self.alpha)
+
+    def moved_logits(self, x: Tensor, logits: Tensor, pairs: Pairs | None) -> Tensor:
+        """Add α·(z − log-sum over competitors) to logits [P, C] of allowed verbs."""
+        assert pairs is not None
+        allowed = self.allowed_verbs(pairs)
+        return torch.where(allowed, logits + self.alpha * (logits - rivals(logits, allowed, self.exclusion)), logits)
+
+
+def rivals(logits: Tensor, allowed: Tensor, exclusion: Tensor) -> Tensor:
+    """log Σ_w e_vw·exp z_w [P, C] over allowed verbs w.
+
+    Args:
+        logits: z [P, C].
+        allowed: [P, C] bool.
+        exclusion: e [C, C], 1 on the diagonal.
+    """
+    masked = logits.masked_fill(~allowed, float("-inf"))
+    top = masked.amax(1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)  # no allowed verb: any number will do
+    total = ((masked - top).exp() @ exclusion.T).log() + top
+    return torch.maximum(total, logits)  # e_vv = 1, so the sum is no less; it may underflow
+
+
+def exclusion_of(pairs: LabelledPairs) -> Tensor:
+    """e [C, C] in 0..1: 1 for verbs that exclude each other, 0 for verbs that come together as often as chance has it.
+
+    e_vw = 1 − n_vw / (E_vw + 1), at least 0. Among annotated pairs in which both verbs count, n_vw have both and E_vw =
+    n_v·n_w / n would have both by chance. Verbs that no pair tells apart, hidden ones among them, exclude each other.
+    """
+    annotated = pairs.target.any(1)
+    target, valid = (part[annotated].double() for part in (pairs.target, pairs.valid))
+    both, own, number = target.T @ target, target.T @ valid, valid.T @ valid
+    expected = own * own.T / number.clamp_min(1)
+    exclusion = (1 - both / (expected + PSEUDO_COUNT)).clamp(0, 1)
+    return exclusion.fill_diagonal_(1)
+
+
+def load(folder: Path | None) -> Compete:
+    """Load the bridge in `folder`. Raises BridgeError."""
+    return Compete(load_artifact(folder, NAME))
+
+
+def fit(features: FeatureStore, alpha: float = 0.5) -> Artifact:
+    """Learn from annotated pairs of seen classes which verbs exclude each other.
+
+    Args:
+        features: A capture of the train split.
+        alpha: Weight of the competition.
+    """
+    alpha = checked_number(NAME, {}, "alpha", alpha)
+    tensors = {"exclusion": exclusion_of(labelled_pairs(features))}
+    return Artifact(NAME, {"alpha": alpha}, {**score_files(features), TENSORS: tensors})

@@ -1,0 +1,98 @@
+"""`interactive`: annotated pairs against background, by the geometry of the pair."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from ezhoi_diffusion.artifact import Artifact
+from ezhoi_diffusion.features.images import stored_images
+from ezhoi_diffusion.features.labels import labelled_pairs
+from ezhoi_diffusion.features.score import EzHoiScore
+from ezhoi_diffusion.features.store import FeatureStore
+from ezhoi_diffusion.scoring.bridge import ScoreBridge, checked_number, load_artifact, score_files
+from ezhoi_diffusion.scoring.geometry import GEOMETRY, pair_geometry
+
+if TYPE_CHECKING:
+    from ezhoi_diffusion.features.batch import Pairs
+
+NAME = "interactive"
+TENSORS = "interactive.safetensors"
+
+
+class Interactive(ScoreBridge):
+    """z -> z + λ·log P(annotated | geometry), for all verbs of a pair, with a logistic P on `GEOMETRY`.
+
+    Source: the interactiveness of Li et al., "Transferable interactiveness knowledge for human-object interaction detection",
+    CVPR 2019. There a network learns it from features too, which cost unseen classes what they gave seen ones.
+    """
+
+    needs_pairs = True
+    settings = ("weight",)
+    mean: Tensor
+    spread: Tensor
+    coefficient: Tensor
+
+    def __init__(self, artifact: Artifact) -> None:
+        super().__init__(artifact)
+        self.weight = checked_number(NAME, artifact.config, "weight", 1.0)
+        for name in ("mean", "spread", "coefficient"):
+            self.register_buffer(name, artifact.files[TENSORS][name], persistent=False)  # [G], [G], [G + 1]
+
+    def apply_settings(self, settings: Mapping[str, Any]) -> None:
+        """Take over a weight of at least 0. Raises BridgeError for another value."""
+        self.weight = checked_number(NAME, settings, "weight", self.weight)
+
+    def moved_logits(self, x: Tensor, logits: Tensor, pairs: Pairs | None) -> Tensor:
+        """Add λ·log P to all logits [P, C]."""
+        assert pairs is not None
+        geometry = (pair_geometry(pairs).to(logits.device) - self.mean) / self.spread
+        annotated = geometry @ self.coefficient[:-1] + self.coefficient[-1]
+        return logits + self.weight * logsigmoid(annotated).unsqueeze(1)
+
+
+def load(folder: Path | None) -> Interactive:
+    """Load the bridge in `folder`. Raises BridgeError."""
+    return Interactive(load_artifact(folder, NAME))
+
+
+def fit(features: FeatureStore, weight: float = 1.0) -> Artifact:
+    """Learn from annotated pairs of seen classes, and from pairs without annotation, what an annotated pair is like.
+
+    A pair without annotation may show a hidden interaction. So it counts as background only with the share of its softmax over
+    the object's verbs that seen interactions hold. No annotation of a hidden interaction is used, and no image without another
+    one, as in EZ-HOI's training.
+
+    Args:
+        features: A capture of the train split.
+        weight: λ, the weight of log P.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    weight = checked_number(NAME, {}, "weight", weight)
+    score, pairs = EzHoiScore.from_store(features), labelled_pairs(features)
+    unseen = features.ezhoi.get("classes/unseen", torch.zeros(0, dtype=torch.long))
+    hidden = torch.isin(features.ezhoi["object_n_verb_to_interaction"], unseen)  # [O, C]
+    geometry, seen_share = [], []
+    for image in stored_images(features):
+        logits, objects = image.adapter_feat.double() @ score.matrix.T, image.pairs.objects
+        softmax = logits.masked_fill(~score.object_to_target[objects], float("-inf")).softmax(1).nan_to_num()
+        geometry.append(pair_geometry(image.pairs))
+        used = not torch.isin(image.gt_hoi, unseen).all()
+        seen_share.append(used * (1 - (softmax * hidden[objects]).sum(1)))
+    x, annotated = torch.cat(geometry), pairs.target.any(1)
+    mean, spread = x.mean(0), x.std(0).clamp_min(1e-6)
+    counts = torch.where(annotated, 1.0, torch.cat(seen_share))
+    model = LogisticRegression(max_iter=1000)
+    model.fit(((x - mean) / spread).numpy(), annotated.numpy(), counts.numpy())
+    coefficient = torch.tensor([*model.coef_[0], *model.intercept_], dtype=torch.float64)
+    return Artifact(
+        NAME,
+        {"weight": weight, "coefficients": dict(zip((*GEOMETRY, "constant"), coefficient.tolist(), strict=True))},
+        {**score_files(features), TENSORS: {"mean": mean, "spread": spread, "coefficient": coefficient}},
+    )

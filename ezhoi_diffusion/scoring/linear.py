@@ -1,0 +1,160 @@
+"""`eszsl` and `gaussian_classes`: closed-form classifiers of unseen classes, added to EZ-HOI's logits.
+
+Both learn a linear map from features to classes by way of the texts, without any iteration: the bar for learned maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ezhoi_diffusion.artifact import Artifact
+from ezhoi_diffusion.bridge import BridgeError
+from ezhoi_diffusion.features.labels import LabelledPairs, labelled_pairs
+from ezhoi_diffusion.features.score import EzHoiScore
+from ezhoi_diffusion.features.store import FeatureStore
+from ezhoi_diffusion.rng import generator
+from ezhoi_diffusion.scoring.bridge import ScoreBridge, checked_number, load_artifact, score_files
+
+if TYPE_CHECKING:
+    from ezhoi_diffusion.features.batch import Pairs
+
+ESZSL, GAUSSIAN_CLASSES = "eszsl", "gaussian_classes"
+TENSORS = "linear.safetensors"
+PENALTY = 1.0  # of the maps, in units of the mean eigenvalue
+SHRINKAGE = 0.5  # of the covariance towards a multiple of the identity
+
+
+class LinearScore(ScoreBridge):
+    """z -> z + weight · (x − centre)·M, with M [D, C] in units that make both terms vary equally at weight 1."""
+
+    settings = ("weight",)
+    centre: Tensor
+    map: Tensor
+
+    def __init__(self, artifact: Artifact) -> None:
+        super().__init__(artifact)
+        self.weight = checked_number(artifact.bridge, artifact.config, "weight", 0.1)
+        self.name = artifact.bridge
+        self.baseline = bool(artifact.config["permute_texts"])
+        for name in ("centre", "map"):
+            self.register_buffer(name, artifact.files[TENSORS][name], persistent=False)
+
+    def apply_settings(self, settings: Mapping[str, Any]) -> None:
+        """Take over a weight of at least 0. Raises BridgeError for another value."""
+        self.weight = checked_number(self.name, settings, "weight", self.weight)
+
+    def moved_logits(self, x: Tensor, logits: Tensor, pairs: Pairs | None) -> Tensor:
+        """Add the linear term to logits [P, C]."""
+        return logits + self.weight * (x - self.centre) @ self.map
+
+
+def eszsl_map(pairs: LabelledPairs, texts: Tensor) -> tuple[Tensor, Tensor]:
+    """Centre [D] and map [D, C] of Romera-Paredes & Torr, "An embarrassingly simple approach to zero-shot learning", ICML 2015.
+
+    V = (XᵀX + γI)⁻¹ XᵀY S (SᵀS + λI)⁻¹ and M = V Sᵀ, for centred features X [N, D], labels Y [N, C'], and texts S [C', D] of
+    the seen classes. A label has mean 0 and variance 1 over the pairs that know it, and is 0 for the others.
+
+    Args:
+        pairs: Labels of N pairs.
+        texts: [C, D] float64, of all classes.
+    """
+    seen = pairs.target.any(0)
+    valid, label = (part[:, seen].double() for part in (pairs.valid, pairs.target))
+    share = label.sum(0) / valid.sum(0)
+    label = (label - share) * valid / (share * (1 - share)).clamp_min(1e-6).sqrt()
+    x = pairs.visual.double()
+    centre = x.mean(0)
+    half = torch.linalg.solve(penalized((x - centre).T @ (x - centre)), (x - centre).T @ label @ texts[seen])
+    return centre, torch.linalg.solve(penalized(texts[seen].T @ texts[seen]), half.T).T @ texts.T
+
+
+def gaussian_map(pairs: LabelledPairs, texts: Tensor) -> tuple[Tensor, Tensor]:
+    """Centre [D] and map [D, C]: log-odds of each class against background, for Gaussians with a shared covariance Σ.
+
+    M = Σ⁻¹(μ − μ_background) as in linear discriminant analysis (Hastie et al., "The elements of statistical learning", 4.3). The
+    mean of a class without labels is predicted from its text, by ridge regression over the classes with labels.
+
+    Args:
+        pairs: Labels of N pairs.
+        texts: [C, D] float64, of all classes.
+    """
+    x, label = pairs.visual.double(), pairs.target.double()
+    background = x[~pairs.target.any(1)]
+    centre, count = background.mean(0), label.sum(0)
+    mean = label.T @ x / count.clamp_min(1).unsqueeze(1)
+    row, target = pairs.target.nonzero().unbind(1)
+    within = torch.cat([background - centre, x[row] - mean[target]])
+    covariance = within.T @ within / len(within)
+    typical = covariance.diagonal().mean()
+    covariance = (1 - SHRINKAGE) * covariance + SHRINKAGE * typical * torch.eye(len(covariance), dtype=torch.float64)
+
+    share = (count / count.sum()).unsqueeze(1)
+    middle_text, middle = (share * texts).sum(0), (share * mean).sum(0)
+    from_text = texts - middle_text
+    moment = from_text.T @ (share * from_text)
+    predicted = middle + from_text @ torch.linalg.solve(penalized(moment), from_text.T @ (share * (mean - middle)))
+    mean = torch.where(count.unsqueeze(1) > 0, mean, predicted)
+    return centre, torch.linalg.solve(covariance, (mean - centre).T)
+
+
+def penalized(moment: Tensor) -> Tensor:
+    """A matrix of second moments [D, D] plus `PENALTY` times its mean eigenvalue."""
+    return moment + PENALTY * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
+
+
+def fit_eszsl(features: FeatureStore, weight: float = 0.1, permute_texts: bool = False) -> Artifact:
+    """Learn a map from features by way of the texts to the labels of seen classes, background included, in closed form.
+
+    Args:
+        features: A capture of the train split.
+        weight: Of the map's logits, which vary as much as EZ-HOI's at 1.
+        permute_texts: Fit to the texts of other classes: a baseline that shows what the texts are worth.
+    """
+    return _fit(ESZSL, eszsl_map, features, weight, permute_texts)
+
+
+def fit_gaussian_classes(features: FeatureStore, weight: float = 0.1, permute_texts: bool = False) -> Artifact:
+    """Describe each class by a Gaussian with a shared covariance; texts predict the means of unseen classes.
+
+    Args:
+        features: A capture of the train split.
+        weight: Of the log-odds against background, which vary as much as EZ-HOI's logits at 1.
+        permute_texts: Fit to the texts of other classes: a baseline that shows what the texts are worth.
+    """
+    return _fit(GAUSSIAN_CLASSES, gaussian_map, features, weight, permute_texts)
+
+
+def _fit(
+    name: str,
+    closed_form: Callable[[LabelledPairs, Tensor], tuple[Tensor, Tensor]],
+    features: FeatureStore,
+    weight: float,
+    permute_texts: bool,
+) -> Artifact:
+    if not isinstance(permute_texts, bool):
+        raise BridgeError(f"{name}: permute_texts is true or false, not {permute_texts!r:.60}")
+    config = {"weight": checked_number(name, {}, "weight", weight), "permute_texts": permute_texts}
+    score, pairs, files = EzHoiScore.from_store(features), labelled_pairs(features), score_files(features)
+    texts = normalize(score.matrix - score.matrix.mean(0))
+    if permute_texts:
+        texts = texts[torch.randperm(len(texts), generator=generator(0, "permuted texts"))]
+    centre, linear = closed_form(pairs, texts)
+    x = pairs.visual.double()
+    unit = (x @ score.matrix.T).std() / ((x - centre) @ linear).std().clamp_min(1e-12)
+    return Artifact(name, config, {**files, TENSORS: {"centre": centre, "map": unit * linear}})
+
+
+def load_eszsl(folder: Path | None) -> LinearScore:
+    """Load the bridge in `folder`. Raises BridgeError."""
+    return LinearScore(load_artifact(folder, ESZSL))
+
+
+def load_gaussian_classes(folder: Path | None) -> LinearScore:
+    """Load the bridge in `folder`. Raises BridgeError."""
+    return LinearScore(load_artifact(folder, GAUSSIAN_CLASSES))

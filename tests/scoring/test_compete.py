@@ -1,0 +1,77 @@
+"""Competition against a softmax, and who is found to exclude whom."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ezhoi_diffusion import EzHoiScore
+from ezhoi_diffusion.features.images import stored_images
+from ezhoi_diffusion.features.labels import LabelledPairs, labelled_pairs
+from ezhoi_diffusion.scoring.compete import TENSORS, exclusion_of, fit, load, rivals
+from ezhoi_diffusion.testing import reloaded
+
+
+def pairs_of(target, valid=None):
+    """Labels without features."""
+    none = torch.zeros(len(target), 1)
+    valid = torch.ones_like(target) if valid is None else valid
+    return LabelledPairs(none, target & valid, valid, none[:, 0], none[:, 0].long(), none)
+
+
+def test_where_all_exclude_each_other_it_is_a_softmax_over_allowed_verbs(store):
+    score = EzHoiScore.from_store(store)
+    artifact = fit(store, alpha=0.7)
+    everyone = replace(artifact, files={**artifact.files, TENSORS: {"exclusion": torch.ones(10, 10).double()}})
+    bridge = reloaded(everyone, load)
+    for image in list(stored_images(store))[:8]:
+        z, allowed = score.logits(image.adapter_feat), score.object_to_target[image.pairs.objects]
+        softmax = z.masked_fill(~allowed, -torch.inf).log_softmax(1)
+        expected = torch.where(allowed, z + 0.7 * softmax, z)
+        if len(z):
+            torch.testing.assert_close(
+                score.logits(bridge(image.adapter_feat, image.pairs)), expected, rtol=0, atol=1e-4
+            )
+
+
+def test_who_has_no_rival_stays(store):
+    z = torch.tensor([[3.0, 1.0, -2.0], [800.0, 0.0, -800.0]], dtype=torch.double)
+    alone = torch.eye(3, dtype=torch.double)
+    torch.testing.assert_close(rivals(z, torch.ones(2, 3, dtype=torch.bool), alone), z)
+    none = torch.zeros(2, 3, dtype=torch.bool)
+    assert torch.isfinite(rivals(z, none, alone)).all()
+
+
+def test_verbs_that_come_together_do_not_exclude_each_other():
+    draw = torch.Generator().manual_seed(0)
+    first, third = torch.rand(2, 4000, generator=draw) < 0.4
+    together = first & (torch.rand(4000, generator=draw) < 0.9)  # with the first; never with the third
+    target = torch.stack([first, together, third & ~first, torch.rand(4000, generator=draw) < 0.3], 1)
+    e = exclusion_of(pairs_of(target))
+    assert torch.equal(e, e.T)
+    assert e.diagonal().tolist() == [1] * 4
+    assert e[0, 1] == 0
+    assert min(e[0, 2], e[1, 2]) > 0.99
+    assert e[0, 3] < 0.3, "chance; not 0, because pairs without any annotation do not count"
+
+
+def test_verbs_that_were_never_compared_exclude_each_other():
+    target = torch.eye(4).bool().repeat(5, 1)
+    valid = torch.ones_like(target)
+    valid[:, 3] = False  # a hidden verb
+    e = exclusion_of(pairs_of(target, valid))
+    assert e[3].tolist() == [1] * 4
+
+
+def test_expected_pairs_are_counted_where_both_verbs_count():
+    target = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 0], [0, 1, 1], [0, 0, 0]]).bool()
+    valid = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 1], [1, 1, 1], [1, 1, 1]]).bool()
+    # verbs 0 and 1 both count in pairs 0, 1 and 3 of the annotated ones: 2 have verb 0, 2 have verb 1, 1 has both
+    assert exclusion_of(pairs_of(target, valid))[0, 1] == pytest.approx(1 - 1 / (2 * 2 / 3 + 1))
+
+
+def test_the_fit_is_of_all_labels_that_may_be_seen(store):
+    artifact = fit(store)
+    assert torch.equal(artifact.files[TENSORS]["exclusion"], exclusion_of(labelled_pairs(store)))

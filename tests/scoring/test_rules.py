@@ -1,0 +1,47 @@
+"""Every bridge that acts on the score, and every baseline, keeps the rules of the test kit."""
+
+from __future__ import annotations
+
+import pytest
+
+from ezhoi_diffusion.bridge import BridgeError
+from ezhoi_diffusion.builtin import scoring
+from ezhoi_diffusion.builtin.bridge_plugin import BridgePlugin
+from ezhoi_diffusion.features.images import stored_images
+from ezhoi_diffusion.testing import check_bridge, check_fit, with_full_rank_texts
+
+PLUGINS = {plugin.name: plugin for plugin in vars(scoring).values() if isinstance(plugin, BridgePlugin)}
+FITTED = {name: plugin for name, plugin in PLUGINS.items() if plugin.fit is not None}
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_fits_and_their_bridges_keep_the_rules(name, tmp_path):
+    plugin = FITTED[name]
+    folder = check_fit(name, lambda features: plugin.fit(with_full_rank_texts(features)), tmp_path)
+    check_bridge(plugin.load, folder, dim=32)
+    with pytest.raises(BridgeError, match="needs its folder"):
+        plugin.load(None)
+
+
+@pytest.mark.parametrize("name", PLUGINS.keys() - FITTED.keys())
+def test_baselines_keep_the_rules(name):
+    check_bridge(PLUGINS[name].load, dim=32)
+    assert PLUGINS[name].load(None).baseline
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_a_setting_is_what_the_fit_takes_and_other_values_are_refused(name, store, tmp_path):
+    plugin = FITTED[name]
+    plugin.fit(store).save(tmp_path)
+    bridge = plugin.load(tmp_path)
+    x, pairs = next((image.adapter_feat, image.pairs) for image in stored_images(store))
+    for setting in bridge.settings:
+        plugin.fit(store, **{setting: 0.25}).save(tmp_path / setting)
+        swept, fitted = bridge.override(**{setting: 0.25})(x, pairs), plugin.load(tmp_path / setting)(x, pairs)
+        assert (swept == fitted).all()
+        assert (swept != bridge(x, pairs)).any()
+        for value in (-1, "much", True, float("inf"), None):
+            with pytest.raises(BridgeError, match=setting):
+                bridge.override(**{setting: value})
+            with pytest.raises(BridgeError, match=setting):
+                plugin.fit(store, **{setting: value})

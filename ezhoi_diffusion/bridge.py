@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from ezhoi_diffusion.features.batch import Pairs
 
 
+PROTOCOLS = {
+    "inductive": "nothing of unseen classes but their texts",
+    "train-transductive": "unlabelled training images, in search of unseen classes",
+    "test-transductive": "unlabelled test images",
+}
+
+
 class BridgeError(EzhoiDiffusionError):
     """A bridge cannot be built, stored or read, or was given something that it cannot take."""
 
@@ -38,6 +45,8 @@ class Bridge(nn.Module, ABC):
     """A training with another seed gives another bridge: DIR may hold `seed-0/`, `seed-1/`, …"""
     needs_pairs: bool = False
     """`forward` uses `pairs` (boxes, detector scores, object classes); it is then called image by image."""
+    protocol: str = "inductive"
+    """What it learned from, besides labels of seen classes: one of `PROTOCOLS`."""
     settings: tuple[str, ...] = ()
     """Names that `override` and `sweep` take."""
     provenance: dict[str, Any] | None = None

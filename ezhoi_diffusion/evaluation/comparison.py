@@ -143,9 +143,9 @@ class Comparison:
         num_gt = annotations.sum(0) if num_gt is None else num_gt
         bootstrap: dict[str, BootstrapResult] = {}
         seeds: dict[str, list[str]] = {}
-        for name, variant in variants.items():
-            if variant.seed_group is not None:
-                seeds.setdefault(variant.seed_group, []).append(name)
+        for name, one in variants.items():
+            if one.seed_group is not None:
+                seeds.setdefault(one.seed_group, []).append(name)
         if replicates:
             baselines = dict.fromkeys(v.seed_group or name for name, v in variants.items() if v.bridge.baseline)
             bootstrap = paired_bootstrap(

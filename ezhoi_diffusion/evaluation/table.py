@@ -51,10 +51,10 @@ def interval_notes(comparison: Comparison) -> list[str]:
     level = f"{100 * comparison.level:g} %"
     notes = []
     if comparison.swept:
-        notes.append(f"[ ]: simultaneous {level} intervals, which hold for all {number} bridges at once (max-T).")
+        notes.append(f"Intervals are simultaneous: at {level} those of all {number} bridges hold at once (max-T).")
     else:
-        notes.append(f"[ ]: {level} interval of each difference by itself.")
-    notes.append(f"p: adjusted for all {number} bridges of this table (max-T).")
+        notes.append(f"Each interval is the {level} interval of one difference by itself.")
+    notes.append(f"p is adjusted for all {number} bridges (max-T)." if number > 1 else "p is that of this one bridge.")
     if comparison.primary is not None:
         notes.append(
             f"{comparison.primary} was chosen before these images were seen. Its full mAP is the primary endpoint: that p is "
@@ -71,11 +71,17 @@ def as_text(comparison: Comparison) -> str:
     head, rows = table_rows(comparison)
     above = [[cell[0] for cell in row] for row in rows]
     below = [[f"{row[0][0]} - {REFERENCE}", *(" ".join(cell[1:]) for cell in row[1:])] for row in rows[1:]]
-    widths = [max(map(len, column)) for column in zip(head, *above, *below, strict=True)]
-    line = ["-" * width for width in widths]
-    lines = [head, line, *above, *([line, *below] if below else [])]
-    return "\n".join([*(_line(cells, widths) for cells in lines), *table_notes(comparison)])
+    lines = [*_block([head, *above]), *(_block([["difference", *head[1:]], *below]) if below else [])]
+    return "\n".join([*lines, *table_notes(comparison)])
 
 
-def _line(cells: list[str], widths: list[int]) -> str:
-    return "  ".join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))])
+def _block(rows: list[list[str]]) -> list[str]:
+    """Rows in columns, with a line below the first."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]

@@ -177,6 +177,22 @@ def test_the_interval_of_mean_ap_holds_where_plain_percentiles_do_not():
     assert covered[1] <= 0.82
 
 
+def test_the_minimal_detectable_effect_is_found_in_80_percent_of_cases():
+    """Each of 200 images is right with chance p and after the bridge with p + effect, independently."""
+    images, before = 200, 0.4
+    draws = torch.Generator().manual_seed(10)
+
+    def differences(effect, runs):
+        for seed in range(runs):
+            draw = torch.rand(2, images, generator=draws)
+            found = {"none": draw[0] < before, "b": draw[1] < before + effect}
+            yield of_one_annotation(found, replicates=199, seed=seed)["b"].difference["full"]
+
+    stated = np.mean([found.detectable() for found in differences(0.0, 20)])
+    assert stated == pytest.approx((1.96 + 0.8416) * 100 * math.sqrt(2 * before * (1 - before) / images), rel=0.05)
+    assert 0.7 <= np.mean([found.p <= 0.05 for found in differences(stated / 100, 150)]) <= 0.88
+
+
 # -- many variants ---------------------------------------------------------------------------------------------------
 
 

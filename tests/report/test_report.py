@@ -617,7 +617,7 @@ def test_the_table_says_what_is_known_of_chance():
             )
             assert p == ("<0.001" if difference.p_adjusted < 0.001 else f"{difference.p_adjusted:.3f}")
     assert lines[-1] == "Intervals cover the choice of images, not the training seed (1000 resamplings)."
-    assert "p: adjusted for all 8 bridges of this table (max-T)." in lines
+    assert "p is adjusted for all 8 bridges (max-T)." in lines
     assert bare().table().endswith("One run without intervals: small differences may be chance.")
 
 

@@ -40,7 +40,7 @@ class Bridge(nn.Module, ABC):
     row_by_row: bool = False
     """No row depends on the others, so features of many images may come in one call. It is checked."""
     baseline: bool = False
-    """There to be beaten, as `identity` and `mean_shift` are: a gain counts over the best baseline."""
+    """There to be beaten, as `identity` and `mean_shift` are: a gain counts over every baseline."""
     seeded: bool = False
     """A training with another seed gives another bridge: DIR may hold `seed-0/`, `seed-1/`, …"""
     needs_pairs: bool = False

@@ -203,8 +203,14 @@ def comparison(provenance=PROVENANCE, intervals: bool = False, **changes) -> dic
 
 
 DIFFERENCES = {
-    "diffusion": {"full": Difference(-4.125, -2.25, 0.001, 0.002), "rare": Difference(-1.5, 0.75, 0.4, 0.5)},
-    "mean_shift": {"full": Difference(-22.0, -18.0, 0.001, 0.002), "rare": Difference(0.5, 2.5, 0.01, 0.02)},
+    "diffusion": {
+        "full": Difference(-4.125, -2.25, 0.001, 0.002, -4.5, -2.0, 0.5),
+        "rare": Difference(-1.5, 0.75, 0.4, 0.5, -2.0, 1.0, 0.6),
+    },
+    "mean_shift": {
+        "full": Difference(-22.0, -18.0, 0.001, 0.002, -23.0, -17.0, 1.0),
+        "rare": Difference(0.5, 2.5, 0.01, 0.02, 0.25, 2.75, 0.5),
+    },
 }
 
 
@@ -487,8 +493,40 @@ def test_a_loss_is_written_as_plainly_as_a_gain(bridge, points, low, high, p, ve
     measured = shown["variants"][1]
     measured["difference"]["full"] = points
     measured["bootstrap"]["over"]["none"]["full"] = {"low": low, "high": high, "p": p, "p_adjusted": p}
+    measured["bootstrap"]["over"]["mean_shift"] = {"full": {"low": 1.0, "high": 2.0, "p": 0.01, "p_adjusted": 0.02}}
     line = f"- `diffusion`, `full`: {points:+.2f} points of mAP, 95% interval {low:+.2f} to {high:+.2f}, p {p:.3f}: {verdict}."
     assert line in model_card(bridge, shown).splitlines()
+
+
+def test_a_gain_that_a_baseline_has_too_is_none(bridge):
+    shown = comparison(intervals=True)
+    measured = shown["variants"][1]
+    measured["difference"]["full"] = 1.5
+    measured["bootstrap"]["over"]["none"]["full"] = {"low": 0.5, "high": 2.5, "p": 0.01, "p_adjusted": 0.02}
+    measured["bootstrap"]["over"]["mean_shift"] = {"full": {"low": -0.5, "high": 2.0, "p": 0.1, "p_adjusted": 0.2}}
+    card = model_card(bridge, shown)
+    assert "p 0.020: higher than bare EZ-HOI, but no sure gain over `mean_shift`." in card
+    assert "**a gain**" not in card
+
+
+def test_the_card_of_one_seed_has_the_results_of_all(bridge):
+    shown = comparison(intervals=True)
+    measured = shown["variants"][1]
+    group = {
+        "variants": ["diffusion/seed-0", "diffusion/seed-1"],
+        "difference": measured["difference"],
+        "bootstrap": measured["bootstrap"],
+    }
+    shown["seed_groups"] = {"diffusion": group}
+    measured.update(
+        name="diffusion/seed-0", seed_group="diffusion", difference={"full": 9.0, "rare": 9.0}, bootstrap=None
+    )
+    card = model_card(bridge, shown)
+    assert (
+        "- `diffusion (mean of 2 seeds)`, `full`: -3.25 points of mAP, 95% interval -4.12 to -2.25, p 0.002: **a loss**."
+        in card
+    )
+    assert "9.00" not in card
 
 
 @pytest.mark.parametrize(
@@ -519,7 +557,7 @@ def test_circumstances_of_a_comparison_are_in_the_card(bridge):
     assert "- **Degraded:** `p went off`" in card
     assert "setting `known-object`" in card
     assert '- **Not as stored:** `diffusion` was applied with `{"num_steps": 7}`' in card
-    assert "- Baselines: `mean_shift`. A bridge has to beat the best of them." in card
+    assert "- Baselines: `mean_shift`. A gain is a gain over all of them." in card
     shown["variants"][1]["difference"]["rare"] = float("nan")
     assert "- `diffusion`, `rare`: not measured, because nothing is annotated." in model_card(bridge, shown)
 

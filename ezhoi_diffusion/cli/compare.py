@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Compare bridges on captured test features: the table of `run … --eval --compare`, without EZ-HOI, its weights or its images.
-Intervals and p-values come from a paired bootstrap over images. `none` has EZ-HOI's own logits. With --out it writes
+Intervals and p-values come from a paired bootstrap over images and seeds. `none` has EZ-HOI's own logits. With --out it writes
 report.html, report.json and pictures."""
 EPILOG = """\
 how to read it:
-  An interval that contains 0 shows no difference. The adjusted p-value covers all variants of the table: of the sixty points of
-  a sweep, some look good by chance.
-  identity and mean_shift are baselines: a bridge has to beat the better of them, not only none.
-  Intervals cover the choice of images, not the training seed. To cover seeds, train several: train --seeds 3.
+  An interval that contains 0 does not show that there is no difference. It shows which differences are excluded: no loss
+  larger than its lower end, no gain larger than its upper end. The report also states the smallest gain it could have found.
+  The adjusted p-value covers all bridges of the table: of the sixty points of a sweep, some look good by chance. Only `tuned`
+  needs no adjustment for its full mAP, because it was chosen before these images were seen.
+  Baselines such as identity and mean_shift exist to be beaten: a gain is a gain over none and over every baseline.
+  A bridge with several seeds (train --seeds 5) is one bridge, their mean. Its interval covers images and seeds.
   Choose settings with `ezhoi-diffusion tune`, on training images. A sweep on the test split is for looking only.
 
 examples:
@@ -76,7 +78,7 @@ def add_flags(parser: argparse.ArgumentParser, *, bridges: str, num_images: int 
         help="average precision at 11 points, as EZ-HOI prints it (default), or the area under the curve",
     )  # fmt: skip
     group.add_argument(
-        "--replicates", type=int, metavar="N", help="resamplings of the bootstrap over images; 0 leaves intervals out"
+        "--replicates", type=int, metavar="N", help="resamplings of the bootstrap; 0 leaves intervals out"
     )
     group.add_argument(
         "--vcoco", type=Path, metavar="DIR",
@@ -184,6 +186,8 @@ def _score(
         (store.split != "test", f"These are images of the {store.split} split"),
     )
     comparison.caveats += [f"{what}: no result to report." for is_so, what in parts if is_so]
+    if store.split == "test":
+        comparison.caveats += comparison.sweep_caveat()
     return comparison
 
 
@@ -192,19 +196,13 @@ def _print(comparison: Comparison) -> None:
     if not is_terminal():
         print(comparison.table(), flush=True)
         return
-    from ezhoi_diffusion.evaluation.comparison import p_text
+    from ezhoi_diffusion.evaluation.table import table_notes, table_rows
 
-    head = ["mAP\ndifference to none [interval]\np", *comparison.groups]
-    rows = []
-    for name, result in comparison.variants.items():
-        found = result.bootstrap.difference if result.bootstrap else {}
-        cells = [f"{comparison.mean_ap(name, group):.2f}" for group in comparison.groups]
-        for position, (group, gain) in enumerate(found.items()):
-            difference = comparison.difference(name, group)
-            cells[position] += f"\n{difference:+.2f} [{gain.low:+.2f} {gain.high:+.2f}]\np {p_text(gain.p_adjusted)}"
-        rows.append([name, *cells])
-    print_table(head, rows, numbers=range(1, len(head)))
-    print("\n".join([f"{comparison.images} images, {comparison.pairs} pairs", *comparison.warnings()]), flush=True)
+    (_, *titles), rows = table_rows(comparison)
+    parts = ["mAP", "difference to none [interval]", "p"]
+    head = ["\n".join(parts[: max(len(row[1]) for row in rows)]), *titles]
+    print_table(head, [["\n".join(cell) for cell in row] for row in rows], numbers=range(1, len(head)))
+    print("\n".join(table_notes(comparison)), flush=True)
 
 
 def _show_effect(

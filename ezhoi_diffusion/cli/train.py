@@ -387,11 +387,25 @@ def _distil(args: argparse.Namespace) -> int:
         train_steps=train_steps, seed=args.seed or 0, device=pick_device(args.device),
     )  # fmt: skip
     recipe = teacher.config.recipe
-    print(f"one evaluation instead of {recipe.num_steps} from timestep {recipe.start_timestep}: {reached}", flush=True)
+    baselines: dict[str, float] = student.provenance["distilled"]["baselines"]
+    print(
+        f"one evaluation instead of {recipe.num_steps} from timestep {recipe.start_timestep}: {reached}. Without a student: cosine "
+        f"{baselines['identity']:.4f} for the features as they are, {baselines['single_evaluation']:.4f} for one evaluation of the "
+        f"teacher",
+        flush=True,
+    )
     if not reached.cosine >= min_cosine:
         raise EzhoiDiffusionError(
             f"the student's mean cosine to its teacher on held-out features is {reached.cosine:.4f}, below {min_cosine}, so it was "
             f"not written: use more --train-steps, features of more images, or a lower --start-timestep; or lower --min-cosine"
+        )
+    unbeaten = [
+        f"{name.replace('_', ' ')} {cosine:.4f}" for name, cosine in baselines.items() if not reached.cosine > cosine
+    ]
+    if unbeaten:
+        raise EzhoiDiffusionError(
+            f"the student's mean cosine to its teacher on held-out features is {reached.cosine:.4f}, no better than what costs no "
+            f"training ({', '.join(unbeaten)}), so it was not written: use more --train-steps, or the teacher with --set num_steps=1"
         )
     student.save_pretrained(args.out)
     print(

@@ -1,4 +1,4 @@
-"""Bridges without a network: a gain of any other bridge counts over the best of them."""
+"""Bridges without a network: a gain of any other bridge counts over all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A paired bootstrap over images: whether a difference in mean AP is more than chance."""
+"""A paired bootstrap over images and training seeds: whether a difference in mean AP is more than chance."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -15,45 +16,75 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ezhoi_diffusion.evaluation.average_precision import Algorithm, Scored, area, ranked
+from ezhoi_diffusion.evaluation.seeds import (
+    degrees_of_freedom,
+    normal_equivalent,
+    seed_weights,
+    student_equivalent,
+    widened,
+)
 from ezhoi_diffusion.rng import generator
 
 REPLICATES = 1000
 REFERENCE = "none"  # bare EZ-HOI, the first variant of every comparison
 LEVEL = 0.95
-MIN_IMAGES = 3  # of a class; with fewer, 15 to 43 % of the intervals of a simulated null missed 0
+POWER = 0.8  # of the minimal detectable effect
+# Classes of fewer images get no interval: of 3 or 4 images, 20 or 15 % of simulated intervals missed the truth, not 5.
+MIN_IMAGES = 10
+UNKNOWN = 100.0  # points: AP cannot change by more
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference in mean AP to another variant, in points: its interval, and two-sided p-values.
+    """A difference in mean AP to another bridge, in points: its intervals, and two-sided p-values.
 
     Attributes:
         low: Lower bound of the interval.
         high: Upper bound of the interval.
-        p: For this variant alone.
-        p_adjusted: For all variants of the comparison together (max-T).
+        p: For this bridge alone.
+        p_adjusted: For all bridges of the comparison together (max-T).
+        joint_low: Lower bound of the simultaneous interval: those of all bridges hold at once (max-T).
+        joint_high: Upper bound of the simultaneous interval.
+        standard_error: Standard deviation of the replicates.
     """
 
     low: float
     high: float
     p: float
     p_adjusted: float
+    joint_low: float
+    joint_high: float
+    standard_error: float
+
+    def detectable(self, level: float = LEVEL, power: float = POWER) -> float:
+        """The smallest true difference that a test at `level` finds with probability `power`, in points.
+
+        (z_{(1 + level)/2} + z_power)·SE, for a normal difference (Bloom, Evaluation Review 1995).
+        """
+        return (NormalDist().inv_cdf((1 + level) / 2) + NormalDist().inv_cdf(power)) * self.standard_error
+
+
+ONE_IMAGE = Difference(
+    -UNKNOWN, UNKNOWN, 1.0, 1.0, -UNKNOWN, UNKNOWN, UNKNOWN
+)  # resampled, it is itself: chance is unknown
 
 
 @dataclass(frozen=True, eq=False)
 class BootstrapResult:
-    """Results of a paired bootstrap for one variant and K classes.
+    """Results of a paired bootstrap for one bridge and K classes.
 
     Attributes:
         mean_ap: Group -> interval of mean AP, in percent.
-        over: `none` or a baseline -> group -> difference to it; without the variant itself.
+        over: `none` or a baseline -> group -> difference to it; without the bridge itself.
         per_class: Interval of each class's difference to `none`, [K, 2] in points. NaN for a class annotated in fewer than
-            three images. None for `none` itself.
+            ten images. None for `none` itself.
+        per_class_p: Two-sided p-value of each class, [K]; NaN and None as in `per_class`.
     """
 
     mean_ap: dict[str, tuple[float, float]]
     over: dict[str, dict[str, Difference]]
     per_class: Tensor | None = None
+    per_class_p: Tensor | None = None
 
     @property
     def difference(self) -> dict[str, Difference]:
@@ -63,12 +94,14 @@ class BootstrapResult:
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; NaN becomes null."""
         bounds = [] if self.per_class is None else self.per_class.tolist()
+        p_values = [] if self.per_class_p is None else self.per_class_p.tolist()
         return {
             "mean_ap": {group: list(interval) for group, interval in self.mean_ap.items()},
             "over": {
                 base: {group: asdict(found) for group, found in groups.items()} for base, groups in self.over.items()
             },
             "per_class": [None if low != low else [low, high] for low, high in bounds],
+            "per_class_p": [None if p != p else p for p in p_values],
         }
 
 
@@ -78,16 +111,20 @@ def paired_bootstrap(
     groups: Mapping[str, Tensor],
     *,
     baselines: Sequence[str] = (),
+    seed_groups: Mapping[str, Sequence[str]] | None = None,
     algorithm: Algorithm = "11P",
     replicates: int = REPLICATES,
     level: float = LEVEL,
     seed: int = 0,
 ) -> dict[str, BootstrapResult]:
-    """Estimate the uncertainty of mean AP and of its differences from the choice of the I images.
+    """Estimate the uncertainty of mean AP and of its differences from the choice of the I images and of the training seeds.
 
     Images are drawn with replacement, the same ones for every variant. An image drawn twice has its detections and
     annotations twice. A class without any annotation has an AP of zero, as EZ-HOI has it. A class whose images were not
     drawn is left out of that replicate's mean, and a bound is NaN where no replicate is left.
+
+    A bridge of n seeds has the mean of their AP, and in every replicate its seeds have weights too (`seeds.py`). Its
+    variance is that of the images plus s²/n of the seeds.
 
     Bounds are percentiles of the replicates (Efron & Tibshirani 1993, chapter 13). Those of mean AP, not of differences,
     are shifted by the bootstrap's bias: copies of a true positive follow each other, which raises AP where annotations are
@@ -95,8 +132,14 @@ def paired_bootstrap(
 
     p is that of the bootstrap centred on the difference d that was found: P(|d* − d| >= |d|), counted as
     (1 + x) / (1 + replicates) (Davison & Hinkley 1997, chapter 4). p_adjusted compares |d| with the largest |d* − d| of
-    any variant in the group, each in units of its standard deviation (single-step max-T: Westfall & Young 1993; Romano &
-    Wolf 2005).
+    any bridge in the group, each in units of its standard deviation (single-step max-T: Westfall & Young 1993; Romano &
+    Wolf 2005). A simultaneous interval is d ± c·SE, with c the quantile of these largest deviations.
+
+    Where seeds vary, the variance has few degrees of freedom. Intervals are wider and p-values larger then, as Student's t
+    has it. With one seed nothing of this changes a number.
+
+    p of a single class is that of d / SE under Student's t, with as many degrees of freedom as images less one: the
+    replicates resolve no p small enough for hundreds of classes.
 
     Memory: int32 [I, replicates], and a few times [true positives of the largest class, replicates].
 
@@ -104,14 +147,15 @@ def paired_bootstrap(
         scored: Variant -> its detections. `none` is among them.
         annotations: Annotated pairs of each image and class, [I, K] int64.
         groups: Group -> classes [k] int64.
-        baselines: Variants to which the others are compared too.
+        baselines: Bridges to which the others are compared too.
+        seed_groups: Name of a bridge with several seeds -> names of its variants. Other variants are bridges of one.
         algorithm: Of average precision.
         replicates: Number of resamplings.
         level: Of the intervals.
         seed: Of the draws.
 
     Returns:
-        Variant -> its intervals and differences.
+        Bridge -> its intervals and differences.
 
     Raises:
         ValueError: replicates < 1, or level is not between 0 and 1.
@@ -121,39 +165,66 @@ def paired_bootstrap(
     weights = _weights(len(annotations), replicates, seed)
     annotated = np.stack([n[n > 0] @ weights[n > 0] for n in annotations.T.numpy().astype(np.int32)])
     images_of = (annotations > 0).sum(0).numpy()
-    variants = [REFERENCE, *(name for name in scored if name != REFERENCE)]
-    means = np.empty((len(groups), len(variants), 1 + replicates))
-    per_class: dict[str, Tensor] = {}
-    for number, name in enumerate(tqdm(variants, desc="bootstrap", unit="variant", file=sys.stderr)):
-        ap = 100 * _resampled_ap(scored[name], weights, annotated, algorithm)
+    bridges = _bridges([REFERENCE, *(name for name in scored if name != REFERENCE)], seed_groups or {})
+    names = list(bridges)
+    means = np.empty((len(groups), len(names), 1 + replicates))
+    seed_variance = np.zeros((len(groups), len(names)))
+    per_class: dict[str, tuple[Tensor, Tensor]] = {}
+    progress = tqdm(total=len(scored), desc="bootstrap", unit="variant", file=sys.stderr)
+    for number, (name, variants) in enumerate(bridges.items()):
+        shares = seed_weights(len(variants), replicates, seed)
+        ap, found = np.zeros(annotated.shape), []
+        for variant, share in zip(variants, shares, strict=True):
+            own = 100 * _resampled_ap(scored[variant], weights, annotated, algorithm)
+            ap += share * own
+            found.append(own[:, 0])
+            progress.update()
         means[:, number] = [_mean(ap[index.numpy()]) for index in groups.values()]
+        single = np.stack(found)  # [n, K]
+        if len(variants) > 1:
+            of_group = [single[:, index.numpy()].mean(1) for index in groups.values()]
+            seed_variance[:, number] = np.var(of_group, axis=1, ddof=1) / len(variants)
         if name == REFERENCE:
             bare = ap
         else:
-            interval = _interval(ap - bare, level)
-            interval[images_of < MIN_IMAGES] = np.nan
-            per_class[name] = torch.from_numpy(interval)
-    mean_ap: dict[str, dict[str, tuple[float, float]]] = {name: {} for name in variants}
-    for group, mean in zip(groups, means, strict=True):
+            per_class[name] = _per_class(ap - bare, single, images_of, level)
+    progress.close()
+    freedom = np.array([len(variants) - 1 if len(variants) > 1 else np.inf for variants in bridges.values()])
+    mean_ap: dict[str, dict[str, tuple[float, float]]] = {name: {} for name in names}
+    for group, mean, parts in zip(groups, means, seed_variance, strict=True):
         off = _mean(mean[:, 1:].T) - mean[:, 0]
-        bounds = (_interval(mean, level) - off[:, None]).clip(0, 100)
-        for name, (low, high) in zip(variants, bounds.tolist(), strict=True):
+        df = degrees_of_freedom(_spread(mean) ** 2, parts[:, None], freedom[:, None])
+        bounds = widened(_interval(mean, level) - off[:, None], mean[:, :1], df, level).clip(0, 100)
+        for name, (low, high) in zip(names, bounds.tolist(), strict=True):
             mean_ap[name][group] = low, high
 
-    over: dict[str, dict[str, dict[str, Difference]]] = {name: {} for name in variants}
+    over: dict[str, dict[str, dict[str, Difference]]] = {name: {} for name in names}
     for base in (REFERENCE, *baselines):
-        at = variants.index(base)
-        others = [name for name in variants if name != base]
+        at = names.index(base)
+        others = [number for number in range(len(names)) if number != at]
         columns = [
-            # One image, resampled, is itself and says nothing of chance.
-            _differences(np.delete(mean, at, axis=0) - mean[at], level)
+            _differences(
+                mean[others] - mean[at],
+                np.stack([parts[others], np.full(len(others), parts[at])], 1),
+                np.stack([freedom[others], np.full(len(others), freedom[at])], 1),
+                level,
+            )
             if (annotations[:, index] > 0).any(1).sum() > 1
-            else [Difference(-100.0, 100.0, 1.0, 1.0)] * len(others)
-            for mean, index in zip(means, groups.values(), strict=True)
+            else [ONE_IMAGE] * len(others)
+            for mean, parts, index in zip(means, seed_variance, groups.values(), strict=True)
         ]
-        for name, *found in zip(others, *columns, strict=True):
-            over[name][base] = dict(zip(groups, found, strict=True))
-    return {name: BootstrapResult(mean_ap[name], over[name], per_class.get(name)) for name in variants}
+        for number, *differences in zip(others, *columns, strict=True):
+            over[names[number]][base] = dict(zip(groups, differences, strict=True))
+    return {name: BootstrapResult(mean_ap[name], over[name], *per_class.get(name, (None, None))) for name in names}
+
+
+def _bridges(variants: Sequence[str], seed_groups: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Bridge -> its variants, in the order of the variants."""
+    bridge_of = {variant: name for name, seeds in seed_groups.items() for variant in seeds}
+    bridges: dict[str, list[str]] = {}
+    for variant in variants:
+        bridges.setdefault(bridge_of.get(variant, variant), []).append(variant)
+    return bridges
 
 
 def _weights(images: int, replicates: int, seed: int) -> NDArray[np.int32]:
@@ -201,17 +272,58 @@ def _interval(values: NDArray[np.float64], level: float) -> NDArray[np.float64]:
         return np.asarray(np.nanquantile(values[:, 1:], [(1 - level) / 2, (1 + level) / 2], axis=1).T)
 
 
-def _differences(values: NDArray[np.float64], level: float) -> list[Difference]:
-    """Interval and p-values of each of V variants, from its differences [V, 1 + B] to the reference in one group."""
+def _spread(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Standard deviation [N] of the replicates in [N, 1 + B], NaN aside."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # nothing but NaN
+        return np.asarray(np.nanstd(values[:, 1:], axis=1))
+
+
+def _per_class(
+    change: NDArray[np.float64], seeds: NDArray[np.float64], images_of: NDArray[np.int64], level: float
+) -> tuple[Tensor, Tensor]:
+    """Interval [K, 2] and p-value [K] of each class, from differences [K, 1 + B] and the AP of n seeds [n, K]."""
+    from scipy import stats  # slow to import, and few runs need it
+
+    found, spread = change[:, :1], _spread(change)
+    of_seeds = seeds.var(axis=0, ddof=1) / len(seeds) if len(seeds) > 1 else np.zeros(len(spread))
+    of_images = np.maximum(spread**2 - of_seeds, 0)
+    parts, seed_freedom = np.stack([of_images, of_seeds], 1), max(len(seeds) - 1, 1)
+    freedom = np.stack([np.maximum(images_of - 1, 1), np.full(len(spread), seed_freedom)], 1).astype(float)
+    df = degrees_of_freedom(spread**2, of_seeds[:, None], freedom[:, 1:])
+    interval = widened(_interval(change, level), found, df, level)
+    size = np.abs(found[:, 0])
+    t = np.divide(size, spread, out=np.where(size > 0, np.inf, 0.0), where=spread > 0)
+    p = 2 * stats.t.sf(t, degrees_of_freedom(spread**2, parts, freedom))
+    few = images_of < MIN_IMAGES
+    interval[few], p[few] = np.nan, np.nan
+    return torch.from_numpy(interval), torch.from_numpy(p)
+
+
+def _differences(
+    values: NDArray[np.float64], parts: NDArray[np.float64], freedom: NDArray[np.float64], level: float
+) -> list[Difference]:
+    """Intervals and p-values of V bridges in one group.
+
+    Args:
+        values: Differences [V, 1 + B] to the reference, the one that was found first.
+        parts: Variances of the means over seeds, of bridge and reference, [V, 2].
+        freedom: Degrees of freedom of these, [V, 2].
+        level: Of the intervals.
+    """
     found, drawn = values[:, :1], values[:, 1:]
-    drawn = drawn[:, ~np.isnan(drawn).any(0)]  # a replicate without any class of the group has it for no variant
-    size, off = np.abs(found), np.abs(drawn - found)
+    drawn = drawn[:, ~np.isnan(drawn).any(0)]  # a replicate without any class of the group has it for no bridge
+    off = np.abs(drawn - found)
     spread = drawn.std(axis=1, keepdims=True)
-    # a variant that changes nothing has no spread, and no part in what is largest
+    df = degrees_of_freedom(spread[:, 0] ** 2, parts, freedom)
+    size = normal_equivalent(np.abs(found), spread, df)
+    # a bridge that changes nothing has no spread, and no part in what is largest
     largest = np.divide(off, spread, out=np.zeros_like(off), where=spread > 0).max(0, initial=0)
     studentised = np.divide(size, spread, out=np.where(size > 0, np.inf, 0.0), where=spread > 0)
     count = 1 + drawn.shape[1]
     p = (1 + (off >= size).sum(1)) / count
     adjusted = (1 + (largest >= studentised).sum(1)) / count
-    bounds = _interval(values, level)
-    return [Difference(*row) for row in np.c_[bounds, p, adjusted].tolist()]
+    bounds = widened(_interval(values, level), found, df, level)
+    critical = np.quantile(largest, level) if len(largest) else 0.0
+    joint = found + student_equivalent(critical, df)[:, None] * spread * [-1, 1]
+    return [Difference(*row) for row in np.c_[bounds, p, adjusted, joint, spread].tolist()]

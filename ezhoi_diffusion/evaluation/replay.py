@@ -15,8 +15,10 @@ from tqdm import tqdm
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.alignment import Alignment
 from ezhoi_diffusion.evaluation.average_precision import Scored, known_object
+from ezhoi_diffusion.evaluation.calibration import ObjectCalibration, object_names
 from ezhoi_diffusion.evaluation.comparison import FULL, REFERENCE, Comparison
 from ezhoi_diffusion.evaluation.effect import Effect
+from ezhoi_diffusion.evaluation.headroom import headroom
 from ezhoi_diffusion.evaluation.protocols import (
     Detections,
     EvalProtocol,
@@ -41,6 +43,7 @@ class _Scorecard:
     """Results that one variant has collected so far."""
 
     alignment: Alignment | None
+    calibration: ObjectCalibration = field(default_factory=ObjectCalibration)
     scores: list[Tensor] = field(default_factory=list)
     labels: list[Tensor] = field(default_factory=list)
     shown: list[Tensor] = field(default_factory=list)
@@ -67,7 +70,7 @@ def replay(
         protocol: How to evaluate; `hicodet(store)` by default.
         chosen: Positions of the images to take; all by default.
         replicates: Of the bootstrap over images, 0 for none.
-        measured: Also measure alignment and the cost of the bridges, and keep a sample of the features. Otherwise
+        measured: Also measure alignment, calibration, headroom and the cost of the bridges, and keep a sample of the features. Otherwise
             `added_ms` is that of one image.
         device: Where the bridges get their features.
 
@@ -127,6 +130,10 @@ def replay(
         names=protocol.names,
         fingerprint=store.fingerprint,
         setting=protocol.setting,
+        calibration={name: card.calibration.entries(object_names(store)) for name, card in cards.items()}
+        if measured
+        else {},
+        headroom=headroom(store, protocol, groups, chosen) if measured else {},
     )
 
 
@@ -155,7 +162,10 @@ def _collect(
         features = torch.cat([image.adapter_feat for image in batch])
         ezhoi_logits = torch.cat([image.logits for image in batch])
         labels = torch.cat([image.labels for image in batch])
-        possible = score.object_to_target[torch.cat([image.pairs.objects for image in batch])]
+        of_pair = torch.cat([image.pairs.objects for image in batch])
+        possible, objects = score.object_to_target[of_pair], of_pair[detections.row]
+        right = torch.zeros(len(detections.row), dtype=torch.bool)
+        right[detections.candidate] = True
         here = shown[(shown >= seen) & (shown < seen + len(features))] - seen
         seen += len(features)
         given = features.to(device)
@@ -172,6 +182,7 @@ def _collect(
             card.labels.append(detections.labels(scores).bool())
             if card.alignment is not None:
                 card.alignment.add(after, logits, labels, possible)
+                card.calibration.add(objects, logits[detections.row, detections.target].sigmoid(), right)
                 card.shown.append(after[here])
         progress.update(len(batch))
     found, image = torch.cat(classes), torch.cat(where)

@@ -85,7 +85,7 @@ def comparison_pass(run: EzHoiRun, loader: Any, variants: Mapping[str, Variant],
     tap.require_hits()
     scored = {name: Scored(*map(torch.cat, zip(*parts, strict=True))) for name, parts in found.items()}
     per_image = 1000 / images_seen
-    return Comparison.from_detections(
+    comparison = Comparison.from_detections(
         scored,
         torch.stack(annotations),
         class_groups(run),
@@ -101,6 +101,8 @@ def comparison_pass(run: EzHoiRun, loader: Any, variants: Mapping[str, Variant],
         degraded=run.plugins.degraded,
         names=interaction_names(run),
     )
+    comparison.caveats += comparison.sweep_caveat()
+    return comparison
 
 
 def _association() -> Callable[..., Tensor]:

@@ -57,7 +57,7 @@ def pictures(comparison: Comparison) -> dict[str, list[Panel]]:
         "comparison": _absolute(comparison),
         "forest": _forest(comparison),
         "per_class": [_per_class(comparison, variant) for variant in shown(comparison)],
-        "cost": [_cost(comparison)] if len(comparison.variants) > 1 else [],
+        "cost": [_cost(comparison)] if len(comparison.bridges) > 1 else [],
         "measures": _measures(comparison),
         "embedding": _embedding(comparison),
         "histograms": _histograms(comparison),
@@ -79,7 +79,7 @@ def named(comparison: Comparison) -> list[str]:
 def _colors(comparison: Comparison) -> dict[str, str]:
     """The colour of every variant, the same in all pictures. Variants without a name come first, and lie below."""
     known = {variant: f"C{number}" for number, variant in enumerate(named(comparison))}
-    return {**{variant: "0.75" for variant in comparison.variants if variant not in known}, **known}
+    return {**{variant: "0.75" for variant in comparison.bridges if variant not in known}, **known}
 
 
 def render(panel: Panel) -> Image.Image:
@@ -134,23 +134,21 @@ def _absolute(comparison: Comparison) -> list[Panel]:
 
 
 def _interval(comparison: Comparison, variant: str, group: str) -> tuple[float, float] | None:
-    bootstrap = comparison.variants[variant].bootstrap
+    bootstrap = comparison.bridges[variant].bootstrap
     return None if bootstrap is None else bootstrap.mean_ap[group]
 
 
 def _forest(comparison: Comparison) -> list[Panel]:
     """Differences to bare EZ-HOI, a panel a group.
 
-    Grey: the interval contains 0. Green or orange: it does not. Full: the adjusted p agrees.
+    Grey: the interval contains 0. Green or orange: it does not. Full: the p-value that counts agrees.
     """
     panels = []
     for group in comparison.groups:
         rows = []
         for v in comparison.ranked():
-            bootstrap = comparison.variants[v].bootstrap
-            found = None if bootstrap is None else bootstrap.difference[group]
-            color = UNCLEAR if found is None or found.low <= 0 <= found.high else GAIN if found.low > 0 else LOSS
-            bounds = None if found is None else (found.low, found.high)
+            bounds = comparison.bounds(v, group)
+            color = UNCLEAR if bounds is None or bounds[0] <= 0 <= bounds[1] else GAIN if bounds[0] > 0 else LOSS
             rows.append(_Row(v, comparison.difference(v, group), bounds, color, comparison.is_significant(v, group)))
         above, below = (sum(row.color == color for row in rows) for color in (GAIN, LOSS))
         alt = f"Differences to {REFERENCE} in {group} mean AP, {len(rows)} variants. " + (
@@ -219,12 +217,12 @@ def _intervals(rows: Sequence[_Row], zero: float, title: str, alt: str) -> Panel
 
 
 def _per_class(comparison: Comparison, variant: str) -> Panel:
-    """Every class's change, sorted; those whose interval excludes 0 are full in colour."""
+    """Every class's change, sorted; those that chance does not explain are full in colour."""
     found = changes(comparison, variant)
     counts = found.counts()
     words = [f"{counts['gains']} gain, {counts['losses']} lose, {counts['unchanged']} unchanged"]
     if found.bounds is not None:
-        words.append(f"interval without 0: {counts['certain gains']} gain, {counts['certain losses']} lose")
+        words.append(f"beyond chance: {counts['certain gains']} gain, {counts['certain losses']} lose")
 
     def draw(axes: Axes) -> None:
         at = torch.arange(len(found.points))
@@ -249,13 +247,13 @@ def _cost(comparison: Comparison) -> Panel:
     """Time that a variant adds to an image, against its mean AP."""
 
     def draw(axes: Axes) -> None:
-        _points(comparison, axes, {name: v.added_ms for name, v in comparison.variants.items()}, "ms added to an image")
+        _points(comparison, axes, {name: v.added_ms for name, v in comparison.bridges.items()}, "ms added to an image")
         axes.set_xscale("symlog", linthresh=0.1)
         axes.set_xlim(left=-0.02)
         axes.xaxis.set_major_formatter("{x:g}")
 
     figures = (
-        f"{v} {comparison.variants[v].added_ms:.2f} ms, {comparison.mean_ap(v, FULL):.2f} %" for v in named(comparison)
+        f"{v} {comparison.bridges[v].added_ms:.2f} ms, {comparison.mean_ap(v, FULL):.2f} %" for v in named(comparison)
     )
     alt = f"Time that a variant adds to an image, against full mean AP: {'; '.join(figures)}."
     return Panel("time against full mAP", alt, 3.2 + 0.12 * len(named(comparison)), draw)
@@ -266,7 +264,7 @@ def _measures(comparison: Comparison) -> list[Panel]:
     panels = []
     for measure in PICTURED:
         found = {
-            name: value for name, v in comparison.variants.items() if (value := v.alignment.get(measure)) is not None
+            name: value for name, v in comparison.bridges.items() if (value := v.alignment.get(measure)) is not None
         }
         if len(found) > 2:  # two points show no relation
             panels.append(_measure(comparison, measure.replace("_", " "), found))
@@ -288,7 +286,7 @@ def _points(comparison: Comparison, axes: Axes, at: Mapping[str, float], what: s
             axes.plot((x, x), interval, color=color, linewidth=1.2)
         label = _label(variant) if variant in named(comparison) else None
         axes.plot(x, comparison.mean_ap(variant, FULL), "o", color=color, markersize=5, label=label)
-    if len(comparison.variants) > MAX_NAMED:
+    if len(comparison.bridges) > MAX_NAMED:
         axes.plot([], [], "o", color="0.75", markersize=5, label="others")
     axes.set_xlabel(what, fontsize=8)
     axes.set_ylabel("full mAP, %", fontsize=8)
@@ -314,7 +312,7 @@ def _histograms(comparison: Comparison) -> list[Panel]:
 
 def _samples(comparison: Comparison) -> dict[str, Tensor]:
     """The sampled features [R, D] of bare EZ-HOI and of the variants in `shown`, where they were kept."""
-    samples = {v: comparison.variants[v].sample for v in [REFERENCE, *shown(comparison)]}
+    samples = {v: comparison.bridges[v].sample for v in [REFERENCE, *shown(comparison)]}
     return {v: x.float() for v, x in samples.items() if x is not None}
 
 

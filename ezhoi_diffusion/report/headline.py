@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ezhoi_diffusion.evaluation.bootstrap import POWER
 from ezhoi_diffusion.evaluation.comparison import FULL, REFERENCE, Comparison, p_text
 
 Tone = Literal["gain", "loss", "unknown"]
@@ -19,7 +20,7 @@ class Headline:
     Attributes:
         text: The sentence.
         details: The numbers behind it, a sentence each.
-        tone: `gain` needs a gain over bare EZ-HOI and over the best baseline, and no warning.
+        tone: `gain` needs a gain over bare EZ-HOI and over every baseline, and no warning.
     """
 
     text: str
@@ -28,83 +29,133 @@ class Headline:
 
 
 def headline(comparison: Comparison) -> Headline:
-    """Summarise the best bridge by full mean AP, a significant gain first.
+    """Summarise one bridge: the primary one if there is one, else the best by full mean AP, a sure gain first.
 
-    It is compared with bare EZ-HOI, and on the same resamplings with the best baseline.
+    It is compared with bare EZ-HOI, and on the same resamplings with every baseline. A bridge of several seeds is their
+    mean; no seed is picked.
     """
-    ranked = comparison.ranked()
-    bridges = [variant for variant in ranked if not comparison.variants[variant].baseline]
-    baseline = next((variant for variant in ranked if comparison.variants[variant].baseline), None)
+    baselines = comparison.baselines
+    bridges = [name for name in comparison.ranked() if name not in baselines]
     if bridges:
-        best = next((variant for variant in bridges if _gains(comparison, variant)), bridges[0])
-        text, tone = _sentence(comparison, best, baseline)
-        details = [*_rank(best, bridges), _figures(comparison, best), *_over_seeds(comparison, best)]
+        best = main_bridge(comparison) or bridges[0]
+        text, tone = _sentence(comparison, best, baselines)
+        details = [
+            *_rank(comparison, best, bridges), _figures(comparison, best), *_power(comparison, best), *_over_seeds(comparison, best)
+        ]  # fmt: skip
     else:
         text, tone, details = ONLY_BASELINES, UNKNOWN, []
-    details += [_figures(comparison, baseline)] if baseline is not None else []
+    details += [_figures(comparison, name) for name in baselines]
     if comparison.warnings():
-        return Headline(f"See the warnings first. {text}", details, UNKNOWN)
+        caveats = [caveat for caveat in comparison.sweep_caveat() if caveat in comparison.caveats]
+        return Headline(" ".join(["See the warnings first.", *caveats, text]), details, UNKNOWN)
     return Headline(text, details, tone)
 
 
-def _gains(comparison: Comparison, variant: str) -> bool:
-    return comparison.is_significant(variant, FULL) and comparison.difference(variant, FULL) > 0
+def main_bridge(comparison: Comparison) -> str | None:
+    """The bridge that the headline is about; None where only baselines were compared."""
+    baselines = comparison.baselines
+    bridges = [name for name in comparison.ranked() if name not in baselines]
+    if comparison.primary in bridges:
+        return comparison.primary
+    over_all = [name for name in bridges if all(_gains(comparison, name, base) for base in (REFERENCE, *baselines))]
+    over_none = [name for name in bridges if _gains(comparison, name)]
+    return next(iter([*over_all, *over_none, *bridges]), None)
 
 
-def _rank(best: str, bridges: list[str]) -> list[str]:
+def _gains(comparison: Comparison, name: str, over: str = REFERENCE) -> bool:
+    return comparison.is_significant(name, FULL, over) and comparison.difference(name, FULL, over) > 0
+
+
+def _called(comparison: Comparison, name: str) -> str:
+    seeds = len(comparison.seed_groups.get(name, []))
+    return f"{name} (mean of {seeds} seeds)" if seeds > 1 else name
+
+
+def _rank(comparison: Comparison, best: str, bridges: list[str]) -> list[str]:
     if len(bridges) == 1:
         return []
     if best == bridges[0]:
         return [f"{best} has the highest full mAP of {len(bridges)} bridges."]
-    return [f"{bridges[0]} has the highest full mAP of {len(bridges)} bridges, and cannot be told from chance."]
+    if best == comparison.primary:
+        return [f"{best} was chosen before these images were seen. {bridges[0]} has a higher full mAP here."]
+    return [
+        f"{bridges[0]} has the highest full mAP of {len(bridges)} bridges, and is no sure gain over {REFERENCE} and every baseline."
+    ]
 
 
-def _sentence(comparison: Comparison, best: str, baseline: str | None) -> tuple[str, Tone]:
-    change = comparison.difference(best, FULL)
-    bootstrap = comparison.variants[best].bootstrap
-    if bootstrap is None:
+def _sentence(comparison: Comparison, best: str, baselines: list[str]) -> tuple[str, Tone]:
+    change, called = comparison.difference(best, FULL), _called(comparison, best)
+    if comparison.found(best, FULL) is None:
         side = "above" if change >= 0 else "below"
         return (
-            f"{best} ends {abs(change):.2f} points of full mAP {side} bare EZ-HOI. There are no intervals, and one run alone "
+            f"{called} ends {abs(change):.2f} points of full mAP {side} bare EZ-HOI. There are no intervals, and one run alone "
             f"says nothing about chance.",
             UNKNOWN,
         )
     gains = _gains(comparison, best)
     loses = comparison.is_significant(best, FULL) and not gains
-    if gains:
-        text = f"{best} gains {change:.2f} points of full mAP over bare EZ-HOI"
-    elif loses:
-        text = f"{best} loses {-change:.2f} points of full mAP against bare EZ-HOI"
-    else:
-        text = f"No gain can be told from chance: {best} changes full mAP by {change:+.2f} points"
     tone: Tone = "loss" if loses else UNKNOWN
-    if baseline is None:
-        return f"{text}. No baseline was compared, and one may do as much.", tone
-    significant, over = comparison.is_significant(best, FULL, over=baseline), bootstrap.over[baseline][FULL]
-    better, worse = significant and over.low > 0, significant and over.high < 0
-    against = "does better than" if better else "does worse than" if worse else "cannot be told from"
-    joint = "but" if gains and not better else "and"
-    return f"{text}, {joint} {against} the best baseline, {baseline}.", "gain" if gains and better else tone
+    if gains:
+        text = f"{called} gains {change:.2f} points of full mAP over bare EZ-HOI"
+    elif loses:
+        text = f"{called} loses {-change:.2f} points of full mAP against bare EZ-HOI"
+    else:
+        text = f"No gain can be told from chance: {called} changes full mAP by {change:+.2f} points"
+    excluded = "" if gains or loses else f" {_excluded(comparison, best)}"
+    if not baselines:
+        return f"{text}. No baseline was compared, and one may do as much.{excluded}", tone
+    better = [base for base in baselines if _gains(comparison, best, base)]
+    worse = [b for b in baselines if comparison.is_significant(best, FULL, b) and b not in better]
+    unclear = [base for base in baselines if base not in better and base not in worse]
+    if len(better) == len(baselines):
+        every = "the baseline" if len(baselines) == 1 else "every baseline:"
+        return f"{text}, and does better than {every} {', '.join(baselines)}.{excluded}", "gain" if gains else tone
+    against = [f"does worse than {', '.join(worse)}"] if worse else []
+    against += [f"cannot be told from {', '.join(unclear)}"] if unclear else []
+    joint = "but" if gains else "and"
+    return f"{text}, {joint} {' and '.join(against)} (baseline{'s' * (len(worse + unclear) > 1)}).{excluded}", tone
 
 
-def _figures(comparison: Comparison, variant: str) -> str:
-    change = f"{variant}: {comparison.difference(variant, FULL):+.2f} points"
-    bootstrap = comparison.variants[variant].bootstrap
-    if bootstrap is None:
+def _excluded(comparison: Comparison, best: str) -> str:
+    """The changes that chance alone does not explain away: what is no difference worth its name has narrow bounds."""
+    found = comparison.found(best, FULL)
+    assert found is not None
+    alone = comparison.is_primary(best, FULL) or len(comparison.bridges) == 2
+    low, high = (found.low, found.high) if alone else (found.joint_low, found.joint_high)
+    loss = f"a loss larger than {-low:.2f}" if low < 0 else "any loss"
+    gain = f"a gain larger than {high:.2f}" if high > 0 else "any gain"
+    return f"Excluded at {100 * comparison.level:g} %: {loss} and {gain} points."
+
+
+def _figures(comparison: Comparison, name: str) -> str:
+    change = f"{name}: {comparison.difference(name, FULL):+.2f} points"
+    bounds, p = comparison.bounds(name, FULL), comparison.p(name, FULL)
+    if bounds is None or p is None:
         return f"{change}."
-    found = bootstrap.difference[FULL]
-    return (
-        f"{change}, {100 * comparison.level:g} % interval {found.low:+.2f} to {found.high:+.2f}, "
-        f"adjusted p {p_text(found.p_adjusted)}."
-    )
+    kind = "simultaneous interval" if comparison.swept else "interval"
+    what = "p (primary endpoint, not adjusted)" if comparison.is_primary(name, FULL) else "adjusted p"
+    return f"{change}, {100 * comparison.level:g} % {kind} {bounds[0]:+.2f} to {bounds[1]:+.2f}, {what} {p_text(p)}."
 
 
-def _over_seeds(comparison: Comparison, variant: str) -> list[str]:
-    """Mean and deviation over the seeds of the same bridge."""
+def _power(comparison: Comparison, name: str) -> list[str]:
+    """The smallest change that this comparison was likely to find."""
+    found = comparison.found(name, FULL)
+    if found is None:
+        return []
     return [
-        f"Over its {len(variants)} seeds, {name} has {mean:.2f} ± {deviation:.2f} (mean and standard deviation of full mAP); "
-        f"bare EZ-HOI has {comparison.mean_ap(REFERENCE, FULL):.2f}."
-        for name, variants in comparison.seed_groups.items()
-        for mean, deviation in [comparison.spread(name, FULL)]
-        if variant in variants and deviation is not None
+        f"With {100 * POWER:g} % power, this comparison finds a true change of {found.detectable(comparison.level):.2f} points or "
+        f"more (minimal detectable effect); a smaller one may stay unseen."
+    ]
+
+
+def _over_seeds(comparison: Comparison, name: str) -> list[str]:
+    """Mean and deviation over the seeds of the bridge."""
+    if name not in comparison.seed_groups:
+        return []
+    mean, deviation = comparison.spread(name, FULL)
+    if deviation is None:
+        return [f"{name} was trained with one seed. Another seed may give another result."]
+    return [
+        f"Over its {len(comparison.seed_groups[name])} seeds, {name} has {mean:.2f} ± {deviation:.2f} (mean and standard "
+        f"deviation of full mAP); bare EZ-HOI has {comparison.mean_ap(REFERENCE, FULL):.2f}."
     ]

@@ -121,26 +121,28 @@ def _measured(config: dict[str, Any], comparison: dict[str, Any]) -> list[str]:
     groups, bootstrap = list(reference["mean_ap"]), comparison["bootstrap"]
     own, recorded = _own_variants(config, others)
     rows = [[_code(v["name"]), *(f"{float(v['mean_ap'][g]):.2f}" for g in groups)] for v in variants]
+    bridges = {v["seed_group"] or v["name"]: _claimed(v, comparison) for v in others}
     rows += [
         [
             f"{_code(v['name'])} − {_code(reference['name'])}",
-            *(_cell(v["difference"][g], _interval(v, g, reference)) for g in groups),
+            *(_cell(v["difference"][g], _interval(v, g, reference["name"])) for g in groups),
         ]
-        for v in others
+        for v in bridges.values()
     ]
     counts = ", ".join(f"{_code(group)} {len(comparison['classes'][group])}" for group in groups)
     facts = [
         f"- {int(comparison['images'])} images, {int(comparison['pairs'])} pairs, all variants on the same pairs; AP in percent, "
         f"{_code(comparison['algorithm'])}, setting {_code(comparison['setting'])}; classes: {counts}",
-        f"- Intervals and p-values: paired bootstrap over images, {int(bootstrap['replicates'])} replicates, "
-        f"{float(bootstrap['level']):.0%} intervals; p is adjusted for all variants together. They cover the choice of images, "
-        f"not the training seed."
+        f"- Intervals and p-values: paired bootstrap over images, and over seeds where there are several, "
+        f"{int(bootstrap['replicates'])} replicates, {float(bootstrap['level']):.0%} intervals; p is adjusted for all bridges "
+        f"together."
         if bootstrap
         else "- One run, one seed, no intervals: small differences may be chance.",
     ]
-    baselines = [_code(v["name"]) for v in others if v["baseline"]]
+    baselines = [name for name, v in bridges.items() if v["baseline"]]
     if baselines:
-        facts.append(f"- Baselines: {', '.join(baselines)}. A bridge has to beat the best of them.")
+        facts.append(f"- Baselines: {', '.join(map(_code, baselines))}. A gain is a gain over all of them.")
+    facts += [f"- **Caveat:** {_code(message)}" for message in comparison["caveats"]]
     if not recorded:
         facts.append("- The report does not record which files were measured.")
     for v in own:
@@ -148,9 +150,10 @@ def _measured(config: dict[str, Any], comparison: dict[str, Any]) -> list[str]:
         facts += [f"- **Not as stored:** {_code(v['name'])} was applied with {_code(applied)}"] if applied else []
     facts += [f"- **Forced:** {_code(message)}" for message in comparison["forced"]]
     facts += [f"- **Degraded:** {_code(message)}" for message in comparison["degraded"].values()]
+    claimed = {v["seed_group"] or v["name"]: _claimed(v, comparison) for v in own}
     words = [
-        f"- {_code(v['name'])}, {_code(g)}: {_words(float(v['difference'][g]), _interval(v, g, reference), bootstrap)}"
-        for v in own
+        f"- {_code(v['name'])}, {_code(g)}: {_words(v, g, reference['name'], baselines, bootstrap)}"
+        for v in claimed.values()
         for g in groups
     ]
     return [
@@ -186,10 +189,19 @@ def _origin(provenance: dict[str, Any] | None) -> dict[str, Any] | None:
     return None if provenance is None else {k: v for k, v in provenance.items() if k != "overridden"}
 
 
-def _interval(variant: dict[str, Any], group: str, reference: dict[str, Any]) -> dict[str, float] | None:
-    """Interval and p-values of a variant's difference to bare EZ-HOI, as JSON."""
+def _claimed(variant: dict[str, Any], comparison: dict[str, Any]) -> dict[str, Any]:
+    """What may be claimed about a variant: the results of all seeds of its training, or its own."""
+    group = comparison["seed_groups"].get(variant["seed_group"])
+    if group is None or len(group["variants"]) == 1:
+        return variant
+    name = f"{variant['seed_group']} (mean of {len(group['variants'])} seeds)"
+    return {**variant, "name": name, "difference": group["difference"], "bootstrap": group["bootstrap"]}
+
+
+def _interval(variant: dict[str, Any], group: str, over: str) -> dict[str, float] | None:
+    """Interval and p-values of a bridge's difference to another, as JSON."""
     bootstrap = variant["bootstrap"]
-    found: dict[str, float] | None = bootstrap["over"][reference["name"]][group] if bootstrap else None
+    found: dict[str, float] | None = bootstrap["over"].get(over, {}).get(group) if bootstrap else None
     return found
 
 
@@ -202,8 +214,11 @@ def _cell(points: float, interval: dict[str, float] | None) -> str:
     )
 
 
-def _words(points: float, interval: dict[str, float] | None, bootstrap: dict[str, Any] | None) -> str:
-    """A difference to bare EZ-HOI as a sentence. A loss is called a loss."""
+def _words(
+    variant: dict[str, Any], group: str, reference: str, baselines: list[str], bootstrap: dict[str, Any] | None
+) -> str:
+    """A difference to bare EZ-HOI as a sentence. A loss is called a loss, and a gain one only over every baseline."""
+    points, interval = float(variant["difference"][group]), _interval(variant, group, reference)
     if points != points:
         return "not measured, because nothing is annotated."
     if not interval or not bootstrap:
@@ -211,9 +226,21 @@ def _words(points: float, interval: dict[str, float] | None, bootstrap: dict[str
         return f"{points:+.2f} points of mAP ({direction}); there are no intervals, so it may be chance."
     low, high, p = (float(interval[key]) for key in ("low", "high", "p_adjusted"))
     level = float(bootstrap["level"])
-    significant = p < 1 - level and not low <= 0 <= high
-    verdict = "may be chance" if not significant else "**a gain**" if points > 0 else "**a loss**"
+    verdict = "may be chance"
+    if _is_significant(interval, level):
+        verdict = "**a gain**" if points > 0 else "**a loss**"
+    unbeaten = [b for b in baselines if not _beats(_interval(variant, group, b), level)] if points > 0 else []
+    if verdict == "**a gain**" and unbeaten:
+        verdict = f"higher than bare EZ-HOI, but no sure gain over {', '.join(map(_code, unbeaten))}"
     return f"{points:+.2f} points of mAP, {level:.0%} interval {low:+.2f} to {high:+.2f}, p {p:.3f}: {verdict}."
+
+
+def _is_significant(found: dict[str, float], level: float) -> bool:
+    return float(found["p_adjusted"]) < 1 - level and not float(found["low"]) <= 0 <= float(found["high"])
+
+
+def _beats(found: dict[str, float] | None, level: float) -> bool:
+    return found is not None and _is_significant(found, level) and float(found["low"]) > 0
 
 
 def _run(fingerprint: dict[str, Any], files: Iterable[str]) -> list[str]:

@@ -11,17 +11,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ezhoi_diffusion.evaluation.bootstrap import Difference
+from ezhoi_diffusion.bridge import PROTOCOLS
+from ezhoi_diffusion.evaluation.bootstrap import MIN_IMAGES, POWER
 from ezhoi_diffusion.evaluation.changes import Changes, changes
 from ezhoi_diffusion.evaluation.comparison import FULL, REFERENCE, Comparison, p_text, versions
+from ezhoi_diffusion.evaluation.table import interval_notes
 from ezhoi_diffusion.report.figures import MAPPED, named, shown
-from ezhoi_diffusion.report.headline import headline
+from ezhoi_diffusion.report.headline import headline, main_bridge
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-LISTED = 8  # largest gains and losses of single classes, each
+LISTED = 8  # largest gains and losses of single classes, each, and objects
+PERFECT = {
+    "verbs": "verbs of the pairs that interact",
+    "interactiveness": "telling pairs that interact from background",
+    "labels": "both",
+}
 MEASURES = {
     "centroid_gap": "distance between the mean unit feature and the mean unit text, 0 to 2; smaller is nearer",
     "mmd": "squared maximum mean discrepancy of unit features and unit texts; smaller is nearer, chance takes it below 0",
@@ -46,6 +53,7 @@ def page(comparison: Comparison, pictures: Mapping[str, Sequence[tuple[str, byte
     """
     from jinja2 import Environment, StrictUndefined
 
+    main = main_bridge(comparison)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
         number=_number,
@@ -56,7 +64,7 @@ def page(comparison: Comparison, pictures: Mapping[str, Sequence[tuple[str, byte
         base64=lambda data: b64encode(data).decode(),
     )
     environment.tests.update(
-        baseline=lambda name: comparison.variants[name].baseline,
+        baseline=lambda name: name in comparison.baselines,
         nested=lambda value: isinstance(value, (dict, list)) and bool(value),
     )
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
@@ -72,12 +80,21 @@ def page(comparison: Comparison, pictures: Mapping[str, Sequence[tuple[str, byte
         pictures=pictures,
         notes=notes,
         classes={variant: _class_table(comparison, variant) for variant in shown(comparison)},
-        measures=list(dict.fromkeys(name for v in comparison.variants.values() for name in v.alignment)),
+        measures=list(dict.fromkeys(name for v in comparison.bridges.values() for name in v.alignment)),
         meaning=MEASURES,
         algorithm=ALGORITHMS[comparison.algorithm],
         versions=versions(),
         named=named(comparison),
         mapped=MAPPED,
+        main=main,
+        protocols=_protocols(comparison),
+        meant=PROTOCOLS,
+        detectable=_detectable(comparison, main),
+        power=f"{100 * POWER:g} %",
+        calibration=_calibration(comparison, main),
+        read=interval_notes(comparison),
+        enough=MIN_IMAGES,
+        perfect=PERFECT,
     )
 
 
@@ -100,24 +117,45 @@ def _class(comparison: Comparison, variant: str, found: Changes, at: int) -> dic
         "name": comparison.names[index] if comparison.names else f"interaction {index}",
         "annotations": int(comparison.annotations[index]),
         "before": float(comparison.variants[REFERENCE].ap[index]) * 100,
-        "after": float(comparison.variants[variant].ap[index]) * 100,
+        "after": float(comparison.bridges[variant].ap[index]) * 100,
         "change": float(found.points[at]),
         "interval": None if any(map(math.isnan, bounds)) else bounds,  # NaN: annotated in too few images
     }
 
 
-def _tone(comparison: Comparison, variant: str, group: str) -> str:
+def _tone(comparison: Comparison, name: str, group: str) -> str:
     """The class of a table cell: on which side of 0 its interval lies, and whether it is significant."""
-    bootstrap = comparison.variants[variant].bootstrap
-    if bootstrap is None:
+    bounds = comparison.bounds(name, group)
+    if bounds is None:
         return ""
-    side = _side(bootstrap.difference[group])
-    return f"{side} significant" if comparison.is_significant(variant, group) else side
+    return f"{_side(bounds)} significant" if comparison.is_significant(name, group) else _side(bounds)
 
 
-def _side(bounds: Difference | Sequence[float]) -> str:
-    low, high = (bounds.low, bounds.high) if isinstance(bounds, Difference) else bounds
+def _side(bounds: Sequence[float]) -> str:
+    low, high = bounds
     return "gain" if low > 0 else "loss" if high < 0 else "unclear"
+
+
+def _protocols(comparison: Comparison) -> dict[str, list[str]]:
+    """Protocol -> bridges, in the order of `PROTOCOLS`."""
+    bridges = [result for name, result in comparison.bridges.items() if name != REFERENCE]
+    of = {protocol: [b.name for b in bridges if b.protocol == protocol] for protocol in PROTOCOLS}
+    return {protocol: names for protocol, names in of.items() if names}
+
+
+def _detectable(comparison: Comparison, name: str | None) -> dict[str, float]:
+    """Group -> the smallest change that this comparison was likely to find for a bridge; empty without intervals."""
+    found = {group: None if name is None else comparison.found(name, group) for group in comparison.groups}
+    return {group: one.detectable(comparison.level) for group, one in found.items() if one is not None}
+
+
+def _calibration(comparison: Comparison, name: str | None) -> list[dict[str, Any]]:
+    """The objects with the largest calibration errors under bare EZ-HOI, beside those of a bridge's first variant."""
+    variant = next(iter(comparison.seed_groups.get(name, [name])), None) if name is not None else None
+    bare, bridged = comparison.calibration.get(REFERENCE, []), comparison.calibration.get(variant or "", [])
+    after = {entry["object"]: entry for entry in bridged}
+    worst = sorted(bare, key=lambda entry: -entry["calibration_error"])[:LISTED]
+    return [{"before": entry, "after": after.get(entry["object"])} for entry in worst]
 
 
 def _number(value: float | None, digits: int = 2) -> str:

@@ -16,10 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
+from ezhoi_diffusion.diffusion.baselines import Identity
 from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.evaluation.average_precision import Scored
 from ezhoi_diffusion.evaluation.bootstrap import BootstrapResult, Difference
-from ezhoi_diffusion.evaluation.changes import changes
+from ezhoi_diffusion.evaluation.changes import changes, discoveries
 from ezhoi_diffusion.evaluation.comparison import Comparison, VariantResult
+from ezhoi_diffusion.evaluation.variants import Variant
 from ezhoi_diffusion.files import read_json
 from ezhoi_diffusion.report.figures import MAPPED, pictures, png, render
 from ezhoi_diffusion.report.headline import headline
@@ -73,8 +76,9 @@ def make(effects: dict[str, float], *, classes: int = 600, half: float = 0.45) -
 
 def with_intervals(comparison: Comparison, half: float) -> Comparison:
     """Intervals that are wider for fewer classes, and p-values times the number of variants."""
-    names = list(comparison.variants)
-    bases = ["none", *(name for name in names if comparison.variants[name].baseline)]
+    bridges = comparison.bridges
+    names = list(bridges)
+    bases = ["none", *(name for name in names if bridges[name].baseline)]
 
     def width(group: str) -> float:
         return half * math.sqrt(len(comparison.groups["full"]) / len(comparison.groups[group]))
@@ -83,7 +87,9 @@ def with_intervals(comparison: Comparison, half: float) -> Comparison:
         change = comparison.mean_ap(variant, group) - comparison.mean_ap(over, group)
         p = math.erfc(1.96 * abs(change) / width(group) / math.sqrt(2))
         around = width(group) if change else 0.0
-        return Difference(change - around, change + around, p, min(1.0, p * (len(names) - 1)))
+        joint = 1.3 * around
+        adjusted = min(1.0, p * (len(names) - 1))
+        return Difference(change - around, change + around, p, adjusted, change - joint, change + joint, around / 1.96)
 
     def bootstrap(name: str) -> BootstrapResult:
         mean_ap = {
@@ -91,13 +97,20 @@ def with_intervals(comparison: Comparison, half: float) -> Comparison:
             for g in comparison.groups
         }
         over = {base: {g: difference(name, g, base) for g in comparison.groups} for base in bases if base != name}
-        change = (comparison.variants[name].ap - comparison.variants["none"].ap) * 100
-        bounds = torch.stack([change - 2, change + 2], 1)
-        bounds[comparison.annotations == 0] = torch.nan
-        return BootstrapResult(mean_ap, over, None if name == "none" else bounds)
+        if name == "none":
+            return BootstrapResult(mean_ap, over)
+        change = (bridges[name].ap - bridges["none"].ap) * 100
+        bounds, p = torch.stack([change - 2, change + 2], 1), torch.special.erfc(1.96 * change.abs() / 2 / math.sqrt(2))
+        bounds[comparison.annotations == 0], p[comparison.annotations == 0] = torch.nan, torch.nan
+        return BootstrapResult(mean_ap, over, bounds, p)
 
-    variants = {name: replace(result, bootstrap=bootstrap(name)) for name, result in comparison.variants.items()}
-    return replace(comparison, variants=variants, replicates=1000)
+    groups = comparison.seed_groups
+    variants = {
+        name: replace(result, bootstrap=None if result.seed_group in groups else bootstrap(name))
+        for name, result in comparison.variants.items()
+    }
+    of_seeds = {name: bootstrap(name) for name in groups}
+    return replace(comparison, variants=variants, seed_bootstrap=of_seeds, replicates=1000)
 
 
 def changed(comparison: Comparison, name: str, **changes) -> None:
@@ -116,6 +129,18 @@ def complete(effects: dict[str, float]) -> Comparison:
         for name in comparison.variants:
             if "runs/blend" in name:
                 changed(comparison, name, seed_group="diffusion=runs/blend")
+        comparison = with_intervals(comparison, 0.45)
+        comparison.headroom = {
+            what: dict.fromkeys(GROUPS, 60.0 + number)
+            for number, what in enumerate(("verbs", "interactiveness", "labels"))
+        }
+        comparison.calibration = {
+            name: [
+                {"object": f"animal {k}", "predictions": 90, "mean_score": 0.2, "annotated_rate": 0.1 + k / 100, "calibration_error": k / 50}
+                for k in range(12)
+            ]
+            for name in comparison.variants
+        }  # fmt: skip
     comparison.sample_text, features = torch.randn(40, 16, generator=g), torch.randn(60, 16, generator=g) + 2
     for number, name in enumerate(comparison.variants):
         changed(comparison, name, sample=features if effects.get(name, 0) == 0 else features - 0.1 * number)
@@ -201,6 +226,8 @@ def test_the_json_has_all_that_the_page_says(reports):
     page = read(reports / "eight")
     for words in (found["headline"], *found["details"]):
         assert words.replace("-", "−") in page.text.replace("-", "−")
+    best = found["seed_groups"]["diffusion=runs/blend"]["bootstrap"]["over"]["none"]["full"]
+    assert best["joint_low"] < best["low"] < best["high"] < best["joint_high"]
     assert (found.pop("headline"), found.pop("details")) == (said.text, said.details)
     assert found == json.loads(json.dumps({**comparison.to_dict(), "notes": found["notes"]}))
     assert found["notes"] == ["WARNING: mean_shift is nearer, and mAP did not rise."]
@@ -260,10 +287,10 @@ def test_the_page_needs_nothing_else_and_is_accessible(reports, size):
 
 def test_the_tables_have_every_variant_and_group(reports):
     comparison, page = complete(EIGHT), read(reports / "eight")
-    for variant in EIGHT:
-        result = comparison.variants[variant]
+    for variant in comparison.ranked():
+        result = comparison.bridges[variant]
         head = f"{variant} baseline" if result.baseline else variant
-        absolute, differences, alignment = page.row(head)
+        absolute, differences, *_, alignment = page.row(head)
         for cell, group in zip(absolute[1:], GROUPS, strict=False):
             low, high = result.bootstrap.mean_ap[group]
             assert cell == f"{comparison.mean_ap(variant, group):.2f} {low:.2f} to {high:.2f}"
@@ -274,7 +301,8 @@ def test_the_tables_have_every_variant_and_group(reports):
             assert cell == figures.replace("-", "−")
         assert alignment[1] == f"{result.alignment['centroid_gap']:.3f}"
     assert page.row("none")[1][3] == "–", "what is not known"
-    assert page.row("diffusion=runs/blend")[0][1] == "3"
+    assert page.row("diffusion=runs/blend")[2][1] == "3"
+    assert not page.row("diffusion=runs/blend-0"), "no seed stands for itself"
     many = read(reports / "sixty")
     assert all(len(many.row(variant)) == 3 for variant in SIXTY)
 
@@ -284,20 +312,22 @@ def test_single_classes_are_listed_by_change(reports):
     best = comparison.ranked()[0]
     found = changes(comparison, best)
     assert len(found.classes) == 588, "only classes that are annotated"
-    change = (comparison.variants[best].ap - comparison.variants["none"].ap) * 100
+    change = (comparison.bridges[best].ap - comparison.variants["none"].ap) * 100
     assert found.points.tolist() == sorted(change[comparison.annotations > 0].tolist(), reverse=True)
     counts = found.counts()
     moved = change[comparison.annotations > 0]
+    certain = discoveries(comparison.bridges[best].bootstrap.per_class_p[comparison.annotations > 0], 0.05)
     assert counts == {
-        "gains": int((moved > 0).sum()), "losses": int((moved < 0).sum()), "unchanged": int((moved == 0).sum()),
-        "certain gains": int((moved > 2).sum()), "certain losses": int((moved < -2).sum()),
+        "gains": int((moved > 1e-9).sum()), "losses": int((moved < -1e-9).sum()), "unchanged": int((moved.abs() < 1e-9).sum()),
+        "certain gains": int((certain & (moved > 0)).sum()), "certain losses": int((certain & (moved < 0)).sum()),
     }  # fmt: skip
+    assert not certain[(moved.abs() < 2)].any(), "a discovery is rarer than an interval without 0"
     assert min(counts.values()) > 0
     page = read(reports / "eight")
     assert f"{counts['gains']} gain, {counts['losses']} lose, {counts['unchanged']} unchanged" in page.text
     for at in (0, -1):
         row, index = page.row(f"a person riding animal {found.classes[at]}")[0], int(found.classes[at])
-        before, after = (float(comparison.variants[v].ap[index]) * 100 for v in ("none", best))
+        before, after = (float(comparison.bridges[v].ap[index]) * 100 for v in ("none", best))
         low, high = found.points[at] - 2, found.points[at] + 2
         figures = f"{found.points[at]:+.2f} {low:+.2f} to {high:+.2f}".replace("-", "−")
         assert row[1:] == [figures, f"{before:.2f}", f"{after:.2f}", str(int(comparison.annotations[index]))]
@@ -307,10 +337,10 @@ def test_a_class_without_interval_is_listed_without_one(tmp_path):
     comparison = complete(EIGHT)
     best = comparison.ranked()[0]
     top = int(changes(comparison, best).classes[0])
-    bootstrap = comparison.variants[best].bootstrap
+    bootstrap = comparison.bridges[best].bootstrap
     bounds = bootstrap.per_class.clone()
     bounds[top] = torch.nan
-    changed(comparison, best, bootstrap=replace(bootstrap, per_class=bounds))
+    comparison.seed_bootstrap[best] = replace(bootstrap, per_class=bounds)
     write_report(comparison, tmp_path)
     page = read(tmp_path)
     assert re.fullmatch(r"\+\d+\.\d\d", page.row(f"a person riding animal {top}")[0][1])
@@ -319,8 +349,8 @@ def test_a_class_without_interval_is_listed_without_one(tmp_path):
 
 def test_what_is_not_known_is_left_out(reports):
     known, unknown = ({s["id"] for s in read(reports / size).all("section")} for size in ("eight", "bare"))
-    assert known == {"map", "seeds", "classes", "alignment", "cost", "features", "provenance"}
-    assert unknown == {"map", "classes", "cost", "provenance"}
+    assert unknown == {"map", "protocol", "classes", "cost", "provenance"}
+    assert known == unknown | {"seeds", "headroom", "calibration", "alignment", "features"}
     page = read(reports / "bare")
     assert "says nothing about chance" in page.text
     assert "max-T" not in page.text
@@ -335,6 +365,7 @@ def test_names_of_third_parties_are_inert(tmp_path):
     comparison.fingerprint = {evil: evil}
     for name in list(comparison.variants)[1:]:
         changed(comparison, name, seed_group=f"{evil}group", provenance={evil: {evil: [evil]}, "x": evil})
+    comparison = with_intervals(comparison, 0.45)
     comparison.forced, comparison.degraded, comparison.caveats = [evil], {evil: evil}, [evil]
     for name in comparison.variants:
         changed(comparison, name, alignment={evil: 0.5})
@@ -342,7 +373,8 @@ def test_names_of_third_parties_are_inert(tmp_path):
     page = read(tmp_path)
     assert not page.all("script")
     assert all(image["src"].startswith("data:") for image in page.all("img"))
-    assert page.row(f"{evil}&amp;$x^$"), "shown as it is written"
+    assert page.row(f"{evil}group"), "shown as it is written"
+    assert f"{evil}&amp;$x^$" in page.text
     assert len(re.findall(re.escape(evil), page.text)) > 20
 
 
@@ -401,11 +433,12 @@ def test_the_forest_plot_shows_which_intervals_contain_0():
 @pytest.mark.parametrize(
     ("effects", "tone", "words"),
     [
-        ({"identity": 0, "diffusion": 2}, "gain", "gains 2.00 points of full mAP over bare EZ-HOI, and does better than the best baseline, identity."),
-        ({"mean_shift": 1.9, "diffusion": 2}, "unknown", "gains 2.00 points of full mAP over bare EZ-HOI, but cannot be told from the best baseline, mean_shift."),
-        ({"mean_shift=DIR": 4, "identity": 0, "diffusion": 2}, "unknown", "but does worse than the best baseline, mean_shift=DIR."),
-        ({"identity": 0, "diffusion": -2}, "loss", "diffusion loses 2.00 points of full mAP against bare EZ-HOI, and does worse than the best baseline, identity."),
-        ({"identity": 0, "diffusion": 0.1}, "unknown", "No gain can be told from chance: diffusion changes full mAP by +0.10 points, and cannot be told from the best baseline"),
+        ({"identity": 0, "diffusion": 2}, "gain", "gains 2.00 points of full mAP over bare EZ-HOI, and does better than the baseline identity."),
+        ({"identity": 0, "mean_shift": 0.5, "diffusion": 2}, "gain", "and does better than every baseline: mean_shift, identity."),
+        ({"mean_shift": 1.9, "diffusion": 2}, "unknown", "gains 2.00 points of full mAP over bare EZ-HOI, but cannot be told from mean_shift (baseline)."),
+        ({"mean_shift=DIR": 4, "identity": 0, "diffusion": 2}, "unknown", "but does worse than mean_shift=DIR (baseline)."),
+        ({"identity": 0, "diffusion": -2}, "loss", "diffusion loses 2.00 points of full mAP against bare EZ-HOI, and does worse than identity (baseline)."),
+        ({"identity": 0, "diffusion": 0.1}, "unknown", "No gain can be told from chance: diffusion changes full mAP by +0.10 points, and cannot be told from identity (baseline). Excluded at 95 %: a loss larger than 0.48 and a gain larger than 0.69 points."),
         ({"diffusion": 2}, "unknown", "gains 2.00 points of full mAP over bare EZ-HOI. No baseline was compared, and one may do as much."),
         ({"diffusion": -2}, "loss", "No baseline was compared"),
         ({"identity": 0, "mean_shift": 3}, "unknown", "Only baselines were compared"),
@@ -438,10 +471,12 @@ def test_a_gain_that_many_variants_explain_is_none():
 
 def test_a_sure_gain_counts_before_a_larger_one_by_chance():
     comparison = exact({"identity": 0.0, "sure": 2.0, "wild": 2.5})
-    comparison.variants["wild"].bootstrap.over["none"]["full"] = Difference(-1.0, 6.0, 0.2, 0.3)
+    comparison.variants["wild"].bootstrap.over["none"]["full"] = Difference(-1.0, 6.0, 0.2, 0.3, -2.0, 7.0, 1.8)
     found = headline(comparison)
     assert found.text.startswith("sure gains 2.00 points")
-    assert "wild has the highest full mAP of 2 bridges, and cannot be told from chance." in found.details
+    assert (
+        "wild has the highest full mAP of 2 bridges, and is no sure gain over none and every baseline." in found.details
+    )
 
 
 def test_without_intervals_nothing_is_claimed():
@@ -475,6 +510,86 @@ def test_what_is_forced_degraded_or_partial_is_no_gain(tmp_path, change, words):
     assert words in comparison.table()
 
 
+def seeds_of(shares: dict[str, float]) -> Comparison:
+    """A training of several seeds, measured on 300 images with one annotation each: shares of images with a right pair."""
+    images = 300
+    draws = torch.Generator().manual_seed(0)
+    detections = {}
+    for name, share in {"none": 0.5, **shares}.items():
+        found = torch.rand(images, generator=draws).argsort()[: int(share * images)]
+        detections[name] = Scored(
+            torch.rand(len(found), generator=draws).double(),
+            torch.zeros_like(found),
+            torch.ones(len(found)).double(),
+            found,
+        )
+    variants = {name: Variant(name, Identity(), name.partition("/")[0] if "/" in name else None) for name in shares}
+    for variant in variants.values():
+        variant.bridge.baseline = False
+    return Comparison.from_detections(
+        detections, torch.ones(images, 1, dtype=torch.long), {"full": torch.tensor([0])}, variants, added_ms={},
+        algorithm="AUC", replicates=300, pairs=images, fingerprint={},
+    )  # fmt: skip
+
+
+def test_a_training_whose_mean_seed_loses_has_no_gain_however_good_its_best_seed(tmp_path):
+    comparison = seeds_of({"b/seed-0": 0.4, "b/seed-1": 0.35, "b/seed-2": 0.65})
+    assert comparison.difference("b/seed-2", "full") > 14 > 0 > comparison.difference("b", "full")
+    assert comparison.ranked() == ["b"]
+    assert not comparison.is_significant("b/seed-2", "full")
+    found = headline(comparison)
+    assert found.text.startswith("No gain can be told from chance: b (mean of 3 seeds) changes full mAP by -")
+    assert found.tone == "unknown"
+    write_report(comparison, tmp_path)
+    assert "seed-2" not in found.text + "".join(found.details) + comparison.table() + read(tmp_path).text
+    report = read_json(tmp_path / "report.json", EzhoiDiffusionError, "")
+    assert report["variants"][3]["bootstrap"] is None
+    assert report["seed_groups"]["b"]["bootstrap"]["over"]["none"]["full"]["high"] > 0
+
+
+def test_seeds_that_agree_gain_together():
+    comparison = seeds_of({"b/seed-0": 0.8, "b/seed-1": 0.82, "b/seed-2": 0.81})
+    assert headline(comparison).text.startswith("b (mean of 3 seeds) gains 30.89 points of full mAP over bare EZ-HOI")
+    assert "Intervals cover the choice of images and training seeds (300 resamplings)." in comparison.table()
+
+
+def test_the_primary_endpoint_is_tested_alone_and_the_headline_is_about_it():
+    comparison = exact({"identity": 0.0, "tuned": 0.7, "diffusion": 2.0})
+    over = comparison.variants["tuned"].bootstrap.over
+    for base in over:
+        over[base]["full"] = replace(over[base]["full"], p=0.01, p_adjusted=0.2)
+        over[base]["seen"] = replace(over[base]["seen"], p=0.01, p_adjusted=0.2)
+    assert comparison.is_significant("tuned", "full")
+    assert not comparison.is_significant("tuned", "seen"), "other rows are adjusted"
+    found = headline(comparison)
+    assert found.text.startswith("tuned gains 0.70 points")
+    assert found.tone == "gain"
+    assert any("p (primary endpoint, not adjusted) 0.010" in line for line in found.details)
+    assert "Its full mAP is the primary endpoint: that p is not adjusted." in comparison.table()
+
+
+def test_a_sweep_has_simultaneous_intervals_and_a_caveat(tmp_path):
+    comparison = exact({"identity": 0.0, "diffusion": 0.1, "diffusion[blend=0.5]": 0.5, "diffusion[blend=1]": 2.0})
+    assert comparison.swept == ["diffusion[blend=0.5]", "diffusion[blend=1]"]
+    found = comparison.found("diffusion[blend=0.5]", "full")
+    assert found.low > 0 > found.joint_low
+    assert comparison.bounds("diffusion[blend=0.5]", "full") == (found.joint_low, found.joint_high)
+    assert not comparison.is_significant("diffusion[blend=0.5]", "full")
+    comparison.caveats += comparison.sweep_caveat()
+    assert headline(comparison).tone == "unknown"
+    assert "the best of 2 points is better here than on new images" in headline(comparison).text
+    write_report(comparison, tmp_path)
+    assert "simultaneous 95 % interval" in read(tmp_path).text
+    assert exact({"diffusion": 2.0}).sweep_caveat() == []
+
+
+def test_the_report_says_what_it_could_have_seen():
+    comparison = exact({"identity": 0.0, "diffusion": 0.1})
+    standard_error = 0.45 / 1.96
+    line = next(line for line in headline(comparison).details if "80 % power" in line)
+    assert f"a true change of {(1.959964 + 0.841621) * standard_error:.2f} points or more" in line
+
+
 def test_the_headline_has_the_mean_over_seeds():
     details = headline(complete(EIGHT)).details
     assert any(line.startswith("Over its 3 seeds, diffusion=runs/blend has ") for line in details)
@@ -491,18 +606,18 @@ def test_the_table_says_what_is_known_of_chance():
     for variant in comparison.variants:
         assert rows[variant] == {group: f"{comparison.mean_ap(variant, group):.2f}" for group in GROUPS}
     lines = table.splitlines()
-    begin = next(n for n, line in enumerate(lines) if line.startswith("difference to none [95 % interval] p, adjusted"))
-    for line, variant in zip(lines[begin + 2 :], EIGHT, strict=False):
+    for variant in EIGHT:
         groups = comparison.variants[variant].bootstrap.difference
-        assert line.startswith(variant)
-        found = re.findall(r"([+-]\d+\.\d\d) \[([+-]\d+\.\d\d) ([+-]\d+\.\d\d)\] (<?\d\.\d{3})", line)
+        line = next(line for line in lines if line.startswith(f"{variant} - none "))
+        found = re.findall(r"([+-]\d+\.\d\d) \[([+-]\d+\.\d\d) ([+-]\d+\.\d\d)\] p (<?\d\.\d{3})", line)
         assert len(found) == len(groups)
         for (change, low, high, p), (group, difference) in zip(found, groups.items(), strict=True):
             assert (change, low, high) == tuple(
                 f"{x:+.2f}" for x in (comparison.difference(variant, group), difference.low, difference.high)
             )
             assert p == ("<0.001" if difference.p_adjusted < 0.001 else f"{difference.p_adjusted:.3f}")
-    assert lines[-1] == "Intervals cover the choice of images (1000 resamplings), not the training seed."
+    assert lines[-1] == "Intervals cover the choice of images, not the training seed (1000 resamplings)."
+    assert "p is adjusted for all 8 bridges (max-T)." in lines
     assert bare().table().endswith("One run without intervals: small differences may be chance.")
 
 

@@ -54,6 +54,11 @@ def test_one_evaluation_gives_what_ten_give(teacher):
     assert reached.rows == 40
     assert reached.cosine > 0.995
     assert 1 - reached.cosine < 0.3 * (1 - float(one.mean()))
+    baselines = student.provenance["distilled"]["baselines"]
+    assert baselines["single_evaluation"] == pytest.approx(float(one.mean()), abs=1e-5)
+    entered = torch.nn.functional.normalize(unseen, dim=1) - teacher.input_mean
+    same = torch.cosine_similarity(entered, direction(teacher, unseen))
+    assert baselines["identity"] == pytest.approx(float(same.mean()), abs=1e-5)
 
 
 def test_the_artefact_records_fidelity_and_teacher(teacher, tmp_path):
@@ -213,6 +218,10 @@ def test_steps_that_no_bridge_can_take_are_refused(stores, tmp_path, capsys):
     ("changes", "says"),
     [
         (["--min-cosine", "1.1"], "so it was not written"),
+        (
+            ["--min-cosine", "0", "--train-steps", "1", "--start-timestep", "2", "--num-steps", "2"],
+            "no better than what costs no training",
+        ),
         (["--train-steps", "0"], "--train-steps"),
         (["--num-steps", "601"], "num_steps"),
         (["--num-steps", "1"], "one evaluation already"),

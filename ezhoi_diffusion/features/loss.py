@@ -9,7 +9,7 @@ from torch.nn.functional import logsigmoid
 from ezhoi_diffusion.features.labels import LabelledPairs
 
 ALPHA, GAMMA = 0.5, 0.2  # EZ-HOI's defaults, which all of its scripts use
-KEEP = 6.0  # the squared change of logits counts as much as this many annotations
+KEEP = 2.0  # the squared change of logits counts as much as this many annotations
 
 
 def interaction_loss(logits: Tensor, prior: Tensor, target: Tensor, valid: Tensor, positives: float) -> Tensor:

@@ -5,8 +5,8 @@ Interactions that the split hides (`classes/unseen`) are never learned from, eve
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,13 +67,16 @@ class LabelledPairs:
 
     def __getitem__(self, indices: Tensor) -> LabelledPairs:
         """The pairs at these positions, on their device."""
-        rows = (x[indices] for x in (self.visual, self.target, self.valid, self.prior, self.image))
-        return LabelledPairs(*rows, self.class_weight)
+        return self._each(lambda x: x[indices])
 
     def to(self, device: torch.device | str) -> LabelledPairs:
         """The same pairs on a device."""
-        moved = (x.to(device) for x in (self.visual, self.target, self.valid, self.prior, self.image))
-        return LabelledPairs(*moved, self.class_weight.to(device))
+        return replace(self._each(lambda x: x.to(device)), class_weight=self.class_weight.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> LabelledPairs:
+        """Change every tensor that has a row for each pair."""
+        rows = {name: change(getattr(self, name)) for name in ("visual", "target", "valid", "prior", "image")}
+        return replace(self, **rows)
 
 
 def seen_pairs(store: FeatureStore, *, held_out: bool | None = False, fraction: float = FRACTION) -> SeenPairs:

@@ -41,7 +41,8 @@ def shift(x: Tensor, mean: Tensor, z: Tensor, sampled: Tensor) -> Tensor:
         x + |x|·|unit(x) − mean|/|z|·(sampled − z) [N, D].
     """
     length = (F.normalize(x, dim=-1) - mean).norm(dim=-1, keepdim=True) * x.norm(dim=-1, keepdim=True)
-    return x + length / z.norm(dim=-1, keepdim=True).clamp_min(1e-12) * (sampled - z)
+    moved: Tensor = x + length / z.norm(dim=-1, keepdim=True).clamp_min(1e-12) * (sampled - z)
+    return moved
 
 
 def uncenter(z: Tensor, mean: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch.nn.functional import logsigmoid
 from ezhoi_diffusion.features.labels import LabelledPairs
 
 ALPHA, GAMMA = 0.5, 0.2  # EZ-HOI's defaults, which all of its scripts use
-KEEP = 0.0075  # weight of the squared change of a logit
+KEEP = 2.0  # the squared change of logits counts as much as this many annotations
 
 
 def interaction_loss(logits: Tensor, prior: Tensor, target: Tensor, valid: Tensor, positives: float) -> Tensor:
@@ -37,11 +37,12 @@ def interaction_loss(logits: Tensor, prior: Tensor, target: Tensor, valid: Tenso
     return torch.where(valid, loss, 0.0).sum() / positives
 
 
-def bridge_loss(bridged: Tensor, pairs: LabelledPairs, positives: float, keep: float = KEEP) -> Tensor:
+def bridge_loss(bridged: Tensor, pairs: LabelledPairs, positives: float, keep: float) -> Tensor:
     """EZ-HOI's training loss of what bridged features score, plus `keep` times the squared change of all logits, per positive.
 
     The second term counts every class of every pair. Classes without a loss, such as those that the split hides, are held where
-    EZ-HOI has them: without it, what separates seen classes moves the others at random.
+    EZ-HOI has them: without it, what separates seen classes moves the others at random. With `keep` = `KEEP`/(annotations to
+    learn from), it weighs less the more there is to learn from.
 
     Args:
         bridged: [N, D], differentiable.

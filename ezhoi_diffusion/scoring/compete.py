@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 NAME = "compete"
 TENSORS = "compete.safetensors"
-PSEUDO_COUNT = 1.0  # of pairs with both verbs; more would take longer to believe that two verbs exclude each other
 
 
 class Compete(ScoreBridge):
@@ -66,15 +65,17 @@ def rivals(logits: Tensor, allowed: Tensor, exclusion: Tensor) -> Tensor:
 def exclusion_of(pairs: LabelledPairs) -> Tensor:
     """e [C, C] in 0..1: 1 for verbs that exclude each other, 0 for verbs that come together as often as chance has it.
 
-    e_vw = 1 − n_vw / (E_vw + 1), at least 0. Among annotated pairs in which both verbs count, n_vw have both and E_vw =
-    n_v·n_w / n would have both by chance. Verbs that no pair tells apart, hidden ones among them, exclude each other.
+    e_vw = 1 − (n_vw + r) / (E_vw + 1), at least 0. Among annotated pairs in which both verbs count, n_vw have both, and E_vw =
+    n_v·n_w / n would have both by chance. r = Σ n / Σ E stands for what is not known: verbs that were hardly compared, hidden
+    ones among them, exclude each other as verbs of these labels do on the whole.
     """
     annotated = pairs.target.any(1)
     target, valid = (part[annotated].double() for part in (pairs.target, pairs.valid))
     both, own, number = target.T @ target, target.T @ valid, valid.T @ valid
     expected = own * own.T / number.clamp_min(1)
-    exclusion = (1 - both / (expected + PSEUDO_COUNT)).clamp(0, 1)
-    return exclusion.fill_diagonal_(1)
+    others = ~torch.eye(len(both), dtype=torch.bool)
+    overall = both[others].sum() / expected[others].sum().clamp_min(1e-6)
+    return (1 - (both + overall) / (expected + 1)).clamp(0, 1).fill_diagonal_(1)
 
 
 def load(folder: Path | None) -> Compete:

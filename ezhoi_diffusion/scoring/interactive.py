@@ -84,7 +84,9 @@ def fit(features: FeatureStore, weight: float = 1.0) -> Artifact:
         softmax = logits.masked_fill(~score.object_to_target[objects], float("-inf")).softmax(1).nan_to_num()
         geometry.append(pair_geometry(image.pairs))
         used = not torch.isin(image.gt_hoi, unseen).all()
-        seen_share.append(used * (1 - (softmax * hidden[objects]).sum(1)))
+        seen_share.append(
+            used * (softmax * ~hidden[objects]).sum(1)
+        )  # 0 where the object has no verb: it is not scored
     x, annotated = torch.cat(geometry), pairs.target.any(1)
     mean, spread = x.mean(0), x.std(0).clamp_min(1e-6)
     counts = torch.where(annotated, 1.0, torch.cat(seen_share))

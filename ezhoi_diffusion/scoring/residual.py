@@ -102,7 +102,7 @@ def fit(features: FeatureStore, blend: float = 1.0, keep: float = KEEP, epochs: 
     Args:
         features: A capture of the train split.
         blend: 0 to 1, the share of the change in the result.
-        keep: Weight of that term. More protects unseen classes, and less raises seen ones.
+        keep: How many annotations that term counts as much as. More protects unseen classes, less raises seen ones.
         epochs: Passes over all pairs, up to 4000 steps of 512.
         seed: Seed of initial weights and order.
 
@@ -130,13 +130,15 @@ def train(bridge: Residual, pairs: LabelledPairs, keep: float, epochs: int, seed
     """Train the network of `bridge` on the pairs."""
     bridge.mean.copy_(pairs.visual.mean(0))
     bridge.scale.copy_((pairs.visual - bridge.mean).square().mean().sqrt().clamp_min(1e-12))
-    positives_per_pair = int(pairs.target.sum()) / len(pairs)
+    positives = int(pairs.target.sum())
     steps = min(MAX_STEPS, epochs * math.ceil(len(pairs) / BATCH_SIZE))
     optimizer = torch.optim.Adam(bridge.parameters(), lr=LEARNING_RATE, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     for rows in itertools.islice(_batches(len(pairs), epochs, seed), steps):
         batch = pairs[rows]
-        loss = bridge_loss(batch.visual + bridge.change(batch.visual), batch, positives_per_pair * len(rows), keep)
+        loss = bridge_loss(
+            batch.visual + bridge.change(batch.visual), batch, positives * len(rows) / len(pairs), keep / positives
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -174,10 +174,10 @@ class TrainingSet:
         return self.endpoint is not None
 
     @cached_property
-    def positives_per_pair(self) -> float:
-        """How many classes a training pair is annotated with on average. Needs labels."""
+    def positives(self) -> int:
+        """How many annotations the training part has, at least 1. Needs labels."""
         assert self.labelled is not None
-        return max(1, int(self.labelled.target[self.training].sum())) / len(self.training)
+        return max(1, int(self.labelled.target[self.training].sum()))
 
     def resident(self, device: torch.device) -> Tensor | None:
         """Return all normalised features [N, D] on the device, or None where batches are taken one by one.

@@ -11,7 +11,7 @@ from ezhoi_diffusion.diffusion.normalization import normalize, rescale, shift
 from ezhoi_diffusion.diffusion.recipes import Objective
 from ezhoi_diffusion.diffusion.schedule import Schedule
 from ezhoi_diffusion.features.labels import LabelledPairs
-from ezhoi_diffusion.features.loss import bridge_loss
+from ezhoi_diffusion.features.loss import KEEP, bridge_loss
 from ezhoi_diffusion.training.data import TrainingSet
 
 Predict = Callable[[Tensor, Tensor], Tensor]
@@ -69,4 +69,5 @@ def scored_loss(
     estimate = predict(x, t.to(z.device, non_blocking=True)).float()
     with torch.autocast(z.device.type, enabled=False):  # logits and their logarithms in float32
         bridged = shift(pairs.visual, mean, z, estimate)
-        return bridge_loss(bridged, pairs, features.positives_per_pair * len(pairs))
+        expected = features.positives * len(pairs) / len(features.training)
+        return bridge_loss(bridged, pairs, expected, KEEP / features.positives)

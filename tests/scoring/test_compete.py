@@ -53,23 +53,33 @@ def test_verbs_that_come_together_do_not_exclude_each_other():
     assert torch.equal(e, e.T)
     assert e.diagonal().tolist() == [1] * 4
     assert e[0, 1] == 0
-    assert min(e[0, 2], e[1, 2]) > 0.99
+    assert min(e[0, 2], e[1, 2]) > 0.98
     assert e[0, 3] < 0.3, "chance; not 0, because pairs without any annotation do not count"
 
 
-def test_verbs_that_were_never_compared_exclude_each_other():
-    target = torch.eye(4).bool().repeat(5, 1)
+@pytest.mark.parametrize("together", [0, 3, 20])
+def test_a_hidden_verb_excludes_the_others_as_verbs_do_on_the_whole(together):
+    alone, both = torch.eye(4).bool().repeat(5, 1), torch.tensor([[1, 1, 0, 0]]).bool().repeat(together, 1)
+    target = torch.cat([alone, both])
     valid = torch.ones_like(target)
-    valid[:, 3] = False  # a hidden verb
-    e = exclusion_of(pairs_of(target, valid))
-    assert e[3].tolist() == [1] * 4
+    valid[:, 3] = False
+    first, number = 5 + together, 20 - 5 + together  # of seen verbs, in annotated pairs
+    by_chance = 2 * (first * first + 2 * first * 5) / number
+    expected = max(0, 1 - 2 * together / by_chance)
+    assert exclusion_of(pairs_of(target, valid))[3, :3].tolist() == pytest.approx([expected] * 3)
 
 
 def test_expected_pairs_are_counted_where_both_verbs_count():
     target = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 0], [0, 1, 1], [0, 0, 0]]).bool()
     valid = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 1], [1, 1, 1], [1, 1, 1]]).bool()
-    # verbs 0 and 1 both count in pairs 0, 1 and 3 of the annotated ones: 2 have verb 0, 2 have verb 1, 1 has both
-    assert exclusion_of(pairs_of(target, valid))[0, 1] == pytest.approx(1 - 1 / (2 * 2 / 3 + 1))
+    # Verbs 0 and 1 both count in pairs 0, 1 and 3 of the annotated ones: 2 have verb 0, 2 have verb 1, 1 has both.
+    # Verbs 0 and 2 in pairs 1, 2 and 3: 2 have verb 0, 1 has verb 2, none has both. Verbs 1 and 2 in 1 and 3: 1, 1, 1.
+    by_chance = torch.tensor([2 * 2 / 3, 2 * 1 / 3, 1 * 1 / 2])
+    together = torch.tensor([1.0, 0.0, 1.0])
+    expected = (1 - (together + together.sum() / by_chance.sum()) / (by_chance + 1)).clamp_min(0)
+    found = exclusion_of(pairs_of(target, valid))
+    assert found[[0, 0, 1], [1, 2, 2]].tolist() == pytest.approx(expected.tolist())
+    assert 0 < expected[1] < 1
 
 
 def test_the_fit_is_of_all_labels_that_may_be_seen(store):

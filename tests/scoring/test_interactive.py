@@ -52,7 +52,20 @@ def test_all_verbs_of_a_pair_move_by_the_logarithm_of_a_probability(store):
             assert (moved < 1e-4).all()
 
 
-def test_the_fit_is_the_optimum_of_a_weighted_logistic_regression(store):
+def with_useless_pairs(batch):
+    """The last object has no verb, and every sixth image has no annotation."""
+    if not len(batch.pairs):
+        return batch
+    classes, labels = batch.pairs.classes.clone(), batch.labels.clone()
+    classes[-1], labels[-1] = 0, False
+    batch = replace(batch, pairs=replace(batch.pairs, classes=classes), labels=labels)
+    if batch.index % 6 == 1:
+        batch = replace(batch, labels=labels & False, gt_boxes=batch.gt_boxes[:, :0], gt_hoi=batch.gt_hoi[:0])
+    return batch
+
+
+def test_the_fit_is_the_optimum_of_a_weighted_logistic_regression(tmp_path):
+    store = with_full_rank_texts(synthetic_store(tmp_path / "f", images=60, alter=with_useless_pairs))
     score, pairs = EzHoiScore.from_store(store), labelled_pairs(store)
     unseen = store.ezhoi["classes/unseen"]
     table = store.ezhoi["object_n_verb_to_interaction"]
@@ -64,10 +77,11 @@ def test_the_fit_is_the_optimum_of_a_weighted_logistic_regression(store):
         used = any(hoi not in unseen for hoi in image.gt_hoi)
         for z, obj in zip(score.logits(image.adapter_feat).double(), image.pairs.objects.tolist(), strict=True):
             verbs = [verb for verb in range(10) if table[obj, verb] >= 0]
-            softmax = dict(zip(verbs, z[verbs].softmax(0).tolist(), strict=True))
+            softmax = dict(zip(verbs, z[verbs].softmax(0).tolist(), strict=True))  # of no verb: nothing
             weight.append(used * sum(p for verb, p in softmax.items() if table[obj, verb] not in unseen))
     weight = torch.where(annotated > 0, 1.0, torch.tensor(weight, dtype=torch.double))
     assert ((weight > 0.1) & (weight < 0.9)).any()
+    assert (weight == 0).sum() > 60 / 6 * 5
     tensors = fit(store).files[TENSORS]
     x = (x - tensors["mean"]) / tensors["spread"]
     slope, constant = tensors["coefficient"][:-1], tensors["coefficient"][-1]

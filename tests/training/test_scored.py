@@ -14,7 +14,7 @@ from ezhoi_diffusion.diffusion.bridge import DiffusionBridge, build_denoiser
 from ezhoi_diffusion.diffusion.recipes import RECIPES
 from ezhoi_diffusion.diffusion.schedule import Schedule
 from ezhoi_diffusion.features.labels import labelled_pairs
-from ezhoi_diffusion.features.loss import bridge_loss
+from ezhoi_diffusion.features.loss import KEEP, bridge_loss
 from ezhoi_diffusion.testing import check_bridge, synthetic_store
 from ezhoi_diffusion.training.data import TrainingSet
 from ezhoi_diffusion.training.loss import scored_loss
@@ -71,14 +71,16 @@ def test_the_loss_is_that_of_what_the_bridge_returns(data):
     features = TrainingSet.from_data(data, config)
     bridged = bridge(data.visual)
     assert (bridged - data.visual).norm() > 0.1 * data.visual.norm()
-    expected = bridge_loss(bridged, data.labelled, features.positives_per_pair * len(bridged))
+    count = features.positives * len(bridged) / len(features.training)
+    expected = bridge_loss(bridged, data.labelled, count, KEEP / features.positives)
     with torch.no_grad():
         torch.testing.assert_close(loss_at(denoiser, data, features, 40), expected)
 
 
 def test_an_estimate_that_is_the_input_has_the_loss_of_ez_hoi(data):
     features = TrainingSet.from_data(data, SCORED)
-    expected = bridge_loss(data.visual, data.labelled, features.positives_per_pair * len(data.visual), keep=0)
+    count = features.positives * len(data.visual) / len(features.training)
+    expected = bridge_loss(data.visual, data.labelled, count, keep=0)
     for t in (0, 99, 900):
         torch.testing.assert_close(loss_at(lambda x, t: x, data, features, t), expected)
     assert loss_at(lambda x, t: x, data, features, 99, noise=1.0) > expected, "noise costs, also where it is not scored"

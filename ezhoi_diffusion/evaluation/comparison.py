@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["FULL", "REFERENCE", "Comparison", "VariantResult", "p_text", "versions"]
 FULL = "full"  # the group of all classes, which every comparison has
 PRIMARY = "tuned"  # the bridge whose full mAP is the declared question, where it is compared
+SWEEP_CAVEAT = "Settings were swept on the test split: the best of several is better here than on new images."
 SWEPT = re.compile(r"\[[^\[\]]+=[^\[\]]*\]$")  # how the name of a point of a sweep ends
 
 
@@ -240,10 +241,7 @@ class Comparison:
 
     def sweep_caveat(self) -> list[str]:
         """What to say where settings were swept on the images that test them; empty otherwise."""
-        number = len(self.swept)
-        return [
-            f"Settings were swept on the test split: the best of {number} points is better here than on new images."
-        ] * (number > 0)
+        return [SWEEP_CAVEAT] if self.swept else []
 
     def found(self, name: str, group: str, over: str = REFERENCE) -> Difference | None:
         """The difference of a bridge to bare EZ-HOI, or to a baseline; None without intervals."""

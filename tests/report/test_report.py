@@ -577,7 +577,7 @@ def test_a_sweep_has_simultaneous_intervals_and_a_caveat(tmp_path):
     assert not comparison.is_significant("diffusion[blend=0.5]", "full")
     comparison.caveats += comparison.sweep_caveat()
     assert headline(comparison).tone == "unknown"
-    assert "the best of 2 points is better here than on new images" in headline(comparison).text
+    assert "the best of several is better here than on new images" in headline(comparison).text
     write_report(comparison, tmp_path)
     assert "simultaneous 95 % interval" in read(tmp_path).text
     assert exact({"diffusion": 2.0}).sweep_caveat() == []

@@ -60,7 +60,7 @@ def _say(step: int, what: str) -> None:
 def _command(arguments: list[str]) -> None:
     """Run `ezhoi-diffusion arguments…` in the miniature's folder, and show its output as it comes."""
     if arguments[0] in ("run", "pipeline"):
-        arguments = [*arguments, "--port", _free_port()]
+        arguments = [*arguments, "--port", free_port()]
     print(f"$ ezhoi-diffusion {shlex.join(_shortened(arguments))}", flush=True)
     # One thread: more slow down matrices this small, badly so where cores are shared.
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
@@ -90,7 +90,7 @@ def _shortened(arguments: list[str]) -> list[str]:
     return [*arguments[:2], *kept]
 
 
-def _free_port() -> str:
+def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return str(probe.getsockname()[1])

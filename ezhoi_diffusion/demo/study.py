@@ -154,7 +154,9 @@ def _make_world(study: Study, seed: int, progress: Progress) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     numbers = [str(n) for n in (seed, study.size.n_train, study.size.n_test)]
     world = folder / "world"
-    step = Step("world", "", world, ["-c", WORLD_CODE, str(world), *numbers], {"size": asdict(study.size), "seed": seed})
+    step = Step(
+        "world", "", world, ["-c", WORLD_CODE, str(world), *numbers], {"size": asdict(study.size), "seed": seed}
+    )
     _do(step, Record(folder), f"seed {seed}", progress)
     return world
 
@@ -178,7 +180,9 @@ def _steps(study: Study, folder: Path, world: Path, split: str) -> Iterator[Step
         out = folder / name
         flags = [word.replace(str(study.out), "STUDY") for word in words]
         target = "--output-dir" if name == TRAINING else "--out"
-        return Step(name, "", out, ["-m", "ezhoi_diffusion", *words, target, str(out)], {**common, "flags": flags}, after)
+        return Step(
+            name, "", out, ["-m", "ezhoi_diffusion", *words, target, str(out)], {**common, "flags": flags}, after
+        )
 
     script = str(MINIATURE / SCRIPT)
     flags = ezhoi_args(world, evaluate=False, zs_type=split)
@@ -194,7 +198,9 @@ def _steps(study: Study, folder: Path, world: Path, split: str) -> Iterator[Step
     yield step(TUNED, ["tune", features, "--bridges", ",".join(items)], TRAIN_FEATURES, *study.bridges)
     named = ",".join(["none", *CONTROLS, *items, f"{TUNED}={folder / TUNED}"])
     means = str(folder / next(iter(study.bridges)))
-    yield step(COMPARISON, ["compare", test, "--bridges", named, "--bridge", means], TEST_FEATURES, *study.bridges, TUNED)
+    yield step(
+        COMPARISON, ["compare", test, "--bridges", named, "--bridge", means], TEST_FEATURES, *study.bridges, TUNED
+    )
 
 
 def _do(step: Step, record: Record, run: str, progress: Progress) -> None:

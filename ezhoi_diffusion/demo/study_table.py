@@ -125,8 +125,7 @@ def summarize(runs: Sequence[Run]) -> dict[str, Any]:
                     group: asdict(estimate(seeds, [run.change(name, group) for run in runs])) for group in GROUPS
                 },
                 "over_best_control": {
-                    group: asdict(estimate(seeds, [run.over_controls(name, group) for run in runs]))
-                    for group in GROUPS
+                    group: asdict(estimate(seeds, [run.over_controls(name, group) for run in runs])) for group in GROUPS
                 },
             }
             for name in names

@@ -47,7 +47,7 @@ CORRESPONDENCE = [
 NUM_INTERACTIONS = len(CORRESPONDENCE)
 INTERACTION = {(obj, verb): i for i, obj, verb in CORRESPONDENCE}
 # A long tail whose order has nothing to do with verb or object. `no_interaction` is as frequent as its object.
-FREQUENCY = [0.0 if verb == NO_INTERACTION else 1.0 / (6 + i * 37 % NUM_INTERACTIONS) for i, _, verb in CORRESPONDENCE]
+FREQUENCY = [0.0 if verb == NO_INTERACTION else 1.0 / (3 + i * 37 % NUM_INTERACTIONS) for i, _, verb in CORRESPONDENCE]
 SENTENCES = [
     f"a photo of a person {'and' if verb == NO_INTERACTION else VERBS[verb]} a {OBJECTS[obj]}"
     for _, obj, verb in CORRESPONDENCE

@@ -52,12 +52,12 @@ def _verbs_with(interaction: int, rng: np.random.Generator) -> list[int]:
 
 
 def _split(painter: Painter, count: int) -> list[Scene]:
-    """Draw `count` scenes. Every interaction occurs at least three times if there is room, the others by FREQUENCY."""
+    """Draw `count` scenes. Every interaction occurs at least twice if there is room, the others by FREQUENCY."""
     rng = painter.rng
     sizes = rng.choice([0, 1, 2, 3], count, p=[0.1, 0.5, 0.3, 0.1])
     weight = np.asarray(FREQUENCY) / sum(FREQUENCY)
     draws = rng.choice(NUM_INTERACTIONS, int(sizes.sum()), p=weight)
-    always = np.repeat(np.flatnonzero(weight), 3)[: len(draws)]
+    always = np.repeat(np.flatnonzero(weight), 2)[: len(draws)]
     draws[: len(always)] = always
     queue = rng.permutation(draws).tolist()
     scenes = []
@@ -186,6 +186,8 @@ def make_world(
     look, all images, and the first weights.
 
     Args:
+        folder: Where everything goes.
+        seed: Of all that is drawn.
         n_train: Images of the training split.
         n_test: Images of the test split.
         steps: Pretraining steps of the towers and of the detector.

@@ -80,7 +80,7 @@ def commands(monkeypatch):
         if "fail" in words:
             return subprocess.CompletedProcess(words, 1, "what went wrong")
         out.mkdir()
-        (out / "ckpt_00001_01.pt").touch()
+        (out / "ckpt_00001_01.pt").write_text(" ".join(words))
         if "compare" in words:
             names = words[words.index("--bridges") + 1].split(",")
             variants = [

@@ -6,7 +6,8 @@ Differs from the real EZ-HOI: 128 interactions of 31 verbs and 16 objects, four 
 from ezhoi_diffusion.demo import vocabulary
 
 hico_text_label = {
-    (verb, obj): sentence for (_, obj, verb), sentence in zip(vocabulary.CORRESPONDENCE, vocabulary.SENTENCES, strict=True)
+    (verb, obj): sentence
+    for (_, obj, verb), sentence in zip(vocabulary.CORRESPONDENCE, vocabulary.SENTENCES, strict=True)
 }
 hico_unseen_index = vocabulary.UNSEEN
 CORRESPONDENCE = vocabulary.CORRESPONDENCE

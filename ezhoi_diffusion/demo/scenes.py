@@ -1,7 +1,7 @@
 """Drawings of the miniature's world: persons who do something with an object, and others nearby.
 
-Every part of a verb and of an object is a line of its own shape. A person is a frame with up to three columns, one for each
-verb: the manner above, the action below. An object shows its material over its kind; it tends to be brighter in use.
+Every part of a verb and of an object is a line of its own shape. A person is a head over a body with up to three columns, one
+for each verb: the manner above, the action below. An object shows its material over its kind; it tends to be brighter in use.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ezhoi_diffusion.demo.vocabulary import ACTIONS, KINDS, MANNERS, MATERIALS, 
 HEIGHT, WIDTH = 68, 80  # not square, so that swapped axes show
 MARGIN = 3
 PART, COLUMNS = 7, 3  # pixels of a part of a verb; verbs that a person has room for
-PERSON_WIDTH, PERSON_HEIGHT = COLUMNS * PART + 2, 2 * PART + 2
-MISSED = 0.05  # persons too faint for the detector: annotated, and never found
+HEAD = 3
+PERSON_WIDTH, PERSON_HEIGHT = COLUMNS * PART + 2, HEAD + 2 * PART + 2
 
 Canvas = NDArray[np.float32]
 
@@ -72,10 +72,13 @@ def new_shapes(rng: np.random.Generator) -> dict[str, NDArray[np.float64]]:
 
 
 class Painter:
-    """Draw scenes. The shapes make the world; the generator makes the drawings."""
+    """Draw scenes. The shapes make the world; the generator makes the drawings.
 
-    def __init__(self, shapes: dict[str, NDArray[np.float64]], rng: np.random.Generator) -> None:
-        self.shapes, self.rng = shapes, rng
+    missed: Share of persons who are too faint for the detector, which never saw any in its training.
+    """
+
+    def __init__(self, shapes: dict[str, NDArray[np.float64]], rng: np.random.Generator, missed: float = 0.0) -> None:
+        self.shapes, self.rng, self.missed = shapes, rng, missed
 
     def _part(self, name: str, size: int) -> Canvas:
         """No two drawings of a part are alike."""
@@ -84,12 +87,14 @@ class Painter:
 
     def _person(self, verbs: Sequence[int]) -> Canvas:
         patch = np.full((PERSON_HEIGHT, PERSON_WIDTH), 0.8, dtype=np.float32)
-        patch[1:-1, 1:-1] = 0
+        patch[:HEAD] = 0
+        patch[:HEAD, PERSON_WIDTH // 2 - HEAD : PERSON_WIDTH // 2 + HEAD + 1] = 1
+        patch[HEAD + 1 : -1, 1:-1] = 0
         for column, verb in zip(self.rng.permutation(COLUMNS), verbs, strict=False):
             left = 1 + PART * int(column)
-            patch[1 : 1 + PART, left : left + PART] = self._part(MANNERS[manner_of(verb)], PART)
-            patch[1 + PART : -1, left : left + PART] = self._part(ACTIONS[action_of(verb)], PART)
-        return patch * (0.04 if self.rng.random() < MISSED else 1.0)
+            patch[HEAD + 1 : HEAD + 1 + PART, left : left + PART] = self._part(MANNERS[manner_of(verb)], PART)
+            patch[HEAD + 1 + PART : -1, left : left + PART] = self._part(ACTIONS[action_of(verb)], PART)
+        return patch * (0.02 if self.rng.random() < self.missed else 1.0)
 
     def _thing(self, obj: int, in_use: bool, size: int) -> Canvas:
         material, kind = divmod(obj - 1, len(KINDS))

@@ -29,7 +29,8 @@ SEED = 10
 @pytest.fixture(scope="module")
 def scenes() -> list[Scene]:
     """A training split of the demo's size."""
-    return world._split(Painter(new_shapes(np.random.default_rng([SEED, 3])), np.random.default_rng([SEED, 1])), 600)
+    shapes = new_shapes(np.random.default_rng([SEED, 3]))
+    return world._split(Painter(shapes, np.random.default_rng([SEED, 1]), world.MISSED), 600)
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,10 @@ CONTROLS = ("identity", "mean_shift")  # `mean_shift` takes its means from the f
 TRAINING, TRAIN_FEATURES, TEST_FEATURES = "training", "train-features", "test-features"
 TUNED, COMPARISON = "tuned", "comparison"
 SEEDS, SPLITS = (0, 1, 2), ("unseen_verb", "rare_first", "unseen_object")
-WORLD_CODE = "import sys; from pathlib import Path; from ezhoi_diffusion.demo.world import make_world; make_world(Path(sys.argv[1]), *map(int, sys.argv[2:]))"
+WORLD_CODE = """\
+import json, pathlib, sys
+from ezhoi_diffusion.demo.world import make_world
+make_world(pathlib.Path(sys.argv[1]), **json.loads(sys.argv[2]))"""
 
 
 class StudyError(EzhoiDiffusionError):
@@ -56,15 +59,17 @@ class Size:
     Attributes:
         n_train: Training images of a world.
         n_test: Test images of a world.
+        steps: Pretraining steps of a world's towers and detector.
         epochs: Of the miniature's training.
     """
 
     n_train: int
     n_test: int
+    steps: tuple[int, int]
     epochs: int
 
 
-FULL_SIZE, QUICK = Size(1200, 1000, 6), Size(200, 120, 2)
+FULL_SIZE, QUICK = Size(1200, 1000, (220, 260), 5), Size(60, 40, (40, 200), 1)
 
 
 @dataclass
@@ -152,10 +157,10 @@ def run_study(study: Study, jobs: int) -> None:
 def _make_world(study: Study, seed: int, progress: Progress) -> Path:
     folder = study.out / f"seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    numbers = [str(n) for n in (seed, study.size.n_train, study.size.n_test)]
     world = folder / "world"
+    options = {"seed": seed, **{key: value for key, value in asdict(study.size).items() if key != "epochs"}}
     step = Step(
-        "world", "", world, ["-c", WORLD_CODE, str(world), *numbers], {"size": asdict(study.size), "seed": seed}
+        "world", "", world, ["-c", WORLD_CODE, str(world), json.dumps(options)], {"options": json.dumps(options)}
     )
     _do(step, Record(folder), f"seed {seed}", progress)
     return world

@@ -204,7 +204,7 @@ def make_world(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             image, text, detector = towers.ImageEncoder(), towers.TextEncoder(words()), new_detector()
-            corpus = _corpus(Painter(shapes, np.random.default_rng([seed, 0])), 1200)
+            corpus = _corpus(Painter(shapes, np.random.default_rng([seed, 0])), 1000)
             towers.pretrain_towers(image, text, corpus, steps[0])
             towers.pretrain_detector(detector, corpus, steps[1])
     finally:

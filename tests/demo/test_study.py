@@ -124,3 +124,16 @@ def test_a_step_that_failed_ends_its_run_and_is_done_again(commands, tmp_path, m
     monkeypatch.setattr(study, "BRIDGES", {"paper": ((), "diffusion")})
     assert study.main(line) == 0
     assert [words[2] for words in commands] == ["train", "tune", "compare"]
+
+
+@pytest.mark.slow
+def test_a_study_of_a_tiny_world(tmp_path):
+    line = ["--out", str(tmp_path), "--seeds", "10", "--splits", "unseen_verb", "--bridges", "gentle", "--quick"]
+    assert study.main(line) == 0
+    summary = json.loads((tmp_path / "study.json").read_text())
+    assert summary["bridges"]["identity"]["change"]["full"]["mean"] == 0
+    assert summary["bridges"]["gentle"]["change"]["full"]["runs"] is None, "one run has no interval over runs"
+    (run,) = summary["runs"]
+    assert 1 < run["variants"]["none"]["mean_ap"]["full"] < 90
+    low, high = run["variants"]["gentle"]["images"]["full"]
+    assert low <= summary["bridges"]["gentle"]["change"]["full"]["mean"] <= high

@@ -17,7 +17,7 @@ from ezhoi_diffusion.files import require_unused
 
 MINIATURE = Path(__file__).parent / "miniature"
 SCRIPT = "main_tip_finetune.py"
-EPOCHS = 6
+EPOCHS = 5
 
 
 class DemoError(EzhoiDiffusionError):

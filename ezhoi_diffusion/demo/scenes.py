@@ -56,7 +56,8 @@ def _line(points: NDArray[np.float64], size: int) -> Canvas:
     start, step = points[:-1], np.diff(points, axis=0)
     along = ((pixels - start) * step).sum(-1) / (step**2).sum(-1)
     distance = np.linalg.norm(pixels - start - along.clip(0, 1)[..., None] * step, axis=-1).min(1)
-    return (1.1 - distance * size).clip(0, 1).reshape(size, size).astype(np.float32)
+    drawn: Canvas = (1.1 - distance * size).clip(0, 1).reshape(size, size).astype(np.float32)
+    return drawn
 
 
 def new_shapes(rng: np.random.Generator) -> dict[str, NDArray[np.float64]]:
@@ -99,7 +100,8 @@ class Painter:
     def _thing(self, obj: int, in_use: bool, size: int) -> Canvas:
         material, kind = divmod(obj - 1, len(KINDS))
         patch = np.maximum(self._part(KINDS[kind], size), 0.6 * self._part(MATERIALS[material], size))
-        return patch * np.float32(self.rng.uniform(*((0.75, 1.0) if in_use else (0.5, 0.85))))
+        shown: Canvas = patch * np.float32(self.rng.uniform(*((0.75, 1.0) if in_use else (0.5, 0.85))))
+        return shown
 
     def _free_cell(self, canvas: Canvas, height: int, width: int) -> Cell | None:
         """A random place with nothing drawn on it; None if there is none."""

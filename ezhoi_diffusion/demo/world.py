@@ -179,7 +179,7 @@ def ezhoi_args(folder: Path, *, evaluate: bool, zs_type: str | None = "unseen_ve
 
 
 def make_world(
-    folder: Path, seed: int = 0, n_train: int = 600, n_test: int = 300, steps: tuple[int, int] = (400, 280)
+    folder: Path, seed: int = 0, n_train: int = 600, n_test: int = 300, steps: tuple[int, int] = (220, 260)
 ) -> None:
     """Write `folder/data` and `folder/weights`; the same seed gives the same files.
 

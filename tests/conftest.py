@@ -37,7 +37,7 @@ def _one_thread():
 def small_world(tmp_path_factory):
     """Data and pretrained weights of the miniature, without a fine-tuned checkpoint."""
     folder = tmp_path_factory.mktemp("world")
-    world.make_world(folder, n_train=36, n_test=30, steps=(30, 180))
+    world.make_world(folder, n_train=36, n_test=30, steps=(100, 180))
     return folder
 
 

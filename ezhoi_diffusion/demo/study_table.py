@@ -18,7 +18,7 @@ EXPLANATION = f"""\
 Changes are points of mAP over EZ-HOI alone, on test images that nothing was chosen on; a mean is over all runs. **Runs**: the
 interval takes each run as one observation. **Worlds**: it takes each world's mean over its splits as one, because the runs of
 a world share images and towers; that is the more careful of the two. Both are mean ± t · s / √n with Student's t at n − 1
-degrees of freedom. The runs' own images are different draws, so s contains the choice of images as well. To resample
+degrees of freedom. Each world has images of its own, so s contains the choice of images as well. To resample
 images inside resampled runs would count them twice (Davison & Hinkley 1997, section 3.8). The splits are conditions, not a
 sample. **Over the best control**: against the baseline with the highest mAP in that run and that group, EZ-HOI alone
 included. A star: the interval over a single run's images excludes zero. All intervals are {LEVEL:.0%} ones, and not adjusted for the number

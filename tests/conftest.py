@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ezhoi_diffusion.demo import world
+from ezhoi_diffusion.demo.vocabulary import CORRESPONDENCE, OBJECTS, VERBS
 from ezhoi_diffusion.ezhoi.launch import read_flags
 from ezhoi_diffusion.features.store import FeatureStore
 from helpers.miniature import (
@@ -36,7 +37,7 @@ def _one_thread():
 def small_world(tmp_path_factory):
     """Data and pretrained weights of the miniature, without a fine-tuned checkpoint."""
     folder = tmp_path_factory.mktemp("world")
-    world.make_world(folder, n_train=36, n_test=30)
+    world.make_world(folder, n_train=36, n_test=30, steps=(100, 180))
     return folder
 
 
@@ -60,10 +61,10 @@ def vcoco(small_world, tmp_path_factory):
             for image, name in zip(anno["annotation"], names, strict=True)
         ]  # fmt: skip
         found = {
-            "annotations": annotations, "classes": VCOCO_ACTIONS, "objects": ["background", *world.OBJECTS],
+            "annotations": annotations, "classes": VCOCO_ACTIONS, "objects": ["background", *OBJECTS],
             "images": list(range(len(names))),
             "action_to_object": [
-                [obj + 1 for _, obj, v in world.CORRESPONDENCE if v == verb] for verb in range(len(world.VERBS))
+                [obj + 1 for _, obj, v in CORRESPONDENCE if v == verb] for verb in range(len(VERBS))
             ],
         }  # fmt: skip
         (folder / "data" / f"instances_vcoco_{part}.json").write_text(json.dumps(found))

@@ -1,1 +1,1 @@
-"""A miniature EZ-HOI on handwritten digits: for the demo, and for tests."""
+"""A miniature EZ-HOI and its small world: for the demo, the study of bridges, and tests."""

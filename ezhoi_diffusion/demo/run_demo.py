@@ -17,7 +17,7 @@ from ezhoi_diffusion.files import require_unused
 
 MINIATURE = Path(__file__).parent / "miniature"
 SCRIPT = "main_tip_finetune.py"
-EPOCHS = 6
+EPOCHS = 5
 
 
 class DemoError(EzhoiDiffusionError):
@@ -35,7 +35,7 @@ def run_demo(out: Path) -> None:
     out = out.resolve()
     start = time.monotonic()
     world, checkpoints, results = (out / name for name in ("world", "checkpoints", "results"))
-    _say(1, "a world of handwritten digits: a person's digit is the verb, the other the object; contrastive towers")
+    _say(1, "a world of 31 verbs and 16 objects made of parts, in HICO-DET's layout; pretrained detector and towers")
     make_world(world)
     training = ["run", SCRIPT, *ezhoi_args(world, evaluate=False), "--output-dir", str(checkpoints)]
 
@@ -60,7 +60,7 @@ def _say(step: int, what: str) -> None:
 def _command(arguments: list[str]) -> None:
     """Run `ezhoi-diffusion arguments…` in the miniature's folder, and show its output as it comes."""
     if arguments[0] in ("run", "pipeline"):
-        arguments = [*arguments, "--port", _free_port()]
+        arguments = [*arguments, "--port", free_port()]
     print(f"$ ezhoi-diffusion {shlex.join(_shortened(arguments))}", flush=True)
     # One thread: more slow down matrices this small, badly so where cores are shared.
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
@@ -90,7 +90,8 @@ def _shortened(arguments: list[str]) -> list[str]:
     return [*arguments[:2], *kept]
 
 
-def _free_port() -> str:
+def free_port() -> str:
+    """A port that no other process listens on."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return str(probe.getsockname()[1])

@@ -1,160 +1,100 @@
-"""A small data set for the miniature EZ-HOI: handwritten digits as verbs and objects, in HICO-DET's layout.
+"""A small data set for the miniature EZ-HOI, in HICO-DET's layout, and the weights that arrive pretrained.
 
-A person is a framed box whose digit is the verb. An object is a digit without a frame, bright while it is in use and dim
-otherwise. An interaction is a person next to an object in use. `make_world` writes annotations, images and the
-pretrained weights; only tensors are pickled.
+It is like HICO-DET where that matters to a bridge: verbs and objects made of parts that their texts name, one to three verbs
+a pair, a long tail, `no_interaction` for every object, four of five pairs or more without any annotation, and persons that
+the detector misses. `make_world` writes annotations, images and weights; only tensors are pickled.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ezhoi_diffusion.demo import towers
+from ezhoi_diffusion.demo.scenes import HEIGHT, WIDTH, Painter, Scene, new_shapes
+from ezhoi_diffusion.demo.vocabulary import (
+    CORRESPONDENCE,
+    FREQUENCY,
+    INTERACTION,
+    NO_INTERACTION,
+    NUM_INTERACTIONS,
+    OBJECTS,
+    SENTENCES,
+    UNSEEN,
+    VERBS,
+    go_together,
+)
 
-VERBS = ["carrying", "cutting", "feeding", "holding", "kicking", "licking", "pushing", "riding", "throwing", "washing"]
-OBJECTS = ["person", "apple", "ball", "bench", "bottle", "cake", "cup", "dog", "horse", "kite", "umbrella"]
-# (interaction, object, verb) as in HICO-DET, grouped by object: six of the ten verbs suit an object.
-CORRESPONDENCE = [
-    (i, obj, verb)
-    for i, (obj, verb) in enumerate(
-        (obj, verb) for obj in range(1, 11) for verb in range(10) if (obj - verb) % 10 in (0, 1, 3, 4, 6, 8)
-    )
-]
-NUM_INTERACTIONS = len(CORRESPONDENCE)
-# A long tail whose order has nothing to do with verb or object.
-FREQUENCY = [1.0 / (12 + i * 37 % NUM_INTERACTIONS) for i in range(NUM_INTERACTIONS)]
-UNSEEN = {
-    "default": [],
-    "rare_first": sorted(sorted(range(NUM_INTERACTIONS), key=FREQUENCY.__getitem__)[:12]),
-    "unseen_verb": [i for i, _, verb in CORRESPONDENCE if verb in (2, 7)],
-}
-SENTENCES = [f"a photo of a person {VERBS[verb]} a {OBJECTS[obj]}" for _, obj, verb in CORRESPONDENCE]
-
-HEIGHT, WIDTH, CLIP_SIZE = 60, 80, 64  # not square, so that swapped axes show
+CLIP_SIZE = 72
 MEAN, STD = 0.15, 0.3
-MARGIN, CELL = 3, 18
 PARTITIONS = ("train2015", "test2015")
+JOINED = 0.55  # how readily a verb joins another that goes with it
+MISSED = 0.05  # persons that are annotated, and too faint for the detector
+NOTED = 0.6  # idle pairs that somebody annotated; the others are background like any
 
 
-@dataclass
-class Scene:
-    """One image and its annotations; boxes are xyxy in pixels."""
-
-    image: NDArray[np.uint8]  # [HEIGHT, WIDTH]
-    persons: list[tuple[list[float], int]] = field(default_factory=list)  # box, verb
-    things: list[tuple[list[float], int, bool]] = field(default_factory=list)  # box, object, in use
-    pairs: list[tuple[int, int, int]] = field(default_factory=list)  # interaction, person, thing
-
-
-class Painter:
-    """Draw scenes from one pool of handwritten digits."""
-
-    def __init__(self, images: Tensor, labels: Tensor, rng: np.random.Generator) -> None:
-        self.rng = rng
-        self.rows = [np.flatnonzero((labels == digit).numpy()) for digit in range(10)]
-        self.sizes = {
-            size: F.interpolate(images[:, None], size=(size, size), mode="bilinear")[:, 0].numpy()
-            for size in range(10, 16)
-        }
-
-    def _digit(self, digit: int, size: int) -> NDArray[np.float32]:
-        return np.asarray(self.sizes[size][self.rng.choice(self.rows[digit])])
-
-    def _place(self, canvas: NDArray[np.float32], patch: NDArray[np.float32], cell: tuple[int, int]) -> list[float]:
-        size = len(patch)
-        y, x = (MARGIN + CELL * c + int(self.rng.integers(0, CELL - size + 1)) for c in cell)
-        canvas[y : y + size, x : x + size] += patch
-        return [float(v) for v in (x, y, x + size, y + size)]
-
-    def scene(self, interactions: list[int], idle: list[int], alone: list[int], visible: bool = True) -> Scene:
-        """Draw a scene. It has room for six pairs, or two single things in place of each.
-
-        Args:
-            interactions: Interaction class of each pair.
-            idle: Classes of objects not in use.
-            alone: Verbs of persons without an object.
-            visible: False draws persons too faint for the detector: annotated pairs that it misses.
-        """
-        canvas = np.zeros((HEIGHT, WIDTH), dtype=np.float32)
-        scene = Scene(np.zeros(0, dtype=np.uint8))
-        slots = [(int(s) // 2, 2 * (int(s) % 2)) for s in self.rng.permutation(6)]
-
-        def person(verb: int, cell: tuple[int, int]) -> None:
-            size = int(self.rng.integers(15, CELL + 1))
-            patch = np.full((size, size), 0.8, dtype=np.float32)
-            patch[1:-1, 1:-1] = 0
-            inner = min(size - 3, 15)
-            patch[2 : 2 + inner, 2 : 2 + inner] = self._digit(verb, inner)
-            scene.persons.append((self._place(canvas, patch * (1.0 if visible else 0.04), cell), verb))
-
-        def thing(obj: int, cell: tuple[int, int], in_use: bool) -> None:
-            patch = self._digit(obj - 1, int(self.rng.integers(11, 16))) * (1.0 if in_use else 0.55)
-            scene.things.append((self._place(canvas, patch, cell), obj, in_use))
-
-        for interaction in interactions:
-            row, column = slots.pop()
-            left = int(self.rng.integers(2))
-            person(CORRESPONDENCE[interaction][2], (row, column + left))
-            thing(CORRESPONDENCE[interaction][1], (row, column + 1 - left), True)
-            scene.pairs.append((interaction, len(scene.persons) - 1, len(scene.things) - 1))
-        cells = [(row, column + side) for row, column in slots for side in (0, 1)]
-        self.rng.shuffle(cells)
-        for obj in idle:
-            thing(obj, cells.pop(), False)
-        for verb in alone:
-            person(verb, cells.pop())
-        canvas += self.rng.normal(0.06, 0.06, canvas.shape).astype(np.float32)
-        scene.image = (canvas.clip(0, 1) * 255).astype(np.uint8)
-        return scene
+def _verbs_with(interaction: int, rng: np.random.Generator) -> list[int]:
+    """The verb of an interaction and up to two that join it; frequent ones join rare ones more often than the reverse."""
+    _, obj, verb = CORRESPONDENCE[interaction]
+    verbs = [verb]
+    for _, other, candidate in rng.permutation([c for c in CORRESPONDENCE if c[1] == obj]).tolist():
+        often, own = FREQUENCY[INTERACTION[other, candidate]], FREQUENCY[interaction]
+        fits = candidate != NO_INTERACTION and all(go_together(candidate, v) for v in verbs)
+        if fits and rng.random() < JOINED * often / (often + own):
+            verbs.append(candidate)
+    return verbs
 
 
 def _split(painter: Painter, count: int) -> list[Scene]:
-    """Draw `count` scenes. Every interaction occurs at least three times, the others by FREQUENCY."""
+    """Draw `count` scenes. Every interaction occurs at least twice if there is room, the others by FREQUENCY."""
     rng = painter.rng
-    sizes = rng.choice([0, 1, 2, 3], count, p=[0.05, 0.5, 0.3, 0.15])
+    sizes = rng.choice([0, 1, 2, 3], count, p=[0.1, 0.5, 0.3, 0.1])
     weight = np.asarray(FREQUENCY) / sum(FREQUENCY)
     draws = rng.choice(NUM_INTERACTIONS, int(sizes.sum()), p=weight)
-    always = np.repeat(np.arange(NUM_INTERACTIONS), 3)[: len(draws)]
+    always = np.repeat(np.flatnonzero(weight), 2)[: len(draws)]
     draws[: len(always)] = always
     queue = rng.permutation(draws).tolist()
     scenes = []
     for size in sizes:
-        idle = rng.integers(1, len(OBJECTS), int(rng.integers(0, 5))).tolist()
-        bystanders = rng.integers(0, len(VERBS), int(rng.random() < 0.25)).tolist()
-        pairs = [queue.pop() for _ in range(size)]
-        scenes.append(painter.scene(pairs, idle, bystanders, bool(rng.random() > 0.04)))
+        drawn = [queue.pop() for _ in range(size)]
+        beside = rng.integers(1, len(OBJECTS), int(rng.random() < 0.5)).tolist()
+        idle = rng.integers(1, len(OBJECTS), int(rng.integers(1, 5))).tolist()
+        alone = [[verb] for verb in rng.integers(0, NO_INTERACTION, int(rng.random() < 0.15))]
+        acting = [(CORRESPONDENCE[i][1], _verbs_with(i, rng)) for i in drawn]
+        scene = painter.scene(acting, beside, idle, alone)
+        scene.idle_pairs = [pair for pair in scene.idle_pairs if rng.random() < NOTED]
+        scenes.append(scene)
     return scenes
 
 
 def _annotations(scenes: list[Scene], partition: str) -> dict[str, Any]:
-    """Make the content of HICO-DET's instances file."""
+    """Make the content of HICO-DET's instances file: one annotation for each verb of a pair."""
     annotation = []
     for scene in scenes:
-        corr = [CORRESPONDENCE[i] for i, _, _ in scene.pairs]
+        rows = [(p, t, verb) for p, t in scene.pairs for verb in scene.persons[p][1]]
+        rows += [(p, t, NO_INTERACTION) for p, t in scene.idle_pairs]
+        objects = [scene.things[t][1] for _, t, _ in rows]
         annotation.append(
             {
-                "boxes_h": [scene.persons[p][0] for _, p, _ in scene.pairs],
-                "boxes_o": [scene.things[t][0] for _, _, t in scene.pairs],
-                "hoi": [c[0] for c in corr],
-                "object": [c[1] for c in corr],
-                "verb": [c[2] for c in corr],
+                "boxes_h": [scene.persons[p][0] for p, _, _ in rows],
+                "boxes_o": [scene.things[t][0] for _, t, _ in rows],
+                "hoi": [INTERACTION[obj, verb] for obj, (_, _, verb) in zip(objects, rows, strict=True)],
+                "object": objects,
+                "verb": [verb for _, _, verb in rows],
             }
         )
     return {
         "annotation": annotation,
         "filenames": [f"HICO_{partition}_{i + 1:08d}.png" for i in range(len(scenes))],
         "size": [[WIDTH, HEIGHT]] * len(scenes),
-        "empty": [i for i, scene in enumerate(scenes) if not scene.pairs],
+        "empty": [i for i, image in enumerate(annotation) if not image["hoi"]],
         "correspondence": CORRESPONDENCE,
         "objects": OBJECTS,
         "verbs": VERBS,
@@ -172,15 +112,17 @@ def resize(images: Tensor) -> Tensor:
 
 
 def _corpus(painter: Painter, count: int) -> towers.Corpus:
-    """Make the pretraining data: every word, but no interaction that any split holds out."""
+    """Make the pretraining data: every word, but no interaction that any split holds out, and no unseen verb."""
     rng = painter.rng
     held_out = {i for ids in UNSEEN.values() for i in ids}
-    known = [i for i in range(NUM_INTERACTIONS) if i not in held_out]
+    known = [i for i in range(NUM_INTERACTIONS) if i not in held_out and FREQUENCY[i]]
+    verbs = sorted({CORRESPONDENCE[i][2] for i in range(NUM_INTERACTIONS) if i not in UNSEEN["unseen_verb"]})
+    verbs.remove(NO_INTERACTION)
     sentences = [
         *SENTENCES,
         *(f"a photo of a {name}" for name in OBJECTS),
         *(f"a photo of a {name} in use" for name in OBJECTS),
-        *(f"a photo of a person {verb}" for verb in VERBS),
+        *(f"a photo of a person {verb}" for verb in VERBS[:NO_INTERACTION]),
     ]
     number = {sentence: i for i, sentence in enumerate(sentences)}
     scenes, most = [], 15
@@ -189,16 +131,21 @@ def _corpus(painter: Painter, count: int) -> towers.Corpus:
     classes = torch.full((count, most), -1)
     for s in range(count):
         # More crowded than the splits: each image teaches more.
-        idle = rng.integers(1, len(OBJECTS), rng.integers(1, 4)).tolist()
-        alone = rng.integers(0, len(VERBS), rng.integers(1, 4)).tolist()
-        scene = painter.scene(rng.choice(known, 3).tolist(), idle, alone)
-        found = [(box, f"a photo of a person {VERBS[verb]}", 0) for box, verb in scene.persons]
+        acting = [(CORRESPONDENCE[i][1], [CORRESPONDENCE[i][2]]) for i in rng.choice(known, 2).tolist()]
+        alone = [rng.choice(verbs, int(rng.choice([1, 1, 2, 3])), replace=False).tolist() for _ in range(2)]
+        beside, idle = (rng.integers(1, len(OBJECTS), n).tolist() for n in (1, 3))
+        scene = painter.scene(acting, beside, idle, alone)
+        found = [
+            (box, f"a photo of a person {VERBS[verbs_[0]]}" if verbs_ else "a photo of a person", 0)
+            for box, verbs_ in scene.persons
+        ]
         found += [(box, f"a photo of a {OBJECTS[obj]}{' in use' * used}", obj) for box, obj, used in scene.things]
-        for interaction, p, t in scene.pairs:
+        for p, t in scene.pairs + scene.idle_pairs:
             box = np.asarray([scene.persons[p][0], scene.things[t][0]])
             union = [*box[:, :2].min(0).tolist(), *box[:, 2:].max(0).tolist()]
-            found.append((union, SENTENCES[interaction], -1))
-        for r, (box_, sentence, class_) in enumerate(found):
+            verb = (*scene.persons[p][1], NO_INTERACTION)[0]
+            found.append((union, SENTENCES[INTERACTION[scene.things[t][1], verb]], -1))
+        for r, (box_, sentence, class_) in enumerate(found[:most]):
             regions[s, r] = torch.tensor(box_) / torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT])
             texts[s, r], classes[s, r] = number[sentence], class_
         scenes.append(scene)
@@ -208,7 +155,8 @@ def _corpus(painter: Painter, count: int) -> towers.Corpus:
 
 def words() -> list[str]:
     """The vocabulary of the text tower."""
-    return sorted({"a", "photo", "of", "in", "use", *OBJECTS, *VERBS})
+    known = " ".join(["a photo of and in use", *OBJECTS, *VERBS[:NO_INTERACTION]])
+    return sorted(set(known.split()))
 
 
 def new_detector() -> towers.Detector:
@@ -230,20 +178,25 @@ def ezhoi_args(folder: Path, *, evaluate: bool, zs_type: str | None = "unseen_ve
     ]  # fmt: skip
 
 
-def make_world(folder: Path, seed: int = 0, n_train: int = 480, n_test: int = 200) -> None:
+def make_world(
+    folder: Path, seed: int = 0, n_train: int = 600, n_test: int = 300, steps: tuple[int, int] = (220, 260)
+) -> None:
     """Write `folder/data` and `folder/weights`; the same seed gives the same files.
 
-    Train and test scenes are drawn with different handwritten digits; the weights see the train digits only.
-    """
-    from sklearn.datasets import load_digits
+    Verbs, objects and table are those of every world, as every run on HICO-DET has the same. The seed draws how the parts
+    look, all images, and the first weights.
 
-    digits = load_digits()
-    pixels = torch.from_numpy(digits.images).float() / 16
-    labels = torch.from_numpy(digits.target)
-    cut = 1200  # the last third was written by other people
+    Args:
+        folder: Where everything goes.
+        seed: Of all that is drawn.
+        n_train: Images of the training split.
+        n_test: Images of the test split.
+        steps: Pretraining steps of the towers and of the detector.
+    """
     data, weights = folder / "data", folder / "weights"
     data.mkdir(parents=True, exist_ok=True)
     weights.mkdir(exist_ok=True)
+    shapes = new_shapes(np.random.default_rng([seed, 3]))
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the same roundings on any machine, and no waiting for cores that are shared
@@ -251,17 +204,16 @@ def make_world(folder: Path, seed: int = 0, n_train: int = 480, n_test: int = 20
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             image, text, detector = towers.ImageEncoder(), towers.TextEncoder(words()), new_detector()
-            corpus = _corpus(Painter(pixels[:cut], labels[:cut], np.random.default_rng([seed, 0])), 1200)
-            towers.pretrain_towers(image, text, corpus)
-            towers.pretrain_detector(detector, corpus)
+            corpus = _corpus(Painter(shapes, np.random.default_rng([seed, 0])), 1000)
+            towers.pretrain_towers(image, text, corpus, steps[0])
+            towers.pretrain_detector(detector, corpus, steps[1])
     finally:
         torch.set_num_threads(threads)
     torch.save({"model_state_dict": detector.state_dict()}, weights / "detr-r50-hicodet.pth")
     torch.save({"visual": image.state_dict(), "text": text.state_dict()}, weights / "ViT-B-16.pt")
 
-    pools = (slice(cut), slice(cut, None))
-    for i, (partition, pool, count) in enumerate(zip(PARTITIONS, pools, (n_train, n_test), strict=True)):
-        scenes = _split(Painter(pixels[pool], labels[pool], np.random.default_rng([seed, i + 1])), count)
+    for i, (partition, count) in enumerate(zip(PARTITIONS, (n_train, n_test), strict=True)):
+        scenes = _split(Painter(shapes, np.random.default_rng([seed, i + 1]), MISSED), count)
         annotations = _annotations(scenes, partition)
         (data / f"instances_{partition}.json").write_text(json.dumps(annotations))
         images = torch.from_numpy(np.stack([scene.image for scene in scenes]))

@@ -27,7 +27,7 @@ def test_the_demo_runs_to_the_end(tmp_path):
     assert list(found) == ["none", "identity", "mean_shift", "diffusion"]
     assert variants["identity"]["difference"]["full"] == 0
     bare = found["none"]
-    assert 30 < bare["full"] < 90, "the miniature must have learned, and not everything"
+    assert 15 < bare["full"] < 60, "the miniature must have learned, and not everything"
     assert set(bare) == {"full", "unseen", "seen", "rare", "non-rare"}
     store = FeatureStore(results / "features")
     assert store.statistics().gap > 0.3, "the modality gap must be there"

@@ -627,7 +627,7 @@ def test_the_name_of_a_checkpoint_and_args_txt_beside_it(look, line, tmp_path):
     one(found, "ezhoi.zs_type", "warning", "says non_rare_first", "unseen_verb")
     path = checkpoint(tmp_path / "hico_unseen_verb" / "c.pt")
     arguments = path.with_name("args.txt")
-    arguments.write_text(json.dumps({"zs": True, "zs_type": "unseen_verb", "num_classes": 10, "seed": 66}))
+    arguments.write_text(json.dumps({"zs": True, "zs_type": "unseen_verb", "num_classes": 31, "seed": 66}))
     found = look(line=[*line, "--resume", str(path)])
     assert "ezhoi.zs_type" not in found
     one(found, "ezhoi.args_txt", "ok")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import ezhoi_diffusion.demo
 from ezhoi_diffusion.demo import world
+from ezhoi_diffusion.demo.vocabulary import VERBS
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.files import read_json, write_json
 
@@ -23,7 +24,7 @@ MINIATURE = Path(ezhoi_diffusion.demo.__file__).parent / "miniature"
 DUMP_SCRIPT = Path(__file__).with_name("dump.py")
 
 
-VCOCO_ACTIONS = [f"{verb} {('obj', 'instr')[i % 2]}" for i, verb in enumerate(world.VERBS)]
+VCOCO_ACTIONS = [f"{verb.replace(' ', '_')} {('obj', 'instr')[i % 2]}" for i, verb in enumerate(VERBS)]
 
 
 def free_port() -> str:

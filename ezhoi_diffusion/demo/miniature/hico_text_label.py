@@ -1,16 +1,17 @@
 """The miniature's class names and zero-shot splits, under the names EZ-HOI uses.
 
-Differs from the real EZ-HOI: 60 interactions of 10 verbs and 10 objects, three splits.
+Differs from the real EZ-HOI: 128 interactions of 31 verbs and 16 objects, four splits.
 """
 
-from ezhoi_diffusion.demo import world
+from ezhoi_diffusion.demo import vocabulary
 
 hico_text_label = {
-    (verb, obj): sentence for (_, obj, verb), sentence in zip(world.CORRESPONDENCE, world.SENTENCES, strict=True)
+    (verb, obj): sentence
+    for (_, obj, verb), sentence in zip(vocabulary.CORRESPONDENCE, vocabulary.SENTENCES, strict=True)
 }
-hico_unseen_index = world.UNSEEN
-CORRESPONDENCE = world.CORRESPONDENCE
+hico_unseen_index = vocabulary.UNSEEN
+CORRESPONDENCE = vocabulary.CORRESPONDENCE
 HOI_IDX_TO_ACT_IDX = [verb for verb, _ in hico_text_label]
 HOI_IDX_TO_OBJ_IDX = [obj for _, obj in hico_text_label]
-ACT_IDX_TO_ACT_NAME = world.VERBS
-obj_to_name = world.OBJECTS
+ACT_IDX_TO_ACT_NAME = vocabulary.VERBS
+obj_to_name = vocabulary.OBJECTS

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
-from ezhoi_diffusion.demo import world
+from ezhoi_diffusion.demo import scenes, world
 from ezhoi_diffusion.evaluation.average_precision import Scored, associate_pairs, average_precision
 
 
@@ -121,7 +121,7 @@ def keep_as_is(image, target):
 
 def augment(image, target):
     """Random crop within the margin, and brightness."""
-    dx, dy = torch.randint(-world.MARGIN, world.MARGIN + 1, (2,)).tolist()
+    dx, dy = torch.randint(-scenes.MARGIN, scenes.MARGIN + 1, (2,)).tolist()
     shift = torch.tensor([dx, dy, dx, dy])
     boxes = {k: v + shift for k, v in target.items() if k.startswith("boxes")}
     image = (image.roll((dy, dx), (1, 2)) * (0.7 + 0.6 * torch.rand(()))).clamp(max=255)

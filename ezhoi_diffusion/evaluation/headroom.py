@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ezhoi_diffusion.evaluation.average_precision import Scored, average_precision, known_object
-from ezhoi_diffusion.evaluation.protocols import Detections, EvalProtocol, annotated_objects, stored_images
+from ezhoi_diffusion.evaluation.protocols import Detections, EvalProtocol, annotated_objects
+from ezhoi_diffusion.features.images import stored_images
 from ezhoi_diffusion.features.store import FeatureStore
 
 PERFECT = ("verbs", "interactiveness", "labels")

@@ -69,7 +69,7 @@ class Residual(Bridge):
 
 def checked_blend(blend: object) -> float:
     """A blend as a number. Raises BridgeError unless it is one from 0 to 1."""
-    if not isinstance(blend, (int, float)) or not 0 <= blend <= 1:
+    if isinstance(blend, bool) or not isinstance(blend, (int, float)) or not 0 <= blend <= 1:
         raise BridgeError(f"{NAME}: blend is a number from 0 (nothing changes) to 1, not {blend!r}")
     return float(blend)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -100,21 +101,18 @@ def bridge_folders(bridges: str, blocked: Sequence[str]) -> list[str]:
     Raises:
         EzhoiDiffusionError: A name is unknown, or a folder does not exist.
     """
-    from ezhoi_diffusion.evaluation.comparison import REFERENCE
-    from ezhoi_diffusion.evaluation.variants import known_bridges
+    from ezhoi_diffusion.evaluation.variants import known_bridges, parse_bridges
     from ezhoi_diffusion.hub import resolve_path
     from ezhoi_diffusion.plugins import PluginManager
 
     known = known_bridges(PluginManager(blocked))
     folders = []
-    for part in filter(None, (part.strip() for part in bridges.split(","))):
-        name, _, folder = part.partition("=")
-        if name != REFERENCE:
-            _ = known[name]
-        if folder:
-            path = resolve_path(folder)
+    for one in itertools.chain.from_iterable(parse_bridges(bridges, known.names()).values()):
+        _ = known[one.name]
+        if one.folder:
+            path = resolve_path(one.folder)
             if not path.is_dir():
-                raise EzhoiDiffusionError(f"--bridges: there is no folder {folder}")
+                raise EzhoiDiffusionError(f"--bridges: there is no folder {one.folder}")
             folders.append(str(path))
     return folders
 

@@ -77,8 +77,11 @@ def own_settings(name: str, bridge: Bridge, settings: Mapping[str, Any]) -> dict
 
 
 def with_members(bridge: Bridge, label: str) -> Iterator[tuple[Bridge, str]]:
-    """Every bridge whose fingerprint counts, with its name in messages: the members of a chain, or the bridge itself."""
-    if not isinstance(bridge, ChainBridge) or not bridge.names:
+    """Every bridge whose fingerprint counts, with its name in messages.
+
+    Those are the members of a chain. A bridge, and a chain whose members fit every run, counts by itself.
+    """
+    if not isinstance(bridge, ChainBridge) or all(member.provenance is None for member in bridge.members.values()):
         yield bridge, label
         return
     for name, member in bridge.members.items():

@@ -216,7 +216,6 @@ def resolve_variants(
     device: torch.device | str,
     settings: Mapping[str, Any] | None = None,
     sweep: Mapping[str, Sequence[Any]] | None = None,
-    skip_refused: bool = False,
     skip_unknown: bool = False,
 ) -> dict[str, Variant]:
     """Load the bridges that `none,NAME,NAME=DIR,NAME+NAME,…` names.
@@ -231,7 +230,6 @@ def resolve_variants(
         device: Where the bridges go.
         settings: Applied to every bridge that has them; NAME.KEY to the bridge of that name alone.
         sweep: Every bridge is also taken at each point of what this has of its settings.
-        skip_refused: Leave out of the sweep what no bridge has and points that a bridge refuses, as for a default grid.
         skip_unknown: Leave out settings that no bridge has. `Source.settings` has those that were applied.
 
     Returns:
@@ -254,14 +252,14 @@ def resolve_variants(
         if len(named) == 1 and named[0].name in functions:
             variants[item] = Variant(item, _PluginBridge(plugins, named[0].name))
             continue
-        for variant in _loaded(item, named, folder, plugins, settings, sweep, skip_refused, check):
+        for variant in _loaded(item, named, folder, plugins, settings, sweep, check):
             variant.bridge.to(device)
             variants[variant.name] = variant
     if not variants:
         raise EzhoiDiffusionError(
             "only `none` is named; name a bridge beside it, e.g. none,diffusion with --bridge DIR"
         )
-    _require_known({*(() if skip_unknown else settings), *(() if skip_refused else sweep)}, variants)
+    _require_known({*(() if skip_unknown else settings), *sweep}, variants)
     return variants
 
 
@@ -272,7 +270,6 @@ def _loaded(
     plugins: PluginManager,
     settings: Mapping[str, Any],
     sweep: Mapping[str, Sequence[Any]],
-    skip_refused: bool,
     check: Callable[[Bridge, str], None],
 ) -> Iterator[Variant]:
     """The variants of one item: its seeds, each as it is and at every point of the sweep."""
@@ -289,7 +286,7 @@ def _loaded(
             bridge = _overridden(bridge, label, chosen)
         for one, its_name in with_members(bridge, label):
             check(one, its_name)
-        for point, applied in _points(bridge, label, _own(named, bridge, sweep), skip_refused):
+        for point, applied in _points(bridge, label, _own(named, bridge, sweep)):
             suffix = f"[{','.join(f'{key}={value}' for key, value in point.items())}]" if point else ""
             group = item + suffix if label != item else None
             source = Source(named[0].name, paths[0], {**chosen, **point}) if len(named) == 1 else None
@@ -305,23 +302,11 @@ def _own(named: Sequence[Named], bridge: Bridge, values: Mapping[str, Any]) -> d
     return {key: value for key, value in values.items() if key in bridge.settings}
 
 
-def _points(
-    bridge: Bridge, label: str, sweep: Mapping[str, Sequence[Any]], skip_refused: bool
-) -> list[tuple[dict[str, Any], Bridge]]:
+def _points(bridge: Bridge, label: str, sweep: Mapping[str, Sequence[Any]]) -> list[tuple[dict[str, Any], Bridge]]:
     """The bridge as it is, and at every point of a sweep of its settings."""
     points = [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())] if sweep else []
     with _naming(label):
-        if skip_refused:
-            points = [point for point in points if _accepts(bridge, point)]
         return [({}, bridge), *zip(points, bridge.sweep(points), strict=True)]
-
-
-def _accepts(bridge: Bridge, point: Mapping[str, Any]) -> bool:
-    try:
-        bridge.override(**point)
-    except EzhoiDiffusionError:
-        return False
-    return True
 
 
 def _overridden(bridge: Bridge, label: str, settings: Mapping[str, Any]) -> Bridge:
@@ -339,16 +324,16 @@ def _naming(label: str) -> Iterator[None]:
         raise BridgeError(f"bridge '{label}': {error}") from error
 
 
+def seed_folders(where: str) -> list[tuple[str, Path]]:
+    """(name, folder) of every seed of the training in a folder, or the folder itself with the name ""."""
+    path = resolve_path(where)
+    seeds = sorted(path.glob(f"{SEED_PREFIX}*/"), key=lambda seed: (len(seed.name), seed.name))
+    return [("", path)] if not seeds or current(path, CONFIG).exists() else [(seed.name, seed) for seed in seeds]
+
+
 def _seeds(item: str, folders: Sequence[str]) -> list[tuple[str, list[Path | None]]]:
     """(name of the seed, folder of each bridge) for every seed of the trainings in `folders`; without seeds, one with ""."""
-    found: list[dict[str, Path | None]] = []
-    for where in folders:
-        path = resolve_path(where) if where else None
-        seeds = sorted(path.glob(f"{SEED_PREFIX}*/"), key=lambda seed: (len(seed.name), seed.name)) if path else []
-        if path is None or not seeds or current(path, CONFIG).exists():
-            found.append({"": path})
-        else:
-            found.append({seed.name: seed for seed in seeds})
+    found: list[dict[str, Path | None]] = [dict(seed_folders(where)) if where else {"": None} for where in folders]
     several = [list(seeds) for seeds in found if "" not in seeds]
     if any(names != several[0] for names in several):
         raise EzhoiDiffusionError(f"'{item}' chains bridges of different seeds: name a seed's own folder for each")

@@ -23,6 +23,9 @@ RESERVED = (
     "files",
     "provenance",
 )  # entries of config.json; all others are the bridge's own
+MEMBERS = (
+    "members"  # of config.json of a chain: its bridges in order, each perhaps with an artefact in a folder of its own
+)
 NUM_ATTEMPTS = 3  # to read an artefact that another process may be replacing
 REMEDY = "copy the artefact again, or train or fit it again"
 
@@ -147,6 +150,26 @@ def read_config(folder: Path, bridge: str | None = None) -> dict[str, Any]:
             f"{path} does not describe a {f'{bridge} bridge' if bridge else 'bridge'}: {reason}"
         ) from error
     return content
+
+
+def member_folders(config: dict[str, Any]) -> list[str | None]:
+    """The folder of each member's artefact inside that of a chain, None for a member without one; empty for other bridges.
+
+    Raises:
+        BridgeError: config.json does not describe its members.
+    """
+    folders: list[str | None] = []
+    try:
+        for number, member in enumerate(config.get(MEMBERS, []), 1):
+            name, has_files = member["bridge"], member["has_files"]
+            if not isinstance(name, str) or not NAME.fullmatch(name) or not isinstance(member["settings"], dict):
+                raise ValueError(f"{name!r:.100} is not a name of a bridge, or its settings are no object")
+            folders.append(f"{number}-{name}" if has_files is True else None)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BridgeError(
+            f"{CONFIG} does not describe the members of a chain ({type(error).__name__}: {error}); {REMEDY}"
+        ) from error
+    return folders
 
 
 def _is_size_and_hash(facts: Any) -> bool:

@@ -49,6 +49,8 @@ class Bridge(nn.Module, ABC):
     """What it learned from, besides labels of seen classes: one of `PROTOCOLS`."""
     settings: tuple[str, ...] = ()
     """Names that `override` and `sweep` take."""
+    grid: Mapping[str, Sequence[Any]] = {}
+    """Values of settings that `ezhoi-diffusion tune` tries, from the smallest change to the largest."""
     provenance: dict[str, Any] | None = None
     """Where it comes from, as JSON. With `fingerprint`, runs with another fingerprint refuse it; None fits every run."""
     context: Mapping[str, Tensor] = {}

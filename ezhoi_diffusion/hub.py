@@ -14,7 +14,7 @@ from errno import ENOSPC
 from os import PathLike
 from pathlib import Path
 
-from ezhoi_diffusion.artifact import CONFIG, read_config
+from ezhoi_diffusion.artifact import CONFIG, member_folders, read_config
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.files import current, json_bytes, read_bytes, read_tensors
 
@@ -67,26 +67,28 @@ def build_upload(folder: Path, repo_id: str, *, card: str) -> dict[str, bytes]:
     """The files that `push` uploads, by name. All of them were read and checked.
 
     Raises:
-        SharingError: `repo_id` is not USER/NAME, or `folder` holds a choice of `tune` instead of a bridge.
+        SharingError: `repo_id` is not USER/NAME.
         BridgeError: The artifact is not whole.
     """
     _require_name(repo_id)
+    return {**_files_of(folder), CARD: card.encode()}
+
+
+def _files_of(folder: Path) -> dict[str, bytes]:
+    """The files of an artifact by name, with those of the members of a chain."""
     config = read_config(folder)
-    if config["bridge"] == "tuned":
-        raise SharingError(
-            f"{folder} is a choice of `tune`, not a bridge: push the bridge in {folder / 'bridge'}, and state the settings "
-            f"that were chosen"
-        )
     files = {CONFIG: json_bytes(config)}
     for name, facts in config["files"].items():
         path = current(folder, name)
         read_tensors(path, facts, SharingError, NOT_WHOLE)  # refused here as its reader would refuse it
         files[name] = read_bytes(path, facts, SharingError, NOT_WHOLE)
-    return {**files, CARD: card.encode()}
+    for member in filter(None, member_folders(config)):
+        files |= {f"{member}/{name}": content for name, content in _files_of(folder / member).items()}
+    return files
 
 
 def fetch(repo_id: str, revision: str | None = None) -> Path:
-    """Download config.json and the safetensors that it names, and nothing else.
+    """Download config.json, the safetensors that it names, and those of the members of a chain, and nothing else.
 
     Args:
         repo_id: USER/NAME.
@@ -103,8 +105,13 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
     _require_name(repo_id)
     with _hub(f"{repo_id}{f' at {revision}' if revision else ''} cannot be fetched"):
         folder = Path(hf_hub_download(repo_id, CONFIG, revision=revision)).parent
-        for name in read_config(folder)["files"]:
+        config = read_config(folder)
+        for name in config["files"]:
             hf_hub_download(repo_id, name, revision=folder.name)
+        for member in filter(None, member_folders(config)):
+            hf_hub_download(repo_id, f"{member}/{CONFIG}", revision=folder.name)
+            for name in read_config(folder / member)["files"]:
+                hf_hub_download(repo_id, f"{member}/{name}", revision=folder.name)
     return folder
 
 

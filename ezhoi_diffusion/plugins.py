@@ -31,6 +31,7 @@ T = TypeVar("T")
 ENTRY_POINT_GROUP = "ezhoi_diffusion"
 BUILTIN = {
     "capture": "ezhoi_diffusion.builtin.capture:plugin",
+    "chain": "ezhoi_diffusion.builtin.chain:plugin",
     "diffusion": "ezhoi_diffusion.builtin.diffusion:plugin",
     "identity": "ezhoi_diffusion.builtin.identity:plugin",
     "mean_shift": "ezhoi_diffusion.builtin.mean_shift:plugin",

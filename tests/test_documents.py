@@ -29,6 +29,7 @@ from ezhoi_diffusion.diffusion.bridge import SETTINGS, DiffusionBridge
 from ezhoi_diffusion.diffusion.components import Components, components
 from ezhoi_diffusion.diffusion.recipes import RECIPES
 from ezhoi_diffusion.evaluation.comparison import Comparison, VariantResult
+from ezhoi_diffusion.evaluation.variants import parse_chain
 from ezhoi_diffusion.ezhoi import launch
 from ezhoi_diffusion.ezhoi.attach import attach
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
@@ -179,7 +180,7 @@ def check_script_line(script: str, flags: list[str]) -> None:
 def check_names(words: list[str]) -> None:
     plugins = PluginManager(discover=True)
     known = {*plugins.found, *PACKAGES, *EXAMPLES, "none"}
-    named = {word.partition("=")[0] for word in words if word}
+    named = {one.name for word in words if word for one in parse_chain(word, known)}
     assert named <= known, f"there is no bridge or plugin {', '.join(sorted(named - known))}"
 
 

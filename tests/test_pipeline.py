@@ -302,15 +302,16 @@ def test_the_pipeline_on_the_miniature(small_world, checkpoint, tmp_path):
 
     def run(*ours):
         return run_in_miniature(
-            "-m", "ezhoi_diffusion", "pipeline", "main_tip_finetune.py", *flags, "--out", str(work), *ours
+            "-m", "ezhoi_diffusion", "pipeline", "main_tip_finetune.py", *flags, "--out", str(work), *ours, timeout=900
         )
 
     quick = ["--max-images", "12", "--num-test-images", "3", "--inference-steps", "50", "--scale-factor", "4"]
     first = run("--train-steps", "10", *quick)
     assert first.returncode == 0, first.stderr
-    assert "5 of 5 steps ran" in first.stdout
+    assert "6 of 6 steps ran" in first.stdout
     report = json.loads((work / "report" / "report.json").read_text())
     assert report["images"] == 12
+    assert [one["name"] for one in report["variants"]][:2] == ["none", f"tuned={work / 'tuned'}"], "the main row"
     recipe = json.loads((work / "bridge" / "config.json").read_text())["recipe"]
     assert (recipe["start_timestep"], recipe["num_steps"], recipe["scale_factor"]) == (50, 50, 4)
     assert (work / "test" / "diffusion_effect.png").stat().st_size > 10_000
@@ -328,4 +329,4 @@ def test_the_pipeline_on_the_miniature(small_world, checkpoint, tmp_path):
 
     third = run("--train-steps", "12", *quick)
     assert third.returncode == 0, third.stderr
-    assert "3 of 5 steps ran" in third.stdout
+    assert "4 of 6 steps ran" in third.stdout

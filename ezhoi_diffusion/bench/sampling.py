@@ -15,9 +15,9 @@ from ezhoi_diffusion.bench.measure import peak_growth, repeated, spread, take_tu
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge, build_denoiser
 from ezhoi_diffusion.diffusion.components import Components, components
 from ezhoi_diffusion.diffusion.recipes import RECIPES
-from ezhoi_diffusion.evaluation.fidelity import fidelity
 from ezhoi_diffusion.features.statistics import ModalityStatistics
 from ezhoi_diffusion.plugins import PluginManager
+from ezhoi_diffusion.training.fidelity import fidelity
 
 START = 600  # t0 of the guide and of the paper
 GUIDE_TIMED = 2  # evaluations: all 600 of the guide take minutes

@@ -1,1 +1,1 @@
-"""The plugins that ship: capture, diffusion, tuned, text_cache, bridges that act on the score, and the baselines."""
+"""The plugins that ship: capture, chain, diffusion, tuned, text_cache, bridges that act on the score, and the baselines."""

@@ -73,7 +73,8 @@ class BridgePlugin:
 
             raise BridgeError(f"{own or run.args.bridge} holds several seeds: name one of {', '.join(variants)}")
         variant = next(iter(variants.values()))
-        run.applied_settings.update(variant.source.settings if variant.source else ())
+        applied = variant.source.settings if variant.source else {}
+        run.applied_settings.update(*([key, f"{self.name}.{key}"] for key in applied))
         self._bridge = variant.bridge
 
     @hookimpl

@@ -21,7 +21,7 @@ GROUPS = {
     },
     "make a bridge": {
         "train": "train a diffusion bridge, fit a plugin's bridge, or distil one",
-        "tune": "choose bridge and settings on held-out training images",
+        "tune": "choose bridges and settings by cross-validation on training images",
         "import": "convert files of the training guide (.pkl, .pt)",
     },
     "measure": {

@@ -1,4 +1,4 @@
-"""`ezhoi-diffusion pipeline SCRIPT … --out DIR`: capture, train, test and compare in one command."""
+"""`ezhoi-diffusion pipeline SCRIPT … --out DIR`: capture, train, tune, test and compare in one command."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from ezhoi_diffusion.cli.compare import BRIDGES
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 
 DESCRIPTION = """\
-Go from an EZ-HOI checkpoint to a compared bridge: capture the training images, train, capture the test images, test on a few,
-compare on all. Use it in the EZ-HOI folder, with the flags of your test script (--eval --resume CKPT …). Run it again to
-resume, or to redo only what changed: it compares contents of files and all flags, not only whether files exist."""
+Go from an EZ-HOI checkpoint to a compared bridge: capture the training images, train, choose bridges and settings by
+cross-validation (`ezhoi-diffusion tune`), capture the test images, test on a few, compare on all. Use it in the EZ-HOI folder,
+with the flags of your test script (--eval --resume CKPT …). Run it again to resume, or to redo only what changed: it compares
+contents of files and all flags, not only whether files exist."""
 EPILOG = """\
 what the numbers mean: see `ezhoi-diffusion train --help`. --max-images is for a quick look, not for a result.
 
 DIR gets:
   features/       adapter_feat of the training images      test/     diffusion_effect.png, effect.json, a report
   bridge/         the bridge, its checkpoints and curve    report/   report.html, report.json, pictures
-  features-test/  adapter_feat of the test images
+  tuned/          the chosen bridges, with the evidence    features-test/  adapter_feat of the test images
 Statistics of the features: ezhoi-diffusion doctor DIR/features --out STATISTICS
 
 example:
@@ -50,7 +51,12 @@ def _declare(parser: Container) -> None:
         "--num-images", "--num-test-images", type=int, default=20, metavar="N",
         help="images of the test step (20)",
     )  # fmt: skip
-    add("--bridges", default=BRIDGES, metavar="NAME[=DIR],…", help=f"what to compare (default: {BRIDGES})")
+    add(
+        "--bridges",
+        default=BRIDGES,
+        metavar="NAME[=DIR],…",
+        help=f"what to compare beside the tuned bridge (default: {BRIDGES})",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Make a bridge from captured training features: train a diffusion bridge (default), fit the bridge of an installed plugin
 (--bridge NAME), or distil a diffusion bridge into a student that needs one network evaluation (--student-of BRIDGE). A tenth of
-the images is held out, so that `ezhoi-diffusion tune` can choose on it."""
+the texts or images is held out for validation."""
 EPILOG = """\
 recipes:
   gentle  (default) learns the text features; a visual feature starts at a low timestep and is blended with itself

@@ -1,9 +1,8 @@
-"""`ezhoi-diffusion tune FEATURES --bridges …`: choose bridge and settings on held-out training images."""
+"""`ezhoi-diffusion tune FEATURES --out DIR`: choose bridges and settings by cross-validation on training images."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ezhoi_diffusion.cli import arguments
@@ -11,22 +10,32 @@ from ezhoi_diffusion.cli.terminal import print_table
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 
 if TYPE_CHECKING:
-    from ezhoi_diffusion.bridge import Bridge
-    from ezhoi_diffusion.evaluation.comparison import Comparison
-    from ezhoi_diffusion.evaluation.tune import Candidate
+    from ezhoi_diffusion.evaluation.search import Lead
+    from ezhoi_diffusion.evaluation.tune import Tuning
 
 DESCRIPTION = """\
-Choose a bridge and its settings by mAP on held-out *training* images: the tenth that no training takes a step on, seen classes
-only. Neither labels of unseen classes nor test images are read. `none` is a candidate and wins ties. --out gets the choice as
-a bridge named `tuned`, and a report of the comparison in report/."""
+Choose a chain of bridges and its settings by cross-validation on *training* images. Bridges that learn are made again without
+each fold of images, and without the labels of each fold of verbs, which are then scored as unseen verbs are. `none` wins unless
+a bridge gains over it, and over every baseline, beyond chance. Neither labels of unseen classes nor test images are read. --out
+gets the choice, made from all training images, as a bridge named `tuned`."""
 EPILOG = """\
-how to read it:
-  The best of many candidates looks better than it is. The interval and the adjusted p-value show how much of its lead is
-  chance. Test the choice once on the test split, next to the baselines, and report that.
-  Of a bridge trained with several seeds (train --seeds 3), the mean over the seeds counts, and the first seed is taken.
+how it chooses:
+  The criterion is mean AP of seen classes on held-out images, and of hidden classes, weighed by the shares of seen and unseen
+  classes in the split. Without --zs there are no hidden classes.
+  The search is greedy. Every bridge is tried as it is and with one setting changed; the best chain grows by one bridge at a time,
+  to three; its settings are then improved one after the other.
+  The simplest chain within one standard error of the best is chosen: the fewest bridges, then the smallest change of logits.
+  Baselines are tried too. A bridge has to beat the best of them.
+  An outer loop repeats all of it without each fold, and scores that fold's choice on it: this is what choosing gains.
+  Of a bridge with several seeds the mean over the seeds counts, and all seeds are written.
 
-example:
-  ezhoi-diffusion tune FEATURES --bridges mean_shift,diffusion,diffusion=PAIRED --bridge BRIDGE --out CHOICE
+candidates:
+  Without --bridges these are all bridges that installed plugins can make from FEATURES. NAME=DIR is made again as its files say.
+  a+b is tried as such a chain, and longer chains are built on it.
+
+examples:
+  ezhoi-diffusion tune FEATURES --out CHOICE
+  ezhoi-diffusion tune FEATURES --bridges identity,mean_shift,diffusion=PAIRED --sweep blend=0.1,0.3 --out CHOICE
   ezhoi-diffusion compare TEST_FEATURES --bridges none,identity,mean_shift,tuned=CHOICE --bridge BRIDGE --out REPORT
   ezhoi-diffusion run main_tip_finetune.py … --eval --resume CKPT --plugin tuned=CHOICE
 """
@@ -35,56 +44,66 @@ NUM_SHOWN = 10
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
+    from ezhoi_diffusion.evaluation.defaults import FOLDS, SEEDS
+
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     arguments.add_features(parser, "train")
     arguments.add_out(parser, "folder for the choice", required=True)
     group = parser.add_argument_group("candidates beside none")
-    arguments.add_bridges(group, "mean_shift,diffusion")
+    arguments.add_bridges(group, "")
     arguments.add_settings(group)
-    arguments.add_sweep(group, "default: a grid of start_timestep, num_steps, blend and output")
+    arguments.add_sweep(group, "instead of each bridge's own values")
+    group.add_argument(
+        "--seeds", type=int, default=SEEDS, metavar="N", help=f"seeds of each fit that draws numbers ({SEEDS})"
+    )
     group = parser.add_argument_group("how to run")
+    group.add_argument("--folds", type=int, default=FOLDS, metavar="K", help=f"folds of images and of verbs ({FOLDS})")
     arguments.add_device(group)
     arguments.add_force(group)
     arguments.add_no_plugin(group)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Score the candidates, choose, and write."""
+    """Search, choose, print, and write."""
     from ezhoi_diffusion.device import pick_device
-    from ezhoi_diffusion.evaluation.tune import DEFAULT_SWEEP, TUNED, require_labels_unseen, tune, write_choice
-    from ezhoi_diffusion.evaluation.variants import parse_settings, parse_sweep, resolve_variants
+    from ezhoi_diffusion.evaluation.tune import candidates_of, tune, write_choice
+    from ezhoi_diffusion.evaluation.variants import parse_settings, parse_sweep
     from ezhoi_diffusion.features.store import FeatureStore
-    from ezhoi_diffusion.files import check_writable, require_unused
+    from ezhoi_diffusion.files import check_writable, new_folder, require_unused
     from ezhoi_diffusion.plugins import PluginManager
-    from ezhoi_diffusion.report.write import write_report
 
-    if TUNED in [part.partition("=")[0].strip() for part in args.bridges.split(",")]:
-        raise EzhoiDiffusionError(f"--bridges: {TUNED} is what tune makes; name the bridges themselves")
+    if args.seeds < 1:
+        raise EzhoiDiffusionError(f"--seeds must be at least 1, not {args.seeds}")
     store = FeatureStore(args.features)
     require_unused(args.out, EzhoiDiffusionError)
     check_writable(args.out)
     forced: list[str] = []
-    fits_the_run = arguments.fingerprint_check(store, args.force, forced)
-
-    def check(bridge: Bridge, name: str) -> None:
-        fits_the_run(bridge, name)
-        require_labels_unseen(bridge, name, store)
-
-    device = pick_device(args.device)
-    variants = resolve_variants(
+    plugins, device = PluginManager(args.no_plugin), pick_device(args.device)
+    candidates = candidates_of(
+        store,
         args.bridges,
-        PluginManager(args.no_plugin),
+        plugins,
         folder=args.bridge,
-        check=check,
-        device=device,
+        check=arguments.fingerprint_check(store, args.force, forced),
         settings=parse_settings(args.set, args.inference_steps),
-        sweep=parse_sweep(args.sweep) if args.sweep else DEFAULT_SWEEP,
-        skip_refused=not args.sweep,
+        sweep=parse_sweep(args.sweep) if args.sweep else None,
+        seeds=args.seeds,
+        device=device,
     )
-    comparison, candidates = tune(store, variants, device, forced)
-    _print(comparison, candidates, len(variants))
-    write_choice(args.out, comparison, candidates, variants, store)
-    write_report(comparison, args.out / "report")
+    for reason in candidates.left_out:
+        print(f"no candidate: {reason}")
+    tuning = tune(
+        store,
+        candidates,
+        plugins,
+        folds=args.folds,
+        device=device,
+        forced=forced,
+        say=lambda line: print(line, flush=True),
+    )
+    _print(tuning)
+    with new_folder(args.out) as staged:
+        write_choice(staged, tuning, candidates, store)
     print(
         f"choice: {args.out}. Test it once:\n"
         f"  ezhoi-diffusion compare TEST_FEATURES --bridges none,identity,tuned={args.out}",
@@ -93,26 +112,40 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print(comparison: Comparison, candidates: Sequence[Candidate], num_variants: int) -> None:
-    from ezhoi_diffusion.evaluation.comparison import REFERENCE
-
-    best, shown = candidates[0], candidates[:NUM_SHOWN]
-    shown = [*shown, *(one for one in candidates[NUM_SHOWN:] if one.name == REFERENCE)]
-    print(
-        f"\n{len(candidates)} candidates on {comparison.images} held-out training images. mAP of seen classes, best first:"
-    )
+def _print(tuning: Tuning) -> None:
+    choice, chosen = tuning.choice, tuning.choice.trial
+    ranked = sorted(tuning.trials.values(), key=lambda trial: -trial.value[0])
+    named = {choice.baseline.name, chosen.name, "none"}
+    shown = [*ranked[:NUM_SHOWN], *(trial for trial in ranked[NUM_SHOWN:] if trial.name in named)]
+    images = sum(map(len, tuning.folds.images))
+    print(f"\n{len(ranked)} candidates on {images} held-out training images, best first. Mean AP in percent:")
     print_table(
-        ("mAP", "candidate", ""),
-        [(f"{one.mean_ap:.2f}", one.name, "<- chosen" if one is best else "") for one in shown],
-        numbers=[0],
+        ("criterion", "seen", "hidden", "candidate", ""),
+        [
+            (
+                f"{trial.value[0]:.2f}",
+                f"{trial.seen[0]:.2f}",
+                f"{trial.hidden[0]:.2f}" if tuning.folds.classes else "-",
+                trial.name,
+                "<- chosen" if trial is chosen else "baseline" if trial.baseline else "",
+            )
+            for trial in shown
+        ],
+        numbers=range(3),
     )
-    bootstrap = comparison.variants[best.variant].bootstrap
-    if best.variant == REFERENCE or bootstrap is None:
-        return
-    lead = bootstrap.difference["full"]
-    print(
-        f"{best.variant}: {comparison.difference(best.variant, 'full'):+.2f} points over none, 95 % interval {lead.low:+.2f} to "
-        f"{lead.high:+.2f}, p {lead.p:.3f}, adjusted for {num_variants} variants {lead.p_adjusted:.3f}"
-    )
-    if not comparison.is_significant(best.variant, "full"):
-        print("Chance may explain that lead: expect no gain on the test split.")
+    if choice.leader is not None:
+        for name, lead in choice.leads.items():
+            print(
+                f"best bridge, {choice.leader.name}, over {name}: {_lead(lead)}, p adjusted for all candidates {lead.p:.3f}"
+            )
+    print(choice.why)
+    if not choice.helps:
+        print(f"Recommended: {chosen.name}. Expect no gain from a bridge on the test split.")
+    parts = "; ".join(f"{name} {_lead(lead)}" for name, lead in tuning.gain.items())
+    print(f"What choosing gains over none, on folds that took no part in it: {parts}")
+    for line in tuning.caveats():
+        print(line)
+
+
+def _lead(lead: Lead) -> str:
+    return f"{lead.difference:+.2f} points, 95 % interval {lead.low:+.2f} to {lead.high:+.2f}"

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ezhoi_diffusion.artifact import Artifact, read_config
 from ezhoi_diffusion.bridge import Bridge, BridgeError
 from ezhoi_diffusion.diffusion.artifact import STATISTICS, read_artifact
 from ezhoi_diffusion.features.statistics import ModalityStatistics
+from ezhoi_diffusion.features.store import FeatureStore
 
 if TYPE_CHECKING:
     from ezhoi_diffusion.features.batch import Pairs
@@ -27,6 +29,9 @@ class Identity(Bridge):
     def forward(self, adapter_feat: Tensor, pairs: Pairs | None = None) -> Tensor:
         """Return `adapter_feat` [P, D] itself."""
         return adapter_feat
+
+
+MEAN_SHIFT = "mean_shift"
 
 
 class MeanShift(Bridge):
@@ -57,8 +62,9 @@ class MeanShift(Bridge):
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> MeanShift:
-        """Take the means that are stored with the diffusion bridge in `folder`. Raises BridgeError."""
-        _, artifact = read_artifact(folder)
+        """Take the means in `folder`: of a fit, or those stored with a diffusion bridge. Raises BridgeError."""
+        fitted = read_config(folder)["bridge"] == MEAN_SHIFT
+        artifact = Artifact.load(folder, MEAN_SHIFT) if fitted else read_artifact(folder)[1]
         try:
             statistics = ModalityStatistics.from_tensors(artifact.files[STATISTICS])
         except (KeyError, TypeError, ValueError) as error:
@@ -69,3 +75,8 @@ class MeanShift(Bridge):
                 f"of visual embeddings, or take a bridge that was trained on captured features"
             )
         return cls(statistics, artifact.provenance, artifact.context)
+
+
+def fit_mean_shift(features: FeatureStore) -> Artifact:
+    """The means of pair features and texts. It has no options and reads no labels."""
+    return Artifact(MEAN_SHIFT, files={STATISTICS: features.statistics().tensors()})

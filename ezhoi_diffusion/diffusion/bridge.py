@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ezhoi_diffusion.features.batch import Pairs
 
 SETTINGS = ("start_timestep", "num_steps", "spacing", "sampler", "blend", "output")  # no weight depends on them
+GRID: Mapping[str, Sequence[Any]] = {"blend": (0.1, 0.3, 1.0), "start_timestep": (50, 200, 1000)}
 STUDENT_SETTINGS = ("blend", "output")  # a student has learned one result of its teacher's sampler
 __all__ = ["BridgeConfig", "BridgeError", "DiffusionBridge", "build_denoiser"]
 
@@ -71,6 +72,7 @@ class DiffusionBridge(Bridge):
 
     row_by_row = True
     seeded = True
+    grid = GRID
     provenance: dict[str, Any]
     input_mean: Tensor
     restored_mean: Tensor

@@ -1,229 +1,393 @@
-"""Choose a bridge and its settings by mAP on held-out training images."""
+"""Choose a chain of bridges and its settings by cross-validation on training images."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from tqdm import tqdm
 
 from ezhoi_diffusion.artifact import Artifact
 from ezhoi_diffusion.bridge import Bridge, BridgeError
-from ezhoi_diffusion.diffusion.baselines import Identity
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.bootstrap import REPLICATES
-from ezhoi_diffusion.evaluation.comparison import REFERENCE, Comparison
-from ezhoi_diffusion.evaluation.protocols import hicodet
-from ezhoi_diffusion.evaluation.replay import replay
-from ezhoi_diffusion.evaluation.variants import Variant, load_bridge
-from ezhoi_diffusion.features.batch import Pairs
-from ezhoi_diffusion.features.split import FRACTION, validation_mask
+from ezhoi_diffusion.evaluation.chain import ChainBridge, Member, load_members, own_settings, save_chain
+from ezhoi_diffusion.evaluation.defaults import FOLDS, SEEDS
+from ezhoi_diffusion.evaluation.folds import Folds, TuneError, seen_classes
+from ezhoi_diffusion.evaluation.refit import NOT_CANDIDATES, Recipes, RefitError, grid_of, recipes_of
+from ezhoi_diffusion.evaluation.search import Choice, Lead, Space, choose, lead_of, search
+from ezhoi_diffusion.evaluation.trials import Chain, Trial, Trials, joined
+from ezhoi_diffusion.evaluation.variants import SEED_PREFIX, Named, Variant, known_bridges, load_bridge, parse_bridges
+from ezhoi_diffusion.features.score import EzHoiScore, require_replayable
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.plugins import PluginManager
+from ezhoi_diffusion.training.fitted import known_fits
+
+__all__ = [
+    "TUNED",
+    "TuneError",
+    "TunedBridge",
+    "Tuning",
+    "candidates_of",
+    "load_choice",
+    "seen_classes",
+    "tune",
+    "write_choice",
+]
 
 TUNED = "tuned"
-CHOSEN_FOLDER = "bridge"  # the chosen bridge's own artefact, inside the folder of the choice
-DEFAULT_SWEEP: dict[str, list[Any]] = {
-    "start_timestep": [50, 100, 200, 400, 1000],
-    "num_steps": [1, 5],
-    "blend": [0.1, 0.3, 0.6, 1.0],
-    "output": ["keep_norm", "unit_norm"],
-}
+SEARCH_REPLICATES = 200  # of the bootstrap of a trial; the estimate of what choosing gains has REPLICATES
+CAVEAT = (
+    "EZ-HOI itself was trained on these images and these classes. Scores here are higher than on a test split, for every row; the "
+    "held-out part is new to the bridges alone."
+)
 
 
-class TuneError(EzhoiDiffusionError):
-    """A choice cannot be made, or would not be a fair one."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A bridge at one point of the sweep.
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """The bridges that `tune` may choose from.
 
     Attributes:
-        name: Its name; that of the seed group where it has several seeds.
-        mean_ap: Mean AP in percent, over its seeds.
-        variant: The name of its first variant.
+        recipes: How each is made.
+        bridges: Each made from all training images, seed 0.
+        artifacts: What is stored of each, for every seed; None for a bridge that needs no files.
+        seconds: What making each took.
+        items: What was named together, by positions; chains are built on these.
+        grids: Setting -> values, for each.
+        is_named: Whether the user named them. Others are left out where they cannot be made.
+        left_out: Why a bridge that was not named is no candidate.
     """
 
-    name: str
-    mean_ap: float
-    variant: str
+    recipes: list[Recipes]
+    bridges: list[Bridge]
+    artifacts: list[list[Artifact | None]]
+    seconds: list[float]
+    items: list[tuple[int, ...]]
+    grids: list[dict[str, list[Any]]]
+    is_named: bool = True
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def space(self) -> Space:
+        """What is searched: chains of bridges, and baselines by themselves."""
+        baselines = [part for part, bridge in enumerate(self.bridges) if bridge.baseline]
+        items = [item for item in self.items if not set(item) <= set(baselines)]
+        return Space(items, baselines, self.grids)
 
 
-def tune(
+@dataclass(frozen=True, eq=False)
+class Tuning:
+    """A choice and its evidence.
+
+    Attributes:
+        choice: What was chosen.
+        trials: Every candidate by name.
+        gain: Criterion, `seen` and `hidden` -> what choosing gains over `none` on images that took no part in it.
+        chosen_by_fold: What each outer fold would have chosen.
+        folds: The folds.
+        forced: Fingerprint checks that were forced.
+    """
+
+    choice: Choice
+    trials: dict[str, Trial]
+    gain: dict[str, Lead]
+    chosen_by_fold: list[str]
+    folds: Folds
+    forced: list[str]
+
+    def caveats(self) -> list[str]:
+        """What these figures do not say."""
+        other = "" if not self.folds.classes else " The folds of verbs are the same in choosing and in this estimate."
+        return [CAVEAT + other, *(f"FORCED: {message}" for message in self.forced)]
+
+    def evidence(self) -> dict[str, Any]:
+        """The evidence, as JSON."""
+        return {
+            "images": sum(map(len, self.folds.images)),
+            "folds": len(self.folds.images),
+            "class_folds": len(self.folds.classes),
+            "class_weight": self.folds.class_weight,
+            "candidates": {name: _figures(trial) for name, trial in self.trials.items()},
+            "best_bridge": self.choice.leader.name if self.choice.leader is not None else None,
+            "best_baseline": self.choice.baseline.name,
+            "lead_of_best_bridge": {name: asdict(lead) for name, lead in self.choice.leads.items()},
+            "gain_of_choosing": {name: asdict(lead) for name, lead in self.gain.items()},
+            "chosen_by_fold": self.chosen_by_fold,
+            "caveats": self.caveats(),
+        }
+
+
+def _figures(trial: Trial) -> dict[str, float | None]:
+    hidden = float(trial.hidden[0])
+    return {
+        "criterion": float(trial.value[0]),
+        "seen": float(trial.seen[0]),
+        "hidden": None if np.isnan(hidden) else hidden,
+        "change": trial.change,
+    }
+
+
+def candidates_of(
     store: FeatureStore,
-    variants: Mapping[str, Variant],
+    spec: str,
+    plugins: PluginManager,
+    *,
+    folder: str = "",
+    check: Callable[[Bridge, str], None],
+    settings: Mapping[str, Any] | None = None,
+    sweep: Mapping[str, Sequence[Any]] | None = None,
+    seeds: int = SEEDS,
     device: torch.device | str = "cpu",
-    forced: list[str] | None = None,
-) -> tuple[Comparison, list[Candidate]]:
-    """Compare `none` and all variants on held-out training images.
-
-    Only seen classes are scored: annotations of unseen ones are dropped before anything looks at them. `none` wins ties.
+) -> Candidates:
+    """Make every bridge once, from all training images.
 
     Args:
         store: A capture of the train split.
-        variants: The candidates. Each passed `require_labels_unseen`.
-        device: Where the variants are.
-        forced: Messages of fingerprint checks that were forced.
-
-    Returns:
-        The comparison, and the candidates, best first.
+        spec: `NAME,NAME=DIR,NAME+NAME,…`. Empty: every bridge that can be made from a capture.
+        plugins: The plugin manager.
+        folder: DIR for names without one, where the bridge cannot be fitted.
+        check: As for `resolve_variants`, for bridges in folders.
+        settings: Applied to every bridge that has them.
+        sweep: Values of settings to try, instead of each bridge's own grid.
+        seeds: Number of seeds of a fit that has an option `seed`.
+        device: Where the bridges go.
 
     Raises:
-        TuneError: The store holds test images, or too few images.
+        TuneError: The store holds test images, or there is no candidate.
+        RefitError: A named bridge cannot be made from a part of the features.
+        EzhoiDiffusionError: A name is unknown or comes twice.
     """
     if store.split != "train":
         raise TuneError(
             f"{store.folder} holds the {store.split} split. What is chosen on test images cannot be tested on them: give the "
             f"capture of the train split"
         )
+    known, fits = known_bridges(plugins), known_fits(plugins).names()
+    named = parse_bridges(spec, known.names())
+    found = Candidates([], [], [], [], [], [], is_named=bool(spec))
+    at: dict[Named, int] = {}
+    every = [[Named(name, "")] for name in known.names() if name not in NOT_CANDIDATES]
+    for chain in named.values() if spec else every:
+        item = []
+        for one in chain:
+            _ = known[one.name]
+            given = Named(
+                one.name, one.folder or ("" if one.name in fits or not _needs_folder(plugins, one.name) else folder)
+            )
+            if given not in at:
+                try:
+                    at[given] = _add(found, store, given, plugins, check, settings or {}, sweep, seeds, device)
+                except EzhoiDiffusionError as error:
+                    if spec:
+                        raise
+                    found.left_out.append(str(error))
+                    continue
+            item.append(at[given])
+        if item:
+            found.items.append(tuple(item))
+    if not found.items:
+        raise TuneError("there is no candidate beside none: name bridges with --bridges")
+    return found
+
+
+def _needs_folder(plugins: PluginManager, name: str) -> bool:
     try:
-        held_out = validation_mask(len(store.images))
-    except ValueError as error:
-        raise TuneError(f"{store.folder} has too few images: {error}") from error
-    images = set(held_out.nonzero().squeeze(1).tolist())
-    comparison = replay(
-        store,
-        variants,
-        protocol=hicodet(store, classes=seen_classes(store)),
-        chosen=images,
-        replicates=REPLICATES,
-        device=device,
-    )
-    comparison.forced += forced or []
-    comparison.caveats.append(
-        f"Chosen on {len(images)} held-out images of the train split, seen classes only. This is no result to report."
-    )
-    members: dict[str, list[str]] = {REFERENCE: [REFERENCE]}
-    for name, variant in variants.items():
-        members.setdefault(variant.seed_group or name, []).append(name)
-    candidates = [
-        Candidate(name, fmean(comparison.mean_ap(one, "full") for one in seeds), seeds[0])
-        for name, seeds in members.items()
-    ]
-    return comparison, sorted(candidates, key=lambda candidate: -candidate.mean_ap)
+        load_bridge(plugins, name, None)
+    except EzhoiDiffusionError:
+        return True
+    return False
 
 
-def seen_classes(store: FeatureStore) -> Tensor:
-    """Interaction classes [k] int64 whose labels may be used. Raises TuneError where the store does not say."""
-    if "classes/full" not in store.ezhoi:
-        raise TuneError(f"{store.folder} does not say which classes there are: capture it again, into a new folder")
-    full = store.ezhoi["classes/full"]
-    return full[~torch.isin(full, store.ezhoi.get("classes/unseen", full[:0]))]
-
-
-def require_labels_unseen(bridge: Bridge, name: str, store: FeatureStore) -> None:
-    """Raise TuneError where a bridge learned from labels of the images that `tune` chooses by, or may have."""
-    provenance = bridge.provenance or {}
-    trained = provenance.get("training") or _dict(provenance.get("distilled")).get("teacher")
-    config = _dict(_dict(trained).get("config"))
-    labelled = "fit" in provenance or _dict(config.get("recipe")).get("trained_on") in ("pairs", "score")
-    images = _dict(provenance.get("features")).get("images")
-    if labelled and images is not None and images != len(store.images):
-        raise TuneError(
-            f"bridge '{name}' was made from a capture of {images} images, and {store.folder} has {len(store.images)}. The "
-            f"number decides which images are held out, so the bridge may know their labels: make it from this capture"
-        )
-    if labelled and config.get("val_fraction", FRACTION) < FRACTION:
-        raise TuneError(
-            f"bridge '{name}' was trained on labels with --val-fraction {config['val_fraction']}, so it knows labels of the "
-            f"images that decide: train it with {FRACTION} or more"
-        )
-
-
-def _dict(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def write_choice(
-    folder: Path,
-    comparison: Comparison,
-    candidates: Sequence[Candidate],
-    variants: Mapping[str, Variant],
+def _add(
+    found: Candidates,
     store: FeatureStore,
-) -> None:
-    """Write the best candidate and its evidence as an artefact that the bridge `tuned` loads.
+    named: Named,
+    plugins: PluginManager,
+    check: Callable[[Bridge, str], None],
+    settings: Mapping[str, Any],
+    sweep: Mapping[str, Sequence[Any]] | None,
+    seeds: int,
+    device: torch.device | str,
+) -> int:
+    recipes = recipes_of(named, plugins, settings, seeds, check)
+    begin = time.perf_counter()
+    made = [recipes.make(store, plugins, seed) for seed in range(max(1, len(recipes.learn)))]
+    bridge = made[0][0].to(device)
+    found.recipes.append(recipes)
+    found.bridges.append(bridge)
+    found.artifacts.append([artifact for _, artifact in made])
+    found.seconds.append(time.perf_counter() - begin)
+    found.grids.append(grid_of(bridge, named.name, sweep))
+    return len(found.recipes) - 1
+
+
+def tune(
+    store: FeatureStore,
+    candidates: Candidates,
+    plugins: PluginManager,
+    *,
+    folds: int = FOLDS,
+    device: torch.device | str = "cpu",
+    forced: Sequence[str] = (),
+    say: Callable[[str], None] = lambda line: None,
+) -> Tuning:
+    """Choose among chains of the candidates, and estimate what choosing gains.
+
+    Images are dealt into folds, and seen verbs too where the run hides classes. A bridge is made once for every part of the data
+    that it may know. Its detections on all folds are scored together. The criterion is the mean AP of seen classes on images
+    that the bridge was not made from, and of classes whose labels it did not know either, weighed by the shares of seen and
+    unseen classes. The search is greedy (`search`), and the rule is `choose`.
+
+    The estimate is that of an outer loop: for every fold of images, search and choice are repeated without it, and their choice
+    is scored on it. The class folds are the same in both loops. So the estimate covers other images, not other classes.
+
+    Args:
+        store: A capture of the train split.
+        candidates: What `candidates_of` returned.
+        plugins: The plugin manager.
+        folds: Number of folds.
+        device: Where the bridges get their features.
+        forced: Messages of fingerprint checks that were forced.
+        say: Gets a line about the cost before the work begins.
 
     Raises:
-        TuneError: The chosen bridge cannot be stored.
-        BridgeError: The disk refuses.
+        TuneError: There are too few images.
+        ScoreError: EZ-HOI's logits cannot be computed from the features.
+        RefitError: A bridge cannot be made without one of the folds.
     """
-    name, chosen, settings = candidates[0].variant, REFERENCE, dict[str, Any]()
-    if name != REFERENCE:
-        source = variants[name].source
-        if source is None:
-            raise TuneError(f"'{name}' is a plugin, not a bridge that can be stored: enable it with --plugin instead")
-        chosen, settings = source.name, source.settings
-        if source.folder is not None:
-            try:
-                Artifact.load(source.folder).save(folder / CHOSEN_FOLDER)
-            except BridgeError as error:
-                raise TuneError(f"the choice is '{name}', which cannot be stored: {error}") from error
-    Artifact(
-        TUNED,
-        {
-            "chosen": {"bridge": chosen, "settings": settings, "variant": name},
-            "evidence": evidence(comparison, candidates),
-        },
-        provenance={
-            "fingerprint": store.fingerprint,
-            "features": {"rows": len(store), "images": len(store.images)},
-            "forced": comparison.forced,
-        },
-    ).save(folder)
+    require_replayable(store, EzHoiScore.from_store(store))
+    dealt = Folds.of_store(store, folds)
+    trials = Trials(
+        store,
+        candidates.recipes,
+        candidates.bridges,
+        dealt,
+        replicates=SEARCH_REPLICATES,
+        plugins=plugins,
+        device=device,
+    )
+    space = candidates.space
+    most = space.max_trials()
+    say(_cost(candidates, trials, most))
+    left_out: set[str] = set()
+    with tqdm(total=most * (1 + folds), desc="tune", unit="trial", file=sys.stderr) as progress:
+
+        def searched(outer: int | None) -> dict[str, Trial]:
+            def run(chain: Chain) -> Trial | None:
+                progress.update()
+                try:
+                    return trials.run(chain, outer)
+                except RefitError as error:
+                    if candidates.is_named:
+                        raise
+                    left_out.add(str(error))
+                    return None
+
+            before = progress.n
+            found = search(space, run)
+            progress.update(most - (progress.n - before))
+            return found
+
+        found = searched(None)
+        choices = [choose(searched(outer)).trial for outer in range(folds)]
+    for reason in sorted(left_out):
+        say(f"no candidate everywhere: {reason}")
+    gain = _gain(trials, [choice.chain for choice in choices])
+    return Tuning(choose(found), found, gain, [one.name for one in choices], dealt, list(forced))
 
 
-def evidence(comparison: Comparison, candidates: Sequence[Candidate]) -> dict[str, Any]:
-    """Evidence of the choice, as JSON: mean AP of the candidates, and the difference of every variant to `none`."""
-    return {
-        "images": comparison.images,
-        "pairs": comparison.pairs,
-        "mean_ap": {candidate.name: candidate.mean_ap for candidate in candidates},
-        "difference": {
-            name: asdict(result.bootstrap.difference["full"])
-            for name, result in comparison.variants.items()
-            if result.bootstrap is not None and name != REFERENCE
-        },
+def _cost(candidates: Candidates, trials: Trials, most: int) -> str:
+    """One line about the time to expect, from the first fits, the first trial, and one use of each bridge on a fold."""
+    begin = time.perf_counter()
+    trials.run(())
+    scoring = time.perf_counter() - begin
+    count, hidden = len(trials.folds.images), len(trials.folds.classes)
+    applying = 0.0
+    for recipes, bridge in zip(candidates.recipes, candidates.bridges, strict=True):
+        begin = time.perf_counter()
+        trials.held_out[0].bridged([Variant(recipes.label, bridge)])
+        applying += (
+            (time.perf_counter() - begin) * count * (1 + hidden if recipes.learn else 1) / len(candidates.recipes)
+        )
+    fits = (count + count * (count - 1) // 2) * (1 + hidden)
+    making = fits * sum(s for s, recipes in zip(candidates.seconds, candidates.recipes, strict=True) if recipes.learn)
+    scored = most * (1 + count)
+    return (
+        f"{len(candidates.recipes)} bridges, {count} folds of images and {hidden} of verbs: each bridge is made {fits} times, and "
+        f"at most {scored} chains are scored. Estimate: up to {(making + scored * (scoring + applying)) / 60:.1f} minutes"
+    )
+
+
+def _gain(trials: Trials, chains: Sequence[Chain]) -> dict[str, Lead]:
+    """What the choices of the outer folds gain over `none`, each on its own fold."""
+
+    def pooled(chosen: Sequence[Chain]) -> list[Any]:
+        values = []
+        for seed in range(max(map(trials.seeds, chosen))):
+            parts = [trials.scored(chain, seed, [fold])[:2] for fold, chain in enumerate(chosen)]
+            seen, hidden = (joined([part[side] for part in parts]) for side in (0, 1))
+            values.append(trials.criterion(seen, hidden, None, REPLICATES))
+        return list(np.mean(values, axis=0))
+
+    tuned, none = pooled(chains), pooled([()] * len(chains))
+    names = ("criterion", "seen", "hidden") if trials.folds.classes else ("criterion", "seen")
+    return {name: lead_of(one, other) for name, one, other in zip(names, tuned, none, strict=False)}
+
+
+# -- the choice as a bridge ------------------------------------------------------------------------------------------
+
+
+def write_choice(folder: Path, tuning: Tuning, candidates: Candidates, store: FeatureStore) -> None:
+    """Write what was chosen, made from all training images, as an artefact that the bridge `tuned` loads.
+
+    A choice with several seeds gets a folder for each, `seed-0` and so on.
+
+    Raises:
+        BridgeError: Something cannot be stored, or the disk refuses.
+    """
+    chain = tuning.choice.trial.chain
+    seeds = max((len(candidates.artifacts[step.part]) for step in chain), default=1)
+    config = {
+        "chosen": {"name": tuning.choice.trial.name, "helps": tuning.choice.helps, "why": tuning.choice.why},
+        "evidence": tuning.evidence(),
     }
+    provenance = {
+        "fingerprint": store.fingerprint,
+        "features": {"rows": len(store), "images": len(store.images)},
+        "forced": tuning.forced,
+    }
+    for seed in range(seeds):
+        members = []
+        for step in chain:
+            recipes, artifacts = candidates.recipes[step.part], candidates.artifacts[step.part]
+            bridge = candidates.bridges[step.part]
+            settings = own_settings(recipes.name, bridge, recipes.settings)
+            members.append(Member(recipes.name, artifacts[seed % len(artifacts)], {**settings, **dict(step.settings)}))
+        inside = folder if seeds == 1 else folder / f"{SEED_PREFIX}{seed}"
+        save_chain(inside, members, kind=TUNED, config=config, provenance=provenance)
 
 
-class TunedBridge(Bridge):
-    """The bridge that `tune` chose, as it was chosen: it has no settings."""
+class TunedBridge(ChainBridge):
+    """The chain that `tune` chose, as it was chosen: it has no settings. It is a baseline where `none` or one was chosen."""
 
-    def __init__(self, bridge: Bridge, artifact: Artifact) -> None:
-        super().__init__()
-        self.bridge = bridge
-        self.row_by_row, self.needs_pairs = bridge.row_by_row, bridge.needs_pairs
-        # The bridge's own fingerprint counts. One without was chosen for the run of the features.
-        self.provenance = {
-            **artifact.provenance, **(bridge.provenance or {}), "chosen": artifact.config["chosen"]
-        }  # fmt: skip
-        self.context = bridge.context
-
-    def forward(self, adapter_feat: Tensor, pairs: Pairs | None = None) -> Tensor:
-        """Bridge features [P, D] with what was chosen."""
-        bridged: Tensor = self.bridge(adapter_feat, pairs)
-        return bridged
+    def __init__(self, members: Mapping[str, Bridge], artifact: Artifact) -> None:
+        super().__init__(members)
+        self.settings = ()
+        # The members' own fingerprints count. Members without one were chosen for the run of the features.
+        self.provenance = {**artifact.provenance, **(self.provenance or {}), "chosen": artifact.config["chosen"]}
 
 
 def load_choice(folder: Path | None, plugins: PluginManager) -> TunedBridge:
     """Load what `tune` wrote into `folder`. Raises BridgeError, or EzhoiDiffusionError without a folder."""
     if folder is None:
         raise EzhoiDiffusionError("tuned needs the folder of a choice: run `ezhoi-diffusion tune`, then give tuned=DIR")
-    artifact = Artifact.load(folder, TUNED)
-    try:
-        chosen = artifact.config["chosen"]
-        name, settings = chosen["bridge"], dict(chosen["settings"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise BridgeError(
-            f"{folder} does not say what was chosen ({error}): run `ezhoi-diffusion tune` again"
-        ) from error
-    if name == REFERENCE:
-        return TunedBridge(Identity(), artifact)
-    inside = folder / CHOSEN_FOLDER
-    bridge = load_bridge(plugins, name, inside if inside.exists() else None)
-    return TunedBridge(bridge.override(**settings), artifact)
+    members, artifact = load_members(folder, TUNED, lambda name, inside: load_bridge(plugins, name, inside))
+    if not isinstance(artifact.config.get("chosen"), dict):
+        raise BridgeError(f"{folder} does not say what was chosen: run `ezhoi-diffusion tune` again")
+    return TunedBridge(members, artifact)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor
 from ezhoi_diffusion.artifact import CONFIG
 from ezhoi_diffusion.bridge import Bridge, BridgeError, as_bridge, replacement_problem
 from ezhoi_diffusion.errors import EzhoiDiffusionError, attributed_to
+from ezhoi_diffusion.evaluation.chain import ChainBridge, own_settings, with_members
 from ezhoi_diffusion.evaluation.comparison import REFERENCE
 from ezhoi_diffusion.features.batch import Pairs
 from ezhoi_diffusion.files import current
@@ -112,7 +113,7 @@ def parse_settings(words: Sequence[str], inference_steps: int | None = None) -> 
     """`--set` words such as `blend=0.3` as a dictionary.
 
     Args:
-        words: KEY=VALUE each; dashes in KEY become underscores.
+        words: KEY=VALUE or NAME.KEY=VALUE each; dashes in KEY become underscores.
         inference_steps: N of `--inference-steps`, which sets start_timestep and num_steps to N.
 
     Raises:
@@ -123,7 +124,7 @@ def parse_settings(words: Sequence[str], inference_steps: int | None = None) -> 
         settings = {"start_timestep": inference_steps, "num_steps": inference_steps}
     for word in words:
         key, equals, value = word.partition("=")
-        key = key.replace("-", "_")
+        key = _setting(key)
         if not key or not equals or not value:
             raise EzhoiDiffusionError(f"--set {word}: write KEY=VALUE, for example --set blend=0.3")
         if key in settings:
@@ -132,12 +133,18 @@ def parse_settings(words: Sequence[str], inference_steps: int | None = None) -> 
     return settings
 
 
+def _setting(key: str) -> str:
+    """KEY or NAME.KEY of a setting; dashes of KEY become underscores."""
+    name, dot, own = key.rpartition(".")
+    return name + dot + own.replace("-", "_")
+
+
 def parse_sweep(words: Sequence[str]) -> dict[str, list[Any]]:
     """`--sweep` words such as `blend=0.3,1` as lists of values. Raises EzhoiDiffusionError."""
     points: dict[str, list[Any]] = {}
     for word in words:
         key, equals, values = word.partition("=")
-        key = key.replace("-", "_")
+        key = _setting(key)
         if not key or not equals or not values or key in points:
             raise EzhoiDiffusionError(
                 f"--sweep {word}: write each setting once, as KEY=VALUE,VALUE,…, for example --sweep start_timestep=50,100"
@@ -149,6 +156,57 @@ def parse_sweep(words: Sequence[str]) -> dict[str, list[Any]]:
 # -- names as variants -----------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Named:
+    """One bridge as a command names it.
+
+    Attributes:
+        name: Its name.
+        folder: DIR of NAME=DIR; empty where the command gives none.
+    """
+
+    name: str
+    folder: str
+
+
+def parse_bridges(spec: str, known: Collection[str]) -> dict[str, list[Named]]:
+    """`none,NAME,NAME=DIR,NAME=DIR+NAME,…` as items with the bridges that each chains, `none` left out.
+
+    Args:
+        spec: The words.
+        known: Names of bridges.
+
+    Raises:
+        EzhoiDiffusionError: An item comes twice, or names a bridge twice.
+    """
+    items: dict[str, list[Named]] = {}
+    for item in filter(None, (part.strip() for part in spec.split(","))):
+        if item == REFERENCE:
+            continue
+        if item in items:
+            raise EzhoiDiffusionError(f"'{item}' is named twice; name it once")
+        items[item] = parse_chain(item, known)
+    return items
+
+
+def parse_chain(item: str, known: Collection[str]) -> list[Named]:
+    """NAME, NAME=DIR, or several joined by "+". A "+" inside DIR stays one where no known bridge follows it.
+
+    Raises:
+        EzhoiDiffusionError: A bridge is named twice.
+    """
+    words: list[str] = []
+    for word in item.split("+"):
+        if words and "=" in words[-1] and word.partition("=")[0].strip() not in known:
+            words[-1] += f"+{word}"
+        else:
+            words.append(word)
+    named = [Named(name.strip(), folder) for name, _, folder in (word.partition("=") for word in words)]
+    if len({one.name for one in named}) < len(named):
+        raise EzhoiDiffusionError(f"'{item}' chains a bridge with itself; name each bridge of a chain once")
+    return named
+
+
 def resolve_variants(
     spec: str,
     plugins: PluginManager,
@@ -158,21 +216,20 @@ def resolve_variants(
     device: torch.device | str,
     settings: Mapping[str, Any] | None = None,
     sweep: Mapping[str, Sequence[Any]] | None = None,
-    skip_refused: bool = False,
     skip_unknown: bool = False,
 ) -> dict[str, Variant]:
-    """Load the bridges that `none,NAME,NAME=DIR,…` names.
+    """Load the bridges that `none,NAME,NAME=DIR,NAME+NAME,…` names.
 
     Args:
         spec: NAME is a registered bridge, or an enabled plugin with `post_adapter_feat`. DIR is a folder or
-            hf:USER/NAME[@REVISION]; a folder with `seed-*` folders gives one variant for each.
+            hf:USER/NAME[@REVISION]; a folder with `seed-*` folders gives one variant for each. Bridges joined by "+" are
+            applied one after the other.
         plugins: The plugin manager.
         folder: DIR for names without one of their own.
-        check: Called as check(bridge, name); raises where the bridge does not fit the run.
+        check: Called as check(bridge, name) for each bridge, those of a chain too; raises where it does not fit the run.
         device: Where the bridges go.
-        settings: Applied to every bridge that has them.
+        settings: Applied to every bridge that has them; NAME.KEY to the bridge of that name alone.
         sweep: Every bridge is also taken at each point of what this has of its settings.
-        skip_refused: Leave out of the sweep what no bridge has and points that a bridge refuses, as for a default grid.
         skip_unknown: Leave out settings that no bridge has. `Source.settings` has those that were applied.
 
     Returns:
@@ -182,78 +239,74 @@ def resolve_variants(
         EzhoiDiffusionError: A name is unknown or comes twice, there is none, or no bridge has a setting.
     """
     settings, sweep = settings or {}, sweep or {}
-    bridges = known_bridges(plugins)
+    bridges = known_bridges(plugins).names()
+    functions = [name for name in plugins.implementing("post_adapter_feat") if name not in bridges]
     variants: dict[str, Variant] = {}
-    for item in filter(None, (part.strip() for part in spec.split(","))):
-        name, _, own_folder = item.partition("=")
-        if name == REFERENCE:
+    for item, named in parse_bridges(spec, [*bridges, *functions]).items():
+        for one in named:
+            if one.name not in bridges and (one.folder or one.name not in functions):
+                raise EzhoiDiffusionError(
+                    f"there is no bridge '{one.name}'. Known bridges: {', '.join([REFERENCE, *bridges])}; in a run of EZ-HOI "
+                    f"also plugins with post_adapter_feat that --plugin enables. `ezhoi-diffusion plugins` lists what is installed"
+                )
+        if len(named) == 1 and named[0].name in functions:
+            variants[item] = Variant(item, _PluginBridge(plugins, named[0].name))
             continue
-        if item in variants:
-            raise EzhoiDiffusionError(f"'{item}' is named twice; name it once")
-        if name in bridges.names():
-            for variant in _loaded(item, name, own_folder or folder, plugins, settings, sweep, skip_refused, check):
-                variant.bridge.to(device)
-                variants[variant.name] = variant
-        elif not own_folder and name in plugins.implementing("post_adapter_feat"):
-            variants[item] = Variant(item, _PluginBridge(plugins, name))
-        else:
-            known = ", ".join([REFERENCE, *bridges.names()])
-            raise EzhoiDiffusionError(
-                f"there is no bridge '{name}'. Known bridges: {known}; in a run of EZ-HOI also plugins with post_adapter_feat "
-                f"that --plugin enables. `ezhoi-diffusion plugins` lists what is installed"
-            )
+        for variant in _loaded(item, named, folder, plugins, settings, sweep, check):
+            variant.bridge.to(device)
+            variants[variant.name] = variant
     if not variants:
         raise EzhoiDiffusionError(
             "only `none` is named; name a bridge beside it, e.g. none,diffusion with --bridge DIR"
         )
-    _require_known({*(() if skip_unknown else settings), *(() if skip_refused else sweep)}, variants)
+    _require_known({*(() if skip_unknown else settings), *sweep}, variants)
     return variants
 
 
 def _loaded(
     item: str,
-    name: str,
-    where: str,
+    named: Sequence[Named],
+    default_folder: str,
     plugins: PluginManager,
     settings: Mapping[str, Any],
     sweep: Mapping[str, Sequence[Any]],
-    skip_refused: bool,
     check: Callable[[Bridge, str], None],
 ) -> Iterator[Variant]:
-    """The variants of one name: its seeds, each as it is and at every point of the sweep."""
-    for label, path in _seeds(item, where):
-        bridge = load_bridge(plugins, name, path)
-        label = label if bridge.seeded else item
-        chosen = {key: value for key, value in settings.items() if key in bridge.settings}
+    """The variants of one item: its seeds, each as it is and at every point of the sweep."""
+    bridges = known_bridges(plugins).names()
+    for seed, paths in _seeds(item, [one.folder or default_folder for one in named]):
+        members = {
+            one.name: load_bridge(plugins, one.name, path) if one.name in bridges else _PluginBridge(plugins, one.name)
+            for one, path in zip(named, paths, strict=True)
+        }
+        bridge = ChainBridge(members) if len(members) > 1 else members[named[0].name]
+        label = f"{item}/{seed}" if seed and bridge.seeded else item
+        chosen = _own(named, bridge, settings)
         if chosen:
             bridge = _overridden(bridge, label, chosen)
-        check(bridge, label)
-        for point, applied in _points(bridge, label, sweep, skip_refused):
+        for one, its_name in with_members(bridge, label):
+            check(one, its_name)
+        for point, applied in _points(bridge, label, _own(named, bridge, sweep)):
             suffix = f"[{','.join(f'{key}={value}' for key, value in point.items())}]" if point else ""
             group = item + suffix if label != item else None
-            yield Variant(label + suffix, applied, group, Source(name, path, {**chosen, **point}))
+            source = Source(named[0].name, paths[0], {**chosen, **point}) if len(named) == 1 else None
+            yield Variant(label + suffix, applied, group, source)
         if not bridge.seeded:
             return
 
 
-def _points(
-    bridge: Bridge, label: str, sweep: Mapping[str, Sequence[Any]], skip_refused: bool
-) -> list[tuple[dict[str, Any], Bridge]]:
-    """The bridge as it is, and at every point of what the sweep has of its settings."""
-    own = {key: values for key, values in sweep.items() if key in bridge.settings}
-    points = [dict(zip(own, values, strict=True)) for values in itertools.product(*own.values())] if own else []
+def _own(named: Sequence[Named], bridge: Bridge, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What `values` has of the settings of a bridge; those of a chain keep their names."""
+    if len(named) == 1:
+        return own_settings(named[0].name, bridge, values)
+    return {key: value for key, value in values.items() if key in bridge.settings}
+
+
+def _points(bridge: Bridge, label: str, sweep: Mapping[str, Sequence[Any]]) -> list[tuple[dict[str, Any], Bridge]]:
+    """The bridge as it is, and at every point of a sweep of its settings."""
+    points = [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())] if sweep else []
     with _naming(label):
-        if skip_refused:
-            points = [point for point in points if _accepts(bridge, point)]
         return [({}, bridge), *zip(points, bridge.sweep(points), strict=True)]
-
-
-def _accepts(bridge: Bridge, point: Mapping[str, Any]) -> bool:
-    try:
-        bridge.override(**point)
-    except EzhoiDiffusionError:
-        return False
-    return True
 
 
 def _overridden(bridge: Bridge, label: str, settings: Mapping[str, Any]) -> Bridge:
@@ -271,20 +324,27 @@ def _naming(label: str) -> Iterator[None]:
         raise BridgeError(f"bridge '{label}': {error}") from error
 
 
-def _seeds(item: str, where: str) -> list[tuple[str, Path | None]]:
-    """(name, folder) of every seed of the training in a folder, or of the one bridge in it."""
-    if not where:
-        return [(item, None)]
+def seed_folders(where: str) -> list[tuple[str, Path]]:
+    """(name, folder) of every seed of the training in a folder, or the folder itself with the name ""."""
     path = resolve_path(where)
     seeds = sorted(path.glob(f"{SEED_PREFIX}*/"), key=lambda seed: (len(seed.name), seed.name))
-    if not seeds or current(path, CONFIG).exists():
-        return [(item, path)]
-    return [(f"{item}/{seed.name}", seed) for seed in seeds]
+    return [("", path)] if not seeds or current(path, CONFIG).exists() else [(seed.name, seed) for seed in seeds]
+
+
+def _seeds(item: str, folders: Sequence[str]) -> list[tuple[str, list[Path | None]]]:
+    """(name of the seed, folder of each bridge) for every seed of the trainings in `folders`; without seeds, one with ""."""
+    found: list[dict[str, Path | None]] = [dict(seed_folders(where)) if where else {"": None} for where in folders]
+    several = [list(seeds) for seeds in found if "" not in seeds]
+    if any(names != several[0] for names in several):
+        raise EzhoiDiffusionError(f"'{item}' chains bridges of different seeds: name a seed's own folder for each")
+    return [(name, [seeds.get(name, seeds.get("")) for seeds in found]) for name in (several[0] if several else [""])]
 
 
 def _require_known(names: set[str], variants: Mapping[str, Variant]) -> None:
     known = {setting for variant in variants.values() for setting in variant.bridge.settings}
-    unknown = sorted(names - known)
+    sources = [variant.source.name for variant in variants.values() if variant.source is not None]
+    named = {f"{source}.{setting}" for source in sources for setting in known}
+    unknown = sorted(names - known - named)
     if unknown:
         raise EzhoiDiffusionError(
             f"none of {', '.join(variants)} has a setting {', '.join(unknown)}; they have "

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
-from ezhoi_diffusion.evaluation.variants import parse_settings, parse_sweep
+from ezhoi_diffusion.evaluation.variants import known_bridges, parse_bridges, parse_chain, parse_settings, parse_sweep
 from ezhoi_diffusion.plugins import PluginError, PluginManager
 
 
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = 
     _refuse_flags_of_the_guide(parser, argv)
     plugins = PluginManager(blocked_in(argv))
     try:
-        _add_own_options(parser)
+        _add_own_options(parser, plugins.contributors())
         for name in plugins.contributors():
             _add_plugin_options(plugins, name, parser)
     except argparse.ArgumentError as error:
@@ -83,24 +83,31 @@ def _refuse_flags_of_the_guide(parser: argparse.ArgumentParser, argv: Sequence[s
 
 
 class _EnablePlugin(argparse.Action):
-    """`--plugin NAME=DIR`: NAME joins `args.plugin`, DIR becomes its folder in `args.plugin_folders`."""
+    """`--plugin NAME=DIR`: NAME joins `args.plugin`, DIR becomes its folder in `args.plugin_folders`.
+
+    `--plugin NAME+NAME` is the same as two flags.
+    """
+
+    def __init__(self, *args: Any, known: Collection[str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._known = known
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, word: Any, option: str | None = None
     ) -> None:
-        name, _, folder = str(word).partition("=")
-        namespace.plugin = [*namespace.plugin, name]
-        if folder:
-            namespace.plugin_folders = {**namespace.plugin_folders, name: folder}
+        for one in parse_chain(str(word), self._known):
+            namespace.plugin = [*namespace.plugin, one.name]
+            if one.folder:
+                namespace.plugin_folders = {**namespace.plugin_folders, one.name: one.folder}
 
 
-def _add_own_options(parser: argparse.ArgumentParser) -> None:
+def _add_own_options(parser: argparse.ArgumentParser, known: Collection[str]) -> None:
     group = parser.add_argument_group("ezhoi-diffusion", "plugins for this run; `ezhoi-diffusion plugins` lists them")
     parser.set_defaults(plugin_folders={})
     add = group.add_argument
     add(
-        "--plugin", action=_EnablePlugin, default=[], metavar="NAME[=DIR]",
-        help="enable a plugin, with its bridge's folder; repeat it for several, in calling order",
+        "--plugin", action=_EnablePlugin, known=known, default=[], metavar="NAME[=DIR]",
+        help="enable a plugin, with its bridge's folder; several in calling order: repeat it, or write NAME+NAME",
     )  # fmt: skip
     add(
         "--compare", default="", metavar="none,NAME[=DIR],…",
@@ -167,7 +174,8 @@ def check_options(plugins: PluginManager, args: argparse.Namespace) -> None:
         raise EzhoiDiffusionError(
             "--cache ends EZ-HOI before it evaluates, so --compare has nothing to score: drop one of them"
         )
-    compared = [part.partition("=")[0].strip() for part in args.compare.split(",")]
+    items = parse_bridges(args.compare, [*known_bridges(plugins).names(), *plugins.enabled])
+    compared = [one.name for named in items.values() for one in named]
     for name in plugins.implementing("post_adapter_feat") if args.compare else ():
         if name not in compared:
             raise PluginError(

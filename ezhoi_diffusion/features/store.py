@@ -14,7 +14,7 @@ error. Its text_mean may be known without text features.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ SCHEMA = 2
 META, INDEX, EZHOI = "meta.json", "index.json", "ezhoi.safetensors"
 AGAIN = "capture again into a new folder"
 SHARD = re.compile(r"shard-(\d{3})-(\d{5})\.safetensors")
+COUNTED_BY = {  # the tensors of a shard that do not have one entry for each pair
+    "sizes": "images", "boxes": "boxes", "scores": "boxes", "classes": "boxes", "gt_boxes": "annotations", "gt_hoi": "annotations",
+}  # fmt: skip
 
 
 class FeatureStoreError(EzhoiDiffusionError):
@@ -168,6 +171,18 @@ class FeatureStore:
         counts = torch.tensor([image["rows"] for image in self.images], dtype=torch.long)
         return torch.repeat_interleave(torch.arange(len(counts)), counts)
 
+    def subset(self, images: Iterable[int], hidden: Tensor | None = None) -> FeatureStore:
+        """A view of some images, as if only they had been captured, in a run that hides more interactions.
+
+        Args:
+            images: Positions of the images that stay.
+            hidden: Interaction classes [k] that become unseen too, so that no fit uses their labels.
+
+        Raises:
+            FeatureStoreError: No image with a pair stays.
+        """
+        return _Subset(self, set(images), torch.zeros(0, dtype=torch.long) if hidden is None else hidden)
+
     def statistics(self) -> ModalityStatistics:
         """Compute the means of pair and text features as a stream. Raises FeatureStoreError without pair features."""
         blocks = (shard["adapter_feat"] for shard in self.shards())
@@ -177,6 +192,43 @@ class FeatureStore:
             return ModalityStatistics.compute(blocks, self.text)
         except ValueError as error:
             raise FeatureStoreError(f"{self.folder}: {error}; capture a split whose images have pairs") from error
+
+
+class _Subset(FeatureStore):
+    """What `subset` returns. It reads the shards of `whole`, and keeps the rows of its own images."""
+
+    def __init__(self, whole: FeatureStore, images: set[int], hidden: Tensor) -> None:
+        self.folder, self._whole = whole.folder, whole
+        self._masks: list[Tensor] = []  # [n] bool for each shard of `whole`: the images that stay
+        shards, position, number = [], 0, 0
+        for shard in whole.index["shards"]:
+            stays = [position + offset in images for offset in range(len(shard["images"]))]
+            position += len(stays)
+            self._masks.append(torch.tensor(stays))
+            kept = [image for image, is_kept in zip(shard["images"], stays, strict=True) if is_kept]
+            kept = [{**image, "index": number + offset} for offset, image in enumerate(kept)]
+            number += len(kept)
+            if kept:
+                shards.append({**shard, "images": kept, "rows": sum(image["rows"] for image in kept)})
+        rows = sum(shard["rows"] for shard in shards)
+        if not rows:
+            raise FeatureStoreError(f"{self.folder}: none of {number} chosen images has a pair; choose more images")
+        self.meta = {**whole.meta, "max_images": number}
+        self.index = {**whole.index, "meta": self.meta, "shards": shards, "rows": rows, "images": number}
+        self.ezhoi = dict(whole.ezhoi)
+        if len(hidden):
+            full = self.ezhoi["classes/full"]
+            unseen = torch.cat([self.ezhoi.get("classes/unseen", full[:0]), hidden]).unique()
+            self.ezhoi |= {"classes/unseen": unseen, "classes/seen": full[~torch.isin(full, unseen)]}
+
+    def shards(self) -> Iterator[dict[str, Tensor]]:
+        counts = ("rows", "boxes", "annotations")
+        for shard, stays, tensors in zip(self._whole.index["shards"], self._masks, self._whole.shards(), strict=True):
+            if not stays.any():
+                continue
+            of_image = {key: torch.tensor([image[key] for image in shard["images"]]) for key in counts}
+            masks = {key: stays.repeat_interleave(count) for key, count in of_image.items()} | {"images": stays}
+            yield {name: tensor[masks[COUNTED_BY.get(name, "rows")]] for name, tensor in tensors.items()}
 
 
 def require(holds: object, what: str) -> None:

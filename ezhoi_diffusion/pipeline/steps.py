@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.pipeline.record import Step, content
 
+TUNED = "tuned"  # the bridge that `tune` writes
+REFERENCE = "none"
 # Flags of EZ-HOI that change no feature
 NO_INPUT = ("output_dir", "port", "num_workers", "print_interval")
 
@@ -33,7 +36,7 @@ def make_steps(
         flags: Its flags, with `--eval` and `--resume`.
         out: The folder of the pipeline.
         training: Flags of `ezhoi-diffusion train`.
-        bridges: What to compare, as for `ezhoi-diffusion compare --bridges`.
+        bridges: What to compare beside the tuned bridge, as for `ezhoi-diffusion compare --bridges`.
         num_images: Images of the test step.
         max_images: Only the first images of each split are captured.
 
@@ -44,8 +47,11 @@ def make_steps(
 
     given = vars(read_flags(script, flags))  # its defaults as well
     _require_usable(given)
-    features, bridge, test_features, test, report = (
-        out / name for name in ("features", "bridge", "features-test", "test", "report")
+    features, bridge, tuned, test_features, test, report = (
+        out / name for name in ("features", "bridge", TUNED, "features-test", "test", "report")
+    )
+    compared = ",".join(
+        [REFERENCE, f"{TUNED}={tuned}", *(item for item in bridges.split(",") if item.strip() != REFERENCE)]
     )
     package = {"package": version("ezhoi-diffusion")}
     run = {**package, "sources of EZ-HOI": source_digest(script)}
@@ -68,6 +74,11 @@ def make_steps(
             ["train", str(features), "--out", str(bridge), *training, *blocked],
             {**package, "flags": [*training]}, ["features"], ["--resume"],
         ),
+        Step(
+            TUNED, "choose bridges and settings by cross-validation on training images", tuned,
+            ["tune", str(features), "--bridge", str(bridge), "--out", str(tuned), *blocked],
+            package, ["features", "bridge"],
+        ),
         capture(test_features, "test"),
         Step(
             "test", "test on a few images", test,
@@ -76,8 +87,8 @@ def make_steps(
         ),
         Step(
             "report", "compare on all test images", report,
-            ["compare", str(test_features), "--bridge", str(bridge), "--bridges", bridges, "--out", str(report), *blocked],
-            {**package, "bridges": bridges, **folders}, ["bridge", "features-test"],
+            ["compare", str(test_features), "--bridge", str(bridge), "--bridges", compared, "--out", str(report), *blocked],
+            {**package, "bridges": bridges, **folders}, ["bridge", TUNED, "features-test"],
         ),
     ]  # fmt: skip
 
@@ -100,21 +111,18 @@ def bridge_folders(bridges: str, blocked: Sequence[str]) -> list[str]:
     Raises:
         EzhoiDiffusionError: A name is unknown, or a folder does not exist.
     """
-    from ezhoi_diffusion.evaluation.comparison import REFERENCE
-    from ezhoi_diffusion.evaluation.variants import known_bridges
+    from ezhoi_diffusion.evaluation.variants import known_bridges, parse_bridges
     from ezhoi_diffusion.hub import resolve_path
     from ezhoi_diffusion.plugins import PluginManager
 
     known = known_bridges(PluginManager(blocked))
     folders = []
-    for part in filter(None, (part.strip() for part in bridges.split(","))):
-        name, _, folder = part.partition("=")
-        if name != REFERENCE:
-            _ = known[name]
-        if folder:
-            path = resolve_path(folder)
+    for one in itertools.chain.from_iterable(parse_bridges(bridges, known.names()).values()):
+        _ = known[one.name]
+        if one.folder:
+            path = resolve_path(one.folder)
             if not path.is_dir():
-                raise EzhoiDiffusionError(f"--bridges: there is no folder {folder}")
+                raise EzhoiDiffusionError(f"--bridges: there is no folder {one.folder}")
             folders.append(str(path))
     return folders
 

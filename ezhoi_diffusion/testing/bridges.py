@@ -347,6 +347,7 @@ ATTRIBUTES: dict[str, Callable[[Any], bool]] = {
     "protocol": lambda value: value in PROTOCOLS,
     "needs_pairs": lambda value: isinstance(value, bool),
     "settings": lambda value: isinstance(value, tuple) and all(isinstance(name, str) for name in value),
+    "grid": lambda value: isinstance(value, Mapping) and all(isinstance(name, str) for name in value),
     "provenance": lambda value: value is None or isinstance(value, dict),
     "context": lambda value: (
         isinstance(value, Mapping) and all(isinstance(tensor, Tensor) for tensor in value.values())

@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge, build_denoiser
 from ezhoi_diffusion.diffusion.normalization import normalize, rescale
-from ezhoi_diffusion.evaluation.fidelity import Fidelity, fidelity
 from ezhoi_diffusion.rng import generator
 from ezhoi_diffusion.training.config import TrainingError
+from ezhoi_diffusion.training.fidelity import Fidelity, fidelity
 
 STUDENT = "mlp"
 MIN_COSINE = 0.99  # to the teacher, on held-out features; the command refuses a student below it by default

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class Procrustes(Bridge):
 
     row_by_row = True
     settings = ("blend",)
+    grid: Mapping[str, Sequence[Any]] = {"blend": (0.1, 0.3, 0.6, 1.0)}
     visual_mean: Tensor
     restored_mean: Tensor
     weight: Tensor

@@ -1,11 +1,11 @@
-"""Sweeps, seeds, fits and the choice among them, on synthetic features with a known truth."""
+"""The choice among bridges, on synthetic features with a known truth."""
 
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,14 +16,19 @@ from ezhoi_diffusion import (
     BridgePlugin,
     DiffusionBridge,
     EzhoiDiffusionError,
+    FeatureStore,
 )
-from ezhoi_diffusion.bridge import FunctionBridge
+from ezhoi_diffusion.bridge import fingerprint_mismatch
 from ezhoi_diffusion.cli import main
-from ezhoi_diffusion.evaluation.protocols import hicodet
-from ezhoi_diffusion.evaluation.replay import replay
-from ezhoi_diffusion.evaluation.tune import TuneError, seen_classes, tune
-from ezhoi_diffusion.evaluation.variants import Variant, parse_settings, parse_sweep, resolve_variants
-from ezhoi_diffusion.features.split import validation_mask
+from ezhoi_diffusion.evaluation.chain import with_members
+from ezhoi_diffusion.evaluation.folds import Folds
+from ezhoi_diffusion.evaluation.refit import RefitError, recipes_of
+from ezhoi_diffusion.evaluation.search import choose
+from ezhoi_diffusion.evaluation.trials import Trial, Trials
+from ezhoi_diffusion.evaluation.tune import TuneError, candidates_of, load_choice, seen_classes, tune, write_choice
+from ezhoi_diffusion.evaluation.variants import Named
+from ezhoi_diffusion.features.labels import seen_pairs
+from ezhoi_diffusion.features.score import EzHoiScore
 from ezhoi_diffusion.plugins import PluginManager
 from ezhoi_diffusion.testing import Truth, synthetic_store
 
@@ -40,119 +45,398 @@ def stores(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bridges(stores):
-    assert main(["train", str(stores / "train"), "--out", str(stores / "bridge"), "--seeds", "3", *QUICK]) == 0
-    return stores / "bridge"
-
-
-@pytest.fixture
 def store(stores):
-    from ezhoi_diffusion import FeatureStore
-
     return FeatureStore(stores / "train")
 
 
-def truth(feature):
-    """The best bridge there is."""
-    return Truth.from_seed(dim=DIM).text_of(feature) * feature.norm(dim=1, keepdim=True)
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory):
+    return synthetic_store(tmp_path_factory.mktemp("larger") / "train", images=100)
 
 
-class Applied(FunctionBridge):
-    """A function of each pair's features alone."""
+@pytest.fixture(scope="module")
+def bridge(stores):
+    assert main(["train", str(stores / "train"), "--out", str(stores / "bridge"), *QUICK]) == 0
+    return stores / "bridge"
+
+
+# bridges with a known effect
+
+
+class Part(Bridge):
+    """x -> x + share · (what x should be − x)."""
+
+    row_by_row = True
+    settings = ("share",)
+    grid = {"share": (0.25, 1.0)}  # noqa: RUF012
+
+    def __init__(self, share=0.5, seed=0):
+        super().__init__()
+        self.share, self.seed = share, seed
+
+    def goal(self, x):
+        return Truth.from_seed(dim=DIM, seed=self.seed).text_of(x) * x.norm(dim=1, keepdim=True)
+
+    def forward(self, adapter_feat, pairs=None):
+        return torch.lerp(adapter_feat, self.goal(adapter_feat), self.share)
+
+
+class Shuffled(Part):
+    """Moves towards a direction that says nothing."""
+
+    def goal(self, x):
+        draw = torch.Generator().manual_seed(self.seed + 1000)
+        return x @ torch.linalg.qr(torch.randn(DIM, DIM, generator=draw)).Q
+
+
+class Scale(Bridge):
+    """x -> factor · x."""
+
+    row_by_row = True
+    settings = ("factor",)
+    grid = {"factor": (4.0,)}  # noqa: RUF012
+
+    def __init__(self, factor=2.0):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, adapter_feat, pairs=None):
+        return adapter_feat * self.factor
+
+
+class ScaleControl(Scale):
+    """The same as a baseline."""
+
+    baseline = True
+
+
+class Known(Bridge):
+    """Moves features of verbs that it has labels of towards their texts, and spoils all others."""
 
     row_by_row = True
 
+    def __init__(self, artifact):
+        super().__init__()
+        self.known, self.text = (
+            artifact.files["known.safetensors"]["known"],
+            artifact.files["known.safetensors"]["text"],
+        )
+        self.provenance = artifact.provenance
 
-def variant(function, name="oracle", seed_group=None):
-    return Variant(name, Applied(function), seed_group)
-
-
-ORACLE, NONSENSE = variant(truth), variant(lambda x: -x, "nonsense")
-
-
-# the choice
-
-
-def test_the_best_candidate_on_held_out_training_images_is_chosen(store):
-    comparison, candidates = tune(store, {"nonsense": NONSENSE, "oracle": ORACLE})
-    assert [candidate.name for candidate in candidates] == ["oracle", "none", "nonsense"]
-    assert "no result to report" in comparison.table()
-    assert comparison.images == int(validation_mask(len(store.images)).sum())
-    assert (
-        comparison.mean_ap("oracle", "full")
-        > comparison.mean_ap("none", "full")
-        > comparison.mean_ap("nonsense", "full")
-    )
-    assert set(comparison.groups["full"].tolist()) <= set(seen_classes(store).tolist())
-    assert comparison.variants["oracle"].bootstrap.difference["full"].low > -100
+    def forward(self, adapter_feat, pairs=None):
+        is_known = self.known[(adapter_feat @ self.text.T).argmax(1)].unsqueeze(1)
+        better = Part(0.12)(adapter_feat)
+        return torch.where(is_known, better, -adapter_feat)
 
 
-def test_none_is_never_beaten_by_what_is_no_better(store):
-    same = variant(lambda x: x, "same")
-    assert tune(store, {"same": same, "nonsense": NONSENSE})[1][0].name == "none"
+def fit_known(features, seed=0):
+    """The verbs that have labels."""
+    score = EzHoiScore.from_store(features)
+    known = torch.zeros(len(score.sample_lens), dtype=torch.bool)
+    known[seen_pairs(features, held_out=None).target] = True
+    tensors = {"known": known, "text": score.class_text, "seed": torch.tensor(seed)}
+    return Artifact("known", {"seed": seed}, {"known.safetensors": tensors})
 
 
-def test_of_a_bridge_with_seeds_the_mean_counts_and_the_first_is_taken(store):
-    lucky = {f"b/seed-{k}": replace(NONSENSE if k else ORACLE, seed_group="b") for k in range(4)}
-    assert tune(store, lucky)[1][0].name == "none", "one seed of four was lucky"
-    sound = {"b/seed-0": replace(ORACLE, seed_group="b"), "b/seed-1": replace(ORACLE, seed_group="b")}
-    assert (found := tune(store, sound)[1][0]).variant == "b/seed-0"
-    assert found.name == "b"
+def load_known(folder):
+    if folder is None:
+        raise BridgeError("known needs its folder")
+    return Known(Artifact.load(folder, "known"))
 
 
-def test_annotations_of_hidden_classes_do_not_move_the_choice(store, tmp_path):
+def plugins_with(**bridges):
+    manager = PluginManager()
+    for name, make in bridges.items():
+        manager.register(BridgePlugin(name, lambda folder, make=make: make()), name)
+    manager.register(BridgePlugin("known", load_known, fit_known), "known")
+    return manager
+
+
+def tuned(store, plugins, spec, folds=3, **options):
+    candidates = candidates_of(store, spec, plugins, check=lambda *_: None, **options)
+    return tune(store, candidates, plugins, folds=folds), candidates
+
+
+# what is chosen
+
+
+def test_a_bridge_that_helps_is_chosen_with_its_settings_and_an_honest_gain(larger, tmp_path):
+    plugins = plugins_with(part=Part, shuffled=Shuffled)
+    found, candidates = tuned(larger, plugins, "identity,part,shuffled")
+    assert found.choice.helps
+    assert found.choice.trial.name.startswith("part")
+    assert found.choice.trial.value[0] > found.trials["none"].value[0]
+    assert np.array_equal(found.trials["identity"].value, found.trials["none"].value)
+    assert found.gain["criterion"].low > 0
+    assert len(found.chosen_by_fold) == 3
+    write_choice(tmp_path / "choice", found, candidates, larger)
+    bridge = load_choice(tmp_path / "choice", plugins)
+    assert not bridge.baseline
+    assert bridge.settings == ()
+    x = larger.adapter_feat()
+    share = dict(found.choice.trial.chain[0].settings).get("share", 0.5)
+    assert torch.equal(bridge(x), Part(share)(x))
+
+
+def test_where_nothing_helps_none_is_chosen(tmp_path):
+    chosen = []
+    for seed in range(20):
+        store = synthetic_store(tmp_path / str(seed), images=24, seed=seed)
+        plugins = plugins_with(a=lambda seed=seed: Shuffled(0.05, seed), b=lambda seed=seed: Shuffled(0.1, seed + 50))
+        candidates = candidates_of(store, "a,b", plugins, check=lambda *_: None, sweep={"share": [0.2]})
+        chosen.append(tune(store, candidates, plugins, folds=3).choice.trial.name)
+    assert chosen.count("none") >= 18
+
+
+def test_a_gain_on_seen_classes_that_costs_hidden_ones_is_refused(larger, tmp_path):
+    plugins = plugins_with()
+    refused, _ = tuned(larger, plugins, "known")
+    trial, none = refused.trials["known"], refused.trials["none"]
+    assert trial.seen[0] > none.seen[0]
+    assert trial.hidden[0] < none.hidden[0]
+    assert refused.choice.trial.name == "none"
+    assert not refused.choice.helps
+    without_split = synthetic_store(tmp_path / "no-split", images=100, unseen=False)
+    taken, _ = tuned(without_split, plugins, "known")
+    assert taken.choice.trial.name == "known", "without hidden classes only the images count"
+    assert np.isnan(taken.trials["known"].hidden).all()
+    assert set(taken.gain) == {"criterion", "seen"}
+
+
+def test_a_baseline_that_gains_is_recommended_and_counts_as_one(tmp_path):
+    def unsure(batch):
+        draw = torch.Generator().manual_seed(batch.index)
+        scores = 0.02 + 0.98 * torch.rand(len(batch.pairs.scores), generator=draw) ** 3
+        return replace(batch, pairs=replace(batch.pairs, scores=scores))
+
+    store = synthetic_store(tmp_path / "unsure", images=100, alter=unsure)
+    plugins = plugins_with(scale=ScaleControl, bridge=Scale)
+    found, candidates = tuned(store, plugins, "scale,bridge")
+    assert found.choice.trial.name.startswith("scale")
+    assert not found.choice.helps
+    assert "baseline scale" in found.choice.why
+    write_choice(tmp_path / "choice", found, candidates, store)
+    assert load_choice(tmp_path / "choice", plugins).baseline
+    assert Artifact.load(tmp_path / "choice", "tuned").config["chosen"]["helps"] is False
+
+
+def test_the_criterion_weighs_hidden_classes_as_the_split_weighs_unseen_ones(store):
+    found, _ = tuned(store, plugins_with(), "known")
+    share = len(store.ezhoi["classes/unseen"]) / len(store.ezhoi["classes/full"])
+    trial = found.trials["known"]
+    assert found.folds.class_weight == share
+    assert np.allclose(trial.value, (1 - share) * trial.seen + share * trial.hidden, equal_nan=True)
+
+
+def test_chains_grow_and_a_named_chain_is_tried_as_it_is(store):
+    plugins = plugins_with(part=lambda: Part(0.2), other=lambda: Part(0.21))
+    found, _ = tuned(store, plugins, "part,other", folds=3, sweep={})
+    assert {"part", "other"} <= set(found.trials)
+    assert {"part+other", "other+part"} & set(found.trials)
+    named, _ = tuned(store, plugins, "other+part", folds=3, sweep={"other.share": [0.3]})
+    assert set(named.trials) == {"none", "other+part", "other[share=0.3]+part"}
+
+
+# the rule
+
+
+def trial(name, gain, *, spread=0.1, members=1, change=1.0, baseline=False, seed=0):
+    noise = np.random.default_rng(seed).normal(size=201)
+    value = 40 + gain + spread * np.r_[0, noise[1:]]
+    step = () if name == "none" else (object(),) * members
+    return Trial(step, name, value, value, value, change, baseline)
+
+
+def chosen(*trials):
+    return choose({one.name: one for one in (trial("none", 0, spread=0, members=0, baseline=True), *trials)})
+
+
+def test_the_simplest_within_one_standard_error_wins():
+    best = trial("a+b", 2.0, members=2, seed=1)
+    assert chosen(best, trial("a", 1.95, seed=2)).trial.name == "a"
+    assert chosen(best, trial("a", 1.0, seed=2)).trial.name == "a+b"
+    milder = trial("a[x=1]", 1.97, change=0.5, seed=3)
+    assert chosen(best, trial("a", 1.95, seed=2), milder).trial.name == "a[x=1]"
+
+
+def test_none_wins_what_chance_explains():
+    choice = chosen(trial("a", 0.15, seed=1))
+    assert choice.trial.name == "none"
+    assert choice.leader.name == "a"
+    assert chosen().leader is None
+    lucky = [trial(f"a{k}", 0.22, seed=k) for k in range(100)]
+    assert chosen(lucky[0]).trial.name == "a0"
+    assert chosen(*lucky).trial.name == "none", "one of a hundred has to lead by more"
+
+
+def test_a_bridge_has_to_beat_the_best_baseline():
+    control = trial("scale", 1.0, baseline=True, seed=1)
+    assert chosen(control, trial("a", 1.05, seed=2)).trial.name == "scale"
+    assert chosen(control, trial("a", 2.0, seed=2)).trial.name == "a"
+    weak = trial("scale", 0.1, baseline=True, seed=1)
+    assert chosen(weak, trial("a", 0.1, seed=2)).trial.name == "none"
+
+
+# what fits may know
+
+
+def test_no_label_of_a_held_out_image_or_class_reaches_a_fit_or_the_choice(store, tmp_path):
+    folds = Folds.of_store(store, 3)
+    secret = set(folds.images[1])
+
+    def poison(batch):
+        if batch.index not in secret:
+            return batch
+        return replace(batch, labels=~batch.labels, gt_boxes=batch.gt_boxes / 2)
+
+    poisoned = synthetic_store(tmp_path / "poisoned", images=40, alter=poison)
+    plugins = plugins_with(part=Part)
+    results = []
+    for one in (store, poisoned):
+        candidates = candidates_of(one, "known,part", plugins, check=lambda *_: None)
+        trials = Trials(one, candidates.recipes, candidates.bridges, folds, replicates=20, plugins=plugins)
+        results.append((trials, trials.run((), outer=1), [trials.run(chain, outer=1) for chain in chains(candidates)]))
+    (trials, none, found), (others, other_none, other_found) = results
+    assert np.array_equal(none.value, other_none.value)
+    for one, other in zip(found, other_found, strict=True):
+        assert np.array_equal(one.value, other.value, equal_nan=True)
+    assert not np.array_equal(trials.run(()).value, others.run(()).value)
+    for hidden, classes in enumerate(folds.classes):
+        (known,) = (trials.made(0, 0, frozenset({0}), hidden).known for _ in range(1))
+        verbs = store.ezhoi["object_n_verb_to_interaction"]
+        for verb in range(verbs.shape[1]):
+            if set(verbs[:, verb][verbs[:, verb] >= 0].tolist()) <= {
+                *classes.tolist(),
+                *store.ezhoi["classes/unseen"].tolist(),
+            }:
+                assert not known[verb]
+
+
+def chains(candidates):
+    from ezhoi_diffusion.evaluation.trials import Step
+
+    return [(Step(0),), (Step(0), Step(1))]
+
+
+def test_folds_hold_every_image_once_and_whole_verbs(store):
+    folds = Folds.of_store(store, 4)
+    assert sorted(position for fold in folds.images for position in fold) == list(range(len(store.images)))
+    assert sorted(torch.cat(folds.classes).tolist()) == sorted(seen_classes(store).tolist())
+    table = store.ezhoi["object_n_verb_to_interaction"]
+    verb_of = {int(table[o, v]): v for o in range(len(table)) for v in range(table.shape[1]) if table[o, v] >= 0}
+    verbs = [{verb_of[int(k)] for k in fold} for fold in folds.classes]
+    assert sum(map(len, verbs)) == len(set.union(*verbs))
+
+
+def test_annotations_of_hidden_classes_do_not_move_the_choice(tmp_path):
+    store = synthetic_store(tmp_path / "plain", images=40)
     unseen = store.ezhoi["classes/unseen"]
 
     def strip(batch):
         kept = ~torch.isin(batch.gt_hoi, unseen)
         return replace(batch, gt_hoi=batch.gt_hoi[kept], gt_boxes=batch.gt_boxes[:, kept])
 
-    store = synthetic_store(
-        tmp_path / "plain", images=40
-    )  # made here, on as many threads: rounding is not the question
     stripped = synthetic_store(tmp_path / "stripped", images=40, alter=strip)
-    assert len(stripped.rows("gt_hoi")) < len(store.rows("gt_hoi"))
-    (one, _), (other, _) = (tune(s, {"oracle": ORACLE, "nonsense": NONSENSE}) for s in (store, stripped))
-    index = one.groups["full"]
-    for a, b in zip(one.variants.values(), other.variants.values(), strict=True):
-        assert torch.equal(a.ap[index], b.ap[index])
-        assert a.bootstrap.mean_ap == b.bootstrap.mean_ap
+    one, other = (tuned(each, plugins_with(part=Part), "part", folds=3)[0] for each in (store, stripped))
+    assert all(np.array_equal(one.trials[name].value, other.trials[name].value) for name in one.trials)
 
 
-def test_the_default_sweep_leaves_bridges_without_settings_alone(stores, bridges, tmp_path):
-    line = ["tune", str(stores / "train"), "--bridges", "mean_shift", "--bridge", str(bridges / "seed-0"), "--out"]
-    assert main([*line, str(tmp_path / "a")]) == 0
-    assert main([*line, str(tmp_path / "b"), "--sweep", "blend=1"]) == 2
-
-
-def test_test_images_are_refused(stores):
-    from ezhoi_diffusion import FeatureStore
-
+def test_test_images_and_too_few_images_are_refused(stores, tmp_path):
     with pytest.raises(TuneError, match="cannot be tested on them"):
-        tune(FeatureStore(stores / "test"), {"oracle": ORACLE})
+        tuned(FeatureStore(stores / "test"), plugins_with(), "known")
+    few = synthetic_store(tmp_path / "few", images=6)
+    with pytest.raises(TuneError, match="too few"):
+        tuned(few, plugins_with(part=Part), "part", folds=5)
 
 
-def test_a_bridge_that_learned_from_the_held_out_images_is_refused(stores, tmp_path, capsys):
-    line = ["train", str(stores / "train"), "--recipe", "paired", *QUICK, "--out"]
-    assert main([*line, str(tmp_path / "leaks"), "--val-fraction", "0.05"]) == 0
-    assert main([*line, str(tmp_path / "fair"), "--val-fraction", "0.2"]) == 0
-    tuning = ["tune", str(stores / "train"), "--sweep", "blend=0.5", "--out"]
-    assert main([*tuning, str(tmp_path / "a"), "--bridges", f"diffusion={tmp_path / 'leaks'}"]) == 2
-    assert "trained on pairs with --val-fraction 0.05" in capsys.readouterr().err
-    assert main([*tuning, str(tmp_path / "b"), "--bridges", f"diffusion={tmp_path / 'fair'}"]) == 0
+# how bridges are made again
 
 
-def test_a_bridge_of_another_capture_of_the_run_may_have_seen_the_held_out_images(stores, tmp_path, capsys):
-    fewer = synthetic_store(tmp_path / "fewer", images=30)
-    line = ["train", str(fewer.folder), "--recipe", "paired", *QUICK, "--out", str(tmp_path / "b")]
+def made_again(folder, store, name="diffusion"):
+    recipes = recipes_of(Named(name, str(folder)), plugins_with(), {}, 1, lambda *_: None)
+    return recipes.make(store, plugins_with())[0]
+
+
+def test_a_bridge_of_texts_keeps_its_network_and_gets_the_means_of_the_fold(store, bridge):
+    part = store.subset(range(20))
+    before, again = DiffusionBridge.from_pretrained(bridge), made_again(bridge, part)
+    assert all(torch.equal(again.state_dict()[name], x) for name, x in before.state_dict().items())
+    assert torch.equal(again.statistics.visual_mean, part.statistics().visual_mean)
+    assert not torch.equal(again.statistics.visual_mean, before.statistics.visual_mean)
+
+
+def test_a_bridge_of_pairs_is_trained_again(stores, store, tmp_path):
+    line = ["train", str(stores / "train"), "--recipe", "paired", *QUICK, "--out", str(tmp_path / "paired")]
     assert main(line) == 0
-    tuning = ["tune", str(stores / "train"), "--bridges", f"diffusion={tmp_path / 'b'}", "--out", str(tmp_path / "c")]
-    assert main(tuning) == 2
-    assert "was made from a capture of 30 images" in capsys.readouterr().err
+    again = made_again(tmp_path / "paired", store)
+    before = DiffusionBridge.from_pretrained(tmp_path / "paired")
+    assert all(torch.equal(again.state_dict()[name], x) for name, x in before.state_dict().items()), (
+        "from the same data"
+    )
+    part = store.subset(range(20))
+    assert made_again(tmp_path / "paired", part).provenance["features"]["images"] == 20
 
 
-def test_what_was_forced_stays_so_in_the_choice(stores, bridges, tmp_path, capsys):
-    other = DiffusionBridge.from_pretrained(bridges / "seed-0")
+def test_a_fit_is_repeated_with_its_options(stores, store, tmp_path, monkeypatch):
+    from ezhoi_diffusion.training.fitted import fit_artifact
+
+    fit_artifact("known", fit_known, store, {"seed": 7}).save(tmp_path / "known")
+    recipes = recipes_of(Named("known", str(tmp_path / "known")), plugins_with(), {}, 1, lambda *_: None)
+    _, artifact = recipes.make(store, plugins_with())
+    assert artifact.config["seed"] == 7
+
+
+def test_what_cannot_be_made_again_is_refused(store, bridge, tmp_path):
+    unknown = Artifact("known", {}, fit_known(store).files, {"fingerprint": store.fingerprint})
+    unknown.save(tmp_path / "unknown")
+    with pytest.raises(RefitError, match="cannot be made again without the held-out images"):
+        made_again(tmp_path / "unknown", store, "known")
+    for name in ("tuned", "chain"):
+        with pytest.raises(RefitError, match="made of other bridges"):
+            made_again(tmp_path, store, name)
+
+
+# the command
+
+
+def test_the_choice_is_a_bridge_of_its_own(stores, bridge, tmp_path, capsys):
+    out = tmp_path / "choice"
+    line = ["tune", str(stores / "train"), "--bridges", f"identity,mean_shift,diffusion={bridge}", "--folds", "3"]
+    assert main([*line, "--sweep", "blend=0.3,1", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "<- chosen" in printed
+    assert "EZ-HOI itself was trained on these images" in printed
+    assert "Estimate: up to" in printed
+    artifact = Artifact.load(out, "tuned")
+    evidence = artifact.config["evidence"]
+    assert {"none", "identity", "mean_shift", f"diffusion={bridge}"} <= set(evidence["candidates"])
+    assert artifact.config["chosen"]["name"] in evidence["candidates"]
+    assert set(evidence["gain_of_choosing"]) == {"criterion", "seen", "hidden"}
+    assert artifact.provenance["fingerprint"]["backbone"] == "synthetic"
+    moved = out.rename(tmp_path / "moved")
+    report = tmp_path / "report"
+    compare = ["compare", str(stores / "test"), "--bridges", f"none,tuned={moved}", "--replicates", "0"]
+    assert main([*compare, "--out", str(report)]) == 0
+    variants = {one["name"]: one for one in json.loads((report / "report.json").read_text())["variants"]}
+    assert variants[f"tuned={moved}"]["provenance"]["chosen"] == artifact.config["chosen"]
+    assert main([*line, "--out", str(stores / "train")]) == 2, "a folder in use"
+
+
+def test_all_seeds_of_a_choice_are_written(larger, tmp_path):
+    plugins = plugins_with()
+    candidates = candidates_of(larger, "known", plugins, check=lambda *_: None, seeds=2)
+    found = tune(larger, candidates, plugins, folds=3)
+    by_hand = replace(found, choice=replace(found.choice, trial=found.trials["known"]))
+    write_choice(tmp_path / "choice", by_hand, candidates, larger)
+    seeds = sorted(path.name for path in (tmp_path / "choice").iterdir())
+    assert seeds == ["seed-0", "seed-1"]
+    configs = [Artifact.load(tmp_path / "choice" / seed / "1-known").config["seed"] for seed in seeds]
+    assert configs == [0, 1]
+    assert load_choice(tmp_path / "choice" / "seed-1", plugins).names == ("known",)
+
+
+def test_what_was_forced_stays_so_in_the_choice(stores, bridge, tmp_path, capsys):
+    other = DiffusionBridge.from_pretrained(bridge)
     other.provenance["fingerprint"]["weights"] = "0" * 64
     other.save_pretrained(tmp_path / "other")
     line = [
@@ -160,292 +444,57 @@ def test_what_was_forced_stays_so_in_the_choice(stores, bridges, tmp_path, capsy
         str(stores / "train"),
         "--bridges",
         f"diffusion={tmp_path / 'other'}",
-        "--out",
-        str(tmp_path / "c"),
+        "--folds",
+        "3",
+        "--sweep",
+        "blend=1",
     ]
-    assert main(line) == 2
-    assert main([*line, "--force", "--sweep", "blend=0.9,1", "--sweep", "start_timestep=1000"]) == 0
-    choice = Artifact.load(tmp_path / "c", "tuned")
-    assert len(choice.provenance["forced"]) == 1
-    capsys.readouterr()
-    if choice.config["chosen"]["bridge"] != "none":
-        assert main(["compare", str(stores / "test"), "--bridges", f"tuned={tmp_path / 'c'}"]) == 2
-        assert "weights is" in capsys.readouterr().err
+    assert main([*line, "--out", str(tmp_path / "c")]) == 2
+    assert main([*line, "--out", str(tmp_path / "c"), "--force"]) == 0
+    assert len(Artifact.load(tmp_path / "c", "tuned").provenance["forced"]) == 1
+    assert "FORCED" in capsys.readouterr().out
 
 
-def test_a_choice_is_not_chosen_among(stores, tmp_path, capsys):
-    assert main(["tune", str(stores / "train"), "--bridges", "tuned=x", "--out", str(tmp_path / "c")]) == 2
-    assert "tuned is what tune makes" in capsys.readouterr().err
+@pytest.mark.parametrize("config", [{}, {"members": []}, {"members": [], "chosen": 5}])
+def test_a_choice_that_says_nothing_is_refused(tmp_path, config):
+    Artifact("tuned", config).save(tmp_path / "choice")
+    with pytest.raises(EzhoiDiffusionError):
+        load_choice(tmp_path / "choice", PluginManager())
+    with pytest.raises(EzhoiDiffusionError, match="tune"):
+        load_choice(None, PluginManager())
 
 
-def test_seeds_do_not_go_where_a_bridge_is(stores, bridges, capsys):
-    line = ["train", str(stores / "train"), "--out", str(bridges / "seed-0"), "--seeds", "2", *QUICK]
-    assert main(line) == 2
-    assert "cannot hold several seeds" in capsys.readouterr().err
+def test_values_out_of_range_and_unknown_names_are_refused(stores, tmp_path):
+    line = ["tune", str(stores / "train"), "--out", str(tmp_path / "c")]
+    for words in (["--folds", "2"], ["--seeds", "0"], ["--bridges", "nobody"], ["--bridges", "tuned=x"]):
+        assert main([*line, *words]) == 2
 
 
-def test_the_choice_is_a_bridge_of_its_own(stores, bridges, tmp_path, capsys):
-    seed = bridges / "seed-1"
-    out = tmp_path / "choice"
-    line = ["tune", str(stores / "train"), "--bridges", f"mean_shift,diffusion={seed}", "--bridge", str(seed)]
-    assert main([*line, "--sweep", "start_timestep=50,900", "--sweep", "blend=0.3,1", "--out", str(out)]) == 0
-    printed = capsys.readouterr().out
-    artifact = Artifact.load(out, "tuned")
-    chosen = artifact.config["chosen"]
-    ap = artifact.config["evidence"]["mean_ap"]
-    assert len(ap) == 2 + 1 + 4
-    assert ap[chosen["variant"]] == max(ap.values()) >= ap["none"]
-    assert chosen["variant"] in printed
-    assert artifact.provenance["fingerprint"]["backbone"] == "synthetic"
-    assert main(["push", str(out), "user/name"]) == 2
-    assert f"push the bridge in {out / 'bridge'}" in capsys.readouterr().err
+def test_values_of_a_grid_that_a_bridge_refuses_are_left_out_and_in_a_sweep_are_errors(store):
+    class Picky(Part):
+        def apply_settings(self, settings):
+            if settings["share"] > 0.5:
+                raise BridgeError("too much")
+            super().apply_settings(settings)
 
-    # it does what it was chosen for, wherever its folder lies
-    moved = out.rename(tmp_path / "moved")
-    names = f"none,mean_shift={seed},diffusion={seed},tuned={moved}"
-    report = tmp_path / "report"
-    compare = ["compare", str(stores / "test"), "--bridges", names, "--replicates", "0"]
-    sweep = [f"--sweep={key}={json.dumps(value)}" for key, value in chosen["settings"].items()]
-    assert main([*compare, *sweep, "--out", str(report)]) == 0
-    written = json.loads((report / "report.json").read_text())
-    variants = {variant["name"]: variant for variant in written["variants"]}
-    assert variants[f"tuned={moved}"]["provenance"]["chosen"] == chosen, "the report says what was chosen"
-    found = {name: variant["mean_ap"] for name, variant in variants.items()}
-    twin = chosen["variant"].replace("mean_shift", f"mean_shift={seed}")
-    assert found[f"tuned={moved}"] == found[twin]
-    assert not any(name.startswith("tuned") and "[" in name for name in found), "what was chosen is not swept"
+    plugins = plugins_with(picky=Picky)
+    assert candidates_of(store, "picky", plugins, check=lambda *_: None).grids == [{"share": [0.25]}]
+    with pytest.raises(BridgeError, match="too much"):
+        candidates_of(store, "picky", plugins, check=lambda *_: None, sweep={"share": [1.0]})
 
 
-def test_a_lead_by_chance_is_called_one_and_few_replicates_are_refused(stores, bridges, tmp_path, capsys):
-    line = ["tune", str(stores / "train"), "--bridges", "mean_shift,diffusion", "--bridge", str(bridges), "--out"]
-    assert main([*line, str(tmp_path / "a")]) == 0
-    out = capsys.readouterr().out
-    assert "<- chosen" in out
-    assert "Chance may explain that lead" in out or re.search("none +<- chosen", out)
+def test_few_replicates_are_refused(stores, capsys):
     assert main(["compare", str(stores / "test"), "--bridges", "identity", "--replicates", "10"]) == 2
     assert "0 or at least 100" in capsys.readouterr().err
 
 
-def test_what_is_not_finite_is_not_stored(tmp_path):
-    broken = Artifact("b", files={"t.safetensors": {"x": torch.tensor([1.0, torch.nan])}})
-    with pytest.raises(EzhoiDiffusionError, match=r"x in t\.safetensors holds NaN"):
-        broken.save(tmp_path / "b")
-    assert not (tmp_path / "b").exists()
-
-
-@pytest.mark.parametrize("settings", [None, {"blend": "much"}])
-def test_a_choice_that_says_nothing_is_refused(tmp_path, bridges, settings):
-    from ezhoi_diffusion.builtin.tuned import load
-
-    chosen = {} if settings is None else {"bridge": "diffusion", "settings": settings}
-    Artifact("tuned", {"chosen": chosen}).save(tmp_path)
-    Artifact.load(bridges / "seed-0").save(tmp_path / "bridge")
-    with pytest.raises(EzhoiDiffusionError, match=r"run `ezhoi-diffusion tune` again|cannot be applied"):
-        load(tmp_path)
-    with pytest.raises(EzhoiDiffusionError, match="tune"):
-        load(None)
-
-
-# sweeps and seeds
-
-
-def test_a_folder_of_seeds_is_one_bridge_with_a_variant_for_each(stores, bridges, tmp_path, capsys):
-    line = [
-        "compare",
-        str(stores / "test"),
-        "--bridges",
-        "none,identity,mean_shift,diffusion",
-        "--bridge",
-        str(bridges),
-    ]
-    assert main([*line, "--sweep", "blend=1", "--replicates", "0", "--out", str(tmp_path)]) == 0
-    report = json.loads((tmp_path / "report.json").read_text())
-    seeds = [f"diffusion/seed-{k}" for k in range(3)]
-    swept = [f"{name}[blend=1]" for name in seeds]
-    found = {variant["name"]: variant["mean_ap"] for variant in report["variants"]}
-    assert set(found) == {"none", "identity", "mean_shift", *seeds, *swept}
-    assert {name: seed_group["variants"] for name, seed_group in report["seed_groups"].items()} == {
-        "diffusion": seeds,
-        "diffusion[blend=1]": swept,
-    }
-    full = [found[name]["full"] for name in swept]
-    seed_group = report["seed_groups"]["diffusion[blend=1]"]
-    assert seed_group["mean_ap"]["full"]["mean"] == pytest.approx(sum(full) / 3)
-    assert seed_group["mean_ap"]["full"]["standard_deviation"] == pytest.approx(
-        torch.tensor(full).double().std().item()
+def test_a_choice_of_bridges_that_fit_every_run_still_belongs_to_its_run(store, tmp_path):
+    plugins = plugins_with(part=Part)
+    found, candidates = tuned(store, plugins, "part", sweep={})
+    write_choice(
+        tmp_path / "choice", replace(found, choice=replace(found.choice, trial=found.trials["part"])), candidates, store
     )
-    weights = [DiffusionBridge.from_pretrained(bridges / f"seed-{k}").state_dict() for k in range(3)]
-    assert not torch.equal(*(next(iter(w.values())) for w in weights[:2]))
-
-
-def resolved(spec, folder="", **options):
-    check, cpu = (lambda bridge, name: None), torch.device("cpu")
-    return resolve_variants(spec, PluginManager(), folder=str(folder), check=check, device=cpu, **options)
-
-
-def test_sweep_words_become_lists_of_values():
-    words = ["start-timestep=5,50", "output=unit_norm,keep_norm"]
-    assert parse_sweep(words) == {"start_timestep": [5, 50], "output": ["unit_norm", "keep_norm"]}
-    assert parse_sweep(["blend=.3,1e-1"]) == {"blend": [0.3, 0.1]}
-    for wrong in (["start_timestep"], ["start_timestep="], ["=5"], ["num_steps=1", "num_steps=2"]):
-        with pytest.raises(EzhoiDiffusionError, match="--sweep"):
-            parse_sweep(wrong)
-
-
-def test_setting_words_become_values():
-    assert parse_settings(["blend=0.3", "output=unit_norm"]) == {"blend": 0.3, "output": "unit_norm"}
-    assert parse_settings([], inference_steps=50) == {"start_timestep": 50, "num_steps": 50}
-    for wrong in (["blend"], ["blend="], ["blend=1", "blend=2"]):
-        with pytest.raises(EzhoiDiffusionError, match="--set"):
-            parse_settings(wrong)
-    with pytest.raises(EzhoiDiffusionError, match="num_steps is set twice"):
-        parse_settings(["num_steps=5"], inference_steps=50)
-
-
-def test_a_point_of_a_sweep_is_named_by_its_settings(bridges):
-    sweep = {"start_timestep": [5, 50], "output": ["unit_norm", "keep_norm"]}
-    assert list(resolved("none,diffusion", bridges / "seed-0", sweep=sweep)) == [
-        "diffusion",
-        "diffusion[start_timestep=5,output=unit_norm]",
-        "diffusion[start_timestep=5,output=keep_norm]",
-        "diffusion[start_timestep=50,output=unit_norm]",
-        "diffusion[start_timestep=50,output=keep_norm]",
-    ]
-
-
-def test_a_setting_applies_to_every_bridge_that_has_it(bridges):
-    found = resolved("identity,diffusion", bridges / "seed-0", settings={"blend": 0.9}, sweep={"num_steps": [2]})
-    assert list(found) == ["identity", "diffusion", "diffusion[num_steps=2]"]
-    assert found["diffusion"].bridge.config.recipe.blend == 0.9
-    assert found["diffusion[num_steps=2]"].source.settings == {"blend": 0.9, "num_steps": 2}
-    assert found["diffusion[num_steps=2]"].bridge.provenance["overridden"] == {"blend": 0.9, "num_steps": 2}
-
-
-def test_a_setting_that_no_bridge_has_is_refused(bridges):
-    for options in ({"sweep": {"blend": [1]}}, {"settings": {"blend": 1}}):
-        with pytest.raises(EzhoiDiffusionError, match="none of identity has a setting blend; they have none"):
-            resolved("identity", **options)
-    with pytest.raises(EzhoiDiffusionError, match="none of diffusion has a setting scale_factor; they have blend"):
-        resolved("diffusion", bridges / "seed-0", sweep={"scale_factor": [1]})
-    with pytest.raises(EzhoiDiffusionError, match="'identity' is named twice"):
-        resolved("identity,identity")
-    with pytest.raises(EzhoiDiffusionError, match="no bridge 'nobody'"):
-        resolved("nobody")
-
-
-# what a bridge says of itself
-
-
-def test_features_of_many_images_come_in_one_call_with_the_same_result(store, monkeypatch):
-    calls = []
-
-    def counted(x):
-        calls.append(len(x))
-        return truth(x)
-
-    together = replay(store, {"b": variant(counted)})
-    assert max(calls) == len(store), "all features of this small store in one call"
-    single = replay(store, {"b": Variant("b", FunctionBridge(truth))})
-    torch.testing.assert_close(together.variants["b"].ap, single.variants["b"].ap, rtol=0, atol=0)
-    monkeypatch.setattr("ezhoi_diffusion.evaluation.replay.MAX_PAIRS", 20)
-    torch.testing.assert_close(replay(store, {"b": ORACLE}).variants["b"].ap, single.variants["b"].ap, rtol=0, atol=0)
-
-
-def test_a_bridge_gets_the_pairs_of_its_image(store):
-    seen = []
-
-    class Asks(Bridge):
-        needs_pairs = True
-        row_by_row = True
-
-        def forward(self, adapter_feat, pairs=None):
-            seen.append((len(adapter_feat), pairs.image, len(pairs), pairs.objects.tolist()))
-            return adapter_feat
-
-    replay(store, {"asks": Variant("asks", Asks())})
-    objects = store.rows("objects").split([image["rows"] for image in store.images])
-    expected = [(len(o), i["name"], len(o), o.tolist()) for i, o in zip(store.images, objects, strict=True) if len(o)]
-    assert seen == expected
-
-
-def test_a_bridge_that_uses_other_features_but_says_row_by_row_is_refused(store):
-    def centred(x):
-        return x - x.mean(0)
-
-    replay(store, {"honest": Variant("honest", FunctionBridge(centred))})
-    with pytest.raises(EzhoiDiffusionError, match=r"bridge 'liar'.*row_by_row"):
-        replay(store, {"liar": variant(centred, "liar")})
-
-
-def test_a_bridge_that_writes_into_its_input_is_caught_before_others_get_it(store):
-    clamps = variant(lambda x: x.clamp_(min=0), "clamps")
-    with pytest.raises(EzhoiDiffusionError, match="bridge 'clamps' changes its input"):
-        replay(store, {"clamps": clamps, "oracle": ORACLE})
-
-
-def test_images_without_a_class_that_counts_are_refused(store):
-    with pytest.raises(EzhoiDiffusionError, match="has an annotation of a class that counts"):
-        replay(store, {"oracle": ORACLE}, protocol=hicodet(store, classes=torch.zeros(0, dtype=torch.long)))
-
-
-def test_a_third_partys_sweep_that_fails_is_named():
-    class Odd(FunctionBridge):
-        settings = ("blend",)
-
-        def __init__(self, sweep):
-            super().__init__(lambda x: x)
-            self._sweep = sweep
-
-        def sweep(self, points):
-            return self._sweep(points)
-
-    manager = PluginManager(discover=False)
-    manager.register(BridgePlugin("raises", lambda folder: Odd(lambda points: 1 / 0)), "raises")
-    manager.register(BridgePlugin("short", lambda folder: Odd(lambda points: [])), "short")
-    for name, words in (("raises", "ZeroDivisionError"), ("short", "ValueError")):
-        with pytest.raises(BridgeError, match=f"bridge '{name}'.*{words}"):
-            resolve_variants(name, manager, check=lambda *_: None, device="cpu", sweep={"blend": [1]})
-
-
-def test_a_default_sweep_names_the_bridge_whose_settings_raise():
-    class Odd(FunctionBridge):
-        settings = ("blend",)
-
-        def apply_settings(self, settings):
-            raise ValueError("mine")
-
-    manager = PluginManager(discover=False)
-    manager.register(BridgePlugin("odd", lambda folder: Odd(lambda x: x)), "odd")
-    for skip_refused in (False, True):
-        with pytest.raises(BridgeError, match=r"bridge 'odd'.*ValueError: mine"):
-            resolve_variants(
-                "odd", manager, check=lambda *_: None, device="cpu", sweep={"blend": [1]}, skip_refused=skip_refused
-            )
-
-
-def test_a_setting_that_no_bridge_has_is_an_error_with_a_default_sweep_too():
-    for skip_refused in (False, True):
-        with pytest.raises(EzhoiDiffusionError, match="none of identity has a setting typo"):
-            resolved(
-                "identity",
-                settings={"typo": 1},
-                sweep={"blend": [1]} if skip_refused else {},
-                skip_refused=skip_refused,
-            )
-
-
-def test_a_bridge_that_cannot_be_loaded_is_named():
-    manager = PluginManager(discover=False)
-    manager.register(BridgePlugin("raises", lambda folder: 1 / 0), "raises")
-    manager.register(BridgePlugin("nothing", lambda folder: None), "nothing")
-    for name, words in (("raises", "ZeroDivisionError"), ("nothing", "is no bridge")):
-        with pytest.raises(BridgeError, match=words):
-            resolve_variants(name, manager, check=lambda *_: None, device="cpu")
-
-
-def test_points_of_a_default_sweep_that_a_bridge_refuses_are_left_out(bridges):
-    sweep = {"start_timestep": [5, 2000], "num_steps": [5, 9]}
-    found = resolved("diffusion", bridges / "seed-0", sweep=sweep, skip_refused=True)
-    assert list(found) == ["diffusion", "diffusion[start_timestep=5,num_steps=5]"]
-    with pytest.raises(BridgeError, match="bridge 'diffusion'"):
-        resolved("diffusion", bridges / "seed-0", sweep=sweep)
+    bridge = load_choice(tmp_path / "choice", plugins)
+    (checked,) = [one for one, _ in with_members(bridge, "tuned")]
+    assert fingerprint_mismatch(checked, "tuned", store.fingerprint) is None
+    assert fingerprint_mismatch(checked, "tuned", {**store.fingerprint, "weights": "0"}).fields == {"weights"}

@@ -8,7 +8,6 @@ import torch
 
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.diffusion.bridge import BridgeError, DiffusionBridge
-from ezhoi_diffusion.evaluation.fidelity import fidelity
 from ezhoi_diffusion.features.split import validation_mask
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.testing import synthetic_store
@@ -16,6 +15,7 @@ from ezhoi_diffusion.training import distillation
 from ezhoi_diffusion.training.config import TrainingError
 from ezhoi_diffusion.training.data import TrainingData
 from ezhoi_diffusion.training.distillation import distill
+from ezhoi_diffusion.training.fidelity import fidelity
 from ezhoi_diffusion.training.trainer import train
 from helpers.bridges import make
 from helpers.trainings import QUICK, low_rank

@@ -1,0 +1,181 @@
+"""Bridges that can be made again from any part of a capture, so that held-out images and classes stay out of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ezhoi_diffusion.artifact import Artifact
+from ezhoi_diffusion.bridge import Bridge, BridgeError
+from ezhoi_diffusion.diffusion.artifact import BRIDGE as DIFFUSION
+from ezhoi_diffusion.diffusion.artifact import STATISTICS
+from ezhoi_diffusion.diffusion.components import components
+from ezhoi_diffusion.diffusion.recipes import Recipe
+from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.evaluation.chain import own_settings
+from ezhoi_diffusion.evaluation.variants import Named, load_bridge, seed_folders
+from ezhoi_diffusion.features.store import FeatureStore
+from ezhoi_diffusion.plugins import PluginManager
+from ezhoi_diffusion.training.config import TrainConfig
+from ezhoi_diffusion.training.data import TrainingData
+from ezhoi_diffusion.training.fitted import fit_artifact, fit_options, known_fits
+from ezhoi_diffusion.training.trainer import train
+
+Learn = Callable[[FeatureStore], Artifact]
+NOT_CANDIDATES = ("tuned", "chain")
+
+
+class RefitError(EzhoiDiffusionError):
+    """A bridge cannot be made again from a part of the features."""
+
+
+@dataclass(frozen=True, eq=False)
+class Recipes:
+    """How a bridge is made from features, once for each of its seeds.
+
+    Attributes:
+        name: Its registered name.
+        label: What the command and its tables call it.
+        learn: One function for each seed; empty for a bridge that learns nothing.
+        settings: Applied to what was made.
+    """
+
+    name: str
+    label: str
+    learn: tuple[Learn, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def make(self, store: FeatureStore, plugins: PluginManager, seed: int = 0) -> tuple[Bridge, Artifact | None]:
+        """Make the bridge from features. `seed` counts modulo the number of seeds.
+
+        Raises:
+            RefitError: It cannot be made from these.
+        """
+        try:
+            if not self.learn:
+                return self._applied(load_bridge(plugins, self.name, None)), None
+            artifact = self.learn[seed % len(self.learn)](store)
+            with TemporaryDirectory() as folder:
+                artifact.save(Path(folder))
+                bridge = load_bridge(plugins, self.name, Path(folder))
+            return self._applied(bridge), artifact
+        except EzhoiDiffusionError as error:
+            raise RefitError(f"'{self.label}' cannot be made from {len(store.images)} images: {error}") from error
+
+    def _applied(self, bridge: Bridge) -> Bridge:
+        own = own_settings(self.name, bridge, self.settings)
+        return bridge.override(**own) if own else bridge
+
+
+def recipes_of(
+    named: Named, plugins: PluginManager, settings: Mapping[str, Any], seeds: int, check: Callable[[Bridge, str], None]
+) -> Recipes:
+    """How the bridge NAME or NAME=DIR is made again.
+
+    NAME alone is fitted by its plugin, or learns nothing. The artefact in DIR says how it was made: by a fit or a training,
+    which is repeated. A diffusion bridge that was trained on texts keeps its network, and gets the means of the features.
+
+    Args:
+        named: The bridge.
+        plugins: The plugin manager.
+        settings: Applied to it, where it has them.
+        seeds: Number of seeds of a fit that has an option `seed`.
+        check: Called as check(bridge, name) for each bridge in DIR; raises where it does not fit the run.
+
+    Raises:
+        RefitError: Nobody can say how it was made.
+    """
+    name, label = named.name, f"{named.name}={named.folder}" if named.folder else named.name
+    if name in NOT_CANDIDATES:
+        raise RefitError(f"'{label}' is made of other bridges: name these, joined by + for a chain")
+    if not named.folder:
+        fits = known_fits(plugins)
+        if name not in fits.names():
+            return Recipes(name, label, settings=dict(settings))
+        has_seeds = seeds > 1 and "seed" in fit_options(fits[name])
+        options: list[dict[str, Any]] = [{"seed": seed} for seed in range(seeds)] if has_seeds else [{}]
+        return Recipes(name, label, tuple(_fit(name, plugins, one) for one in options), dict(settings))
+    learn = []
+    before: dict[str, Any] = {}
+    for seed, folder in seed_folders(named.folder):
+        bridge = load_bridge(plugins, name, folder)
+        check(bridge, f"{label}/{seed}" if seed else label)
+        artifact = Artifact.load(folder)
+        learn.append(_learn_again(artifact, name, label, plugins))
+        if artifact.bridge == DIFFUSION and artifact.bridge == name:  # how it is applied may have been set since
+            recipe = artifact.config["recipe"]
+            before = {key: recipe[key] for key in bridge.settings if key in recipe}
+        if not bridge.seeded:
+            break
+    return Recipes(name, label, tuple(learn), {**before, **settings})
+
+
+def _fit(name: str, plugins: PluginManager, options: Mapping[str, Any]) -> Learn:
+    return lambda store: fit_artifact(name, known_fits(plugins)[name], store, options)
+
+
+def _learn_again(artifact: Artifact, name: str, label: str, plugins: PluginManager) -> Learn:
+    provenance = artifact.provenance
+    fit, training = provenance.get("fit"), provenance.get("training")
+    if isinstance(fit, dict) and fit.get("name") in known_fits(plugins).names():
+        return _fit(fit["name"], plugins, fit["options"])
+    if artifact.bridge == DIFFUSION and isinstance(training, dict) and "config" in training:
+        config = _train_config(training["config"], label)
+        if config.recipe.trained_on == "text":
+            return lambda store: _with_means_of(artifact, store)
+        return lambda store: _trained(config, store, plugins)
+    if not provenance:
+        return lambda store: artifact
+    why = "it was distilled" if "distilled" in provenance else "its files do not say how"
+    raise RefitError(
+        f"'{label}' cannot be made again without the held-out images: {why}. Only then is its score on them fair; name a bridge "
+        f"that `ezhoi-diffusion train` made"
+    )
+
+
+def _train_config(stored: Mapping[str, Any], label: str) -> TrainConfig:
+    try:
+        known = {one.name for one in fields(TrainConfig)}
+        values = {key: value for key, value in stored.items() if key in known}
+        return TrainConfig(**{**values, "recipe": Recipe(**stored["recipe"])})
+    except (EzhoiDiffusionError, KeyError, TypeError, ValueError) as error:
+        raise RefitError(f"'{label}' does not say how it was trained ({error}): train it again") from error
+
+
+def _trained(config: TrainConfig, store: FeatureStore, plugins: PluginManager) -> Artifact:
+    with TemporaryDirectory() as folder:
+        data = TrainingData.from_store(store, config.recipe.trained_on)
+        train(data, config, Path(folder) / "bridge", registry=components(plugins))
+        return Artifact.load(Path(folder) / "bridge")
+
+
+def _with_means_of(artifact: Artifact, store: FeatureStore) -> Artifact:
+    files = {**artifact.files, STATISTICS: store.statistics().tensors()}
+    provenance = {**artifact.provenance, "features": {"rows": len(store), "images": len(store.images)}}
+    return Artifact(artifact.bridge, artifact.config, files, provenance)
+
+
+def grid_of(bridge: Bridge, name: str, sweep: Mapping[str, Sequence[Any]] | None) -> dict[str, list[Any]]:
+    """The values of each setting that are tried: those of `sweep`, by default the bridge's own grid.
+
+    Values that the bridge refuses are left out of its own grid, and raise BridgeError in a sweep.
+    """
+    if sweep is None:
+        own = {key: values for key, values in bridge.grid.items() if key in bridge.settings}
+        return {key: [value for value in values if _accepts(bridge, key, value)] for key, values in own.items()}
+    found = {key: list(values) for key, values in own_settings(name, bridge, sweep).items()}
+    for key, values in found.items():
+        for value in values:
+            bridge.override(**{key: value})
+    return found
+
+
+def _accepts(bridge: Bridge, key: str, value: Any) -> bool:
+    try:
+        bridge.override(**{key: value})
+    except BridgeError:
+        return False
+    return True

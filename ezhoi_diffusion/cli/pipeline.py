@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from ezhoi_diffusion.cli.arguments import Container, add_out, add_script, split_script_flags
 from ezhoi_diffusion.cli.compare import BRIDGES
 from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.evaluation.defaults import FOLDS
 
 DESCRIPTION = """\
 Go from an EZ-HOI checkpoint to a compared bridge: capture the training images, train, choose bridges and settings by
@@ -48,6 +49,13 @@ def _declare(parser: Container) -> None:
     add("--scale-factor", type=float, metavar="S", help="norm of every network input (5)")
     add("--inference-steps", type=int, metavar="N", help="the guide's: start_timestep N and num_steps N")
     add(
+        "--folds",
+        type=int,
+        default=FOLDS,
+        metavar="K",
+        help=f"folds of `tune` ({FOLDS}); 3 take a quarter of the time of 5",
+    )
+    add(
         "--num-images", "--num-test-images", type=int, default=20, metavar="N",
         help="images of the test step (20)",
     )  # fmt: skip
@@ -83,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
         training=training,
         bridges=args.bridges,
         num_images=args.num_images,
+        folds=args.folds,
         max_images=args.max_images,
     )
     done = run_steps(steps, args.out)

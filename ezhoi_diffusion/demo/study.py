@@ -35,10 +35,15 @@ from ezhoi_diffusion.pipeline.record import Record, Step
 # Name in the table -> flags of `ezhoi-diffusion train`, and the name that `compare` knows the result by.
 BRIDGES: dict[str, tuple[tuple[str, ...], str]] = {
     "gentle": (("--recipe", "gentle"), "diffusion"),
-    "paper": (("--recipe", "paper"), "diffusion"),
     "paired": (("--recipe", "paired"), "diffusion"),
+    "scored": (("--recipe", "scored"), "diffusion"),
+    **{
+        name: (("--bridge", name), name) for name in ("residual", "interactive", "compete", "eszsl", "gaussian_classes")
+    },
 }
-CONTROLS = ("identity", "mean_shift")  # `mean_shift` takes its means from the first bridge
+# `mean_shift` takes its means from the first bridge
+CONTROLS = ("identity", "mean_shift", "scale", "prior_only", "random_move")
+FOLDS = "3"  # of `tune`: five take four times as long
 TRAINING, TRAIN_FEATURES, TEST_FEATURES = "training", "train-features", "test-features"
 TUNED, COMPARISON = "tuned", "comparison"
 SEEDS, SPLITS = (0, 1, 2), ("unseen_verb", "rare_first", "unseen_object")
@@ -200,11 +205,13 @@ def _steps(study: Study, folder: Path, world: Path, split: str) -> Iterator[Step
     for name, (options, _) in study.bridges.items():
         yield step(name, ["train", features, *options], TRAIN_FEATURES)
     items = [f"{loaded}={folder / name}" for name, (_, loaded) in study.bridges.items()]
-    yield step(TUNED, ["tune", features, "--bridges", ",".join(items)], TRAIN_FEATURES, *study.bridges)
-    named = ",".join(["none", *CONTROLS, *items, f"{TUNED}={folder / TUNED}"])
-    means = str(folder / next(iter(study.bridges)))
+    first = str(folder / next(iter(study.bridges)))
     yield step(
-        COMPARISON, ["compare", test, "--bridges", named, "--bridge", means], TEST_FEATURES, *study.bridges, TUNED
+        TUNED, ["tune", features, "--bridge", first, "--folds", FOLDS], TRAIN_FEATURES, next(iter(study.bridges))
+    )
+    named = ",".join(["none", *CONTROLS, *items, f"{TUNED}={folder / TUNED}"])
+    yield step(
+        COMPARISON, ["compare", test, "--bridges", named, "--bridge", first], TEST_FEATURES, *study.bridges, TUNED
     )
 
 

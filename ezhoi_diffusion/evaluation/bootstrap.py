@@ -162,7 +162,7 @@ def paired_bootstrap(
     """
     if replicates < 1 or not 0 < level < 1:
         raise ValueError(f"need replicates >= 1 and 0 < level < 1, not replicates={replicates}, level={level}")
-    weights = _weights(len(annotations), replicates, seed)
+    weights = image_weights(len(annotations), replicates, seed)
     annotated = np.stack([n[n > 0] @ weights[n > 0] for n in annotations.T.numpy().astype(np.int32)])
     images_of = (annotations > 0).sum(0).numpy()
     bridges = _bridges([REFERENCE, *(name for name in scored if name != REFERENCE)], seed_groups or {})
@@ -175,11 +175,11 @@ def paired_bootstrap(
         shares = seed_weights(len(variants), replicates, seed)
         ap, found = np.zeros(annotated.shape), []
         for variant, share in zip(variants, shares, strict=True):
-            own = 100 * _resampled_ap(scored[variant], weights, annotated, algorithm)
+            own = 100 * resampled_ap(scored[variant], weights, annotated, algorithm)
             ap += share * own
             found.append(own[:, 0])
             progress.update()
-        means[:, number] = [_mean(ap[index.numpy()]) for index in groups.values()]
+        means[:, number] = [nan_mean(ap[index.numpy()]) for index in groups.values()]
         single = np.stack(found)  # [n, K]
         if len(variants) > 1:
             of_group = [single[:, index.numpy()].mean(1) for index in groups.values()]
@@ -192,7 +192,7 @@ def paired_bootstrap(
     freedom = np.array([len(variants) - 1 if len(variants) > 1 else np.inf for variants in bridges.values()])
     mean_ap: dict[str, dict[str, tuple[float, float]]] = {name: {} for name in names}
     for group, mean, parts in zip(groups, means, seed_variance, strict=True):
-        off = _mean(mean[:, 1:].T) - mean[:, 0]
+        off = nan_mean(mean[:, 1:].T) - mean[:, 0]
         df = degrees_of_freedom(_spread(mean) ** 2, parts[:, None], freedom[:, None])
         bounds = widened(_interval(mean, level) - off[:, None], mean[:, :1], df, level).clip(0, 100)
         for name, (low, high) in zip(names, bounds.tolist(), strict=True):
@@ -227,7 +227,7 @@ def _bridges(variants: Sequence[str], seed_groups: Mapping[str, Sequence[str]]) 
     return bridges
 
 
-def _weights(images: int, replicates: int, seed: int) -> NDArray[np.int32]:
+def image_weights(images: int, replicates: int, seed: int) -> NDArray[np.int32]:
     """Counts of each image, [I, 1 + B]: once in the first column, the original sample; then as drawn."""
     draws = generator(seed, "bootstrap")
     weights = np.ones((images, 1 + replicates), np.int32)
@@ -236,7 +236,7 @@ def _weights(images: int, replicates: int, seed: int) -> NDArray[np.int32]:
     return weights
 
 
-def _resampled_ap(
+def resampled_ap(
     scored: Scored, weights: NDArray[np.int32], annotated: NDArray[np.int32], algorithm: Algorithm
 ) -> NDArray[np.float64]:
     """AP [K, 1 + B] in 0..1 of the images in each column of `weights`; NaN where those of a class were not drawn.
@@ -259,7 +259,7 @@ def _resampled_ap(
     return ap
 
 
-def _mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def nan_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Mean [R] over the rows of [N, R], NaN aside; NaN where there is nothing else."""
     with np.errstate(invalid="ignore"):
         return np.asarray(np.nansum(values, axis=0) / (~np.isnan(values)).sum(0))

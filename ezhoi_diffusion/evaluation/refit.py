@@ -26,6 +26,7 @@ from ezhoi_diffusion.training.trainer import train
 
 Learn = Callable[[FeatureStore], Artifact]
 NOT_CANDIDATES = ("tuned", "chain")
+BARS = ("eszsl", "gaussian_classes")  # for papers; only on demand, because each is made many times
 
 
 class RefitError(EzhoiDiffusionError):

@@ -14,7 +14,7 @@ from torch import Tensor
 from ezhoi_diffusion.artifact import Artifact
 from ezhoi_diffusion.bridge import Bridge
 from ezhoi_diffusion.evaluation.average_precision import Scored
-from ezhoi_diffusion.evaluation.bootstrap import _mean, _resampled_ap, _weights
+from ezhoi_diffusion.evaluation.bootstrap import image_weights, nan_mean, resampled_ap
 from ezhoi_diffusion.evaluation.comparison import REFERENCE
 from ezhoi_diffusion.evaluation.folds import Folds, HeldOut, protocol_of, seen_classes
 from ezhoi_diffusion.evaluation.refit import Recipes
@@ -157,10 +157,12 @@ class Trials:
         """Criterion, mean AP of seen classes, and of hidden ones, each [1 + B] in percent."""
         weights, annotated = self._resampling(outer, self.replicates if replicates is None else replicates)
         counts = np.flatnonzero(annotated[:, 0] > 0)
-        of_seen = 100 * _mean(_resampled_ap(seen, weights, annotated, "11P")[counts])
+        of_seen = 100 * nan_mean(resampled_ap(seen, weights, annotated, "11P")[counts])
         if not self.folds.classes:
             return of_seen, of_seen, np.full_like(of_seen, np.nan)
-        of_hidden = of_seen if hidden is seen else 100 * _mean(_resampled_ap(hidden, weights, annotated, "11P")[counts])
+        of_hidden = (
+            of_seen if hidden is seen else 100 * nan_mean(resampled_ap(hidden, weights, annotated, "11P")[counts])
+        )
         share = self.folds.class_weight
         return (1 - share) * of_seen + share * of_hidden, of_seen, of_hidden
 
@@ -170,7 +172,7 @@ class Trials:
             folds = [images for fold, images in enumerate(self.folds.images) if fold != outer]
             counted = sorted(position for images in folds for position in images)
             weights = np.zeros((len(self.annotations), 1 + replicates), np.int32)
-            weights[counted] = _weights(len(counted), replicates, 0)
+            weights[counted] = image_weights(len(counted), replicates, 0)
             annotated = np.stack([n[n > 0] @ weights[n > 0] for n in self.annotations.T])
             self._resampled[outer, replicates] = weights, annotated
         return self._resampled[outer, replicates]

@@ -27,6 +27,7 @@ def make_steps(
     training: Sequence[str],
     bridges: str,
     num_images: int,
+    folds: int,
     max_images: int | None = None,
 ) -> list[Step]:
     """The steps from an EZ-HOI checkpoint to a report.
@@ -38,6 +39,7 @@ def make_steps(
         training: Flags of `ezhoi-diffusion train`.
         bridges: What to compare beside the tuned bridge, as for `ezhoi-diffusion compare --bridges`.
         num_images: Images of the test step.
+        folds: Of the choice.
         max_images: Only the first images of each split are captured.
 
     Raises:
@@ -76,8 +78,8 @@ def make_steps(
         ),
         Step(
             TUNED, "choose bridges and settings by cross-validation on training images", tuned,
-            ["tune", str(features), "--bridge", str(bridge), "--out", str(tuned), *blocked],
-            package, ["features", "bridge"],
+            ["tune", str(features), "--bridge", str(bridge), "--out", str(tuned), "--folds", str(folds), *blocked],
+            {**package, "folds": folds}, ["features", "bridge"],
         ),
         capture(test_features, "test"),
         Step(

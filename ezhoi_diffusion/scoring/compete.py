@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 NAME = "compete"
 TENSORS = "compete.safetensors"
+GRID = {"alpha": (0.25, 0.5, 1.0)}
 
 
 class Compete(ScoreBridge):
@@ -30,6 +31,7 @@ class Compete(ScoreBridge):
 
     needs_pairs = True
     settings = ("alpha",)
+    grid = GRID
     exclusion: Tensor
 
     def __init__(self, artifact: Artifact) -> None:

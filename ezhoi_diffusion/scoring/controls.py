@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ezhoi_diffusion.features.batch import Pairs
 
 FREQUENCY = 20.0
+GRID = {"factor": (1.5, 2.0, 4.0)}
 
 
 class PriorOnly(Bridge):
@@ -36,6 +37,7 @@ class Scale(Bridge):
     row_by_row = True
     baseline = True
     settings = ("factor",)
+    grid = GRID
 
     def __init__(self, factor: float = 2.0) -> None:
         super().__init__()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 NAME = "interactive"
 TENSORS = "interactive.safetensors"
+GRID = {"weight": (0.5, 1.0, 1.5)}
 
 
 class Interactive(ScoreBridge):
@@ -34,6 +35,7 @@ class Interactive(ScoreBridge):
 
     needs_pairs = True
     settings = ("weight",)
+    grid = GRID
     mean: Tensor
     spread: Tensor
     coefficient: Tensor

@@ -28,12 +28,14 @@ ESZSL, GAUSSIAN_CLASSES = "eszsl", "gaussian_classes"
 TENSORS = "linear.safetensors"
 PENALTY = 1.0  # of the maps, in units of the mean eigenvalue
 SHRINKAGE = 0.5  # of the covariance towards a multiple of the identity
+GRID = {"weight": (0.05, 0.1, 0.2)}
 
 
 class LinearScore(ScoreBridge):
     """z -> z + weight · (x − centre)·M, with M [D, C] in units that make both terms vary equally at weight 1."""
 
     settings = ("weight",)
+    grid = GRID
     centre: Tensor
     map: Tensor
 

@@ -29,6 +29,7 @@ MAX_WIDTH = 4096
 BATCH_SIZE = 512
 LEARNING_RATE = 1e-3  # of the first step; it falls to 0
 MAX_STEPS = 4000  # of a large capture the last epochs are left out: a minute or two on a CPU core
+GRID = {"blend": (0.5, 1.0)}
 
 
 class Residual(Bridge):
@@ -37,6 +38,7 @@ class Residual(Bridge):
     row_by_row = True
     seeded = True
     settings = ("blend",)
+    grid = GRID
     mean: Tensor
     scale: Tensor
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ezhoi_diffusion.evaluation.average_precision import Scored, average_precision
-from ezhoi_diffusion.evaluation.bootstrap import _resampled_ap
+from ezhoi_diffusion.evaluation.bootstrap import resampled_ap
 from ezhoi_diffusion.evaluation.protocols import Detections
 from ezhoi_diffusion.evaluation.vcoco import match_roles, overlap
 from ezhoi_diffusion.evaluation.vcoco_annotations import BOXES, RoleAnnotations, VcocoError, read_vcoco
@@ -210,7 +210,7 @@ def test_role_ap_of_images_drawn_twice_is_that_of_their_copies(seed, tmp_path):
     weights = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=20).T.astype(np.int32)
     annotated = counts.numpy().T.astype(np.int32) @ weights
     everything = np.ones((len(counts), 1), np.int32)
-    found = _resampled_ap(scored, np.c_[everything, weights], np.c_[counts.sum(0).numpy(), annotated], "VOC")
+    found = resampled_ap(scored, np.c_[everything, weights], np.c_[counts.sum(0).numpy(), annotated], "VOC")
     for column, weight in enumerate(weights.T):
         copies = torch.from_numpy(weight).long()[scored.image]
         drawn = Scored(

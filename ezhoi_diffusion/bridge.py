@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ezhoi_diffusion.features.batch import Pairs
 
 
-PROTOCOLS = {
+PROTOCOLS = {  # from the strictest on
     "inductive": "nothing of unseen classes but their texts",
     "train-transductive": "unlabelled training images, in search of unseen classes",
     "test-transductive": "unlabelled test images",

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ezhoi_diffusion.artifact import MEMBERS, Artifact, member_folders
-from ezhoi_diffusion.bridge import Bridge, BridgeError
+from ezhoi_diffusion.bridge import PROTOCOLS, Bridge, BridgeError
 from ezhoi_diffusion.features.batch import Pairs
 
 CHAIN = "chain"
@@ -39,6 +39,8 @@ class ChainBridge(Bridge):
         self.baseline = all(bridge.baseline for bridge in bridges)
         self.seeded = any(bridge.seeded for bridge in bridges)
         self.needs_pairs = any(bridge.needs_pairs for bridge in bridges)
+        protocols = [bridge.protocol for bridge in bridges]
+        self.protocol = max(protocols, key=[*PROTOCOLS, *protocols].index, default="inductive")
         having = Counter(key for bridge in bridges for key in bridge.settings)
         self.settings = (
             *(key for key, number in having.items() if number == 1),

@@ -77,6 +77,15 @@ def resolved(spec, plugins, **options):
 X = torch.arange(6.0).view(2, 3)
 
 
+def test_a_chain_has_the_protocol_of_its_most_transductive_member():
+    inductive, mined, cached = Add(), Add(), Add()
+    mined.protocol, cached.protocol = "train-transductive", "test-transductive"
+    assert ChainBridge({}).protocol == ChainBridge({"a": inductive}).protocol == "inductive"
+    assert ChainBridge({"a": mined, "b": inductive}).protocol == "train-transductive"
+    chain = ChainBridge({"a": inductive, "b": cached, "c": mined})
+    assert chain.protocol == chain.override(**{"b.by": 2.0}).protocol == "test-transductive"
+
+
 def test_members_are_applied_in_order(plugins):
     one, other = resolved("add+times,times+add", plugins, settings={"times.by": 3}).values()
     assert torch.equal(one.bridge(X), 3 * (X + 1))

@@ -87,18 +87,13 @@ class EzHoiScore:
         Raises:
             ScoreError: W has not full row rank, so not all logits can be had.
         """
-        return nearest_feature(x, logits, self.matrix, self.inverse)
+        moved = x.double() + (logits.double() - x.double() @ self.matrix.T) @ self.inverse.T
+        return moved.to(x.dtype)
 
     def prior(self, human: Tensor, other: Tensor, objects: Tensor) -> Tensor:
         """Prior [P, C] from detector scores [P] and object classes [P]: (s_h·s_o)^p where the object has the verb, else 0."""
         together = human.pow(self.hyper_lambda) * other.pow(self.hyper_lambda)
         return together.unsqueeze(1) * self.object_to_target[objects.long()]
-
-
-def nearest_feature(x: Tensor, logits: Tensor, matrix: Tensor, inverse: Tensor) -> Tensor:
-    """`EzHoiScore.feature` with its `matrix` and `inverse`, on whatever device they are."""
-    moved = x.double() + (logits.double() - x.double() @ matrix.T) @ inverse.T
-    return moved.to(x.dtype)
 
 
 def relative_change(x: Tensor, moved: Tensor) -> Tensor:

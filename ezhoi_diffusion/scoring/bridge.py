@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ezhoi_diffusion.artifact import Artifact
 from ezhoi_diffusion.bridge import Bridge, BridgeError
-from ezhoi_diffusion.features.score import NEEDED, EzHoiScore, nearest_feature
+from ezhoi_diffusion.features.score import NEEDED, EzHoiScore
 from ezhoi_diffusion.features.store import FeatureStore
 
 if TYPE_CHECKING:
@@ -70,8 +70,9 @@ class ScoreBridge(Bridge):
         """Move features [P, D]."""
         with torch.autocast(adapter_feat.device.type, enabled=False):
             x = adapter_feat.double()
-            moved = self.moved_logits(x, x @ self.matrix.T, pairs)
-            return nearest_feature(adapter_feat, moved, self.matrix, self.inverse)
+            logits = x @ self.matrix.T
+            moved = x + (self.moved_logits(x, logits, pairs) - logits) @ self.inverse.T  # EzHoiScore.feature
+            return moved.to(adapter_feat.dtype)
 
 
 def score_files(store: FeatureStore) -> dict[str, dict[str, Tensor]]:

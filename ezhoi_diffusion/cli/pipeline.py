@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ezhoi_diffusion.cli.arguments import Container, add_out, add_script, split_script_flags
 from ezhoi_diffusion.cli.compare import BRIDGES
 from ezhoi_diffusion.errors import EzhoiDiffusionError
-from ezhoi_diffusion.evaluation.defaults import FOLDS
+from ezhoi_diffusion.evaluation.defaults import FOLDS, MIN_FOLDS
 
 DESCRIPTION = """\
 Go from an EZ-HOI checkpoint to a compared bridge: capture the training images, train, choose bridges and settings by
@@ -82,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
     for flag, value in (("--max-images", args.max_images), ("--num-images", args.num_images)):
         if value is not None and value < 1:
             raise EzhoiDiffusionError(f"{flag} must be at least 1, not {value}")
+    if args.folds < MIN_FOLDS:
+        raise EzhoiDiffusionError(f"--folds must be at least {MIN_FOLDS}, not {args.folds}")
     training = _training_flags(args)
     _check_training(training)
     steps = make_steps(

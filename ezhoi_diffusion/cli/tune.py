@@ -66,14 +66,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Search, choose, print, and write."""
     from ezhoi_diffusion.device import pick_device
+    from ezhoi_diffusion.evaluation.defaults import MIN_FOLDS
     from ezhoi_diffusion.evaluation.tune import candidates_of, tune, write_choice
     from ezhoi_diffusion.evaluation.variants import parse_settings, parse_sweep
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.files import check_writable, new_folder, require_unused
     from ezhoi_diffusion.plugins import PluginManager
 
-    if args.seeds < 1:
-        raise EzhoiDiffusionError(f"--seeds must be at least 1, not {args.seeds}")
+    for flag, least, value in (("--seeds", 1, args.seeds), ("--folds", MIN_FOLDS, args.folds)):
+        if value < least:
+            raise EzhoiDiffusionError(f"{flag} must be at least {least}, not {value}")
     store = FeatureStore(args.features)
     require_unused(args.out, EzhoiDiffusionError)
     check_writable(args.out)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.average_precision import Scored
+from ezhoi_diffusion.evaluation.defaults import MIN_FOLDS
 from ezhoi_diffusion.evaluation.protocols import Detections, EvalProtocol, hicodet
 from ezhoi_diffusion.evaluation.replay import MAX_PAIRS
 from ezhoi_diffusion.evaluation.variants import Variant
@@ -18,8 +19,6 @@ from ezhoi_diffusion.features.images import StoredImage, stored_images
 from ezhoi_diffusion.features.score import targets_of
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.rng import generator
-
-MIN_FOLDS = 3
 
 
 class TuneError(EzhoiDiffusionError):

@@ -26,20 +26,31 @@ class Space:
         items: Chains that are built on, by positions of their bridges; most have one bridge.
         baselines: Positions of the baselines, which are tried alone.
         grids: Setting -> values, for each bridge.
+        own: Setting -> the value that the bridge has already, for each bridge; a chain does not name it.
+        names: Registered name of each bridge. A chain has each name once.
     """
 
     items: list[tuple[int, ...]]
     baselines: list[int]
     grids: Sequence[Grid]
+    own: Sequence[Mapping[str, Any]]
+    names: Sequence[str]
 
-    def max_trials(self) -> int:
-        """An upper bound of the number of trials of a search."""
-        values = [sum(map(len, grid.values())) for grid in self.grids]
-        alone = sum(1 + values[part] for part in self.baselines)
-        grown = sum(2 + sum(values[part] for part in item) for item in self.items)
-        rounds = min(MAX_MEMBERS, len(self.items))
-        longest = sorted((sum(values[part] for part in item) for item in self.items), reverse=True)
-        return 1 + alone + rounds * grown + sum(sum(longest[: 1 + round_]) for round_ in range(rounds))
+    def expected_trials(self) -> list[int]:
+        """Number of trials of a search that finds something in every round: of `none` and baselines, then of each round."""
+        values = [
+            sum(value != own.get(key) for key, some in grid.items() for value in some)
+            for grid, own in zip(self.grids, self.own, strict=True)
+        ]
+        trials = [1 + sum(1 + values[part] for part in self.baselines)]
+        of_item = [sum(values[part] for part in item) for item in self.items]
+        for members in range(1, 1 + min(MAX_MEMBERS, len(self.items))):
+            share = (len(self.items) - members + 1) / len(self.items)  # of the items that are not in the chain
+            appended = len(self.items) + sum(of_item)
+            in_front = len(self.items) if members > 1 else 0
+            improved = (members - 1) * sum(of_item) / len(self.items)  # the last member has been tried with its values
+            trials.append(round(share * (appended + in_front) + improved))
+        return trials
 
 
 def search(space: Space, run: Run) -> dict[str, Trial]:
@@ -49,22 +60,27 @@ def search(space: Space, run: Run) -> dict[str, Trial]:
     item is appended, as it is and with one setting changed at a time, or put in front. The best of these is kept if it
     exceeds the chain before, and its settings are improved one after the other.
     """
-    trials: dict[str, Trial] = {}
+    done: list[tuple[Chain, Trial | None]] = []  # no dictionary: values of settings may be lists
 
     def tried(chains: Iterable[Chain]) -> list[Trial]:
-        found = [trial for trial in map(run, chains) if trial is not None]
-        trials.update({trial.name: trial for trial in found})
+        found = []
+        for chain in chains:
+            known = [trial for other, trial in done if other == chain]
+            if not known:
+                known = [run(chain)]
+                done.append((chain, known[0]))
+            found += [trial for trial in known if trial is not None]
         return found
 
     (best,) = tried([()])
-    tried(chain for part in space.baselines for chain in _variations((Step(part),), space.grids))
+    tried(chain for part in space.baselines for chain in _variations((Step(part),), space))
     for _ in range(MAX_MEMBERS):
-        used = {step.part for step in best.chain}
+        used = {space.names[step.part] for step in best.chain}
         grown: list[Chain] = []
         for item in space.items:
-            if used.isdisjoint(item):
+            if used.isdisjoint(space.names[part] for part in item):
                 tail = tuple(Step(part) for part in item)
-                grown += [best.chain + chain for chain in _variations(tail, space.grids)]
+                grown += [best.chain + chain for chain in _variations(tail, space)]
                 grown += [tail + best.chain] if best.chain else []
         leader = max(tried(grown), key=lambda trial: float(trial.value[0]), default=best)
         if not leader.value[0] > best.value[0]:
@@ -73,22 +89,25 @@ def search(space: Space, run: Run) -> dict[str, Trial]:
         for number, step in enumerate(best.chain):
             for key, values in space.grids[step.part].items():
                 for value in values:
-                    others = tried([_changed(best.chain, number, key, value)])
+                    others = tried([_changed(best.chain, number, key, value, space)])
                     best = max([best, *others], key=lambda trial: float(trial.value[0]))
-    return trials
+    return {trial.name: trial for _, trial in done if trial is not None}
 
 
-def _variations(chain: Chain, grids: Sequence[Grid]) -> Iterator[Chain]:
+def _variations(chain: Chain, space: Space) -> Iterator[Chain]:
     """The chain as it is, and with one setting changed."""
     yield chain
     for number, step in enumerate(chain):
-        for key, values in grids[step.part].items():
-            yield from (_changed(chain, number, key, value) for value in values)
+        for key, values in space.grids[step.part].items():
+            yield from (_changed(chain, number, key, value, space) for value in values)
 
 
-def _changed(chain: Chain, number: int, key: str, value: Any) -> Chain:
-    settings = tuple(sorted({**dict(chain[number].settings), key: value}.items()))
-    return (*chain[:number], replace(chain[number], settings=settings), *chain[number + 1 :])
+def _changed(chain: Chain, number: int, key: str, value: Any, space: Space) -> Chain:
+    step = chain[number]
+    settings = {**dict(step.settings), key: value}
+    if value == space.own[step.part].get(key):
+        del settings[key]
+    return (*chain[:number], replace(step, settings=tuple(sorted(settings.items()))), *chain[number + 1 :])
 
 
 # -- the rule ------------------------------------------------------------------------------------------------------

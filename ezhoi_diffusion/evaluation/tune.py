@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ from ezhoi_diffusion.evaluation.defaults import FOLDS, SEEDS
 from ezhoi_diffusion.evaluation.folds import Folds, TuneError, seen_classes
 from ezhoi_diffusion.evaluation.refit import BARS, NOT_CANDIDATES, Recipes, RefitError, grid_of, recipes_of
 from ezhoi_diffusion.evaluation.search import Choice, Lead, Space, choose, lead_of, search
-from ezhoi_diffusion.evaluation.trials import Chain, Trial, Trials, joined
-from ezhoi_diffusion.evaluation.variants import SEED_PREFIX, Named, Variant, known_bridges, load_bridge, parse_bridges
+from ezhoi_diffusion.evaluation.trials import Chain, Step, Trial, Trials, joined
+from ezhoi_diffusion.evaluation.variants import SEED_PREFIX, Named, known_bridges, load_bridge, parse_bridges
 from ezhoi_diffusion.features.score import EzHoiScore, require_replayable
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.plugins import PluginManager
@@ -57,7 +58,6 @@ class Candidates:
         recipes: How each is made.
         bridges: Each made from all training images, seed 0.
         artifacts: What is stored of each, for every seed; None for a bridge that needs no files.
-        seconds: What making each took.
         items: What was named together, by positions; chains are built on these.
         grids: Setting -> values, for each.
         is_named: Whether the user named them. Others are left out where they cannot be made.
@@ -67,7 +67,6 @@ class Candidates:
     recipes: list[Recipes]
     bridges: list[Bridge]
     artifacts: list[list[Artifact | None]]
-    seconds: list[float]
     items: list[tuple[int, ...]]
     grids: list[dict[str, list[Any]]]
     is_named: bool = True
@@ -78,7 +77,11 @@ class Candidates:
         """What is searched: chains of bridges, and baselines by themselves."""
         baselines = [part for part, bridge in enumerate(self.bridges) if bridge.baseline]
         items = [item for item in self.items if not set(item) <= set(baselines)]
-        return Space(items, baselines, self.grids)
+        own = [
+            {key: getattr(bridge, key) for key in grid if isinstance(getattr(bridge, key, None), (int, float, str))}
+            for bridge, grid in zip(self.bridges, self.grids, strict=True)
+        ]
+        return Space(items, baselines, self.grids, own, [recipes.name for recipes in self.recipes])
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +162,7 @@ def candidates_of(
         device: Where the bridges go.
 
     Raises:
-        TuneError: The store holds test images, or there is no candidate.
+        TuneError: The store holds test images, there is no candidate, or no candidate has a setting.
         RefitError: A named bridge cannot be made from a part of the features.
         EzhoiDiffusionError: A name is unknown or comes twice.
     """
@@ -170,7 +173,7 @@ def candidates_of(
         )
     known, fits = known_bridges(plugins), known_fits(plugins).names()
     named = parse_bridges(spec, known.names())
-    found = Candidates([], [], [], [], [], [], is_named=bool(spec))
+    found = Candidates([], [], [], [], [], is_named=bool(spec))
     at: dict[Named, int] = {}
     every = [[Named(name, "")] for name in known.names() if name not in (*NOT_CANDIDATES, *BARS)]
     for chain in named.values() if spec else every:
@@ -193,6 +196,10 @@ def candidates_of(
             found.items.append(tuple(item))
     if not found.items:
         raise TuneError("there is no candidate beside none: name bridges with --bridges")
+    for key in {*(settings or {}), *(sweep or {})}:
+        if not any(own_settings(one.name, b, {key: None}) for one, b in zip(found.recipes, found.bridges, strict=True)):
+            labels = ", ".join(one.label for one in found.recipes)
+            raise TuneError(f"none of {labels} has a setting {key}: see `ezhoi-diffusion compare --help`")
     return found
 
 
@@ -216,13 +223,11 @@ def _add(
     device: torch.device | str,
 ) -> int:
     recipes = recipes_of(named, plugins, settings, seeds, check)
-    begin = time.perf_counter()
     made = [recipes.make(store, plugins, seed) for seed in range(max(1, len(recipes.learn)))]
     bridge = made[0][0].to(device)
     found.recipes.append(recipes)
     found.bridges.append(bridge)
     found.artifacts.append([artifact for _, artifact in made])
-    found.seconds.append(time.perf_counter() - begin)
     found.grids.append(grid_of(bridge, named.name, sweep))
     return len(found.recipes) - 1
 
@@ -273,8 +278,9 @@ def tune(
         device=device,
     )
     space = candidates.space
-    most = space.max_trials()
-    say(_cost(candidates, trials, most))
+    expected = space.expected_trials()
+    most = sum(expected)
+    say(_cost(candidates, trials, expected))
     left_out: set[str] = set()
     with tqdm(total=most * (1 + folds), desc="tune", unit="trial", file=sys.stderr) as progress:
 
@@ -302,25 +308,36 @@ def tune(
     return Tuning(choose(found), found, gain, [one.name for one in choices], dealt, list(forced))
 
 
-def _cost(candidates: Candidates, trials: Trials, most: int) -> str:
-    """One line about the time to expect, from the first fits, the first trial, and one use of each bridge on a fold."""
+def _cost(candidates: Candidates, trials: Trials, expected: Sequence[int]) -> str:
+    """One line about the time to expect, from the first fits and the first trials. What they made is used again.
+
+    Every bridge that learns is made without one and without two folds of images, with all labels and without each fold of
+    verbs. Chains of r bridges take r times as long to apply as one.
+    """
+    count, ways = len(trials.folds.images), 1 + len(trials.folds.classes)
+    without_one, without_two = ways * count, ways * (count * (count - 1) // 2)
+    smaller = (count - 2) / (count - 1)  # features that are left without two folds, as a share of those without one
+    making, applying, parts = 0.0, [], range(len(candidates.recipes))
+    for part in parts:
+        seeds = max(1, len(candidates.recipes[part].learn))
+        with suppress(RefitError):  # the search says so
+            begin = time.perf_counter()
+            for hidden in (None, *range(ways - 1)):
+                trials.made(part, 0, frozenset({0}), hidden)
+            made = time.perf_counter()
+            trials.scored((Step(part),), 0, [0])
+            making += (made - begin) / ways * seeds * (without_one + smaller * without_two)
+            applying.append((time.perf_counter() - made) * seeds)
     begin = time.perf_counter()
     trials.run(())
-    scoring = time.perf_counter() - begin
-    count, hidden = len(trials.folds.images), len(trials.folds.classes)
-    applying = 0.0
-    for recipes, bridge in zip(candidates.recipes, candidates.bridges, strict=True):
-        begin = time.perf_counter()
-        trials.held_out[0].bridged([Variant(recipes.label, bridge)])
-        applying += (
-            (time.perf_counter() - begin) * count * (1 + hidden if recipes.learn else 1) / len(candidates.recipes)
-        )
-    fits = (count + count * (count - 1) // 2) * (1 + hidden)
-    making = fits * sum(s for s, recipes in zip(candidates.seconds, candidates.recipes, strict=True) if recipes.learn)
-    scored = most * (1 + count)
+    scoring = 2 * (time.perf_counter() - begin)  # of seen classes, and of hidden ones
+    mean = sum(applying) / max(1, len(applying))
+    # the search takes all folds, and each outer one all folds but its own: count² in all
+    trying = sum(n * (mean * max(1, r) * count**2 + scoring * (1 + count)) for r, n in enumerate(expected))
     return (
-        f"{len(candidates.recipes)} bridges, {count} folds of images and {hidden} of verbs: each bridge is made {fits} times, and "
-        f"at most {scored} chains are scored. Estimate: up to {(making + scored * (scoring + applying)) / 60:.1f} minutes"
+        f"{len(candidates.recipes)} bridges, {count} folds of images and {ways - 1} of verbs: each bridge that learns is made "
+        f"{without_one + without_two} times, and about {sum(expected) * (1 + count)} chains are scored. Estimate: about "
+        f"{(making + trying) / 60:.1f} minutes"
     )
 
 

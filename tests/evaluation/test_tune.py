@@ -23,8 +23,8 @@ from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.evaluation.chain import with_members
 from ezhoi_diffusion.evaluation.folds import Folds
 from ezhoi_diffusion.evaluation.refit import RefitError, recipes_of
-from ezhoi_diffusion.evaluation.search import choose
-from ezhoi_diffusion.evaluation.trials import Trial, Trials
+from ezhoi_diffusion.evaluation.search import Space, choose, search
+from ezhoi_diffusion.evaluation.trials import Step, Trial, Trials
 from ezhoi_diffusion.evaluation.tune import TuneError, candidates_of, load_choice, seen_classes, tune, write_choice
 from ezhoi_diffusion.evaluation.variants import Named
 from ezhoi_diffusion.features.labels import seen_pairs
@@ -210,11 +210,11 @@ def test_a_baseline_that_gains_is_recommended_and_counts_as_one(tmp_path):
         return replace(batch, pairs=replace(batch.pairs, scores=scores))
 
     store = synthetic_store(tmp_path / "unsure", images=100, alter=unsure)
-    plugins = plugins_with(scale=ScaleControl, bridge=Scale)
-    found, candidates = tuned(store, plugins, "scale,bridge")
-    assert found.choice.trial.name.startswith("scale")
+    plugins = plugins_with(control=ScaleControl, bridge=Scale)
+    found, candidates = tuned(store, plugins, "control,bridge")
+    assert found.choice.trial.name.startswith("control")
     assert not found.choice.helps
-    assert "baseline scale" in found.choice.why
+    assert "baseline control" in found.choice.why
     write_choice(tmp_path / "choice", found, candidates, store)
     assert load_choice(tmp_path / "choice", plugins).baseline
     assert Artifact.load(tmp_path / "choice", "tuned").config["chosen"]["helps"] is False
@@ -277,6 +277,47 @@ def test_a_bridge_has_to_beat_the_best_baseline():
     assert chosen(weak, trial("a", 0.1, seed=2)).trial.name == "none"
 
 
+# the search
+
+
+def searched(space, value_of):
+    """The trials of a search, and the chains that it ran."""
+    ran = []
+
+    def run(chain):
+        ran.append(chain)
+        value = np.array([value_of(chain)])
+        return Trial(chain, str(chain), value, value, value, 0.0, not chain)
+
+    return search(space, run), ran
+
+
+def test_no_chain_is_tried_twice_and_a_value_that_a_bridge_has_is_no_setting():
+    grids = [{"a": (0, 1, 2)}, {"b": (0, 1)}, {}]
+    space = Space([(0,), (1,)], [2], grids, [{"a": 1}, {"b": 0}, {}], ["x", "y", "z"])
+    trials, ran = searched(space, lambda chain: sum(1 + sum(value for _, value in step.settings) for step in chain))
+    assert len(ran) == len(trials) == len({str(chain) for chain in ran})
+    settings = {setting for chain in ran for step in chain for setting in step.settings}
+    assert settings == {("a", 0), ("a", 2), ("b", 1)}
+    best = max(trials.values(), key=lambda trial: trial.value[0])
+    assert best.chain == (Step(0, (("a", 2),)), Step(1, (("b", 1),)))
+
+
+def test_a_chain_has_each_bridge_once_also_from_two_folders():
+    space = Space([(0,), (1,), (2,)], [], [{}, {}, {}], [{}, {}, {}], ["x", "x", "y"])
+    _, ran = searched(space, len)
+    assert max(map(len, ran)) == 2
+    assert not any({0, 1} <= {step.part for step in chain} for chain in ran)
+
+
+def test_the_expected_number_of_trials_is_that_of_a_search_in_which_every_round_gains():
+    space = Space([(part,) for part in range(4)], [], [{"a": (1, 2)}] * 4, [{"a": 1}] * 4, list("abcd"))
+    expected = space.expected_trials()
+    _, ran = searched(space, lambda chain: sum(2 + bool(step.settings) for step in chain))
+    assert len(expected) == 4
+    assert sum(expected) == pytest.approx(len(ran), rel=0.25)
+
+
 # what fits may know
 
 
@@ -313,8 +354,6 @@ def test_no_label_of_a_held_out_image_or_class_reaches_a_fit_or_the_choice(store
 
 
 def chains(candidates):
-    from ezhoi_diffusion.evaluation.trials import Step
-
     return [(Step(0),), (Step(0), Step(1))]
 
 
@@ -346,7 +385,7 @@ def test_test_images_and_too_few_images_are_refused(stores, tmp_path):
         tuned(FeatureStore(stores / "test"), plugins_with(), "known")
     few = synthetic_store(tmp_path / "few", images=6)
     with pytest.raises(TuneError, match="too few"):
-        tuned(few, plugins_with(part=Part), "part", folds=5)
+        tuned(few, plugins_with(part=Part), "part", folds=7)
 
 
 # how bridges are made again
@@ -406,7 +445,7 @@ def test_the_choice_is_a_bridge_of_its_own(stores, bridge, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "<- chosen" in printed
     assert "EZ-HOI itself was trained on these images" in printed
-    assert "Estimate: up to" in printed
+    assert "Estimate: about" in printed
     artifact = Artifact.load(out, "tuned")
     evidence = artifact.config["evidence"]
     assert {"none", "identity", "mean_shift", f"diffusion={bridge}"} <= set(evidence["candidates"])
@@ -481,6 +520,32 @@ def test_values_of_a_grid_that_a_bridge_refuses_are_left_out_and_in_a_sweep_are_
     assert candidates_of(store, "picky", plugins, check=lambda *_: None).grids == [{"share": [0.25]}]
     with pytest.raises(BridgeError, match="too much"):
         candidates_of(store, "picky", plugins, check=lambda *_: None, sweep={"share": [1.0]})
+
+
+def test_a_setting_that_no_candidate_has_is_refused(store):
+    plugins = plugins_with(part=Part)
+    for options in ({"settings": {"shore": 1}}, {"sweep": {"other.share": [1]}}):
+        with pytest.raises(TuneError, match="has a setting"):
+            candidates_of(store, "part", plugins, check=lambda *_: None, **options)
+    assert (
+        candidates_of(store, "part", plugins, check=lambda *_: None, settings={"part.share": 0.1}).bridges[0].share
+        == 0.1
+    )
+
+
+@pytest.mark.parametrize("chain", [(), (Step(0, (("factor", 3.0),)),)])
+def test_a_choice_of_none_or_of_a_baseline_is_a_baseline_of_a_comparison(stores, store, tmp_path, chain, capsys):
+    plugins = plugins_with()
+    found, candidates = tuned(store, plugins, "scale", sweep={})
+    trial = replace(found.trials["scale"], chain=chain)
+    choice = tmp_path / "choice"
+    write_choice(choice, replace(found, choice=replace(found.choice, trial=trial)), candidates, store)
+    line = ["compare", str(stores / "test"), "--bridges", f"identity,tuned={choice}", "--replicates", "100"]
+    assert main([*line, "--out", str(tmp_path / "report")]) == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    baselines = [one["name"] for one in report["variants"] if one["baseline"]]
+    assert baselines == ["identity", f"tuned={choice}"]
+    assert "Only baselines were compared" in capsys.readouterr().out
 
 
 def test_few_replicates_are_refused(stores, capsys):

@@ -280,7 +280,12 @@ def _loaded(
             for one, path in zip(named, paths, strict=True)
         }
         bridge = ChainBridge(members) if len(members) > 1 else members[named[0].name]
-        label = f"{item}/{seed}" if seed and bridge.seeded else item
+        # not those of a folder that a member was given although it learns nothing
+        has_seeds = any(
+            member.seeded and path is not None and path.name == seed
+            for member, path in zip(members.values(), paths, strict=True)
+        )
+        label = f"{item}/{seed}" if has_seeds else item
         chosen = _own(named, bridge, settings)
         if chosen:
             bridge = _overridden(bridge, label, chosen)
@@ -291,7 +296,7 @@ def _loaded(
             group = item + suffix if label != item else None
             source = Source(named[0].name, paths[0], {**chosen, **point}) if len(named) == 1 else None
             yield Variant(label + suffix, applied, group, source)
-        if not bridge.seeded:
+        if not has_seeds:
             return
 
 

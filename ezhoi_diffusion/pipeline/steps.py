@@ -79,7 +79,7 @@ def make_steps(
         Step(
             TUNED, "choose bridges and settings by cross-validation on training images", tuned,
             ["tune", str(features), "--bridge", str(bridge), "--out", str(tuned), "--folds", str(folds), *blocked],
-            {**package, "folds": folds}, ["features", "bridge"],
+            {**package, "folds": folds, "plugins with bridges": bridge_plugins(given["no_plugin"])}, ["features", "bridge"],
         ),
         capture(test_features, "test"),
         Step(
@@ -127,6 +127,14 @@ def bridge_folders(bridges: str, blocked: Sequence[str]) -> list[str]:
                 raise EzhoiDiffusionError(f"--bridges: there is no folder {one.folder}")
             folders.append(str(path))
     return folders
+
+
+def bridge_plugins(blocked: Sequence[str]) -> dict[str, str]:
+    """Name -> version of the plugins whose bridges `tune` tries."""
+    from ezhoi_diffusion.plugins import PluginManager
+
+    found = PluginManager(blocked).found.values()
+    return {one.name: one.version for one in found if one.status == "loaded" and "register_bridges" in one.hooks}
 
 
 def source_digest(script: Path) -> str:

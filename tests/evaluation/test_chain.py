@@ -217,3 +217,14 @@ def test_an_unfinished_chain_is_refused(plugins, tmp_path):
         chain_plugin.load(folder, plugins)
     with pytest.raises(EzhoiDiffusionError, match="needs its folder"):
         chain_plugin.load(None, plugins)
+
+
+def test_seeds_of_a_default_folder_count_only_for_bridges_that_have_seeds(plugins, tmp_path):
+    for seed in range(2):
+        Artifact("add", {"by": seed}).save(tmp_path / "default" / f"seed-{seed}")
+        Artifact("times", {"by": seed}).save(tmp_path / "seeds" / f"seed-{seed}")
+    Artifact("times", {"by": 2}).save(tmp_path / "times")
+    item = f"add+times={tmp_path / 'times'}"
+    assert list(resolved(item, plugins, folder=str(tmp_path / "default"))) == [item]
+    item = f"add+times={tmp_path / 'seeds'}"
+    assert list(resolved(item, plugins)) == [f"{item}/seed-0", f"{item}/seed-1"]

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from ezhoi_diffusion.training.config import TrainConfig
 
 DESCRIPTION = """\
-Make a bridge from captured training features: train a diffusion bridge (default), fit the bridge of an installed plugin
-(--bridge NAME), or distil a diffusion bridge into a student that needs one network evaluation (--student-of BRIDGE). A tenth of
-the texts or images is held out for validation."""
+Make a bridge from captured training features: train a diffusion bridge (default), fit another bridge (--bridge NAME), or distil
+a diffusion bridge into a student that needs one network evaluation (--student-of BRIDGE). Training a diffusion bridge holds a
+tenth of the texts or images out for validation."""
 EPILOG = """\
 recipes:
   gentle  (default) learns the text features; a visual feature starts at a low timestep and is blended with itself
@@ -33,18 +33,20 @@ what the numbers mean:
       600 evaluations were 0.02 mAP apart.
   --scale-factor S is the norm of every network input. It sets how much noise a timestep means, so the bridge stores it.
   --train-steps counts optimizer steps. The guide's 500,000 (8-15 hours on a GPU) are for unet1d on visual features. The default
-      network needs one or two thousand on texts; on visual features and pairs the default is 5000. In the guide's folders
-      model-K.pt has K = step / 10000: step 500,000 is model-50.pt.
-  The loss is weighted by the signal-to-noise ratio. Compare the validation loss with the isotropic estimate, which knows no
-      data: a network above it learned nothing that generalises. A lower loss does not promise a higher mAP: use compare.
+      network needs one or two thousand on texts. The default is 5000 on visual features and pairs, and 600 for scored, which
+      also has its own --batch-size, --learning-rate and --ema-decay. In the guide's folders model-K.pt has K = step / 10000:
+      step 500,000 is model-50.pt.
+  The loss is weighted by the signal-to-noise ratio, save for paired and scored. Compare the validation loss with the isotropic
+      estimate, which knows no data: a network above it learned nothing that generalises. A lower loss does not promise a higher
+      mAP: use compare.
   The bridge is that of the lowest validation loss. --patience N stops after N validations without a new lowest one.
 
 examples:
   ezhoi-diffusion train FEATURES --out BRIDGE
   ezhoi-diffusion train FEATURES --out BRIDGE --resume
   ezhoi-diffusion train FEATURES --out BRIDGE --recipe paper --denoiser unet1d --train-steps 500000
-  ezhoi-diffusion train --bridge list                    (the bridges of installed plugins, and their options)
-  ezhoi-diffusion train FEATURES --out BRIDGE --bridge procrustes --set mode=ridge
+  ezhoi-diffusion train --bridge list                    (the bridges that can be fitted, and their options)
+  ezhoi-diffusion train FEATURES --out BRIDGE --bridge residual --set blend=0.5
   ezhoi-diffusion train FEATURES --out STUDENT --student-of BRIDGE --start-timestep 600 --num-steps 50
 
 several processes, on GPUs or CPUs (they share the batch; the result is that of one process, to rounding):
@@ -90,7 +92,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--bridge",
         metavar="NAME",
-        help="fit this bridge of an installed plugin; --set gives its options. `train --bridge list` explains them",
+        help="fit this bridge, built in or of an installed plugin; --set gives its options. `train --bridge list` explains them",
     )
     group.add_argument("--student-of", metavar="BRIDGE", help="distil this bridge, a folder or hf:USER/REPO")
     group.add_argument(

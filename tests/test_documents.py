@@ -29,7 +29,7 @@ from ezhoi_diffusion.diffusion.bridge import SETTINGS, DiffusionBridge
 from ezhoi_diffusion.diffusion.components import Components, components
 from ezhoi_diffusion.diffusion.recipes import RECIPES
 from ezhoi_diffusion.evaluation.comparison import Comparison, VariantResult
-from ezhoi_diffusion.evaluation.variants import parse_chain
+from ezhoi_diffusion.evaluation.variants import known_bridges, parse_chain
 from ezhoi_diffusion.ezhoi import launch
 from ezhoi_diffusion.ezhoi.attach import attach
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
@@ -358,10 +358,12 @@ def test_the_example_for_the_hub_fits_the_class(monkeypatch):
 
 def test_the_bridge_of_the_tutorial_keeps_all_rules(tmp_path, monkeypatch):
     small, source = python_blocks(section(TUTORIAL, "Write a bridge"))
-    (tmp_path / "scale.py").write_text(small)
+    (tmp_path / "longer.py").write_text(small)
     (tmp_path / "my_bridge.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
-    for name in ("scale", "my_bridge"):
+    built_in = known_bridges(PluginManager(discover=False)).names()
+    for name in ("longer", "my_bridge"):
+        assert name not in built_in
         plugins = PluginManager(discover=False)
         module = importlib.import_module(name)
         monkeypatch.delitem(sys.modules, name)

@@ -509,6 +509,19 @@ def test_a_gain_that_a_baseline_has_too_is_none(bridge):
     assert "**a gain**" not in card
 
 
+def test_the_p_value_of_the_primary_endpoint_is_not_adjusted(bridge):
+    shown = comparison(intervals=True)
+    measured = shown["variants"][1]
+    measured["difference"]["full"] = 1.5
+    apart = {"low": 0.5, "high": 2.5, "p": 0.01, "p_adjusted": 0.2}
+    measured["bootstrap"]["over"] |= {"none": {**measured["bootstrap"]["over"]["none"], "full": apart}}
+    measured["bootstrap"]["over"]["mean_shift"] = {"full": apart}
+    assert "p 0.200: may be chance." in model_card(bridge, shown)
+    card = model_card(bridge, {**shown, "primary": "diffusion"})
+    assert "p 0.010: **a gain**." in card
+    assert "save for full mAP of `diffusion`, the primary endpoint." in card
+
+
 def test_the_card_of_one_seed_has_the_results_of_all(bridge):
     shown = comparison(intervals=True)
     measured = shown["variants"][1]

@@ -23,11 +23,12 @@ def add_features(parser: Container, split: str, **options: Any) -> None:
     )
 
 
-def add_bridges(parser: Container, default: str) -> None:
-    """--bridges: what to compare, and --bridge: the folder for names without one."""
+def add_bridges(parser: Container, default: str, meaning: str = "") -> None:
+    """--bridges: what to compare, and --bridge: the folder for names without one. meaning: of an empty default."""
     parser.add_argument(
-        "--bridges", default=default, metavar="NAME[=DIR],…", help=f"bridges, each as {BRIDGES} (default: {default})"
-    )
+        "--bridges", default=default, metavar="NAME[=DIR],…",
+        help=f"bridges, each as {BRIDGES} (default: {default or meaning})",
+    )  # fmt: skip
     parser.add_argument(
         "--bridge", default="", metavar="DIR", help="folder, or hf:USER/REPO, for names without one of their own"
     )

@@ -9,8 +9,8 @@ from pathlib import Path
 from ezhoi_diffusion.cli.arguments import add_out
 
 DESCRIPTION = """\
-Train a miniature EZ-HOI on drawn scenes of 31 verbs and 16 objects, capture its features, train a diffusion bridge, and compare EZ-HOI
-without and with it. The code is that for the real EZ-HOI. It takes about two minutes on two cores and needs no data."""
+Train a miniature EZ-HOI on drawn scenes of 31 verbs and 16 objects, capture its features, train a diffusion bridge, choose among
+all bridges, and compare EZ-HOI without and with them. The code is that for the real EZ-HOI. It takes minutes and needs no data."""
 DEFAULT_OUT = "ezhoi-diffusion-demo"
 
 

@@ -12,13 +12,12 @@ from ezhoi_diffusion.cli import arguments
 from ezhoi_diffusion.errors import EzhoiDiffusionError, Interrupted
 
 if TYPE_CHECKING:
-    from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.training.config import TrainConfig
 
 DESCRIPTION = """\
-Make a bridge from captured training features: train a diffusion bridge (default), fit the bridge of an installed plugin
-(--bridge NAME), or distil a diffusion bridge into a student that needs one network evaluation (--student-of BRIDGE). A tenth of
-the texts or images is held out for validation."""
+Make a bridge from captured training features: train a diffusion bridge (default), fit another bridge (--bridge NAME), or distil
+a diffusion bridge into a student that needs one network evaluation (--student-of BRIDGE). Training a diffusion bridge holds a
+tenth of the texts or images out for validation."""
 EPILOG = """\
 recipes:
   gentle  (default) learns the text features; a visual feature starts at a low timestep and is blended with itself
@@ -33,18 +32,20 @@ what the numbers mean:
       600 evaluations were 0.02 mAP apart.
   --scale-factor S is the norm of every network input. It sets how much noise a timestep means, so the bridge stores it.
   --train-steps counts optimizer steps. The guide's 500,000 (8-15 hours on a GPU) are for unet1d on visual features. The default
-      network needs one or two thousand on texts; on visual features and pairs the default is 5000. In the guide's folders
-      model-K.pt has K = step / 10000: step 500,000 is model-50.pt.
-  The loss is weighted by the signal-to-noise ratio. Compare the validation loss with the isotropic estimate, which knows no
-      data: a network above it learned nothing that generalises. A lower loss does not promise a higher mAP: use compare.
+      network needs one or two thousand on texts. The default is 5000 on visual features and pairs, and 600 for scored, which
+      also has its own --batch-size, --learning-rate and --ema-decay. In the guide's folders model-K.pt has K = step / 10000:
+      step 500,000 is model-50.pt.
+  The loss is weighted by the signal-to-noise ratio, save for paired and scored. Compare the validation loss with the isotropic
+      estimate, which knows no data: a network above it learned nothing that generalises. A lower loss does not promise a higher
+      mAP: use compare.
   The bridge is that of the lowest validation loss. --patience N stops after N validations without a new lowest one.
 
 examples:
   ezhoi-diffusion train FEATURES --out BRIDGE
   ezhoi-diffusion train FEATURES --out BRIDGE --resume
   ezhoi-diffusion train FEATURES --out BRIDGE --recipe paper --denoiser unet1d --train-steps 500000
-  ezhoi-diffusion train --bridge list                    (the bridges of installed plugins, and their options)
-  ezhoi-diffusion train FEATURES --out BRIDGE --bridge procrustes --set mode=ridge
+  ezhoi-diffusion train --bridge list                    (the bridges that can be fitted, and their options)
+  ezhoi-diffusion train FEATURES --out BRIDGE --bridge residual --set blend=0.5
   ezhoi-diffusion train FEATURES --out STUDENT --student-of BRIDGE --start-timestep 600 --num-steps 50
 
 several processes, on GPUs or CPUs (they share the batch; the result is that of one process, to rounding):
@@ -71,7 +72,6 @@ FOR_STUDENT = (
     "train_steps", "seed", "device", "no_plugin",
 )  # fmt: skip
 ONLY_FOR_STUDENT = ("min_cosine", "device")
-STUDENT_STEPS = 2000
 LIST = "list"  # --bridge list
 
 
@@ -90,7 +90,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--bridge",
         metavar="NAME",
-        help="fit this bridge of an installed plugin; --set gives its options. `train --bridge list` explains them",
+        help="fit this bridge, built in or of an installed plugin; --set gives its options. `train --bridge list` explains them",
     )
     group.add_argument("--student-of", metavar="BRIDGE", help="distil this bridge, a folder or hf:USER/REPO")
     group.add_argument(
@@ -360,68 +360,6 @@ def _describe_fits() -> str:
 
 
 def _distil(args: argparse.Namespace) -> int:
-    from ezhoi_diffusion.device import pick_device
-    from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
-    from ezhoi_diffusion.diffusion.components import components
-    from ezhoi_diffusion.features.store import FeatureStore
-    from ezhoi_diffusion.files import check_writable, require_unused
-    from ezhoi_diffusion.hub import resolve_path
-    from ezhoi_diffusion.plugins import PluginManager
-    from ezhoi_diffusion.training.distillation import MIN_COSINE, distill
+    from ezhoi_diffusion.cli.student import distil
 
-    train_steps = STUDENT_STEPS if args.train_steps is None else args.train_steps
-    min_cosine = MIN_COSINE if args.min_cosine is None else args.min_cosine
-    if train_steps < 1:
-        raise EzhoiDiffusionError(f"--train-steps must be at least 1, not {train_steps}")
-    store = FeatureStore(args.features)
-    store.require_training_images("a student learns from")
-    require_unused(args.out, EzhoiDiffusionError)
-    check_writable(args.out)
-    registry = components(PluginManager(args.no_plugin))
-    teacher = DiffusionBridge.from_pretrained(resolve_path(args.student_of), registry=registry)
-    arguments.fingerprint_check(store, False, [])(teacher, args.student_of)
-    teacher = teacher.override(**recipe_settings(args))
-    training, held_out = _split(store)
-    student, reached = distill(
-        teacher, training, held_out, store.text,
-        train_steps=train_steps, seed=args.seed or 0, device=pick_device(args.device),
-    )  # fmt: skip
-    recipe = teacher.config.recipe
-    baselines: dict[str, float] = student.provenance["distilled"]["baselines"]
-    print(
-        f"one evaluation instead of {recipe.num_steps} from timestep {recipe.start_timestep}: {reached}. Without a student: cosine "
-        f"{baselines['identity']:.4f} for the features as they are, {baselines['single_evaluation']:.4f} for one evaluation of the "
-        f"teacher",
-        flush=True,
-    )
-    if not reached.cosine >= min_cosine:
-        raise EzhoiDiffusionError(
-            f"the student's mean cosine to its teacher on held-out features is {reached.cosine:.4f}, below {min_cosine}, so it was "
-            f"not written: use more --train-steps, features of more images, or a lower --start-timestep; or lower --min-cosine"
-        )
-    unbeaten = [
-        f"{name.replace('_', ' ')} {cosine:.4f}" for name, cosine in baselines.items() if not reached.cosine > cosine
-    ]
-    if unbeaten:
-        raise EzhoiDiffusionError(
-            f"the student's mean cosine to its teacher on held-out features is {reached.cosine:.4f}, no better than what costs no "
-            f"training ({', '.join(unbeaten)}), so it was not written: use more --train-steps, or the teacher with --set num_steps=1"
-        )
-    student.save_pretrained(args.out)
-    print(
-        f"student: {args.out}; compare it with --bridges none,diffusion={args.student_of},diffusion={args.out}",
-        flush=True,
-    )
-    return 0
-
-
-def _split(store: FeatureStore) -> tuple[Any, Any]:
-    """Features [N, D] of training images, and of those that are held out."""
-    from ezhoi_diffusion.features.split import validation_mask
-
-    try:
-        held_out = validation_mask(len(store.images))[store.image_index()]
-    except ValueError as error:
-        raise EzhoiDiffusionError(f"{store.folder} has too few images: {error}") from error
-    features = store.adapter_feat()
-    return features[~held_out], features[held_out]
+    return distil(args, recipe_settings(args))

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Choose a chain of bridges and its settings by cross-validation on *training* images. Bridges that learn are made again without
-each fold of images, and without the labels of each fold of verbs, which are then scored as unseen verbs are. `none` wins unless
-a bridge gains over it, and over every baseline, beyond chance. Neither labels of unseen classes nor test images are read. --out
-gets the choice, made from all training images, as a bridge named `tuned`."""
+each fold of images, and without the labels of each fold of verbs, which are then scored as unseen verbs are. A bridge wins only
+if it gains over `none`, and over the best baseline, beyond chance. Neither labels of unseen classes nor test images are read.
+--out gets the choice, made from all training images, as a bridge named `tuned`."""
 EPILOG = """\
 how it chooses:
   The criterion is mean AP of seen classes on held-out images, and of hidden classes, weighed by the shares of seen and unseen
@@ -25,7 +25,8 @@ how it chooses:
   The search is greedy. Every bridge is tried as it is and with one setting changed; the best chain grows by one bridge at a time,
   to three; its settings are then improved one after the other.
   The simplest chain within one standard error of the best is chosen: the fewest bridges, then the smallest change of logits.
-  Baselines are tried too. A bridge has to beat the best of them.
+  Baselines are tried too. A bridge has to beat the best of them. Where none does, the best baseline is chosen if it gains over
+  `none` beyond chance, else `none`.
   An outer loop repeats all of it without each fold, and scores that fold's choice on it: this is what choosing gains.
   Of a bridge with several seeds the mean over the seeds counts, and all seeds are written.
 
@@ -36,7 +37,7 @@ candidates:
 examples:
   ezhoi-diffusion tune FEATURES --out CHOICE
   ezhoi-diffusion tune FEATURES --bridges identity,mean_shift,diffusion=PAIRED --sweep blend=0.1,0.3 --out CHOICE
-  ezhoi-diffusion compare TEST_FEATURES --bridges none,identity,mean_shift,tuned=CHOICE --bridge BRIDGE --out REPORT
+  ezhoi-diffusion compare TEST_FEATURES --bridges none,scale,mean_shift,tuned=CHOICE --bridge BRIDGE --out REPORT
   ezhoi-diffusion run main_tip_finetune.py … --eval --resume CKPT --plugin tuned=CHOICE
 """
 NUM_SHOWN = 10
@@ -50,7 +51,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     arguments.add_features(parser, "train")
     arguments.add_out(parser, "folder for the choice", required=True)
     group = parser.add_argument_group("candidates beside none")
-    arguments.add_bridges(group, "")
+    arguments.add_bridges(group, "", "all that can be made from FEATURES")
     arguments.add_settings(group)
     arguments.add_sweep(group, "instead of each bridge's own values")
     group.add_argument(
@@ -108,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
         write_choice(staged, tuning, candidates, store)
     print(
         f"choice: {args.out}. Test it once:\n"
-        f"  ezhoi-diffusion compare TEST_FEATURES --bridges none,identity,tuned={args.out}",
+        f"  ezhoi-diffusion compare TEST_FEATURES --bridges none,scale,tuned={args.out}",
         flush=True,
     )
     return 0

@@ -120,7 +120,7 @@ def summarize(runs: Sequence[Run]) -> dict[str, Any]:
         "level": LEVEL,
         "bridges": {
             name: {
-                "control": runs[0].variants[name].control,
+                "control": all(run.variants[name].control for run in runs),  # `tuned` may choose one in some runs
                 "change": {
                     group: asdict(estimate(seeds, [run.change(name, group) for run in runs])) for group in GROUPS
                 },

@@ -112,7 +112,7 @@ def resize(images: Tensor) -> Tensor:
 
 
 def _corpus(painter: Painter, count: int) -> towers.Corpus:
-    """Make the pretraining data: every word, but no interaction that any split holds out, and no unseen verb."""
+    """Make the pretraining data: every word, but no unseen verb, and no held-out interaction save `no_interaction`."""
     rng = painter.rng
     held_out = {i for ids in UNSEEN.values() for i in ids}
     known = [i for i in range(NUM_INTERACTIONS) if i not in held_out and FREQUENCY[i]]

@@ -59,7 +59,7 @@ class Difference:
     def detectable(self, level: float = LEVEL, power: float = POWER) -> float:
         """The smallest true difference that a test at `level` finds with probability `power`, in points.
 
-        (z_{(1 + level)/2} + z_power)·SE, for a normal difference (Bloom, Evaluation Review 1995).
+        (z_{(1 + level)/2} + z_power)·SE, for a normal difference that is tested alone (Bloom, Evaluation Review 1995).
         """
         return (NormalDist().inv_cdf((1 + level) / 2) + NormalDist().inv_cdf(power)) * self.standard_error
 

@@ -54,8 +54,14 @@ class ObjectCalibration:
 
 
 def object_names(store: FeatureStore) -> dict[int, str]:
-    """Object -> the words that the names of all its interactions end with, where EZ-HOI gave names."""
+    """Object -> the words that the names of all its interactions end with.
+
+    Empty where EZ-HOI gave no names, or names of actions that several objects share, as for V-COCO.
+    """
     names, table = names_of_interactions(store), store.ezhoi["object_n_verb_to_interaction"]
+    known = table[table >= 0]
+    if len(known.unique()) < len(known):
+        return {}
     found = {}
     for index, interactions in enumerate(table.tolist()):
         endings = [names[k].split()[::-1] for k in interactions if 0 <= k < len(names)] if names else []

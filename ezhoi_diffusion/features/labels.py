@@ -133,6 +133,20 @@ def labelled_pairs(store: FeatureStore) -> LabelledPairs:
     return LabelledPairs(**found, class_weight=score.class_text * score.logit_scale / 2)
 
 
+def seen_targets(store: FeatureStore, score: EzHoiScore) -> Tensor:
+    """[O, C] bool, the target classes of each object whose interactions the split does not hide."""
+    seen = score.object_to_target.clone()
+    objects, targets = seen.nonzero().unbind(1)
+    interaction = interaction_classes(store, objects, targets)
+    seen[objects, targets] = (interaction >= 0) & ~torch.isin(interaction, _unseen(store))
+    return seen
+
+
+def _unseen(store: FeatureStore) -> Tensor:
+    """[k] int64, the interaction classes that the split hides; empty where it hides none."""
+    return store.ezhoi.get("classes/unseen", torch.zeros(0, dtype=torch.long))
+
+
 def _require_labels(store: FeatureStore) -> EzHoiScore:
     """The constants of the score. Raises what `seen_pairs` raises of a store without labels to learn from."""
     if store.split != "train":
@@ -164,11 +178,7 @@ def _valid_labels(
     store: FeatureStore, score: EzHoiScore
 ) -> Iterator[tuple[dict[str, Any], dict[str, Tensor], Tensor, Tensor]]:
     """Yield each shard: its entry in the index, its tensors, the image of each pair [n], and the labels that count [n, C]."""
-    unseen = store.ezhoi.get("classes/unseen", torch.zeros(0, dtype=torch.long))
-    seen = score.object_to_target.clone()  # [O, C]
-    objects, targets = seen.nonzero().unbind(1)
-    interaction = interaction_classes(store, objects, targets)
-    seen[objects, targets] = (interaction >= 0) & ~torch.isin(interaction, unseen)
+    unseen, seen = _unseen(store), seen_targets(store, score)
     target_of, begin = targets_of(store), 0
     for entry, shard in zip(store.index["shards"], store.shards(), strict=True):
         positions = torch.arange(len(entry["images"]))

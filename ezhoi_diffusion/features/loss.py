@@ -32,7 +32,7 @@ def interaction_loss(logits: Tensor, prior: Tensor, target: Tensor, valid: Tenso
     log_right = prior.log() + logsigmoid(logits)  # log p; as logarithms, no score rounds to 0 or 1
     log_wrong = torch.logaddexp(torch.log1p(-prior) + logsigmoid(logits), logsigmoid(-logits))  # log (1 - p)
     log_found, log_missed = (torch.where(target, a, b) for a, b in ((log_right, log_wrong), (log_wrong, log_right)))
-    weight = torch.where(target, ALPHA, 1 - ALPHA)
+    weight = torch.where(target, ALPHA, 1 - ALPHA).to(logits.dtype)  # not the default dtype
     loss = -weight * (GAMMA * log_missed).exp() * log_found
     return torch.where(valid, loss, 0.0).sum() / positives
 

@@ -120,11 +120,15 @@ def _excluded(comparison: Comparison, best: str) -> str:
     """The changes that chance alone does not explain away: what is no difference worth its name has narrow bounds."""
     found = comparison.found(best, FULL)
     assert found is not None
-    alone = comparison.is_primary(best, FULL) or len(comparison.bridges) == 2
-    low, high = (found.low, found.high) if alone else (found.joint_low, found.joint_high)
+    low, high = (found.low, found.high) if _alone(comparison, best) else (found.joint_low, found.joint_high)
     loss = f"a loss larger than {-low:.2f}" if low < 0 else "any loss"
     gain = f"a gain larger than {high:.2f}" if high > 0 else "any gain"
     return f"Excluded at {100 * comparison.level:g} %: {loss} and {gain} points."
+
+
+def _alone(comparison: Comparison, name: str) -> bool:
+    """Whether no other bridge makes the test of its full mAP stricter."""
+    return comparison.is_primary(name, FULL) or len(comparison.bridges) == 2
 
 
 def _figures(comparison: Comparison, name: str) -> str:
@@ -142,9 +146,11 @@ def _power(comparison: Comparison, name: str) -> list[str]:
     found = comparison.found(name, FULL)
     if found is None:
         return []
+    what = "this comparison" if _alone(comparison, name) else f"a test of {name} alone"
+    stricter = "" if _alone(comparison, name) else " p is adjusted for all bridges here, which takes a larger one."
     return [
-        f"With {100 * POWER:g} % power, this comparison finds a true change of {found.detectable(comparison.level):.2f} points or "
-        f"more (minimal detectable effect); a smaller one may stay unseen."
+        f"With {100 * POWER:g} % power, {what} finds a true change of {found.detectable(comparison.level):.2f} points or "
+        f"more (minimal detectable effect); a smaller one may stay unseen.{stricter}"
     ]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ezhoi_diffusion.artifact import CONTEXT, RESERVED, read_config
+from ezhoi_diffusion.evaluation.comparison import FULL
 from ezhoi_diffusion.files import read_json
 from ezhoi_diffusion.hub import PREFIX, SharingError, push
 
@@ -122,12 +123,18 @@ def _measured(config: dict[str, Any], comparison: dict[str, Any]) -> list[str]:
     own, recorded = _own_variants(config, others)
     rows = [[_code(v["name"]), *(f"{float(v['mean_ap'][g]):.2f}" for g in groups)] for v in variants]
     bridges = {v["seed_group"] or v["name"]: _claimed(v, comparison) for v in others}
+    primary = comparison.get("primary")
+
+    def p_key(name: str, group: str) -> str:
+        """Which p-value counts: that of the primary endpoint needs no adjustment for the other bridges."""
+        return "p" if name == primary and group == FULL else "p_adjusted"
+
     rows += [
         [
             f"{_code(v['name'])} − {_code(reference['name'])}",
-            *(_cell(v["difference"][g], _interval(v, g, reference["name"])) for g in groups),
+            *(_cell(v["difference"][g], _interval(v, g, reference["name"]), p_key(name, g)) for g in groups),
         ]
-        for v in bridges.values()
+        for name, v in bridges.items()
     ]
     counts = ", ".join(f"{_code(group)} {len(comparison['classes'][group])}" for group in groups)
     facts = [
@@ -135,7 +142,7 @@ def _measured(config: dict[str, Any], comparison: dict[str, Any]) -> list[str]:
         f"{_code(comparison['algorithm'])}, setting {_code(comparison['setting'])}; classes: {counts}",
         f"- Intervals and p-values: paired bootstrap over images, and over seeds where there are several, "
         f"{int(bootstrap['replicates'])} replicates, {float(bootstrap['level']):.0%} intervals; p is adjusted for all bridges "
-        f"together."
+        f"together{f', save for full mAP of {_code(primary)}, the primary endpoint' if primary else ''}."
         if bootstrap
         else "- One run, one seed, no intervals: small differences may be chance.",
     ]
@@ -152,8 +159,8 @@ def _measured(config: dict[str, Any], comparison: dict[str, Any]) -> list[str]:
     facts += [f"- **Degraded:** {_code(message)}" for message in comparison["degraded"].values()]
     claimed = {v["seed_group"] or v["name"]: _claimed(v, comparison) for v in own}
     words = [
-        f"- {_code(v['name'])}, {_code(g)}: {_words(v, g, reference['name'], baselines, bootstrap)}"
-        for v in claimed.values()
+        f"- {_code(v['name'])}, {_code(g)}: {_words(v, g, reference['name'], baselines, bootstrap, p_key(name, g))}"
+        for name, v in claimed.items()
         for g in groups
     ]
     return [
@@ -205,17 +212,22 @@ def _interval(variant: dict[str, Any], group: str, over: str) -> dict[str, float
     return found
 
 
-def _cell(points: float, interval: dict[str, float] | None) -> str:
+def _cell(points: float, interval: dict[str, float] | None, p_key: str) -> str:
     if not interval:
         return f"{float(points):+.2f}"
     return (
         f"{float(points):+.2f} ({float(interval['low']):+.2f} to {float(interval['high']):+.2f}, "
-        f"p {float(interval['p_adjusted']):.3f})"
+        f"p {float(interval[p_key]):.3f})"
     )
 
 
 def _words(
-    variant: dict[str, Any], group: str, reference: str, baselines: list[str], bootstrap: dict[str, Any] | None
+    variant: dict[str, Any],
+    group: str,
+    reference: str,
+    baselines: list[str],
+    bootstrap: dict[str, Any] | None,
+    p_key: str,
 ) -> str:
     """A difference to bare EZ-HOI as a sentence. A loss is called a loss, and a gain one only over every baseline."""
     points, interval = float(variant["difference"][group]), _interval(variant, group, reference)
@@ -224,23 +236,23 @@ def _words(
     if not interval or not bootstrap:
         direction = "no change" if round(points, 2) == 0 else "higher" if points > 0 else "lower"
         return f"{points:+.2f} points of mAP ({direction}); there are no intervals, so it may be chance."
-    low, high, p = (float(interval[key]) for key in ("low", "high", "p_adjusted"))
+    low, high, p = (float(interval[key]) for key in ("low", "high", p_key))
     level = float(bootstrap["level"])
     verdict = "may be chance"
-    if _is_significant(interval, level):
+    if _is_significant(interval, level, p_key):
         verdict = "**a gain**" if points > 0 else "**a loss**"
-    unbeaten = [b for b in baselines if not _beats(_interval(variant, group, b), level)] if points > 0 else []
+    unbeaten = [b for b in baselines if not _beats(_interval(variant, group, b), level, p_key)] if points > 0 else []
     if verdict == "**a gain**" and unbeaten:
         verdict = f"higher than bare EZ-HOI, but no sure gain over {', '.join(map(_code, unbeaten))}"
     return f"{points:+.2f} points of mAP, {level:.0%} interval {low:+.2f} to {high:+.2f}, p {p:.3f}: {verdict}."
 
 
-def _is_significant(found: dict[str, float], level: float) -> bool:
-    return float(found["p_adjusted"]) < 1 - level and not float(found["low"]) <= 0 <= float(found["high"])
+def _is_significant(found: dict[str, float], level: float, p_key: str) -> bool:
+    return float(found[p_key]) < 1 - level and not float(found["low"]) <= 0 <= float(found["high"])
 
 
-def _beats(found: dict[str, float] | None, level: float) -> bool:
-    return found is not None and _is_significant(found, level) and float(found["low"]) > 0
+def _beats(found: dict[str, float] | None, level: float, p_key: str) -> bool:
+    return found is not None and _is_significant(found, level, p_key) and float(found["low"]) > 0
 
 
 def _run(fingerprint: dict[str, Any], files: Iterable[str]) -> list[str]:

@@ -95,6 +95,14 @@ def load_artifact(folder: Path | None, name: str) -> Artifact:
     return Artifact.load(folder, name)
 
 
+def stored(artifact: Artifact, file: str, name: str) -> Tensor:
+    """A tensor of an artefact. Raises BridgeError where there is none."""
+    try:
+        return artifact.files[file][name]
+    except KeyError as error:
+        raise BridgeError(f"the '{artifact.bridge}' lacks {name} in {file}: fit it again") from error
+
+
 def checked_number(bridge: str, settings: Mapping[str, Any], name: str, default: float) -> float:
     """A setting that is a number of at least 0. Raises BridgeError for another value."""
     value = settings.get(name, default)

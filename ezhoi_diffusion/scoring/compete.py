@@ -12,7 +12,7 @@ from torch import Tensor
 from ezhoi_diffusion.artifact import Artifact
 from ezhoi_diffusion.features.labels import LabelledPairs, labelled_pairs
 from ezhoi_diffusion.features.store import FeatureStore
-from ezhoi_diffusion.scoring.bridge import ScoreBridge, checked_number, load_artifact, score_files
+from ezhoi_diffusion.scoring.bridge import ScoreBridge, checked_number, load_artifact, score_files, stored
 
 if TYPE_CHECKING:
     from ezhoi_diffusion.features.batch import Pairs
@@ -37,7 +37,7 @@ class Compete(ScoreBridge):
     def __init__(self, artifact: Artifact) -> None:
         super().__init__(artifact)
         self.alpha = checked_number(NAME, artifact.config, "alpha", 0.5)
-        self.register_buffer("exclusion", artifact.files[TENSORS]["exclusion"], persistent=False)  # [C, C]
+        self.register_buffer("exclusion", stored(artifact, TENSORS, "exclusion"), persistent=False)  # [C, C]
 
     def apply_settings(self, settings: Mapping[str, Any]) -> None:
         """Take over an alpha of at least 0. Raises BridgeError for another value."""

@@ -12,10 +12,10 @@ from torch.nn.functional import logsigmoid
 
 from ezhoi_diffusion.artifact import Artifact
 from ezhoi_diffusion.features.images import stored_images
-from ezhoi_diffusion.features.labels import labelled_pairs
+from ezhoi_diffusion.features.labels import labelled_pairs, seen_targets
 from ezhoi_diffusion.features.score import EzHoiScore
 from ezhoi_diffusion.features.store import FeatureStore
-from ezhoi_diffusion.scoring.bridge import ScoreBridge, checked_number, load_artifact, score_files
+from ezhoi_diffusion.scoring.bridge import ScoreBridge, checked_number, load_artifact, score_files, stored
 from ezhoi_diffusion.scoring.geometry import GEOMETRY, pair_geometry
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Interactive(ScoreBridge):
         super().__init__(artifact)
         self.weight = checked_number(NAME, artifact.config, "weight", 1.0)
         for name in ("mean", "spread", "coefficient"):
-            self.register_buffer(name, artifact.files[TENSORS][name], persistent=False)  # [G], [G], [G + 1]
+            self.register_buffer(name, stored(artifact, TENSORS, name), persistent=False)  # [G], [G], [G + 1]
 
     def apply_settings(self, settings: Mapping[str, Any]) -> None:
         """Take over a weight of at least 0. Raises BridgeError for another value."""
@@ -79,16 +79,15 @@ def fit(features: FeatureStore, weight: float = 1.0) -> Artifact:
     weight = checked_number(NAME, {}, "weight", weight)
     score, pairs = EzHoiScore.from_store(features), labelled_pairs(features)
     unseen = features.ezhoi.get("classes/unseen", torch.zeros(0, dtype=torch.long))
-    hidden = torch.isin(features.ezhoi["object_n_verb_to_interaction"], unseen)  # [O, C]
+    seen = seen_targets(features, score)
     geometry, seen_share = [], []
     for image in stored_images(features):
         logits, objects = image.adapter_feat.double() @ score.matrix.T, image.pairs.objects
         softmax = logits.masked_fill(~score.object_to_target[objects], float("-inf")).softmax(1).nan_to_num()
         geometry.append(pair_geometry(image.pairs))
         used = not torch.isin(image.gt_hoi, unseen).all()
-        seen_share.append(
-            used * (softmax * ~hidden[objects]).sum(1)
-        )  # 0 where the object has no verb: it is not scored
+        # 0 where the object has no verb: such a pair is not scored
+        seen_share.append(used * (softmax * seen[objects]).sum(1))
     x, annotated = torch.cat(geometry), pairs.target.any(1)
     mean, spread = x.mean(0), x.std(0).clamp_min(1e-6)
     counts = torch.where(annotated, 1.0, torch.cat(seen_share))

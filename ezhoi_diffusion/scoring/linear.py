@@ -19,7 +19,7 @@ from ezhoi_diffusion.features.labels import LabelledPairs, labelled_pairs
 from ezhoi_diffusion.features.score import EzHoiScore
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.rng import generator
-from ezhoi_diffusion.scoring.bridge import ScoreBridge, checked_number, load_artifact, score_files
+from ezhoi_diffusion.scoring.bridge import ScoreBridge, checked_number, load_artifact, score_files, stored
 
 if TYPE_CHECKING:
     from ezhoi_diffusion.features.batch import Pairs
@@ -43,9 +43,9 @@ class LinearScore(ScoreBridge):
         super().__init__(artifact)
         self.weight = checked_number(artifact.bridge, artifact.config, "weight", 0.1)
         self.name = artifact.bridge
-        self.baseline = bool(artifact.config["permute_texts"])
+        self.baseline = artifact.config.get("permute_texts") is True
         for name in ("centre", "map"):
-            self.register_buffer(name, artifact.files[TENSORS][name], persistent=False)
+            self.register_buffer(name, stored(artifact, TENSORS, name), persistent=False)
 
     def apply_settings(self, settings: Mapping[str, Any]) -> None:
         """Take over a weight of at least 0. Raises BridgeError for another value."""

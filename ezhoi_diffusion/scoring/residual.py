@@ -44,11 +44,12 @@ class Residual(Bridge):
 
     def __init__(self, dim: int, width: int = WIDTH, blend: float = 1.0) -> None:
         super().__init__()
-        self.enter, self.leave = nn.Linear(dim, width), nn.Linear(width, dim)
+        self.enter = nn.Linear(dim, width, dtype=torch.float32)  # whatever the default dtype
+        self.leave = nn.Linear(width, dim, dtype=torch.float32)
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("mean", torch.zeros(dim, dtype=torch.float32))
+        self.register_buffer("scale", torch.ones((), dtype=torch.float32))
         self.blend = checked_blend(blend)
 
     def apply_settings(self, settings: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from ezhoi_diffusion.demo.run_demo import STUDY
 from ezhoi_diffusion.features.store import FeatureStore
 
 
@@ -24,7 +25,8 @@ def test_the_demo_runs_to_the_end(tmp_path):
     report = json.loads((results / "report" / "report.json").read_text())
     variants = {variant["name"]: variant for variant in report["variants"]}
     found = {name: variant["mean_ap"] for name, variant in variants.items()}
-    assert list(found) == ["none", "identity", "mean_shift", "diffusion"]
+    tuned = f"tuned={results / 'tuned'}"
+    assert list(found) == ["none", tuned, "identity", "mean_shift", "diffusion"]
     assert variants["identity"]["difference"]["full"] == 0
     bare = found["none"]
     assert 15 < bare["full"] < 60, "the miniature must have learned, and not everything"
@@ -39,7 +41,7 @@ def test_the_demo_runs_to_the_end(tmp_path):
     ):
         assert (results / name).stat().st_size > 10_000
     assert f"{bare['full']:.2f}" in done.stdout
-    assert f"In this small world: {report['headline']} One seed of a toy says nothing about HICO-DET" in done.stdout
+    assert f"In this small world: {report['headline']}\n{STUDY}\n" in done.stdout
     again = subprocess.run(
         [sys.executable, "-m", "ezhoi_diffusion", "demo", "--out", str(out)],
         capture_output=True,

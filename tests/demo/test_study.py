@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,14 @@ def test_a_bridge_has_to_beat_the_best_control_of_each_run():
     assert "| 0 rare_first | 20.00 | +1.00* | +0.50* |" in text
 
 
+def test_a_choice_is_a_control_only_if_it_is_a_baseline_in_every_run():
+    first, second = run_with(0, "unseen_verb", 10, 12, 13), run_with(0, "rare_first", 20, 20.5, 21)
+    chose_a_baseline = {**first.variants, "b": replace(first.variants["b"], control=True)}
+    runs = [replace(first, variants=chose_a_baseline), second]
+    assert summarize(runs[:1])["bridges"]["b"]["control"]
+    assert not summarize(runs)["bridges"]["b"]["control"]
+
+
 @pytest.fixture
 def commands(monkeypatch):
     """Steps that only leave a file, and what was asked of them."""
@@ -107,11 +116,13 @@ def test_a_finished_step_is_not_done_again(commands, tmp_path, monkeypatch, caps
     assert commands == []
     assert capsys.readouterr().out.count("done before") == steps
 
-    # another way to make one bridge: it, the choice and the comparison are made again, the captures are not
-    changed = {**study.BRIDGES, "paper": (("--recipe", "paper", "--seed", "1"), "diffusion")}
-    monkeypatch.setattr(study, "BRIDGES", changed)
-    assert study.main(line) == 0
-    assert sorted(words[2] for words in commands) == sorted(["train", "tune", "compare"] * 4)
+    # another way to make one bridge: it and the comparison are made again, the captures are not; `tune` reads the first bridge
+    for name, again in (("paired", ["train", "compare"]), ("gentle", ["train", "tune", "compare"])):
+        commands.clear()
+        changed = {**study.BRIDGES, name: (("--recipe", name, "--seed", "1"), "diffusion")}
+        monkeypatch.setattr(study, "BRIDGES", changed)
+        assert study.main(line) == 0
+        assert sorted(words[2] for words in commands) == sorted(again * 4)
 
 
 def test_a_step_that_failed_ends_its_run_and_is_done_again(commands, tmp_path, monkeypatch, capsys):

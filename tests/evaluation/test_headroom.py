@@ -57,6 +57,11 @@ def test_every_object_is_calibrated_under_its_name(test_store):
     )
     assert object_names(other) == {0: "a horse", 1: "a person riding an old car"}
     assert object_names(SimpleNamespace(**{**vars(other), "meta": {}})) == {}
+    actions = torch.tensor([[0, 1], [0, 1]])  # as in V-COCO: "hit instr", "cut instr" name no object
+    shared = SimpleNamespace(
+        meta={"interactions": ["hit instr", "cut instr"]}, ezhoi={"object_n_verb_to_interaction": actions}
+    )
+    assert object_names(shared) == {}
 
 
 def test_calibration_of_an_object_is_counted_over_its_predictions():

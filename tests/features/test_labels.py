@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ezhoi_diffusion import EzHoiScore, seen_pairs
 from ezhoi_diffusion.features.images import stored_images
-from ezhoi_diffusion.features.labels import LabelsError, labelled_pairs
+from ezhoi_diffusion.features.labels import LabelsError, labelled_pairs, seen_targets
 from ezhoi_diffusion.features.split import validation_mask
 from ezhoi_diffusion.testing import synthetic_store
 
@@ -48,6 +49,21 @@ def test_labelled_pairs_have_the_text_of_their_class(store):
     # the score is a product with that text: ½·scale·x·text of the class
     logits = score.logits(pairs.visual).gather(1, pairs.target.unsqueeze(1)).squeeze(1)
     torch.testing.assert_close(0.5 * score.logit_scale * (pairs.visual * pairs.text).sum(1), logits)
+
+
+@pytest.mark.parametrize("predicts", ["verbs", "interactions"])
+def test_seen_targets_are_those_of_seen_interactions(predicts):
+    table = torch.tensor([[0, -1, 1], [2, 3, -1]])
+    verbs, interactions = torch.tensor([[1, 0, 1], [1, 1, 0]]).bool(), torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]]).bool()
+    possible = verbs if predicts == "verbs" else interactions
+    ezhoi = {"object_n_verb_to_interaction": table, "label": torch.zeros(5, possible.shape[1])}
+    score = SimpleNamespace(object_to_target=possible)
+    assert torch.equal(seen_targets(SimpleNamespace(ezhoi=ezhoi), score), possible)
+    hiding = SimpleNamespace(ezhoi={**ezhoi, "classes/unseen": torch.tensor([1, 2])})
+    expected = [[True, False, False], [False, True, False]]
+    if predicts == "interactions":
+        expected = [[True, False, False, False], [False, False, False, True]]
+    assert seen_targets(hiding, score).tolist() == expected
 
 
 def test_held_out_images_are_the_others(store):

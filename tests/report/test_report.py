@@ -587,7 +587,14 @@ def test_the_report_says_what_it_could_have_seen():
     comparison = exact({"identity": 0.0, "diffusion": 0.1})
     standard_error = 0.45 / 1.96
     line = next(line for line in headline(comparison).details if "80 % power" in line)
-    assert f"a true change of {(1.959964 + 0.841621) * standard_error:.2f} points or more" in line
+    assert (
+        f"a test of diffusion alone finds a true change of {(1.959964 + 0.841621) * standard_error:.2f} points or more"
+        in line
+    )
+    assert line.endswith("p is adjusted for all bridges here, which takes a larger one.")
+    (line,) = (line for line in headline(exact({"diffusion": 0.1})).details if "80 % power" in line)
+    assert "this comparison finds a true change of" in line
+    assert "adjusted" not in line
 
 
 def test_the_headline_has_the_mean_over_seeds():

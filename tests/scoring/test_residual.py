@@ -52,6 +52,16 @@ def test_a_seed_is_a_bridge(store, fitted):
     assert not torch.equal(other.files[TENSORS]["enter.weight"], fitted.files[TENSORS]["enter.weight"])
 
 
+def test_the_default_dtype_changes_nothing(store, fitted):
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert same_artifact(fit(store), fitted)
+        bridged = reloaded(fitted, load)(store.adapter_feat())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(bridged, reloaded(fitted, load)(store.adapter_feat()))
+
+
 def test_what_is_kept_stays(store, fitted):
     x, score = store.adapter_feat(), EzHoiScore.from_store(store)
     moved = [

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from ezhoi_diffusion.artifact import Artifact
 from ezhoi_diffusion.bridge import BridgeError
 from ezhoi_diffusion.builtin import scoring
 from ezhoi_diffusion.builtin.bridge_plugin import BridgePlugin
 from ezhoi_diffusion.features.images import stored_images
+from ezhoi_diffusion.scoring.bridge import SCORE
 from ezhoi_diffusion.testing import check_bridge, check_fit, with_full_rank_texts
 
 PLUGINS = {plugin.name: plugin for plugin in vars(scoring).values() if isinstance(plugin, BridgePlugin)}
@@ -45,3 +47,15 @@ def test_a_setting_is_what_the_fit_takes_and_other_values_are_refused(name, stor
                 bridge.override(**{setting: value})
             with pytest.raises(BridgeError, match=setting):
                 plugin.fit(store, **{setting: value})
+
+
+@pytest.mark.parametrize("name", FITTED.keys() - {"residual"})
+def test_files_that_lack_a_tensor_are_refused(name, store, tmp_path):
+    plugin = FITTED[name]
+    whole = plugin.fit(store)
+    (own,) = whole.files.keys() - {SCORE}
+    for file, tensor in [(one, key) for one in (own, SCORE) for key in whole.files[one]]:
+        rest = {key: value for key, value in whole.files[file].items() if key != tensor}
+        Artifact(name, whole.config, {**whole.files, file: rest}).save(tmp_path)
+        with pytest.raises(BridgeError, match=f"{tensor}.*fit it again"):
+            plugin.load(tmp_path)

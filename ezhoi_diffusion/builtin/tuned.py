@@ -9,13 +9,13 @@ from ezhoi_diffusion.builtin.bridge_plugin import BridgePlugin
 
 if TYPE_CHECKING:
     from ezhoi_diffusion.builtin.bridge_plugin import Load
-    from ezhoi_diffusion.evaluation.tune import TunedBridge
+    from ezhoi_diffusion.evaluation.choice import TunedBridge
     from ezhoi_diffusion.plugins import PluginManager
 
 
 def load(folder: Path | None, plugins: PluginManager | None = None) -> TunedBridge:
     """Load the choice in `folder`; it may be any bridge that a plugin registers."""
-    from ezhoi_diffusion.evaluation.tune import load_choice
+    from ezhoi_diffusion.evaluation.choice import load_choice
     from ezhoi_diffusion.plugins import PluginManager
 
     return load_choice(folder, plugins or PluginManager())

@@ -67,8 +67,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Search, choose, print, and write."""
     from ezhoi_diffusion.device import pick_device
+    from ezhoi_diffusion.evaluation.choice import write_choice
     from ezhoi_diffusion.evaluation.defaults import MIN_FOLDS
-    from ezhoi_diffusion.evaluation.tune import candidates_of, tune, write_choice
+    from ezhoi_diffusion.evaluation.tune import candidates_of, tune
     from ezhoi_diffusion.evaluation.variants import parse_settings, parse_sweep
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.files import check_writable, new_folder, require_unused

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,34 +14,29 @@ import torch
 from tqdm import tqdm
 
 from ezhoi_diffusion.artifact import Artifact
-from ezhoi_diffusion.bridge import Bridge, BridgeError
+from ezhoi_diffusion.bridge import Bridge
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.bootstrap import REPLICATES
-from ezhoi_diffusion.evaluation.chain import ChainBridge, Member, load_members, own_settings, save_chain
+from ezhoi_diffusion.evaluation.chain import own_settings
 from ezhoi_diffusion.evaluation.defaults import FOLDS, SEEDS
 from ezhoi_diffusion.evaluation.folds import Folds, TuneError, seen_classes
 from ezhoi_diffusion.evaluation.refit import BARS, NOT_CANDIDATES, Recipes, RefitError, grid_of, recipes_of
 from ezhoi_diffusion.evaluation.search import Choice, Lead, Space, choose, lead_of, search
 from ezhoi_diffusion.evaluation.trials import Chain, Step, Trial, Trials, joined
-from ezhoi_diffusion.evaluation.variants import SEED_PREFIX, Named, known_bridges, load_bridge, parse_bridges
+from ezhoi_diffusion.evaluation.variants import Named, known_bridges, load_bridge, parse_bridges
 from ezhoi_diffusion.features.score import EzHoiScore, require_replayable
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.plugins import PluginManager
 from ezhoi_diffusion.training.fitted import known_fits
 
 __all__ = [
-    "TUNED",
     "TuneError",
-    "TunedBridge",
     "Tuning",
     "candidates_of",
-    "load_choice",
     "seen_classes",
     "tune",
-    "write_choice",
 ]
 
-TUNED = "tuned"
 SEARCH_REPLICATES = 200  # of the bootstrap of a trial; the estimate of what choosing gains has REPLICATES
 CAVEAT = (
     "EZ-HOI itself was trained on these images and these classes. Scores here are higher than on a test split, for every row; the "
@@ -355,56 +349,3 @@ def _gain(trials: Trials, chains: Sequence[Chain]) -> dict[str, Lead]:
     tuned, none = pooled(chains), pooled([()] * len(chains))
     names = ("criterion", "seen", "hidden") if trials.folds.classes else ("criterion", "seen")
     return {name: lead_of(one, other) for name, one, other in zip(names, tuned, none, strict=False)}
-
-
-# -- the choice as a bridge ------------------------------------------------------------------------------------------
-
-
-def write_choice(folder: Path, tuning: Tuning, candidates: Candidates, store: FeatureStore) -> None:
-    """Write what was chosen, made from all training images, as an artefact that the bridge `tuned` loads.
-
-    A choice with several seeds gets a folder for each, `seed-0` and so on.
-
-    Raises:
-        BridgeError: Something cannot be stored, or the disk refuses.
-    """
-    chain = tuning.choice.trial.chain
-    seeds = max((len(candidates.artifacts[step.part]) for step in chain), default=1)
-    config = {
-        "chosen": {"name": tuning.choice.trial.name, "helps": tuning.choice.helps, "why": tuning.choice.why},
-        "evidence": tuning.evidence(),
-    }
-    provenance = {
-        "fingerprint": store.fingerprint,
-        "features": {"rows": len(store), "images": len(store.images)},
-        "forced": tuning.forced,
-    }
-    for seed in range(seeds):
-        members = []
-        for step in chain:
-            recipes, artifacts = candidates.recipes[step.part], candidates.artifacts[step.part]
-            bridge = candidates.bridges[step.part]
-            settings = own_settings(recipes.name, bridge, recipes.settings)
-            members.append(Member(recipes.name, artifacts[seed % len(artifacts)], {**settings, **dict(step.settings)}))
-        inside = folder if seeds == 1 else folder / f"{SEED_PREFIX}{seed}"
-        save_chain(inside, members, kind=TUNED, config=config, provenance=provenance)
-
-
-class TunedBridge(ChainBridge):
-    """The chain that `tune` chose, as it was chosen: it has no settings. It is a baseline where `none` or one was chosen."""
-
-    def __init__(self, members: Mapping[str, Bridge], artifact: Artifact) -> None:
-        super().__init__(members)
-        self.settings = ()
-        # The members' own fingerprints count. Members without one were chosen for the run of the features.
-        self.provenance = {**artifact.provenance, **(self.provenance or {}), "chosen": artifact.config["chosen"]}
-
-
-def load_choice(folder: Path | None, plugins: PluginManager) -> TunedBridge:
-    """Load what `tune` wrote into `folder`. Raises BridgeError, or EzhoiDiffusionError without a folder."""
-    if folder is None:
-        raise EzhoiDiffusionError("tuned needs the folder of a choice: run `ezhoi-diffusion tune`, then give tuned=DIR")
-    members, artifact = load_members(folder, TUNED, lambda name, inside: load_bridge(plugins, name, inside))
-    if not isinstance(artifact.config.get("chosen"), dict):
-        raise BridgeError(f"{folder} does not say what was chosen: run `ezhoi-diffusion tune` again")
-    return TunedBridge(members, artifact)

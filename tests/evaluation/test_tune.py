@@ -21,11 +21,12 @@ from ezhoi_diffusion import (
 from ezhoi_diffusion.bridge import fingerprint_mismatch
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.evaluation.chain import with_members
+from ezhoi_diffusion.evaluation.choice import load_choice, write_choice
 from ezhoi_diffusion.evaluation.folds import Folds
 from ezhoi_diffusion.evaluation.refit import RefitError, recipes_of
 from ezhoi_diffusion.evaluation.search import Space, choose, search
 from ezhoi_diffusion.evaluation.trials import Step, Trial, Trials
-from ezhoi_diffusion.evaluation.tune import TuneError, candidates_of, load_choice, seen_classes, tune, write_choice
+from ezhoi_diffusion.evaluation.tune import TuneError, candidates_of, seen_classes, tune
 from ezhoi_diffusion.evaluation.variants import Named
 from ezhoi_diffusion.features.labels import seen_pairs
 from ezhoi_diffusion.features.score import EzHoiScore

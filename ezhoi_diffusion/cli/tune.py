@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Choose a chain of bridges and its settings by cross-validation on *training* images. Bridges that learn are made again without
 each fold of images, and without the labels of each fold of verbs, which are then scored as unseen verbs are. A bridge wins only
-if it gains over `none`, and over the best baseline, beyond chance. Neither labels of unseen classes nor test images are read.
+if it gains over `none`, and over every baseline, beyond chance. Neither labels of unseen classes nor test images are read.
 --out gets the choice, made from all training images, as a bridge named `tuned`."""
 EPILOG = """\
 how it chooses:

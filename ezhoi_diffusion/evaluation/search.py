@@ -134,7 +134,7 @@ class Choice:
 
     Attributes:
         trial: The chosen trial; `none` or a baseline where no bridge helps.
-        helps: Whether it is a bridge that gains over `none` and over the best baseline, both beyond chance.
+        helps: Whether it is a bridge that gains over `none` and over every baseline, each beyond chance.
         leader: The bridge with the highest criterion; None where there is no bridge.
         baseline: The baseline with the highest criterion, `none` among them.
         leads: Leads of `leader` over `none` and over `baseline`, by their names.
@@ -160,17 +160,17 @@ def choose(trials: Mapping[str, Trial]) -> Choice:
     baselines = [trial for trial in trials.values() if trial.baseline]
     bridges = [trial for trial in trials.values() if not trial.baseline]
     baseline = max(baselines, key=lambda trial: float(trial.value[0]))
-    rivals = [none] if baseline is none else [none, baseline]
-    leads = {rival.name: leads_over(rival, bridges) for rival in rivals}
+    leads = {rival.name: leads_over(rival, bridges) for rival in baselines}
     leader = max(bridges, key=lambda trial: float(trial.value[0]), default=None)
-    of_leader = {name: found[leader.name] for name, found in leads.items()} if leader is not None else {}
+    shown = dict.fromkeys((none.name, baseline.name))
+    of_leader = {name: leads[name][leader.name] for name in shown} if leader is not None else {}
     winners = [trial for trial in bridges if all(found[trial.name].is_gain for found in leads.values())]
     if winners:
         best = max(winners, key=lambda trial: float(trial.value[0]))
         near = [trial for trial in winners if best.value[0] - trial.value[0] <= _standard_error(best, trial)]
         chosen = min(near, key=lambda trial: (len(trial.chain), trial.change))
-        beaten = " and ".join(rival.name for rival in rivals)
-        return Choice(chosen, True, leader, baseline, of_leader, f"{chosen.name} gains over {beaten} beyond chance.")
+        why = f"{chosen.name} gains over none and every baseline beyond chance."
+        return Choice(chosen, True, leader, baseline, of_leader, why)
     others = [trial for trial in baselines if trial is not none]
     gains = leads_over(none, others)
     if baseline is not none and gains[baseline.name].is_gain:

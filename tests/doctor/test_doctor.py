@@ -261,7 +261,7 @@ def test_disk_and_memory(monkeypatch, tmp_path):
 
 
 def test_broken_and_disabled_plugins(look, monkeypatch):
-    one(look(), "environment.plugins", "ok", "capture, diffusion")
+    one(look(), "environment.plugins", "ok", "capture, chain, diffusion")
 
     def load():
         raise ImportError("half a package")

@@ -18,6 +18,7 @@ from torch.nn.functional import normalize
 
 import ezhoi_diffusion
 from ezhoi_diffusion.cli import main
+from ezhoi_diffusion.demo.vocabulary import VERBS
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge, build_denoiser
 from ezhoi_diffusion.diffusion.recipes import RECIPES
 from ezhoi_diffusion.doctor import bridge as bridges
@@ -500,7 +501,7 @@ def line(small_world):
 def checkpoint(path: Path, **changes) -> Path:
     """Write a checkpoint of the tensors that the doctor looks at; None removes one."""
     state = {
-        "label_HO": torch.zeros(24, 10),
+        "label_HO": torch.zeros(24, len(VERBS)),
         "mem_adapter.down_proj_mem.weight": torch.zeros(64, D),
         "vis_fuse.0.weight": torch.zeros(D, 2 * D),
     }
@@ -595,7 +596,7 @@ def test_checkpoints_that_do_not_fit(look, line, tmp_path, trained):
     for changes, word in BAD_CHECKPOINTS:
         path = checkpoint(tmp_path / "c.pt", **changes)
         one(look(line=[*line, "--resume", str(path)]), "ezhoi.checkpoint", "problem", word, "flags that it was trained")
-    path = checkpoint(tmp_path / "c.pt", label_HO=torch.zeros(30, 10))
+    path = checkpoint(tmp_path / "c.pt", label_HO=torch.zeros(30, len(VERBS)))
     features = look(trained[0], line=[*line, "--resume", str(path)])
     one(features, "ezhoi.checkpoint", "problem", "30 text features, and features or bridge were made for 24")
     wide = {"mem_adapter.down_proj_mem.weight": torch.zeros(64, 40), "vis_fuse.0.weight": torch.zeros(40, 80)}

@@ -40,7 +40,7 @@ examples:
   ezhoi-diffusion compare TEST_FEATURES --bridge BRIDGE --bridges none,diffusion --num-images 20 --out LOOK
   ezhoi-diffusion compare VCOCO_FEATURES --vcoco V-COCO_CHECKOUT --bridge BRIDGE
 """
-BRIDGES = "none,identity,mean_shift,diffusion"
+BRIDGES = "none,identity,mean_shift,scale,diffusion"
 MIN_REPLICATES = 100
 NUM_TOP = 5  # best scored interactions of an image, in effect.json
 

@@ -26,7 +26,7 @@ def test_the_demo_runs_to_the_end(tmp_path):
     variants = {variant["name"]: variant for variant in report["variants"]}
     found = {name: variant["mean_ap"] for name, variant in variants.items()}
     tuned = f"tuned={results / 'tuned'}"
-    assert list(found) == ["none", tuned, "identity", "mean_shift", "diffusion"]
+    assert list(found) == ["none", tuned, "identity", "mean_shift", "scale", "diffusion"]
     assert variants["identity"]["difference"]["full"] == 0
     bare = found["none"]
     assert 15 < bare["full"] < 60, "the miniature must have learned, and not everything"

@@ -28,8 +28,8 @@ how to read it:
   larger than its lower end, no gain larger than its upper end. The report also states the smallest gain it could have found.
   The adjusted p-value covers all bridges of the table: of the sixty points of a sweep, some look good by chance. Only `tuned`
   needs no adjustment for its full mAP, because it was chosen before these images were seen.
-  Baselines such as identity, mean_shift and scale exist to be beaten: a gain is a gain over none and over every baseline. Name
-  scale too: it weighs logits more against the detector's scores, which may gain by itself.
+  Baselines such as identity, mean_shift and scale exist to be beaten: a gain is a gain over none and over every baseline.
+  scale weighs logits more against the detector's scores, which may gain by itself.
   A bridge with several seeds (train --seeds 5) is one bridge, their mean. Its interval covers images and seeds.
   Choose settings with `ezhoi-diffusion tune`, on training images. A sweep on the test split is for looking only.
 

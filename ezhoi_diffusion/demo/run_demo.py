@@ -18,7 +18,7 @@ from ezhoi_diffusion.files import require_unused
 MINIATURE = Path(__file__).parent / "miniature"
 SCRIPT = "main_tip_finetune.py"
 # Small, so that all of it takes three minutes on one core
-NUM_IMAGES = {"n_train": 450, "n_test": 300}
+NUM_TRAIN, NUM_TEST = 450, 300
 EPOCHS, TRAIN_STEPS = 5, "500"
 FOLDS = "3"  # of `tune`: five take four times as long
 STUDY = (
@@ -43,7 +43,7 @@ def run_demo(out: Path) -> None:
     start = time.monotonic()
     world, checkpoints, results = (out / name for name in ("world", "checkpoints", "results"))
     _say(1, "a world of 31 verbs and 16 objects made of parts, in HICO-DET's layout; pretrained detector and towers")
-    make_world(world, **NUM_IMAGES)
+    make_world(world, n_train=NUM_TRAIN, n_test=NUM_TEST)
     training = ["run", SCRIPT, *ezhoi_args(world, evaluate=False), "--output-dir", str(checkpoints)]
 
     _say(2, "fine-tune the miniature EZ-HOI on seen classes, as its own script does")

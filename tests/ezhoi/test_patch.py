@@ -364,7 +364,9 @@ def test_patched_run_captures_injects_and_compares(patched_fork, small_world, br
     assert compared.returncode == 0, compared.stderr
     assert "diffusion - none" in compared.stdout
     assert printed(compared.stdout) == printed(bare.stdout), "EZ-HOI prints what it would print alone"
-    injected = run_in_miniature(str(patched_fork), *flags, "--plugin", "diffusion")
+    injected = run_in_miniature(
+        str(patched_fork), *flags, "--plugin", "diffusion", "--set", "blend=1", "--set", "output=unit_norm"
+    )
     assert injected.returncode == 0, injected.stderr
     assert printed(injected.stdout) != printed(bare.stdout)
 

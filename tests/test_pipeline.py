@@ -305,7 +305,7 @@ def test_the_pipeline_on_the_miniature(small_world, checkpoint, tmp_path):
             "-m", "ezhoi_diffusion", "pipeline", "main_tip_finetune.py", *flags, "--out", str(work), *ours, timeout=900
         )
 
-    quick = ["--max-images", "12", "--num-test-images", "3", "--inference-steps", "50", "--scale-factor", "4"]
+    quick = ["--max-images", "12", "--num-test-images", "3", "--inference-steps", "5", "--scale-factor", "4", "--folds", "3"]
     first = run("--train-steps", "10", *quick)
     assert first.returncode == 0, first.stderr
     assert "6 of 6 steps ran" in first.stdout
@@ -313,7 +313,7 @@ def test_the_pipeline_on_the_miniature(small_world, checkpoint, tmp_path):
     assert report["images"] == 12
     assert [one["name"] for one in report["variants"]][:2] == ["none", f"tuned={work / 'tuned'}"], "the main row"
     recipe = json.loads((work / "bridge" / "config.json").read_text())["recipe"]
-    assert (recipe["start_timestep"], recipe["num_steps"], recipe["scale_factor"]) == (50, 50, 4)
+    assert (recipe["start_timestep"], recipe["num_steps"], recipe["scale_factor"]) == (5, 5, 4)
     assert (work / "test" / "diffusion_effect.png").stat().st_size > 10_000
 
     second = run("--train-steps", "10", *quick)

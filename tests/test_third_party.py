@@ -135,13 +135,15 @@ def test_all_five_are_fitted_and_compared_in_one_run(environment, stores, tmp_pa
     rows = rows_of(done.stdout)
     assert set(names.split(",")) <= set(rows)
     assert rows["identity"] == rows["none"]
+    written = json.loads((tmp_path / "report" / "report.json").read_text())["variants"]
+    # the untrained EZ-HOI of this world ranks by the detector's scores, so mAP alone cannot tell bridges apart
+    measures = {variant["name"]: tuple(variant["alignment"].items()) for variant in written}
     for name, variant in given.items():
-        assert rows[variant] != rows["none"], name
+        assert measures[variant] != measures["none"], name
         assert (f"{variant}[blend=0.5]" in rows) == (name in ("flow", "procrustes"))
-    assert len({tuple(rows[variant].items()) for variant in given.values()}) == len(NAMES)
+    assert len({measures[variant] for variant in given.values()}) == len(NAMES)
     assert "FORCED" not in done.stdout, "all were made for this run"
     baselines = ["identity", "mean_shift", given["center"], given["softmax"], given["standardize"]]
-    written = json.loads((tmp_path / "report" / "report.json").read_text())["variants"]
     assert sorted(variant["name"] for variant in written if variant["baseline"]) == sorted(baselines)
     assert done.stderr.count("could not be loaded: RuntimeError: broken on purpose; the run goes on without it") == 1
 

@@ -146,7 +146,7 @@ def test_a_bridge_trained_on_pairs_leads_features_of_held_out_images_to_their_ow
 def test_pairs_need_texts_and_objective_pred_x0():
     with pytest.raises(TrainingError, match="no text of a feature's own class"):
         TrainingSet.from_data(low_rank(), replace(QUICK, recipe=RECIPES["paired"]))
-    with pytest.raises(TrainingError, match="pred_x0 for a recipe of pairs"):
+    with pytest.raises(TrainingError, match="pred_x0 for a recipe"):
         replace(QUICK, recipe=RECIPES["paired"], objective="pred_v")
 
 

@@ -305,7 +305,18 @@ def test_the_pipeline_on_the_miniature(small_world, checkpoint, tmp_path):
             "-m", "ezhoi_diffusion", "pipeline", "main_tip_finetune.py", *flags, "--out", str(work), *ours, timeout=900
         )
 
-    quick = ["--max-images", "12", "--num-test-images", "3", "--inference-steps", "5", "--scale-factor", "4", "--folds", "3"]
+    quick = [
+        "--max-images",
+        "12",
+        "--num-test-images",
+        "3",
+        "--inference-steps",
+        "5",
+        "--scale-factor",
+        "4",
+        "--folds",
+        "3",
+    ]
     first = run("--train-steps", "10", *quick)
     assert first.returncode == 0, first.stderr
     assert "6 of 6 steps ran" in first.stdout

@@ -125,9 +125,13 @@ def test_all_five_are_fitted_and_compared_in_one_run(environment, stores, tmp_pa
     for name in NAMES:
         options = ["--set", "train_steps=100", "--set", "width=64"] if name == "flow" else []
         fitted = environment.command("train", stores / "train", "--bridge", name, "--out", tmp_path / name, *options)
+        if name == "center":  # this world has as many texts as dimensions, and says so
+            assert fitted.returncode == 2
+            assert "cannot be centred" in fitted.stderr
+            continue
         assert fitted.returncode == 0, fitted.stderr
         assert (tmp_path / name / "config.json").exists()
-    given = {name: f"{name}={tmp_path / name}" for name in NAMES}
+    given = {name: f"{name}={tmp_path / name}" for name in NAMES if name != "center"}
     names = ",".join(["none", "identity", "mean_shift", "diffusion", *given.values()])
     line = ["compare", stores / "test", "--bridge", tmp_path / "diffusion", "--bridges", names, "--replicates", "100"]
     done = environment.command(*line, "--sweep", "blend=0.5", "--out", tmp_path / "report")
@@ -141,9 +145,9 @@ def test_all_five_are_fitted_and_compared_in_one_run(environment, stores, tmp_pa
     for name, variant in given.items():
         assert measures[variant] != measures["none"], name
         assert (f"{variant}[blend=0.5]" in rows) == (name in ("flow", "procrustes"))
-    assert len({measures[variant] for variant in given.values()}) == len(NAMES)
+    assert len({measures[variant] for variant in given.values()}) == len(given)
     assert "FORCED" not in done.stdout, "all were made for this run"
-    baselines = ["identity", "mean_shift", given["center"], given["softmax"], given["standardize"]]
+    baselines = ["identity", "mean_shift", given["softmax"], given["standardize"]]
     assert sorted(variant["name"] for variant in written if variant["baseline"]) == sorted(baselines)
     assert done.stderr.count("could not be loaded: RuntimeError: broken on purpose; the run goes on without it") == 1
 

@@ -44,7 +44,7 @@ DESCRIPTION = """\
 Close the gap between EZ-HOI's visual and text features with a diffusion bridge, without editing EZ-HOI."""
 WORKFLOW = """\
 typical workflow, in an EZ-HOI folder (… stands for the flags of your test script):
-  ezhoi-diffusion demo                                  try it first: 3 minutes, no data
+  ezhoi-diffusion demo                                  try it first: some minutes, no data
   ezhoi-diffusion capture main_tip_finetune.py … --eval --resume CKPT --split train --out FEATURES
   ezhoi-diffusion train FEATURES --out BRIDGE
   ezhoi-diffusion run main_tip_finetune.py … --eval --resume CKPT --bridge BRIDGE --compare none,diffusion

@@ -17,7 +17,7 @@ from ezhoi_diffusion.files import require_unused
 
 MINIATURE = Path(__file__).parent / "miniature"
 SCRIPT = "main_tip_finetune.py"
-# Small, so that all of it takes three minutes on one core
+# Small, so that all of it takes minutes
 NUM_TRAIN, NUM_TEST = 450, 300
 EPOCHS, TRAIN_STEPS = 5, "500"
 FOLDS = "3"  # of `tune`: five take four times as long

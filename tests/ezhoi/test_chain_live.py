@@ -15,13 +15,17 @@ def test_a_chain_live_equals_a_chain_on_captured_features(small_world, captured,
     assert main(["train", str(train), "--out", str(bridge), "--train-steps", "20"]) == 0
     save_chain(
         chain,
-        [Member("mean_shift", Artifact.load(bridge)), Member("diffusion", Artifact.load(bridge), {"blend": 0.5})],
+        [
+            Member("diffusion", Artifact.load(bridge), {"blend": 1.0, "output": "unit_norm"}),
+            Member("scale", None, {"factor": 0.2}),
+        ],
     )
     flags = ezhoi_flags(small_world, evaluate=True)
     done = launch(*flags, "--plugin", "capture", "--capture", str(test))
     assert done.returncode == 0, done.stderr
-    named, stored = f"mean_shift={bridge}+diffusion={bridge}", f"chain={chain}"
-    words = ["--set", "diffusion.blend=0.5"]
+    named, stored = f"diffusion={bridge}+scale", f"chain={chain}"
+    # the world's EZ-HOI is untrained, and only a change of norms moves its mAP
+    words = ["--set", "diffusion.blend=1", "--set", "diffusion.output=unit_norm", "--set", "scale.factor=0.2"]
     live = launch(*flags, "--compare", f"none,{named},{stored}", *words)
     assert live.returncode == 0, live.stderr
     rows = rows_of(live.stdout)

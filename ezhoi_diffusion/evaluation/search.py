@@ -28,6 +28,7 @@ class Space:
         grids: Setting -> values, for each bridge.
         own: Setting -> the value that the bridge has already, for each bridge; a chain does not name it.
         names: Registered name of each bridge. A chain has each name once.
+        on_scores: Whether each bridge works on what a feature scores. It comes after those that expect features of EZ-HOI.
     """
 
     items: list[tuple[int, ...]]
@@ -35,6 +36,7 @@ class Space:
     grids: Sequence[Grid]
     own: Sequence[Mapping[str, Any]]
     names: Sequence[str]
+    on_scores: Sequence[bool]
 
     def expected_trials(self) -> list[int]:
         """Number of trials of a search that finds something in every round: of `none` and baselines, then of each round."""
@@ -44,21 +46,19 @@ class Space:
         ]
         trials = [1 + sum(1 + values[part] for part in self.baselines)]
         of_item = [sum(values[part] for part in item) for item in self.items]
+        per_item = sum(of_item) / max(1, len(self.items))
         for members in range(1, 1 + min(MAX_MEMBERS, len(self.items))):
-            share = (len(self.items) - members + 1) / len(self.items)  # of the items that are not in the chain
-            appended = len(self.items) + sum(of_item)
-            in_front = len(self.items) if members > 1 else 0
-            improved = (members - 1) * sum(of_item) / len(self.items)  # the last member has been tried with its values
-            trials.append(round(share * (appended + in_front) + improved))
+            grown = len(self.items) - members + 1
+            trials.append(round(grown + (members * per_item if members > 1 else sum(of_item))))
         return trials
 
 
 def search(space: Space, run: Run) -> dict[str, Trial]:
     """Try chains greedily. Returns all trials by name; the first is `none`.
 
-    Baselines are tried alone, each as it is and with one setting changed at a time. Then the best chain grows: every other
-    item is appended, as it is and with one setting changed at a time, or put in front. The best of these is kept if it
-    exceeds the chain before, and its settings are improved one after the other.
+    Every item is tried alone, as it is and with one setting changed at a time. The best chain then grows by one item at a time,
+    each with the settings that were best alone. The best of these is kept if it exceeds the chain before, and its settings are
+    improved one after the other.
     """
     done: list[tuple[Chain, Trial | None]] = []  # no dictionary: values of settings may be lists
 
@@ -74,24 +74,37 @@ def search(space: Space, run: Run) -> dict[str, Trial]:
 
     (best,) = tried([()])
     tried(chain for part in space.baselines for chain in _variations((Step(part),), space))
+    alone = [tried(_variations(tuple(Step(part) for part in item), space)) for item in space.items]
+    items = [max(trials, key=_value).chain for trials in alone if trials]
     for _ in range(MAX_MEMBERS):
         used = {space.names[step.part] for step in best.chain}
-        grown: list[Chain] = []
-        for item in space.items:
-            if used.isdisjoint(space.names[part] for part in item):
-                tail = tuple(Step(part) for part in item)
-                grown += [best.chain + chain for chain in _variations(tail, space)]
-                grown += [tail + best.chain] if best.chain else []
-        leader = max(tried(grown), key=lambda trial: float(trial.value[0]), default=best)
+        grown = [
+            _grown(best.chain, item, space)
+            for item in items
+            if used.isdisjoint(space.names[step.part] for step in item)
+        ]
+        leader = max(tried(grown), key=_value, default=best)
         if not leader.value[0] > best.value[0]:
             break
         best = leader
         for number, step in enumerate(best.chain):
             for key, values in space.grids[step.part].items():
                 for value in values:
-                    others = tried([_changed(best.chain, number, key, value, space)])
-                    best = max([best, *others], key=lambda trial: float(trial.value[0]))
+                    best = max([best, *tried([_changed(best.chain, number, key, value, space)])], key=_value)
     return {trial.name: trial for _, trial in done if trial is not None}
+
+
+def _value(trial: Trial) -> float:
+    return float(trial.value[0])
+
+
+def _grown(chain: Chain, item: Chain, space: Space) -> Chain:
+    """The chain with an item at its end, or before the first bridge on scores if the item has none."""
+    scores = [space.on_scores[step.part] for step in chain]
+    if any(space.on_scores[step.part] for step in item) or not any(scores):
+        return chain + item
+    first = scores.index(True)
+    return chain[:first] + item + chain[first:]
 
 
 def _variations(chain: Chain, space: Space) -> Iterator[Chain]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +26,15 @@ from ezhoi_diffusion.plugins import PluginManager
 Samples = NDArray[np.float64]  # [1 + B], what was found and then the replicates
 
 
+Settings = tuple[tuple[str, Any], ...]
+
+
 @dataclass(frozen=True)
 class Step:
     """One bridge of a chain: its position among the recipes, and the settings that are not its own."""
 
     part: int
-    settings: tuple[tuple[str, Any], ...] = ()
+    settings: Settings = ()
 
 
 Chain = tuple[Step, ...]
@@ -67,6 +70,7 @@ class Trials:
         store: A capture of the train split.
         parts: How the bridges are made.
         bridges: Each of them, made from all data: what it says of itself counts.
+        grids: Setting -> values that are tried, for each.
         folds: The folds.
         replicates: B, resamplings of the images of a trial.
         plugins: The plugin manager.
@@ -78,13 +82,14 @@ class Trials:
         store: FeatureStore,
         parts: Sequence[Recipes],
         bridges: Sequence[Bridge],
+        grids: Sequence[Mapping[str, Sequence[Any]]],
         folds: Folds,
         *,
         replicates: int,
         plugins: PluginManager,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.store, self.parts, self.bridges, self.folds = store, parts, bridges, folds
+        self.store, self.parts, self.bridges, self.grids, self.folds = store, parts, bridges, grids, folds
         self.replicates, self.plugins, self.device = replicates, plugins, device
         self.score = EzHoiScore.from_store(store)
         self.seen = seen_classes(store)
@@ -99,6 +104,7 @@ class Trials:
         counts.index_put_((image, hoi[usable]), torch.tensor(1), accumulate=True)
         self.annotations = counts.numpy().astype(np.int32)
         self._made: dict[tuple[int, int, frozenset[int], int | None], tuple[Bridge, Artifact | None]] = {}
+        self._swept: tuple[int, dict[Bridge, list[tuple[Settings, Bridge]]]] = 0, {}
         self._resampled: dict[tuple[int | None, int], tuple[NDArray[np.int32], NDArray[np.int32]]] = {}
 
     def name(self, chain: Chain) -> str:
@@ -180,11 +186,29 @@ class Trials:
     def _logits(self, chain: Chain, bridges: Sequence[Bridge], fold: int) -> Tensor:
         if not chain:
             return self.held_out[fold].logits
+        first = self._first(chain[0], bridges[0])
+        others = [bridge.override(**dict(step.settings)) for step, bridge in zip(chain[1:], bridges[1:], strict=True)]
         variants = [
-            Variant(self.parts[step.part].label, bridge.override(**dict(step.settings)) if step.settings else bridge)
-            for step, bridge in zip(chain, bridges, strict=True)
+            Variant(self.parts[step.part].label, bridge)
+            for step, bridge in zip(chain, (first, *others), strict=True)
         ]
         return self.score.logits(self.held_out[fold].bridged(variants))
+
+    def _first(self, step: Step, bridge: Bridge) -> Bridge:
+        """The first bridge of a chain, with the settings of its step.
+
+        It always gets the same features, so what its settings have in common is computed once. That of another bridge is dropped:
+        it may be as large as all features.
+        """
+        if self._swept[0] != step.part:
+            self._swept = step.part, {}
+        known = self._swept[1]
+        if bridge not in known:
+            grid = self.grids[step.part]
+            points: list[Settings] = [(), *(((key, value),) for key, values in grid.items() for value in values)]
+            known[bridge] = list(zip(points, bridge.sweep([dict(point) for point in points]), strict=True))
+        found = [one for point, one in known[bridge] if point == step.settings]
+        return found[0] if found else bridge.override(**dict(step.settings))
 
     def made(self, part: int, seed: int, without: frozenset[int], hidden: int | None = None) -> Bridge:
         """A bridge made without some folds of images, and without the labels of one fold of classes.

@@ -27,6 +27,7 @@ from ezhoi_diffusion.evaluation.variants import Named, known_bridges, load_bridg
 from ezhoi_diffusion.features.score import EzHoiScore, require_replayable
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.plugins import PluginManager
+from ezhoi_diffusion.scoring.bridge import ScoreBridge
 from ezhoi_diffusion.training.fitted import known_fits
 
 __all__ = [
@@ -75,7 +76,9 @@ class Candidates:
             {key: getattr(bridge, key) for key in grid if isinstance(getattr(bridge, key, None), (int, float, str))}
             for bridge, grid in zip(self.bridges, self.grids, strict=True)
         ]
-        return Space(items, baselines, self.grids, own, [recipes.name for recipes in self.recipes])
+        names = [recipes.name for recipes in self.recipes]
+        on_scores = [isinstance(bridge, ScoreBridge) for bridge in self.bridges]
+        return Space(items, baselines, self.grids, own, names, on_scores)
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,6 +269,7 @@ def tune(
         store,
         candidates.recipes,
         candidates.bridges,
+        candidates.grids,
         dealt,
         replicates=SEARCH_REPLICATES,
         plugins=plugins,

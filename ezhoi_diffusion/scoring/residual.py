@@ -27,7 +27,7 @@ TENSORS = "residual.safetensors"
 WIDTH = 128
 MAX_WIDTH = 4096
 BATCH_SIZE = 512
-LEARNING_RATE = 1e-3  # of the first step; it falls to 0
+LEARNING_RATE = 2e-3  # of the first step; it falls to 0
 MAX_STEPS = 4000  # of a large capture the last epochs are left out: a minute or two on a CPU core
 GRID = {"blend": (0.5, 1.0)}
 
@@ -96,7 +96,7 @@ def load(folder: Path | None) -> Residual:
     return bridge.requires_grad_(False)
 
 
-def fit(features: FeatureStore, blend: float = 1.0, keep: float = KEEP, epochs: int = 40, seed: int = 0) -> Artifact:
+def fit(features: FeatureStore, blend: float = 1.0, keep: float = KEEP, epochs: int = 20, seed: int = 0) -> Artifact:
     """A network with one hidden layer that adds to features, trained through EZ-HOI's own loss.
 
     It learns from all pairs of training images, background included. A second term keeps the logits of all classes near those

@@ -295,7 +295,7 @@ def searched(space, value_of):
 
 def test_no_chain_is_tried_twice_and_a_value_that_a_bridge_has_is_no_setting():
     grids = [{"a": (0, 1, 2)}, {"b": (0, 1)}, {}]
-    space = Space([(0,), (1,)], [2], grids, [{"a": 1}, {"b": 0}, {}], ["x", "y", "z"])
+    space = Space([(0,), (1,)], [2], grids, [{"a": 1}, {"b": 0}, {}], ["x", "y", "z"], [False] * 3)
     trials, ran = searched(space, lambda chain: sum(1 + sum(value for _, value in step.settings) for step in chain))
     assert len(ran) == len(trials) == len({str(chain) for chain in ran})
     settings = {setting for chain in ran for step in chain for setting in step.settings}
@@ -305,14 +305,48 @@ def test_no_chain_is_tried_twice_and_a_value_that_a_bridge_has_is_no_setting():
 
 
 def test_a_chain_has_each_bridge_once_also_from_two_folders():
-    space = Space([(0,), (1,), (2,)], [], [{}, {}, {}], [{}, {}, {}], ["x", "x", "y"])
+    space = Space([(0,), (1,), (2,)], [], [{}, {}, {}], [{}, {}, {}], ["x", "x", "y"], [False] * 3)
     _, ran = searched(space, len)
     assert max(map(len, ran)) == 2
     assert not any({0, 1} <= {step.part for step in chain} for chain in ran)
 
 
+def test_an_item_enters_a_chain_with_what_was_best_alone_and_before_bridges_on_scores():
+    grids = [{"a": (0, 1)}, {"b": (0, 1)}, {}]
+    space = Space([(0,), (1,), (2,)], [], grids, [{"a": 0}, {"b": 0}, {}], ["x", "y", "z"], [True, False, False])
+    weight = {0: 30, 1: 10, 2: 1}
+
+    def value_of(chain):
+        return sum(weight[step.part] + sum(value for _, value in step.settings) for step in chain)
+
+    trials, ran = searched(space, value_of)
+    best = max(trials.values(), key=lambda trial: trial.value[0])
+    assert best.chain == (Step(1, (("b", 1),)), Step(2), Step(0, (("a", 1),)))
+    pairs = [chain for chain in ran if len(chain) == 2]
+    assert (Step(1), Step(0, (("a", 1),))) not in pairs[:2]
+    assert all(chain[-1].part == 0 for chain in pairs)
+
+
+def test_settings_of_one_bridge_share_what_it_samples(store, bridge, mocker):
+    plugins = PluginManager()
+    candidates = candidates_of(store, f"diffusion={bridge}", plugins, check=lambda *_: None)
+    folds = Folds.of_store(store, 3)
+    trials = Trials(
+        store, candidates.recipes, candidates.bridges, candidates.grids, folds, replicates=20, plugins=plugins
+    )
+    sample = mocker.spy(DiffusionBridge, "sample")
+    blends = [trials.run((Step(0, (("blend", blend),)),)) for blend in (0.1, 0.3, 1.0)]
+    assert sample.call_count == len(folds.images)
+    assert len({float(trial.change) for trial in blends}) == 3
+    for trial in blends:
+        alone = Trials(
+            store, candidates.recipes, candidates.bridges, [{}], folds, replicates=20, plugins=plugins
+        ).run(trial.chain)
+        assert np.array_equal(alone.value, trial.value) and alone.change == trial.change
+
+
 def test_the_expected_number_of_trials_is_that_of_a_search_in_which_every_round_gains():
-    space = Space([(part,) for part in range(4)], [], [{"a": (1, 2)}] * 4, [{"a": 1}] * 4, list("abcd"))
+    space = Space([(part,) for part in range(4)], [], [{"a": (1, 2)}] * 4, [{"a": 1}] * 4, list("abcd"), [False] * 4)
     expected = space.expected_trials()
     _, ran = searched(space, lambda chain: sum(2 + bool(step.settings) for step in chain))
     assert len(expected) == 4
@@ -336,7 +370,7 @@ def test_no_label_of_a_held_out_image_or_class_reaches_a_fit_or_the_choice(store
     results = []
     for one in (store, poisoned):
         candidates = candidates_of(one, "known,part", plugins, check=lambda *_: None)
-        trials = Trials(one, candidates.recipes, candidates.bridges, folds, replicates=20, plugins=plugins)
+        trials = Trials(one, candidates.recipes, candidates.bridges, candidates.grids, folds, replicates=20, plugins=plugins)
         results.append((trials, trials.run((), outer=1), [trials.run(chain, outer=1) for chain in chains(candidates)]))
     (trials, none, found), (others, other_none, other_found) = results
     assert np.array_equal(none.value, other_none.value)

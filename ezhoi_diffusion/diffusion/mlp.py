@@ -12,6 +12,7 @@ from ezhoi_diffusion.diffusion.recipes import Objective
 from ezhoi_diffusion.diffusion.schedule import Schedule, isotropic_estimate
 
 TIME_FEATURES = 128
+MAX_DEFAULT_WIDTH = 512  # the width of CLIP ViT-B
 
 
 class ResidualMlp(nn.Module):
@@ -95,14 +96,15 @@ def _sinusoids(num_timesteps: int) -> Tensor:
 
 
 def build_mlp(
-    dim: int, schedule: Schedule, objective: Objective, scale_factor: float, *, width: int = 512, depth: int = 3
+    dim: int, schedule: Schedule, objective: Objective, scale_factor: float, *, width: int | None = None, depth: int = 3
 ) -> nn.Module:
-    """Build the default denoiser; width 512 is that of CLIP ViT-B.
+    """Build the default denoiser. Its width is 4·D by default, as in the MLP of a Transformer (Vaswani et al. 2017), at most 512.
 
     Raises:
         DenoiserError: The width is outside 8…4096, or the depth outside 1…12. An untrusted artefact could otherwise
             claim all memory before its weights are read; the largest network allowed takes about 2 GB.
     """
+    width = min(4 * dim, MAX_DEFAULT_WIDTH) if width is None else width
     for name, value, low, high in (("width", width, 8, 4096), ("depth", depth, 1, 12)):
         if type(value) is not int or not low <= value <= high:
             raise DenoiserError(f"mlp: {name} must be a whole number from {low} to {high}, not {value!r}")

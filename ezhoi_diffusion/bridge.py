@@ -131,8 +131,8 @@ def as_bridge(value: object) -> Bridge:
 
 def replacement_problem(before: Tensor, after: object) -> str | None:
     """The problem with `after` as a replacement of the pair features `before` [P, D], or None."""
-    if not isinstance(after, Tensor):
-        return f"returned {type(after).__name__}, not a tensor"
+    if type(after) is not Tensor:  # a subclass may compute anything from then on
+        return f"returned {type(after).__name__}, not a plain tensor"
     for what in ("shape", "dtype", "device"):
         if getattr(before, what) != getattr(after, what):
             return f"returned {what} {getattr(after, what)} for {what} {getattr(before, what)}"

@@ -32,5 +32,5 @@ def attributed_to(what: str, kind: type[EzhoiDiffusionError] = EzhoiDiffusionErr
         yield
     except EzhoiDiffusionError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise kind(f"{what} raised {type(error).__name__}: {error}") from error

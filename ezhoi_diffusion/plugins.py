@@ -23,6 +23,7 @@ import pluggy
 from ezhoi_diffusion import hookspecs
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.hookspecs import HOOKS, PROJECT
+from ezhoi_diffusion.inputs import read_only
 from ezhoi_diffusion.registry import Registry
 
 log = logging.getLogger(__name__)
@@ -214,11 +215,13 @@ class PluginManager:
 
     def _call(self, impl: pluggy.HookImpl, hook: str, arguments: dict[str, Any]) -> Any:
         # pluggy would stop at the first exception without naming the plugin.
+        given = {name: arguments[name] for name in impl.argnames}
         try:
-            return impl.function(**{name: arguments[name] for name in impl.argnames})
+            with read_only("it", **given):
+                return impl.function(**given)
         except EzhoiDiffusionError as error:
             raise PluginError(self._blame(impl.plugin_name, hook, str(error))) from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # status 0 would pass for a run that went well
             problem = f"raised {type(error).__name__}: {error}"
             raise PluginError(self._blame(impl.plugin_name, hook, problem)) from error
 
@@ -241,11 +244,23 @@ class PluginManager:
         if first:
             raise first
 
-    def first(self, hook: str, **arguments: Any) -> Any:
-        """The first answer that is not None, or None. Raises PluginError."""
+    def first(self, hook: str, check: Callable[[Any], str | None], **arguments: Any) -> Any:
+        """The first answer that is not None, or None.
+
+        Args:
+            hook: A `locate_*` hook.
+            check: Says what is wrong with an answer, or returns None.
+            arguments: The hook's arguments.
+
+        Raises:
+            PluginError: A plugin fails, or its answer is wrong.
+        """
         for impl in self._taking_part(hook):
             answer = self._call(impl, hook, arguments)
             if answer is not None:
+                problem = check(answer)
+                if problem:
+                    raise PluginError(self._blame(impl.plugin_name, hook, problem))
                 return answer
         return None
 
@@ -312,7 +327,8 @@ class PluginManager:
 def _origin(point: EntryPoint) -> tuple[str, str]:
     if point.dist is None:
         return "-", point.value
-    return point.dist.version, point.dist.name
+    metadata = point.dist.metadata
+    return metadata["Version"] or "-", metadata["Name"] or point.value  # None where the metadata is damaged
 
 
 def _resolve(target: str) -> object:

@@ -535,8 +535,8 @@ def test_register_samplers(plugin):
 @pytest.mark.parametrize("plugin", ["locate_adapter_feat"], indirect=True)
 def test_locate_adapter_feat(plugin):
     fork = types.SimpleNamespace(pair_adapter="module")
-    assert plugin.first("locate_adapter_feat", model=fork) == ("pair_adapter", "module")
-    assert plugin.first("locate_adapter_feat", model=types.SimpleNamespace()) is None
+    assert plugin.first("locate_adapter_feat", lambda answer: None, model=fork) == ("pair_adapter", "module")
+    assert plugin.first("locate_adapter_feat", lambda answer: None, model=types.SimpleNamespace()) is None
 
 
 @pytest.mark.parametrize("plugin", ["on_attach"], indirect=True)

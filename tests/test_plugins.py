@@ -119,11 +119,11 @@ def test_notify_raises_but_notify_all_reaches_everyone_first(manager):
 def test_first_takes_the_first_answer(manager):
     for name, answer in (("quiet", None), ("here", "found"), ("never", 1 / 3)):
         manager.register(types.SimpleNamespace(locate_adapter_feat=hookimpl(lambda model, answer=answer: answer)), name)
-    assert manager.first("locate_adapter_feat", model=None) is None
+    assert manager.first("locate_adapter_feat", lambda answer: None, model=None) is None
     manager.enable(["never", "here"])
-    assert manager.first("locate_adapter_feat", model=None) == 1 / 3
+    assert manager.first("locate_adapter_feat", lambda answer: None, model=None) == 1 / 3
     manager.enable(["quiet", "here", "never"])
-    assert manager.first("locate_adapter_feat", model=None) == "found"
+    assert manager.first("locate_adapter_feat", lambda answer: None, model=None) == "found"
 
 
 @pytest.mark.parametrize(
@@ -177,6 +177,17 @@ def installed(tmp_path, monkeypatch):
     for name in (*modules, "bad_was_imported"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return tmp_path
+
+
+def test_a_package_without_name_and_version_is_listed_and_stops_nobody(installed):
+    nameless = installed / "nameless.dist-info"
+    nameless.mkdir()
+    (nameless / "METADATA").write_text("")
+    (nameless / "entry_points.txt").write_text("[ezhoi_diffusion]\nnameless = other_bridge\n")
+    (installed / "other_bridge.py").write_text((installed / "good_bridge.py").read_text())
+    found = PluginManager().found
+    assert found["nameless"].status == found["good"].status == "loaded"
+    assert str(found["nameless"]) == "plugin 'nameless' - (other_bridge)"
 
 
 def test_a_broken_plugin_is_reported_and_stops_nobody(installed, caplog):

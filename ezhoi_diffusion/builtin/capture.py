@@ -61,7 +61,8 @@ class CapturePlugin:
                     f"capture: {run.args.capture} already holds this capture, finished. Delete the folder to capture again",
                     flush=True,
                 )
-            raise SystemExit(0)  # as at the end of a pass: a run killed right there is started again
+            run.finished = True  # a run killed at the very end of its pass is started again
+            return
         self._run, self._text = run, None
         self._writer = FeatureWriter(Path(run.args.capture), meta, rank=run.rank)
         run.images_done["capture"] = self._writer.next_index

@@ -18,6 +18,7 @@ from ezhoi_diffusion.features.batch import Pairs
 from ezhoi_diffusion.features.images import StoredImage, stored_images
 from ezhoi_diffusion.features.score import targets_of
 from ezhoi_diffusion.features.store import FeatureStore
+from ezhoi_diffusion.inputs import read_only
 from ezhoi_diffusion.rng import generator
 
 
@@ -127,12 +128,14 @@ class HeldOut:
         x = self.features
         for variant in variants:
             if variant.takes_many_images:
-                x = variant.apply(x, None)
+                with read_only(f"bridge '{variant.name}'", adapter_feat=x):
+                    x = variant.apply(x, None)
                 continue
             parts = self.groups if variant.bridge.row_by_row else self.singly
             after = torch.empty_like(x)
             for rows, pairs in parts:
-                after[rows] = variant.apply(x[rows], pairs)
+                with read_only(f"bridge '{variant.name}'", pairs=pairs):  # the features are a copy
+                    after[rows] = variant.apply(x[rows], pairs)
             if variant.bridge.row_by_row:
                 self._check_rows(variant, x, after)
             x = after

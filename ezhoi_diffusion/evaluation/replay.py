@@ -30,6 +30,7 @@ from ezhoi_diffusion.features.batch import Pairs
 from ezhoi_diffusion.features.images import StoredImage, stored_images
 from ezhoi_diffusion.features.score import EzHoiScore, ScoreError, names_of_interactions, require_replayable
 from ezhoi_diffusion.features.store import FeatureStore
+from ezhoi_diffusion.inputs import read_only
 from ezhoi_diffusion.rng import generator
 
 MAX_PAIRS = 2048  # in one call, if a bridge takes many images: enough for a processor, and little memory
@@ -77,7 +78,8 @@ def replay(
     Raises:
         ScoreError: The features cannot be scored, or no image has a pair or an annotation that counts.
         FeatureStoreError: The store is damaged.
-        EzhoiDiffusionError: A bridge changes its input, or depends on other features although it says row_by_row.
+        InputWrittenError: A bridge writes into what it gets.
+        EzhoiDiffusionError: A bridge depends on other features although it says row_by_row.
     """
     score = EzHoiScore.from_store(store)
     protocol = protocol or hicodet(store)
@@ -170,12 +172,7 @@ def _collect(
         seen += len(features)
         given = features.to(device)
         for name, card in cards.items():
-            version = given._version
             bridged = None if name == REFERENCE else _bridged(name, variants[name], given, batch, card.seconds, singly)
-            if given._version != version:
-                raise EzhoiDiffusionError(
-                    f"bridge '{name}' changes its input, which other bridges get too: it has to return a new tensor"
-                )
             after, logits = (features, ezhoi_logits) if bridged is None else (bridged, score.logits(bridged))
             scores = detections.scores(logits)
             card.scores.append(scores)
@@ -222,16 +219,21 @@ def _bridged(
     if len(features) == 0:
         return None
     parts: list[Tensor] = list(features.split([len(image.pairs) for image in batch]))
-    together = variant.apply(features, None).cpu() if variant.takes_many_images else None
+    together = None
+    if variant.takes_many_images:
+        with read_only(f"bridge '{name}'", adapter_feat=features):
+            together = variant.apply(features, None).cpu()
     single: list[Tensor | None] = []
     for image, part in zip(batch, parts, strict=True):
         if together is not None and (len(seconds) >= singly or sum(seconds) >= TIMED_SECONDS):
             break
         alone = part.clone()  # a new tensor, so that no bridge can have cached it
-        begin = time.perf_counter()
-        one = variant.apply(alone, image.pairs) if len(image.pairs) else None
-        single.append(None if one is None else one.cpu())  # waits for the device
-        if len(image.pairs):
+        if not len(image.pairs):
+            single.append(None)
+            continue
+        with read_only(f"bridge '{name}'", adapter_feat=alone, pairs=image.pairs):
+            begin = time.perf_counter()
+            single.append(variant.apply(alone, image.pairs).cpu())  # waits for the device
             seconds.append(time.perf_counter() - begin)
     if together is None:
         if all(one is None for one in single):

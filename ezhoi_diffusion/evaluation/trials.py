@@ -189,8 +189,7 @@ class Trials:
         first = self._first(chain[0], bridges[0])
         others = [bridge.override(**dict(step.settings)) for step, bridge in zip(chain[1:], bridges[1:], strict=True)]
         variants = [
-            Variant(self.parts[step.part].label, bridge)
-            for step, bridge in zip(chain, (first, *others), strict=True)
+            Variant(self.parts[step.part].label, bridge) for step, bridge in zip(chain, (first, *others), strict=True)
         ]
         return self.score.logits(self.held_out[fold].bridged(variants))
 

@@ -23,7 +23,7 @@ from ezhoi_diffusion.evaluation.comparison import REFERENCE
 from ezhoi_diffusion.evaluation.variants import Variant, parse_settings, parse_sweep, resolve_variants
 from ezhoi_diffusion.ezhoi.capture_pass import capture_pass, default_split, share_context
 from ezhoi_diffusion.ezhoi.comparison_pass import comparison_pass
-from ezhoi_diffusion.ezhoi.feature_tap import FeatureTap, HookPoint, find_feature_module, unwrap
+from ezhoi_diffusion.ezhoi.feature_tap import FeatureTap, HookPoint, find_feature_module, location_problem, unwrap
 from ezhoi_diffusion.ezhoi.flags import check_options
 from ezhoi_diffusion.ezhoi.limits import refuse_unsupported
 from ezhoi_diffusion.ezhoi.replaced import replaced
@@ -92,6 +92,9 @@ class Attachment:
             share_context(run.model, run.device)
         self._attached = True
         plugins.notify("on_attach", run=run)
+        if run.finished:
+            self.detach()
+            raise SystemExit(0)
         if captures:
             self._capture(captures)
         elif args.compare:
@@ -246,7 +249,7 @@ def attach(model: nn.Module, args: argparse.Namespace, engine: Any = None) -> At
         plugins.enable_defaults()
     point = HookPoint("", detector)
     if needs_features:
-        found = plugins.first("locate_adapter_feat", model=detector)
+        found = plugins.first("locate_adapter_feat", location_problem, model=detector)
         point = HookPoint(*found) if found else find_feature_module(detector)
     attachment = Attachment(EzHoiRun(detector, args, engine, plugins, point))
     if needs_features or plugins.enabled:

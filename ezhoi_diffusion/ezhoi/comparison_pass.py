@@ -24,6 +24,7 @@ from ezhoi_diffusion.ezhoi.replaced import replaced
 from ezhoi_diffusion.ezhoi.run import EzHoiRun
 from ezhoi_diffusion.ezhoi.tables import class_groups, interaction_names
 from ezhoi_diffusion.features.batch import Pairs
+from ezhoi_diffusion.inputs import read_only
 
 Detections = list[dict[str, Tensor]]
 
@@ -55,7 +56,7 @@ def comparison_pass(run: EzHoiRun, loader: Any, variants: Mapping[str, Variant],
     def bridge(feature: Tensor, pairs: Pairs) -> Tensor | None:
         if inject is None:
             return None
-        with clock.measure(variant):
+        with read_only(f"bridge '{variant}'", adapter_feat=feature, pairs=pairs), clock.measure(variant):
             return inject(feature, pairs)
 
     def add(name: str, detections: Detections) -> None:

@@ -74,6 +74,13 @@ def find_feature_module(model: nn.Module) -> HookPoint:
     )
 
 
+def location_problem(found: object) -> str | None:
+    """The problem with an answer of `locate_adapter_feat`, or None."""
+    if isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], str) and isinstance(found[1], nn.Module):
+        return None
+    return f"returned {found!r}, not a name and a module"
+
+
 def _text_modules(model: nn.Module) -> list[nn.Module]:
     """The modules that may compute the text features; the last to run in a forward pass has the ones EZ-HOI uses."""
     found = [getattr(getattr(model, "clip_head", None), "text_encoder", None)]

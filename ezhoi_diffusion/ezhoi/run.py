@@ -37,6 +37,8 @@ class EzHoiRun:
     """The module whose output is adapter_feat."""
     failed: bool = False
     """The run ended with an error; set before `on_detach`."""
+    finished: bool = False
+    """A plugin sets it in `on_attach` where nothing is left to do; the run then ends with status 0."""
     images_done: dict[str, int] = field(default_factory=dict)
     """Plugin -> number of images that it has from an earlier capture. The pass starts at the smallest."""
     forced: list[str] = field(default_factory=list)

@@ -16,7 +16,7 @@ from ezhoi_diffusion.evaluation.variants import Variant
 from ezhoi_diffusion.features.images import stored_images
 from ezhoi_diffusion.features.score import EzHoiScore, ScoreError, require_replayable
 from ezhoi_diffusion.features.store import FeatureStore
-from helpers.miniature import ezhoi_flags, launch, rows_of
+from helpers.miniature import ezhoi_flags, launch, printed_by_ezhoi, rows_of, same_figures
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +39,27 @@ def bridge(stores, tmp_path_factory):
     return out
 
 
-def test_replayed_tables_equal_those_of_ezhoi(small_world, stores, bridge, capsys):
+def test_replayed_tables_equal_those_of_ezhoi_and_ap_to_the_last_digit(small_world, stores, bridge, tmp_path, capsys):
     names = "none,identity,scale,mean_shift,diffusion"
     # the world's EZ-HOI is untrained, and only a change of norms moves its mAP
     strongly = ["--bridge", str(bridge), "--set", "blend=1", "--set", "output=unit_norm", "--set", "scale.factor=0.2"]
-    live = launch(*ezhoi_flags(small_world, evaluate=True), *strongly, "--compare", names)
+    flags = ezhoi_flags(small_world, evaluate=True)
+    live = launch(*flags, *strongly, "--compare", names, "--out", str(tmp_path / "live"))
     assert live.returncode == 0, live.stderr
-    assert main(["compare", str(stores / "test"), *strongly, "--bridges", names]) == 0
+    line = ["compare", str(stores / "test"), *strongly, "--bridges", names, "--out", str(tmp_path / "offline")]
+    assert main(line) == 0
     replayed = rows_of(capsys.readouterr().out)
     for name, row in rows_of(live.stdout).items():
         assert replayed[name] == row, name
     assert len({tuple(replayed[name].items()) for name in names.split(",")}) > 2, "the bridges must differ"
+    bare = launch(*flags)
+    assert bare.returncode == 0, bare.stderr
+    assert same_figures(replayed["none"], printed_by_ezhoi(bare.stdout))
+    there, here = (
+        {variant["name"]: variant["per_class_ap"] for variant in json.loads(path.read_text())["variants"]}
+        for path in (tmp_path / "live" / "report.json", tmp_path / "offline" / "report.json")
+    )
+    assert there["none"] == here["none"]
 
 
 def test_the_score_equals_that_of_ezhoi_to_rounding_and_another_formula_is_refused(stores, mocker):

@@ -339,10 +339,11 @@ def test_settings_of_one_bridge_share_what_it_samples(store, bridge, mocker):
     assert sample.call_count == len(folds.images)
     assert len({float(trial.change) for trial in blends}) == 3
     for trial in blends:
-        alone = Trials(
-            store, candidates.recipes, candidates.bridges, [{}], folds, replicates=20, plugins=plugins
-        ).run(trial.chain)
-        assert np.array_equal(alone.value, trial.value) and alone.change == trial.change
+        alone = Trials(store, candidates.recipes, candidates.bridges, [{}], folds, replicates=20, plugins=plugins).run(
+            trial.chain
+        )
+        assert np.array_equal(alone.value, trial.value)
+        assert alone.change == trial.change
 
 
 def test_the_expected_number_of_trials_is_that_of_a_search_in_which_every_round_gains():
@@ -370,7 +371,9 @@ def test_no_label_of_a_held_out_image_or_class_reaches_a_fit_or_the_choice(store
     results = []
     for one in (store, poisoned):
         candidates = candidates_of(one, "known,part", plugins, check=lambda *_: None)
-        trials = Trials(one, candidates.recipes, candidates.bridges, candidates.grids, folds, replicates=20, plugins=plugins)
+        trials = Trials(
+            one, candidates.recipes, candidates.bridges, candidates.grids, folds, replicates=20, plugins=plugins
+        )
         results.append((trials, trials.run((), outer=1), [trials.run(chain, outer=1) for chain in chains(candidates)]))
     (trials, none, found), (others, other_none, other_found) = results
     assert np.array_equal(none.value, other_none.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from types import SimpleNamespace
 
@@ -167,6 +168,61 @@ def test_invalid_replacement_ends_or_degrades_the_run(ezhoi, use, capsys):
         degraded = detect(ezhoi)
     assert all(torch.equal(a["scores"], b["scores"]) for a, b in zip(bare, degraded, strict=True))
     assert "DEGRADED: plugin 'p'" in capsys.readouterr().out
+
+
+def through_numpy(adapter_feat):
+    adapter_feat.numpy()[:] = 0
+
+
+def into_pairs(adapter_feat, pairs):
+    pairs.scores.zero_()
+
+
+@pytest.mark.parametrize(
+    ("write", "what"),
+    [
+        (lambda adapter_feat: [adapter_feat.zero_(), None][1], "adapter_feat"),
+        (lambda adapter_feat: adapter_feat.mul_(2), "adapter_feat"),
+        (lambda adapter_feat: [adapter_feat.data.neg_(), None][1], "adapter_feat"),
+        (lambda adapter_feat: [adapter_feat.t_(), None][1], "adapter_feat"),
+        (through_numpy, "adapter_feat"),
+        (into_pairs, r"pairs\.scores"),
+    ],
+)
+def test_a_plugin_that_writes_into_what_it_gets_ends_or_degrades_the_run(ezhoi, use, write, what):
+    bare = detect(ezhoi)
+    use(p=SimpleNamespace(post_adapter_feat=hookimpl(write)))
+    ezhoi.args.plugin = ["p"]
+    with (
+        pytest.raises(PluginError, match=rf"plugin 'p'.*post_adapter_feat: it writes into {what}"),
+        attach(ezhoi.model, ezhoi.args),
+    ):
+        detect(ezhoi)
+    ezhoi.args.plugin_errors = "disable"
+    with attach(ezhoi.model, ezhoi.args):
+        degraded = detect(ezhoi)
+    assert all(torch.equal(a["scores"], b["scores"]) for a, b in zip(bare, degraded, strict=True))
+
+
+def test_sys_exit_in_a_hook_is_an_error_of_its_plugin(ezhoi, use):
+    use(p=SimpleNamespace(post_adapter_feat=hookimpl(lambda adapter_feat: sys.exit(0))))
+    ezhoi.args.plugin = ["p"]
+    with (
+        pytest.raises(PluginError, match=r"plugin 'p'.*post_adapter_feat: raised SystemExit: 0"),
+        attach(ezhoi.model, ezhoi.args),
+    ):
+        detect(ezhoi)
+
+
+@pytest.mark.parametrize("answer", [5, "mem_adapter", ("mem_adapter",), ("mem_adapter", None), (None, nn.Identity())])
+def test_an_answer_of_locate_adapter_feat_that_is_no_module_is_refused(ezhoi, use, answer):
+    use(
+        fork=SimpleNamespace(locate_adapter_feat=hookimpl(lambda model: answer)),
+        seen=SimpleNamespace(post_adapter_feat=hookimpl(lambda adapter_feat: adapter_feat + 1)),
+    )
+    ezhoi.args.plugin = ["fork", "seen"]
+    with pytest.raises(PluginError, match=r"plugin 'fork'.*locate_adapter_feat: returned .*not a name and a module"):
+        attach(ezhoi.model, ezhoi.args)
 
 
 def test_locate_adapter_feat_names_the_module_of_a_fork(ezhoi, use):

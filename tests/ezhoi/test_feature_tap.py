@@ -194,11 +194,12 @@ def test_fork_with_other_pairs_is_refused(ezhoi):
 @pytest.mark.parametrize(
     ("after", "problem"),
     [
-        (None, "NoneType, not a tensor"),
+        (None, "NoneType, not a plain tensor"),
         (torch.ones(3, 2), r"shape torch.Size\(\[3, 2\]\)"),
         (torch.ones(2, 2, dtype=torch.float64), "dtype torch.float64"),
         (torch.tensor([[1.0, float("nan")], [float("inf"), 1]]), "2 values that are not finite"),
         (torch.ones(2, 2, device="meta"), "device meta"),
+        (torch.nn.Parameter(torch.zeros(2, 2)), "Parameter, not a plain tensor"),
         (torch.zeros(2, 2), None),
     ],
 )

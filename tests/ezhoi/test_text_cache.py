@@ -572,6 +572,25 @@ def test_capture_pass_encodes_once_and_writes_the_same(ezhoi, use, runs, mocker,
     assert "forward" not in vars(ezhoi.model.clip_head.text_encoder)
 
 
+@pytest.mark.parametrize("part", ["adapter_feat", "logits", "gt_boxes", "pairs.boxes"])
+def test_a_plugin_that_writes_into_a_captured_image_ends_the_pass(ezhoi, use, ezhoi_modules, part):
+    def write(batch):
+        for name in part.split("."):
+            batch = getattr(batch, name)
+        batch.add_(1)
+
+    seen = []
+    use(
+        writes=SimpleNamespace(on_train_batch=hookimpl(write)),
+        reads=SimpleNamespace(on_train_batch=hookimpl(lambda batch: seen.append(batch))),
+    )
+    loader = SimpleNamespace(dataset=ezhoi.dataset, collate_fn=ezhoi_modules.utils.custom_collate)
+    ezhoi.args.plugin, ezhoi.args.max_images = ["writes", "reads"], 6
+    with pytest.raises(PluginError, match=rf"plugin 'writes'.*on_train_batch: it writes into batch\.{part}"):
+        attach(ezhoi.model, ezhoi.args, SimpleNamespace(_train_loader=loader))
+    assert not seen
+
+
 def test_changed_context_vectors_are_noticed(ezhoi, mocker, runs):
     vectors = ezhoi.model.clip_head.prompt_learner.txtcls_ctx_pt
     with attach(ezhoi.model, ezhoi.args), torch.no_grad():

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import pluggy
 
 from ezhoi_diffusion import hookspecs
+from ezhoi_diffusion.defaults import kept_globals
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.hookspecs import HOOKS, PROJECT
 from ezhoi_diffusion.inputs import read_only
@@ -124,7 +125,12 @@ class PluginManager:
         try:
             if info.name in self.found:
                 raise PluginError(f"the name is taken by {self.found[info.name]}")
-            self._register(info, load())
+            with kept_globals() as changed:
+                self._register(info, load())
+            if changed:
+                log.warning(
+                    "%s sets torch's %s for all when it is imported; they are put back", info, " and ".join(changed)
+                )
         except (
             Exception,
             SystemExit,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ezhoi_diffusion.defaults import torch_defaults
 from ezhoi_diffusion.features.batch import Pairs
 from ezhoi_diffusion.hookspecs import hookimpl
 
@@ -82,7 +83,8 @@ class BridgePlugin:
         """Replace the features [P, D] of an image."""
         if self._bridge is None:
             return None
-        bridged: Tensor = self._bridge(adapter_feat, pairs)
+        with torch_defaults():
+            bridged: Tensor = self._bridge(adapter_feat, pairs)
         return bridged
 
     @hookimpl

@@ -16,6 +16,7 @@ from typing_extensions import Self
 
 from ezhoi_diffusion.artifact import CONTEXT
 from ezhoi_diffusion.bridge import Bridge, BridgeError
+from ezhoi_diffusion.defaults import torch_defaults
 from ezhoi_diffusion.diffusion.artifact import MODEL, STATISTICS, BridgeConfig, read_artifact, write_artifact
 from ezhoi_diffusion.diffusion.components import Components
 from ezhoi_diffusion.diffusion.normalization import normalize, shift, uncenter
@@ -242,6 +243,7 @@ class DiffusionBridge(Bridge):
         write_artifact(Path(folder), self.config, files, self.provenance)
 
     @classmethod
+    @torch_defaults()
     def from_pretrained(
         cls,
         folder: str | PathLike[str],

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ezhoi_diffusion.defaults import torch_defaults
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.alignment import Alignment
 from ezhoi_diffusion.evaluation.average_precision import Scored, known_object
@@ -51,6 +52,7 @@ class _Scorecard:
     seconds: list[float] = field(default_factory=list)
 
 
+@torch_defaults()
 def replay(
     store: FeatureStore,
     variants: Mapping[str, Variant],
@@ -254,6 +256,7 @@ def _milliseconds(seconds: list[float], store: FeatureStore, images: list[int]) 
     return 1000.0 * with_pairs * sum(seconds) / len(seconds)
 
 
+@torch_defaults()
 def effect_of(
     store: FeatureStore,
     bridge: Callable[[Tensor, Pairs], Tensor],

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ezhoi_diffusion.artifact import Artifact
 from ezhoi_diffusion.bridge import Bridge
+from ezhoi_diffusion.defaults import torch_defaults
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.bootstrap import REPLICATES
 from ezhoi_diffusion.evaluation.chain import own_settings
@@ -133,6 +134,7 @@ def _figures(trial: Trial) -> dict[str, float | None]:
     }
 
 
+@torch_defaults()
 def candidates_of(
     store: FeatureStore,
     spec: str,
@@ -229,6 +231,7 @@ def _add(
     return len(found.recipes) - 1
 
 
+@torch_defaults()
 def tune(
     store: FeatureStore,
     candidates: Candidates,

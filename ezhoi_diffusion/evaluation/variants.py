@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ezhoi_diffusion.artifact import CONFIG
 from ezhoi_diffusion.bridge import Bridge, BridgeError, as_bridge, replacement_problem
+from ezhoi_diffusion.defaults import torch_defaults
 from ezhoi_diffusion.errors import EzhoiDiffusionError, attributed_to
 from ezhoi_diffusion.evaluation.chain import ChainBridge, own_settings, with_members
 from ezhoi_diffusion.evaluation.comparison import REFERENCE
@@ -64,7 +65,7 @@ class Variant:
         Raises:
             BridgeError: The bridge raises something, or returns no finite [P, D] of the same dtype and device.
         """
-        with attributed_to(f"bridge '{self.name}'", BridgeError):
+        with torch_defaults(), attributed_to(f"bridge '{self.name}'", BridgeError):
             bridged: Tensor = self.bridge(features, pairs)
         problem = replacement_problem(features, bridged)
         if problem:
@@ -94,7 +95,7 @@ def known_bridges(plugins: PluginManager) -> Registry[Load]:
 def load_bridge(plugins: PluginManager, name: str, folder: Path | None) -> Bridge:
     """Load one registered bridge. Raises EzhoiDiffusionError for an unknown name, BridgeError where loading fails."""
     load = known_bridges(plugins)[name]
-    with attributed_to(f"loading bridge '{name}'", BridgeError):
+    with torch_defaults(), attributed_to(f"loading bridge '{name}'", BridgeError):
         return as_bridge(load(folder))
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ezhoi_diffusion.defaults import torch_defaults
 from ezhoi_diffusion.evaluation.average_precision import Algorithm, Scored, associate_pairs, average_precision
 from ezhoi_diffusion.evaluation.comparison import REFERENCE, Comparison
 from ezhoi_diffusion.evaluation.variants import Variant
@@ -86,22 +87,23 @@ def comparison_pass(run: EzHoiRun, loader: Any, variants: Mapping[str, Variant],
     tap.require_hits()
     scored = {name: Scored(*map(torch.cat, zip(*parts, strict=True))) for name, parts in found.items()}
     per_image = 1000 / images_seen
-    comparison = Comparison.from_detections(
-        scored,
-        torch.stack(annotations),
-        class_groups(run),
-        variants,
-        added_ms={name: clock.seconds.get(name, 0.0) * per_image for name in variants},
-        num_gt=torch.tensor(num_gt),
-        measure=_average_precision,
-        replicates=replicates,
-        pairs=pairs_seen,
-        ezhoi_ms=clock.seconds[REFERENCE] * per_image,
-        fingerprint=run.fingerprint.to_dict(),
-        forced=list(run.forced),
-        degraded=run.plugins.degraded,
-        names=interaction_names(run),
-    )
+    with torch_defaults():
+        comparison = Comparison.from_detections(
+            scored,
+            torch.stack(annotations),
+            class_groups(run),
+            variants,
+            added_ms={name: clock.seconds.get(name, 0.0) * per_image for name in variants},
+            num_gt=torch.tensor(num_gt),
+            measure=_average_precision,
+            replicates=replicates,
+            pairs=pairs_seen,
+            ezhoi_ms=clock.seconds[REFERENCE] * per_image,
+            fingerprint=run.fingerprint.to_dict(),
+            forced=list(run.forced),
+            degraded=run.plugins.degraded,
+            names=interaction_names(run),
+        )
     comparison.caveats += comparison.sweep_caveat()
     return comparison
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from ezhoi_diffusion.defaults import torch_defaults
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge, build_denoiser
 from ezhoi_diffusion.diffusion.normalization import normalize, rescale
 from ezhoi_diffusion.rng import generator
@@ -24,6 +25,8 @@ LEARNING_RATE = 1e-3
 BLOCK = 256
 
 
+@torch_defaults()
+@torch.enable_grad()
 def distill(
     teacher: DiffusionBridge,
     training: Tensor,

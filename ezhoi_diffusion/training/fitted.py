@@ -6,7 +6,10 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from ezhoi_diffusion.artifact import CONTEXT, Artifact
+from ezhoi_diffusion.defaults import torch_defaults
 from ezhoi_diffusion.errors import EzhoiDiffusionError, attributed_to
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.plugins import PluginManager
@@ -47,7 +50,7 @@ def fit_artifact(name: str, fit: Fit, store: FeatureStore, options: Mapping[str,
             f"bridge '{name}' has no option {', '.join(unknown)}; its options are {', '.join(known) or 'none'}"
         )
     store.require_training_images("a bridge is fitted to")
-    with attributed_to(f"fit '{name}'", EzhoiDiffusionError):
+    with torch_defaults(), torch.enable_grad(), attributed_to(f"fit '{name}'", EzhoiDiffusionError):
         artifact = fit(store, **options)
     return with_origin(artifact, store, name, options)
 

@@ -12,11 +12,20 @@ import accelerate
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    TorchDynamoPlugin,
+    broadcast_object_list,
+    gather_object,
+)
 
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
 
 T = TypeVar("T")
+SHARDING = tuple(
+    f"ACCELERATE_USE_{kind}" for kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
+)
+LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")  # torchrun sets them with LOCAL_RANK
 
 
 def accelerator_for(config: TrainConfig, log_with: Sequence[Any], tracks: Path) -> accelerate.Accelerator:
@@ -25,12 +34,23 @@ def accelerator_for(config: TrainConfig, log_with: Sequence[Any], tracks: Path) 
     Raises:
         TrainingError: They do not fit the configuration.
     """
+    _refuse_environment()
     AcceleratorState._reset_state()  # a singleton, which would keep the precision of an earlier call
     # without a GPU, accelerate overlooks the other processes of torchrun unless cpu is set
     on_cpu = _expected() > 1 and not torch.cuda.is_available()
-    accelerator = accelerate.Accelerator(
-        mixed_precision=config.mixed_precision, cpu=on_cpu, log_with=list(log_with) or None, project_dir=tracks
-    )
+    try:
+        # what is not set here, accelerate reads from the environment
+        accelerator = accelerate.Accelerator(
+            mixed_precision=config.mixed_precision,
+            cpu=on_cpu,
+            log_with=list(log_with) or None,
+            project_dir=tracks,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dynamo_plugin=TorchDynamoPlugin(backend="NO"),
+        )
+    except (ImportError, RuntimeError, ValueError) as error:
+        named = ", ".join(f"{name}={os.environ[name]}" for name in sorted(os.environ) if _is_launchers(name))
+        raise TrainingError(f"accelerate cannot start with {named or 'what it finds here'}: {error}") from error
     expected = _expected()  # again: under mpirun, accelerate has just set it
     if accelerator.num_processes != expected:
         raise TrainingError(
@@ -96,5 +116,26 @@ def exit_distributed(status: int = 0, last_words: str = "") -> None:
         os._exit(status)
 
 
+def _refuse_environment() -> None:
+    """Raise TrainingError for environment variables with which the training would be another one, or none."""
+    for name in SHARDING:
+        if os.environ.get(name, "false").lower() in ("true", "1"):
+            raise TrainingError(
+                f"{name} asks accelerate to share the network out among processes; each process trains all of it here: unset it"
+            )
+    missing = sorted(name for name in LAUNCHED if name not in os.environ)
+    if "LOCAL_RANK" in os.environ and missing:
+        raise TrainingError(
+            f"LOCAL_RANK is set, as by torchrun, and {', '.join(missing)} is not: unset it, or start the processes with torchrun"
+        )
+
+
+def _is_launchers(name: str) -> bool:
+    return name.startswith("ACCELERATE_") or name in LAUNCHED
+
+
 def _expected() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not given.isdecimal():
+        raise TrainingError(f"WORLD_SIZE is {given!r}, not a number of processes: unset it, or use torchrun")
+    return int(given)

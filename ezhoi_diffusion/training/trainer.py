@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ezhoi_diffusion.artifact import CONFIG
+from ezhoi_diffusion.defaults import torch_defaults
 from ezhoi_diffusion.diffusion.bridge import build_denoiser
 from ezhoi_diffusion.diffusion.components import Components
 from ezhoi_diffusion.diffusion.denoiser import FittedDenoiser
@@ -26,6 +27,8 @@ from ezhoi_diffusion.training.trackers import TRACKS, require_trackers, start_tr
 __all__ = ["TrainConfig", "TrainingData", "TrainingError", "train"]
 
 
+@torch_defaults()
+@torch.enable_grad()
 def train(
     data: TrainingData,
     config: TrainConfig,

@@ -12,7 +12,7 @@ import torch
 from ezhoi_diffusion.training.trainer import TrainingError, train
 from helpers import TESTS
 from helpers.miniature import free_port
-from helpers.trainings import OVERFIT, QUICK, facts, few, low_rank, weights
+from helpers.trainings import OVERFIT, QUICK, equal, facts, few, low_rank, weights
 
 
 def test_one_process_instead_of_several_is_refused(tmp_path, monkeypatch):
@@ -20,6 +20,31 @@ def test_one_process_instead_of_several_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.raises(TrainingError, match="add --multi_gpu"):
+        train(low_rank(), QUICK, tmp_path / "out")
+
+
+def test_gradient_accumulation_and_compilation_of_the_environment_change_nothing(tmp_path, monkeypatch):
+    train(low_rank(), QUICK, tmp_path / "plain")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    train(low_rank(), QUICK, tmp_path / "other")
+    assert equal(weights(tmp_path / "plain"), weights(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK is set.*RANK, WORLD_SIZE is not"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "ACCELERATE_USE_FSDP asks"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED asks"),
+    ],
+)
+def test_an_environment_that_would_change_the_training_is_refused(tmp_path, monkeypatch, variables, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(TrainingError, match=message):
         train(low_rank(), QUICK, tmp_path / "out")
 
 

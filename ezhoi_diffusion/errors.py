@@ -6,6 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+def printable(text: str) -> str:
+    r"""`text` with its control characters and those that change the direction of writing as escapes, but for \n and \t.
+
+    Names in files and messages of plugins reach a terminal. They must not move its cursor, nor reorder what it shows.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 class EzhoiDiffusionError(Exception):
     """An error that a user can act on: its message says what happened, where, and what to do.
 
@@ -14,6 +22,9 @@ class EzhoiDiffusionError(Exception):
     """
 
     status = 2
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class Interrupted(EzhoiDiffusionError):

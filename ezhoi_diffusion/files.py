@@ -9,6 +9,7 @@ SHA-256 in a JSON file beside it.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import io
@@ -34,6 +35,7 @@ STAGED, REPLACED = ".staged", ".replaced"
 COMMITTED = ".committed"
 LOCK = ".lock"
 CHECKSUM = "checksum"
+UNKNOWN_TO_FILE_SYSTEM = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # SMB, folders shared with a virtual machine
 # Larger than anything this package writes: the index of ten times HICO-DET's images, a network of two billion weights.
 MAX_JSON_BYTES, MAX_TENSORS_BYTES = 1 << 26, 1 << 33
 
@@ -49,7 +51,8 @@ def write_atomic(path: Path, data: bytes) -> dict[str, Any]:
     """
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with staged.open("wb") as file:
+        staged.unlink(missing_ok=True)  # of a killed process of that number
+        with open(staged, "xb", opener=_open_no_link) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -61,11 +64,19 @@ def write_atomic(path: Path, data: bytes) -> dict[str, Any]:
     return {"file": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
+def _open_no_link(path: str, flags: int) -> int:
+    """Create a file; somebody else's link of that name is not followed."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries, so that a rename in it survives a power cut."""
+    """Flush a folder's entries, so that a rename in it survives a power cut. Some file systems flush no folders."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in UNKNOWN_TO_FILE_SYSTEM:
+            raise
     finally:
         os.close(handle)
 
@@ -225,7 +236,7 @@ def _open_nonblocking(path: str, flags: int) -> int:
 
 @contextmanager
 def locked(folder: Path, error: type[EzhoiDiffusionError], name: str = LOCK, *, wait: bool = False) -> Iterator[None]:
-    """Lock `folder`/`name` against other processes. The lock ends with its process, however that ends.
+    """Lock `folder`/`name` against other writers, in this process too. The lock ends with its process, however that ends.
 
     Args:
         folder: The folder to write into.
@@ -234,17 +245,18 @@ def locked(folder: Path, error: type[EzhoiDiffusionError], name: str = LOCK, *, 
         wait: Wait for the lock instead of raising `error`.
 
     Raises:
-        error: Another process holds the lock.
+        error: Another writer holds the lock.
         OSError: The lock's file cannot be made.
     """
     path = folder / name
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            # not lockf, which locks out other processes only, and ends when any handle of the file is closed
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except (BlockingIOError, PermissionError):
             os.close(handle)
-            raise error(f"another process is writing into {folder}: wait for it, or give another folder") from None
+            raise error(f"somebody else is writing into {folder}: wait for it, or give another folder") from None
         except OSError as problem:
             warnings.warn(f"{path} cannot be locked ({problem}): start only one writer for {folder}", stacklevel=3)
         if _is_same_file(handle, path):  # otherwise its last holder has just removed it
@@ -285,6 +297,21 @@ def check_writable(folder: Path) -> None:
         raise EzhoiDiffusionError(
             f"{folder} cannot hold results ({error}): give another folder, or free space there"
         ) from error
+
+
+@contextmanager
+def new_result(folder: Path, error: type[EzhoiDiffusionError]) -> Iterator[Path]:
+    """Yield a staged folder to write a result into, which becomes `folder` if the block ends without an error.
+
+    Raises:
+        error: `folder` is in use, or somebody else is writing it.
+        EzhoiDiffusionError: The disk refuses.
+    """
+    folder = folder.resolve()
+    require_unused(folder, error)
+    check_writable(folder.parent)
+    with locked(folder.parent, error, f".{folder.name}{LOCK}"), new_folder(folder) as staged:
+        yield staged
 
 
 @contextmanager

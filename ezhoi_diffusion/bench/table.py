@@ -6,7 +6,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ezhoi_diffusion.report.png import save_png
+from ezhoi_diffusion.report.png import new_figure, save_png
 
 UNTIMED = "*"
 MIN_DISTANCE = 1e-8  # stands for 0 on a logarithmic axis
@@ -99,11 +99,9 @@ def plot_bench(result: dict[str, Any], path: Path) -> None:
 
     The guide's system is a vertical line: its cost is measured, its result is not compared.
     """
-    from matplotlib.figure import Figure
-
     sizes = result["config"]["sizes"]
     pairs = str(sizes[len(sizes) // 2])
-    figure = Figure(figsize=(7.0, 4.6), layout="constrained")
+    figure = new_figure(figsize=(7.0, 4.6), layout="constrained")
     axes = figure.subplots()
     guide, *entries = result["sampler"]
     label = f"{guide['name']}, {guide['evaluations']} evaluations"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import errno
-import logging
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import import_module
 
 # Errors of a full, read-only or broken disk. They are never a mistake of the program.
+SCRIPTS = ("run", "capture")  # commands that run EZ-HOI's script in this process
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 GROUPS = {
@@ -90,14 +91,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, or 1 where `doctor` finds a problem and `patch --check` an unpatched script; 2 for an error that the user can
         fix; 75 where the same command resumes later; 130 for Ctrl-C.
     """
+    from ezhoi_diffusion.cli.terminal import accept_all_characters, escaped_stdout, log_warnings
     from ezhoi_diffusion.errors import EzhoiDiffusionError, Interrupted
 
-    logging.basicConfig(format="ezhoi-diffusion: %(message)s", level=logging.WARNING)
+    accept_all_characters()
+    log_warnings()
     own, script_line = _split_script_line(list(sys.argv[1:] if argv is None else argv))
     args = build_parser(own).parse_args(own)
     args.script_line = script_line
     try:
-        status: int = args.run(args)
+        with nullcontext() if args.command in SCRIPTS else escaped_stdout():
+            status: int = args.run(args)
     except Interrupted as error:
         sys.stderr.write(f"ezhoi-diffusion: {error}\n")
         return error.status
@@ -107,10 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno in DISK_ERRORS:
             sys.stderr.write(f"ezhoi-diffusion: error: the disk refused ({error}): free space and try again\n")
-        elif error.filename is not None and args.command not in (
-            "run",
-            "capture",
-        ):  # a script's error keeps its traceback
+        elif error.filename is not None and args.command not in SCRIPTS:  # a script's error keeps its traceback
             sys.stderr.write(f"ezhoi-diffusion: error: {error}\n")
         else:
             raise

@@ -21,7 +21,7 @@ def distil(args: argparse.Namespace, settings: Mapping[str, Any]) -> int:
     from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
     from ezhoi_diffusion.diffusion.components import components
     from ezhoi_diffusion.features.store import FeatureStore
-    from ezhoi_diffusion.files import check_writable, require_unused
+    from ezhoi_diffusion.files import new_result
     from ezhoi_diffusion.hub import resolve_path
     from ezhoi_diffusion.plugins import PluginManager
     from ezhoi_diffusion.training.distillation import MIN_COSINE, distill
@@ -32,39 +32,40 @@ def distil(args: argparse.Namespace, settings: Mapping[str, Any]) -> int:
         raise EzhoiDiffusionError(f"--train-steps must be at least 1, not {train_steps}")
     store = FeatureStore(args.features)
     store.require_training_images("a student learns from")
-    require_unused(args.out, EzhoiDiffusionError)
-    check_writable(args.out)
-    registry = components(PluginManager(args.no_plugin))
-    teacher = DiffusionBridge.from_pretrained(resolve_path(args.student_of), registry=registry)
-    arguments.fingerprint_check(store, False, [])(teacher, args.student_of)
-    teacher = teacher.override(**settings)
-    training, held_out = _split(store)
-    student, reached = distill(
-        teacher, training, held_out, store.text,
-        train_steps=train_steps, seed=args.seed or 0, device=pick_device(args.device),
-    )  # fmt: skip
-    recipe = teacher.config.recipe
-    baselines: dict[str, float] = student.provenance["distilled"]["baselines"]
-    print(
-        f"one evaluation instead of {recipe.num_steps} from timestep {recipe.start_timestep}: {reached}. Without a student: cosine "
-        f"{baselines['identity']:.4f} for the features as they are, {baselines['single_evaluation']:.4f} for one evaluation of the "
-        f"teacher",
-        flush=True,
-    )
-    if not reached.cosine >= min_cosine:
-        raise EzhoiDiffusionError(
-            f"the student's mean cosine to its teacher on held-out features is {reached.cosine:.4f}, below {min_cosine}, so it was "
-            f"not written: use more --train-steps, features of more images, or a lower --start-timestep; or lower --min-cosine"
+    with new_result(args.out, EzhoiDiffusionError) as staged:
+        registry = components(PluginManager(args.no_plugin))
+        teacher = DiffusionBridge.from_pretrained(resolve_path(args.student_of), registry=registry)
+        arguments.fingerprint_check(store, False, [])(teacher, args.student_of)
+        teacher = teacher.override(**settings)
+        training, held_out = _split(store)
+        student, reached = distill(
+            teacher, training, held_out, store.text,
+            train_steps=train_steps, seed=args.seed or 0, device=pick_device(args.device),
+        )  # fmt: skip
+        recipe = teacher.config.recipe
+        baselines: dict[str, float] = student.provenance["distilled"]["baselines"]
+        print(
+            f"one evaluation instead of {recipe.num_steps} from timestep {recipe.start_timestep}: {reached}. Without a student: cosine "
+            f"{baselines['identity']:.4f} for the features as they are, {baselines['single_evaluation']:.4f} for one evaluation of the "
+            f"teacher",
+            flush=True,
         )
-    unbeaten = [
-        f"{name.replace('_', ' ')} {cosine:.4f}" for name, cosine in baselines.items() if not reached.cosine > cosine
-    ]
-    if unbeaten:
-        raise EzhoiDiffusionError(
-            f"the student's mean cosine to its teacher on held-out features is {reached.cosine:.4f}, no better than what costs no "
-            f"training ({', '.join(unbeaten)}), so it was not written: use more --train-steps, or the teacher with --set num_steps=1"
-        )
-    student.save_pretrained(args.out)
+        if not reached.cosine >= min_cosine:
+            raise EzhoiDiffusionError(
+                f"the student's mean cosine to its teacher on held-out features is {reached.cosine:.4f}, below {min_cosine}, so it was "
+                f"not written: use more --train-steps, features of more images, or a lower --start-timestep; or lower --min-cosine"
+            )
+        unbeaten = [
+            f"{name.replace('_', ' ')} {cosine:.4f}"
+            for name, cosine in baselines.items()
+            if not reached.cosine > cosine
+        ]
+        if unbeaten:
+            raise EzhoiDiffusionError(
+                f"the student's mean cosine to its teacher on held-out features is {reached.cosine:.4f}, no better than what costs no "
+                f"training ({', '.join(unbeaten)}), so it was not written: use more --train-steps, or the teacher with --set num_steps=1"
+            )
+        student.save_pretrained(staged)
     print(
         f"student: {args.out}; compare it with --bridges none,diffusion={args.student_of},diffusion={args.out}",
         flush=True,

@@ -1,14 +1,67 @@
-"""Tables for people: drawn by rich on a terminal, plain text in files and pipes."""
+"""What goes to the terminal: tables, drawn by rich or plain in files and pipes, warnings, and nothing that moves the cursor."""
 
 from __future__ import annotations
 
+import io
+import logging
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, TextIO
+
+from ezhoi_diffusion.errors import printable
 
 
 def is_terminal() -> bool:
     """Whether stdout is a terminal."""
     return sys.stdout.isatty()
+
+
+COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")
+
+
+class _Escaped:
+    """A text stream whose writes are made printable, but for the colours of rich."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        pieces = COLOUR.split(text)  # text and colours in turns
+        return self._stream.write("".join(p if i % 2 else printable(p) for i, p in enumerate(pieces)))
+
+
+def accept_all_characters() -> None:
+    """Print what the terminal's encoding lacks as escapes, instead of ending in a UnicodeEncodeError."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def escaped_stdout() -> Iterator[None]:
+    """Print what files and plugins say with escapes for control characters."""
+    with redirect_stdout(_Escaped(sys.stdout)):
+        yield
+
+
+class _Warnings(logging.Handler):
+    """Prints warnings of this package, unless the script that runs here has set up logging."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.root.handlers:
+            sys.stderr.write(f"ezhoi-diffusion: {printable(self.format(record))}\n")
+
+
+def log_warnings() -> None:
+    """Print warnings of this package. The root logger is left to the script that runs here."""
+    logger = logging.getLogger("ezhoi_diffusion")
+    if not any(isinstance(handler, _Warnings) for handler in logger.handlers):
+        logger.addHandler(_Warnings(logging.WARNING))
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[int] = ()) -> None:

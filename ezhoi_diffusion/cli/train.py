@@ -308,6 +308,7 @@ def _train(args: argparse.Namespace) -> int:
 def _report_training(out: Path, *, memorizes: bool) -> None:
     """Draw the curve, and print what it shows."""
     from ezhoi_diffusion.report.plots import plot_training
+    from ezhoi_diffusion.report.png import optional_picture
     from ezhoi_diffusion.training.curve import notes
 
     facts = json.loads((out / "training.json").read_text())
@@ -322,7 +323,8 @@ def _report_training(out: Path, *, memorizes: bool) -> None:
             flush=True,
         )
         return
-    plot_training(facts, out / "training.png")
+    with optional_picture("the curve of the training"):
+        plot_training(facts, out / "training.png")
     for note in notes(facts):
         print(f"note: {note}")
     print(f"bridge: {out}, from step {facts['best_step']}; curve: {out / 'training.png'}", flush=True)
@@ -331,14 +333,14 @@ def _report_training(out: Path, *, memorizes: bool) -> None:
 def _fit(args: argparse.Namespace) -> int:
     from ezhoi_diffusion.evaluation.variants import parse_settings
     from ezhoi_diffusion.features.store import FeatureStore
-    from ezhoi_diffusion.files import require_unused
+    from ezhoi_diffusion.files import new_result
     from ezhoi_diffusion.plugins import PluginManager
     from ezhoi_diffusion.training.fitted import fit_artifact, known_fits
 
     fit = known_fits(PluginManager(args.no_plugin))[args.bridge]
     options = parse_settings(args.set)
-    require_unused(args.out, EzhoiDiffusionError)
-    fit_artifact(args.bridge, fit, FeatureStore(args.features), options).save(args.out)
+    with new_result(args.out, EzhoiDiffusionError) as staged:
+        fit_artifact(args.bridge, fit, FeatureStore(args.features), options).save(staged)
     print(f"bridge: {args.out}; compare it with --bridges none,identity,{args.bridge}={args.out}", flush=True)
     return 0
 

@@ -10,8 +10,11 @@ from ezhoi_diffusion.cli.terminal import print_table
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ezhoi_diffusion.evaluation.search import Lead
     from ezhoi_diffusion.evaluation.tune import Tuning
+    from ezhoi_diffusion.features.store import FeatureStore
 
 DESCRIPTION = """\
 Choose a chain of bridges and its settings by cross-validation on *training* images. Bridges that learn are made again without
@@ -66,21 +69,31 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Search, choose, print, and write."""
-    from ezhoi_diffusion.device import pick_device
-    from ezhoi_diffusion.evaluation.choice import write_choice
     from ezhoi_diffusion.evaluation.defaults import MIN_FOLDS
-    from ezhoi_diffusion.evaluation.tune import candidates_of, tune
-    from ezhoi_diffusion.evaluation.variants import parse_settings, parse_sweep
     from ezhoi_diffusion.features.store import FeatureStore
-    from ezhoi_diffusion.files import check_writable, new_folder, require_unused
-    from ezhoi_diffusion.plugins import PluginManager
+    from ezhoi_diffusion.files import new_result
 
     for flag, least, value in (("--seeds", 1, args.seeds), ("--folds", MIN_FOLDS, args.folds)):
         if value < least:
             raise EzhoiDiffusionError(f"{flag} must be at least {least}, not {value}")
     store = FeatureStore(args.features)
-    require_unused(args.out, EzhoiDiffusionError)
-    check_writable(args.out)
+    with new_result(args.out, EzhoiDiffusionError) as staged:
+        _tune(args, store, staged)
+    print(
+        f"choice: {args.out}. Test it once:\n"
+        f"  ezhoi-diffusion compare TEST_FEATURES --bridges none,scale,tuned={args.out}",
+        flush=True,
+    )
+    return 0
+
+
+def _tune(args: argparse.Namespace, store: FeatureStore, staged: Path) -> None:
+    from ezhoi_diffusion.device import pick_device
+    from ezhoi_diffusion.evaluation.choice import write_choice
+    from ezhoi_diffusion.evaluation.tune import candidates_of, tune
+    from ezhoi_diffusion.evaluation.variants import parse_settings, parse_sweep
+    from ezhoi_diffusion.plugins import PluginManager
+
     forced: list[str] = []
     plugins, device = PluginManager(args.no_plugin), pick_device(args.device)
     candidates = candidates_of(
@@ -106,14 +119,7 @@ def run(args: argparse.Namespace) -> int:
         say=lambda line: print(line, flush=True),
     )
     _print(tuning)
-    with new_folder(args.out) as staged:
-        write_choice(staged, tuning, candidates, store)
-    print(
-        f"choice: {args.out}. Test it once:\n"
-        f"  ezhoi-diffusion compare TEST_FEATURES --bridges none,scale,tuned={args.out}",
-        flush=True,
-    )
-    return 0
+    write_choice(staged, tuning, candidates, store)
 
 
 def _print(tuning: Tuning) -> None:

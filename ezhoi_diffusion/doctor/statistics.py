@@ -13,6 +13,7 @@ from ezhoi_diffusion.features.statistics import ModalityStatistics, mean_resulta
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.files import check_writable, write_json
 from ezhoi_diffusion.report.plots import plot_statistics
+from ezhoi_diffusion.report.png import optional_picture
 
 NUM_COSINES = 1000
 
@@ -77,8 +78,9 @@ def write_statistics(store: FeatureStore, features: Tensor, found: dict[str, Any
     write_json(written[0], found)
     if len(store.text):
         norms = (features.norm(dim=1), store.text.norm(dim=1))
-        plot_statistics(norms, _draw_cosines(features, store.text), written[1])
-    return written if len(store.text) else written[:1]
+        with optional_picture("the statistics"):
+            plot_statistics(norms, _draw_cosines(features, store.text), written[1])
+    return [path for path in written if path.exists()]
 
 
 def _draw_cosines(visual: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:

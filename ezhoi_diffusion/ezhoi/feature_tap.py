@@ -161,7 +161,8 @@ class FeatureTap:
             undo.callback(self.point.module.register_forward_hook(self._on_feature).remove)
             for module in _text_modules(self.model) if self._observe else ():
                 undo.callback(module.register_forward_hook(self._on_text).remove)
-            undo.enter_context(replaced(self.model, "compute_roi_embeddings", self._wrap_pairing()))
+            pairing = functools.partial(self._on_pairing, self.model.compute_roi_embeddings)
+            undo.enter_context(replaced(self.model, "compute_roi_embeddings", pairing))
             self._undo = undo.pop_all()
         self._attached = True
         return self
@@ -177,28 +178,35 @@ class FeatureTap:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.remove()
 
-    def _wrap_pairing(self) -> Callable[..., Any]:
-        original = self.model.compute_roi_embeddings
-
-        @functools.wraps(original)
-        def wrapper(
-            features: Tensor, image_size: Tensor, region_props: list[dict[str, Tensor]], *rest: Any, **kwargs: Any
-        ) -> Any:
-            call = functools.partial(original, features, image_size, region_props, *rest, **kwargs)
-            # somebody else may have wrapped this wrapper, which then stays in place after `remove`
-            if not self._attached or self.model.training:
-                return call()
-            return self._around_pairing(call, features, image_size, region_props)
-
-        return wrapper
+    def __getstate__(self) -> dict[str, Any]:
+        """A deep copy of the model, as for an average of its weights, gets a tap that does nothing."""
+        idle = {"_attached": False, "_observe": None, "_inject": None, "_undo": ExitStack()}
+        return {**vars(self), **idle, "_images": [], "_waiting": [], "_seen": {}, "_text": None}
 
     # -- listening ---------------------------------------------------------------------------------------
 
     def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._attached:
+            return
         images = args[0] if args else kwargs["images"]
         targets = args[1] if len(args) > 1 else kwargs.get("targets")
         self._images = [t.get("filename") for t in targets] if targets else [None] * len(images)
         self._text = None
+
+    def _on_pairing(
+        self,
+        original: Callable[..., Any],
+        features: Tensor,
+        image_size: Tensor,
+        region_props: list[dict[str, Tensor]],
+        *rest: Any,
+        **kwargs: Any,
+    ) -> Any:
+        call = functools.partial(original, features, image_size, region_props, *rest, **kwargs)
+        # somebody else may have wrapped this, which then stays in place after `remove`
+        if not self._attached or self.model.training:
+            return call()
+        return self._around_pairing(call, features, image_size, region_props)
 
     def _around_pairing(
         self, call: Callable[[], Any], features: Tensor, sizes: Tensor, proposals: list[dict[str, Tensor]]
@@ -230,7 +238,7 @@ class FeatureTap:
         return result
 
     def _on_text(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not self.model.training:
+        if self._attached and not self.model.training:
             text = output[0] if isinstance(output, tuple) else output
             self._text = text.detach().reshape(-1, text.shape[-1])
 

@@ -53,7 +53,7 @@ class EzHoiScript:
             LaunchError: It cannot be read, is not Python, or does not import build_detector.
         """
         try:
-            tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+            tree = ast.parse(path.read_bytes(), str(path))  # bytes may have a BOM or a coding cookie, as for python
         except OSError as error:
             raise LaunchError(
                 f"{path} cannot be read ({error}): run this from the EZ-HOI folder, as you run the script"

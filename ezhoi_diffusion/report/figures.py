@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from ezhoi_diffusion.evaluation.changes import changes
 from ezhoi_diffusion.evaluation.comparison import FULL, REFERENCE, Comparison
-from ezhoi_diffusion.report.png import png_bytes
+from ezhoi_diffusion.report.png import new_figure, png_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,10 +84,9 @@ def _colors(comparison: Comparison) -> dict[str, str]:
 
 def render(panel: Panel) -> Image.Image:
     """The panel, drawn without a display and without pyplot's global state."""
-    from matplotlib.figure import Figure
     from PIL import Image
 
-    figure = Figure(figsize=(WIDTH, panel.height), layout="constrained")
+    figure = new_figure(figsize=(WIDTH, panel.height), layout="constrained")
     axes = figure.subplots()
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)

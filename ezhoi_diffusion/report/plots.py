@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ezhoi_diffusion.evaluation.effect import Effect
-from ezhoi_diffusion.report.png import save_png
+from ezhoi_diffusion.report.png import new_figure, save_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 
 def _figure(columns: int, width: float = 5.0) -> tuple[Figure, list[Axes]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * columns, 4.0), layout="constrained")
+    figure = new_figure(figsize=(width * columns, 4.0), layout="constrained")
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 

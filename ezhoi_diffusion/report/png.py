@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ezhoi_diffusion.files import write_atomic
 
@@ -12,6 +16,28 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 130
+
+
+def new_figure(**options: Any) -> Figure:
+    """An empty figure with options of matplotlib's Figure. A display is never needed, and MPLBACKEND is not asked for one."""
+    backend = os.environ.pop("MPLBACKEND", None)  # that of a notebook ends the import outside of it
+    try:
+        from matplotlib.figure import Figure
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    return Figure(**options)
+
+
+@contextmanager
+def optional_picture(what: str) -> Iterator[None]:
+    """Note on standard error where a picture cannot be drawn: the figures beside it are what counts. OSError passes."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # of matplotlib, or of its fonts and settings
+        sys.stderr.write(f"note: {what} could not be drawn ({type(error).__name__}: {error})\n")
 
 
 def png_bytes(figure: Figure, dpi: int = DPI) -> bytes:

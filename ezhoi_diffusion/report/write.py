@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.comparison import Comparison
-from ezhoi_diffusion.files import write_atomic, write_json
+from ezhoi_diffusion.files import locked, replaced_files, write_atomic, write_json
 from ezhoi_diffusion.report.headline import headline
+from ezhoi_diffusion.report.png import optional_picture
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ezhoi_diffusion.report.figures import Panel
 
 PICTURES = {  # file -> pictures in it
     "comparison": ("comparison",),
@@ -22,11 +29,16 @@ PICTURES = {  # file -> pictures in it
 
 
 @contextmanager
-def report_folder(folder: Path) -> Iterator[None]:
-    """Make the folder, and let results be written there. Raises EzhoiDiffusionError where the disk refuses either."""
+def report_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder to write into; its files replace those in `folder` together, once nobody else writes there.
+
+    Raises:
+        EzhoiDiffusionError: The disk refuses.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        yield
+        with locked(folder, EzhoiDiffusionError, wait=True), replaced_files(folder) as staged:
+            yield staged
     except OSError as error:
         raise EzhoiDiffusionError(
             f"{folder} cannot hold results ({error}): give another folder, or free space there"
@@ -41,14 +53,16 @@ def write_report(comparison: Comparison, folder: Path, notes: Sequence[str] = ()
     from ezhoi_diffusion.report.figures import joined, pictures, png, render
     from ezhoi_diffusion.report.page import page
 
-    made = {name: [(panel, render(panel)) for panel in panels] for name, panels in pictures(comparison).items()}
-    with report_folder(folder):
-        found = headline(comparison)
-        said = {"headline": found.text, "details": found.details, "notes": [*notes]}
-        write_json(folder / "report.json", {**said, **comparison.to_dict()})
+    made: dict[str, list[tuple[Panel, Image]]] = {}
+    with optional_picture("the report's pictures"):
+        made = {name: [(panel, render(panel)) for panel in panels] for name, panels in pictures(comparison).items()}
+    found = headline(comparison)
+    said = {"headline": found.text, "details": found.details, "notes": [*notes]}
+    with report_folder(folder) as staged:
+        write_json(staged / "report.json", {**said, **comparison.to_dict()})
         for name, parts in PICTURES.items():
             if drawings := [drawn for part in parts for _, drawn in made.get(part, [])]:
-                write_atomic(folder / f"{name}.png", png(joined(drawings)))
+                write_atomic(staged / f"{name}.png", png(joined(drawings)))
         inline = {name: [(panel.alt, png(drawn)) for panel, drawn in panels] for name, panels in made.items()}
-        write_atomic(folder / "report.html", page(comparison, inline, notes).encode(errors="xmlcharrefreplace"))
+        write_atomic(staged / "report.html", page(comparison, inline, notes).encode(errors="xmlcharrefreplace"))
     print(f"report: {folder / 'report.html'}; its figures are in report.json, its pictures beside it", flush=True)

@@ -125,7 +125,7 @@ def test_next_image_is_correct_after_an_exception(ezhoi):
 
 
 def test_registers_all_or_nothing(ezhoi, mocker):
-    mocker.patch.object(FeatureTap, "_wrap_pairing", side_effect=RuntimeError("no"))
+    mocker.patch("ezhoi_diffusion.ezhoi.feature_tap.replaced", side_effect=RuntimeError("no"))
     with pytest.raises(RuntimeError, match="no"):
         FeatureTap(ezhoi.model, inject=lambda x, pairs: x).attach()
     assert hooks_of(ezhoi.model) == 0
@@ -189,6 +189,30 @@ def test_fork_with_other_pairs_is_refused(ezhoi):
         pytest.raises(FeatureTapError, match="pairs differently"),
     ):
         detect(ezhoi)
+
+
+@pytest.mark.parametrize("role", ["inject", "observe"])
+def test_a_deep_copy_of_a_hooked_model_has_its_own_weights_and_no_hooks(ezhoi, role):
+    bare = detect(ezhoi)
+    calls = []
+    taps = {"inject": lambda x, pairs: calls.append(1) or torch.zeros_like(x), "observe": lambda *a: calls.append(1)}
+    original = ezhoi.model
+    with FeatureTap(original, **{role: taps[role]}):
+        detect(ezhoi)
+        seen = len(calls)
+        average = copy.deepcopy(original)
+        ezhoi.model = average
+        copied = detect(ezhoi)
+        with torch.no_grad():
+            for parameter in average.mem_adapter.parameters():
+                parameter.add_(0.5)
+        moved = detect(ezhoi)
+        ezhoi.model = original
+        assert len(calls) == seen
+        detect(ezhoi)
+        assert len(calls) == 2 * seen > 0
+    assert all(torch.equal(a["scores"], b["scores"]) for a, b in zip(bare, copied, strict=True))
+    assert any(not torch.equal(a["scores"], b["scores"]) for a, b in zip(bare, moved, strict=True))
 
 
 @pytest.mark.parametrize(

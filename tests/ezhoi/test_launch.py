@@ -331,6 +331,17 @@ def test_scripts_that_call_attach_are_recognized(tmp_path, line, joins):
     assert EzHoiScript.read(script).attaches == joins
 
 
+@pytest.mark.parametrize(
+    "head",
+    [b"\xef\xbb\xbf", b"# -*- coding: latin-1 -*-\n# \xe9\n", b"#!/usr/bin/env python\n# coding: cp1252\n# \x80\n"],
+)
+def test_a_script_with_a_byte_order_mark_or_an_encoding_is_read_as_python_reads_it(tmp_path, head):
+    script = tmp_path / "main.py"
+    script.write_bytes(head + b"from upt import build_detector\nfrom utils import CustomisedDLE\nCustomisedDLE()\n")
+    found = EzHoiScript.read(script)
+    assert (found.factory, found.engine) == ("upt", "utils")
+
+
 def test_clash_with_a_flag_of_the_script(tmp_path):
     (tmp_path / "factory.py").write_text("def build_detector(): pass\n")
     script = tmp_path / "fork.py"

@@ -5,8 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
@@ -255,6 +258,38 @@ def test_the_same_comparison_gives_the_same_files(tmp_path):
         write_report(complete({"diffusion": 1.0}), tmp_path / name)
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_a_report_is_complete_without_its_pictures(tmp_path, mocker, capsys):
+    mocker.patch("ezhoi_diffusion.report.figures.new_figure", side_effect=ValueError("no fonts"))
+    write_report(bare(), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "report.json"}
+    assert "the report's pictures could not be drawn (ValueError: no fonts)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "qtagg", "nonsense"])
+def test_the_backend_of_a_notebook_ends_no_drawing(tmp_path, backend):
+    code = (
+        "import os, sys; from pathlib import Path; from ezhoi_diffusion.report.png import new_figure, save_png\n"
+        "figure = new_figure(); figure.subplots().plot([1, 2]); save_png(figure, Path(sys.argv[1]))\n"
+        "print(os.environ['MPLBACKEND'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a.png")],
+        env={**os.environ, "MPLBACKEND": backend}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == backend
+    assert Image.open(tmp_path / "a.png").size
+
+
+def test_a_report_that_is_interrupted_leaves_the_earlier_one_whole(tmp_path, mocker):
+    write_report(make({"identity": 0.0}), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    mocker.patch("ezhoi_diffusion.report.page.page", side_effect=KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(make({"identity": 1.0}), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_folder_that_cannot_be_written_is_one_typed_error(tmp_path):

@@ -1,0 +1,79 @@
+"""What the command line prints, whatever files and plugins say and whatever the terminal can show."""
+
+from __future__ import annotations
+
+import io
+import logging
+import subprocess
+import sys
+
+import pytest
+
+from ezhoi_diffusion.cli import main
+from ezhoi_diffusion.cli.terminal import escaped_stdout, log_warnings, print_table
+from ezhoi_diffusion.errors import EzhoiDiffusionError, printable
+from ezhoi_diffusion.testing import synthetic_store
+
+ESCAPE, TURN = "\x1b[2J\x1b]0;title\x07", "\u202egnp.exe\u2066"
+
+
+@pytest.mark.parametrize("text", [ESCAPE, TURN, "\r", "\x9b", "\x00", "\ud800", "\u2028"])
+def test_control_characters_and_those_that_turn_the_writing_are_escaped(text, capsys):
+    assert printable(text).isprintable()
+    assert printable(printable(text)) == printable(text)
+    assert str(EzhoiDiffusionError(f"bad {text}")).isprintable()
+    with escaped_stdout():
+        print(text, end="")
+        print_table(["name"], [[text]])
+    assert all(c.isprintable() or c == "\n" for c in capsys.readouterr().out)
+
+
+def test_what_is_printable_stays():
+    assert printable("köln 手 👩‍🍳\n\t".replace("\u200d", "")) == "köln 手 👩🍳\n\t"
+
+
+def test_colours_reach_a_terminal_and_nothing_else_does(mocker):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    mocker.patch("sys.stdout", terminal)
+    mocker.patch.dict("os.environ", {"TERM": "xterm-256color", "NO_COLOR": "", "COLORTERM": ""})
+    with escaped_stdout():
+        print_table(["name"], [["\x1b[2Jevil"]])
+    found = terminal.getvalue()
+    assert "\x1b[1m" in found
+    assert "\x1b[2J" not in found
+    assert "evil" in found
+
+
+def test_a_warning_of_a_plugin_is_escaped_and_the_root_logger_is_left_to_the_script():
+    code = (
+        "import logging, sys; from ezhoi_diffusion.cli.terminal import log_warnings; log_warnings(); log_warnings()\n"
+        "assert not logging.root.handlers\n"
+        "logging.getLogger('ezhoi_diffusion.plugins').warning('bad \\x1b[2J')\n"
+        "logging.basicConfig(format='script: %(message)s', stream=sys.stdout)\n"
+        "logging.getLogger('ezhoi_diffusion.plugins').warning('second')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "ezhoi-diffusion: bad \\x1b[2J\n"
+    assert done.stdout == "script: second\n"
+
+
+def test_a_terminal_of_ascii_shows_escapes(tmp_path):
+    folder = tmp_path / "köln"
+    synthetic_store(folder, images=8)
+    done = subprocess.run(
+        [sys.executable, "-m", "ezhoi_diffusion", "doctor", str(folder)],
+        capture_output=True,
+        env={"PYTHONIOENCODING": "ascii", "PATH": "", "PYTHONPATH": ":".join(sys.path)},
+        check=False,
+    )
+    assert b"UnicodeEncodeError" not in done.stderr
+    assert b"features.files" in done.stdout
+
+
+def test_our_warnings_are_not_printed_twice(capsys):
+    log_warnings()
+    assert main(["plugins"]) == 0
+    logger = logging.getLogger("ezhoi_diffusion")
+    log_warnings()
+    assert len([handler for handler in logger.handlers if type(handler).__name__ == "_Warnings"]) == 1

@@ -1,0 +1,121 @@
+"""Folders and files that are written whole, by one writer at a time."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+
+import pytest
+
+from ezhoi_diffusion.cli import main
+from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.files import locked, new_result, sync_folder, write_atomic
+from ezhoi_diffusion.testing import synthetic_store
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("features") / "train"
+    return synthetic_store(folder, images=40).folder
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_flushes_no_folder_is_no_error(tmp_path, mocker, code):
+    fsync = os.fsync
+
+    def refuse(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(code, os.strerror(code))
+        fsync(handle)
+
+    mocker.patch("os.fsync", refuse)
+    write_atomic(tmp_path / "file", b"data")
+    assert (tmp_path / "file").read_bytes() == b"data"
+
+
+def test_a_disk_that_fails_is_an_error(tmp_path, mocker):
+    mocker.patch("os.fsync", side_effect=OSError(errno.EIO, os.strerror(errno.EIO)))
+    with pytest.raises(OSError, match="Input/output"):
+        sync_folder(tmp_path)
+
+
+def test_a_link_at_the_temporary_name_is_not_followed(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    (tmp_path / f".file.{os.getpid()}.tmp").symlink_to(precious)
+    write_atomic(tmp_path / "file", b"data")
+    assert precious.read_text() == "mine"
+    assert (tmp_path / "file").read_bytes() == b"data"
+    assert not (tmp_path / "file").is_symlink()
+
+
+def test_a_folder_has_one_writer_in_this_process_too(tmp_path):
+    entered, leave = threading.Event(), threading.Event()
+
+    def write():
+        with locked(tmp_path, EzhoiDiffusionError):
+            entered.set()
+            leave.wait(60)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert entered.wait(60)
+    for _ in range(2):  # the first that is refused must not end the writer's lock
+        with (
+            pytest.raises(EzhoiDiffusionError, match="somebody else is writing"),
+            locked(tmp_path, EzhoiDiffusionError),
+        ):
+            pass
+    leave.set()
+    writer.join()
+    with locked(tmp_path, EzhoiDiffusionError):
+        pass
+
+
+def test_a_result_has_one_writer_and_is_there_whole_or_not_at_all(tmp_path):
+    out = tmp_path / "out"
+    with new_result(out, EzhoiDiffusionError) as staged:
+        (staged / "part").write_text("1")
+        assert not out.exists()
+        with pytest.raises(EzhoiDiffusionError, match="somebody else"), new_result(out, EzhoiDiffusionError):
+            pass
+    assert (out / "part").read_text() == "1"
+    with pytest.raises(EzhoiDiffusionError, match="is in use"), new_result(out, EzhoiDiffusionError):
+        pass
+    assert names(tmp_path) == ["out"]
+    with pytest.raises(ZeroDivisionError), new_result(tmp_path / "other", EzhoiDiffusionError) as staged:
+        (staged / "part").write_text(str(1 / 0))
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["train", "--bridge", "residual"],
+        ["tune", "--bridges", "mean_shift", "--folds", "3"],
+    ],
+)
+def test_a_command_that_was_killed_while_it_wrote_can_be_given_again(features, tmp_path, mocker, line):
+    command = [line[0], str(features), *line[1:], "--out", str(tmp_path / "out")]
+
+    class Killed(BaseException):
+        """As SIGKILL: no clean-up may count on it."""
+
+    def die(*args, **kwargs):
+        raise Killed
+
+    mocker.patch("os.fsync", die)
+    with pytest.raises(Killed):
+        main(command)
+    (tmp_path / "out.staged").mkdir(exist_ok=True)  # a kill leaves it
+    (tmp_path / "out.staged" / "part").write_text("1")
+    (tmp_path / ".out.lock").touch()
+    mocker.stopall()
+    assert main(command) == 0
+    assert names(tmp_path) == ["out"]

@@ -40,6 +40,7 @@ BRIDGES: dict[str, tuple[tuple[str, ...], str]] = {
     **{
         name: (("--bridge", name), name) for name in ("residual", "interactive", "compete", "eszsl", "gaussian_classes")
     },
+    "eszsl_permuted": (("--bridge", "eszsl", "--set", "permute_texts=true"), "eszsl"),  # a control
 }
 # `mean_shift` takes its means from the first bridge
 CONTROLS = ("identity", "mean_shift", "scale", "prior_only", "random_move")

@@ -14,6 +14,7 @@ from ezhoi_diffusion.files import read_json, write_atomic, write_json
 
 GROUPS = ("full", "unseen", "seen")
 LEVEL = 0.95
+CONTRASTS = [("scored", "residual")]  # trained on the same data with the same loss: does diffusion add anything?
 EXPLANATION = f"""\
 Changes are points of mAP over EZ-HOI alone, on test images that nothing was chosen on; a mean is over all runs. **Runs**: the
 interval takes each run as one observation. **Worlds**: it takes each world's mean over its splits as one, because the runs of
@@ -130,6 +131,14 @@ def summarize(runs: Sequence[Run]) -> dict[str, Any]:
             }
             for name in names
         },
+        "contrasts": {
+            f"{one} less {other}": {
+                group: asdict(estimate(seeds, [run.change(one, group) - run.change(other, group) for run in runs]))
+                for group in GROUPS
+            }
+            for one, other in CONTRASTS
+            if {one, other} <= set(names)
+        },
         "runs": [asdict(run) for run in runs],
     }
 
@@ -146,22 +155,25 @@ def markdown(summary: Mapping[str, Any]) -> str:
     worlds = len({run["seed"] for run in runs})
     lines = [f"# Do bridges help? {len(runs)} runs in {worlds} worlds", "", EXPLANATION, ""]
     for key, title in (("change", "Change over EZ-HOI alone"), ("over_best_control", "Change over the best control")):
-        lines += [f"## {title}", "", *_summary_table(summary["bridges"], key, len(runs)), ""]
+        found = {name + (" (control)" if one["control"] else ""): one[key] for name, one in summary["bridges"].items()}
+        lines += [f"## {title}", "", *_summary_table(found, len(runs)), ""]
+    if summary["contrasts"]:
+        lines += ["## One bridge against another", "", *_summary_table(summary["contrasts"], len(runs)), ""]
     for group in GROUPS:
         lines += [f"## Each run: {group}", "", *_run_table(runs, list(summary["bridges"]), group), ""]
     return "\n".join(lines)
 
 
-def _summary_table(bridges: Mapping[str, Any], key: str, count: int) -> list[str]:
+def _summary_table(found: Mapping[str, Any], count: int) -> list[str]:
     head = ["bridge", *(f"{group}: mean, runs, worlds, gains" for group in GROUPS)]
     rows = []
-    for name, found in bridges.items():
+    for name, of_group in found.items():
         cells = []
         for group in GROUPS:
-            one = found[key][group]
+            one = of_group[group]
             intervals = " ".join(_interval(one[unit]) for unit in ("runs", "worlds"))
             cells.append(f"{one['mean']:+.2f} {intervals} {one['positive']}/{count}")
-        rows.append([name + (" (control)" if found["control"] else ""), *cells])
+        rows.append([name, *cells])
     return _table(head, rows)
 
 

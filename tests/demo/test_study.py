@@ -66,6 +66,23 @@ def test_a_bridge_has_to_beat_the_best_control_of_each_run():
     assert "| 0 rare_first | 20.00 | +1.00* | +0.50* |" in text
 
 
+def test_what_diffusion_adds_is_the_difference_within_each_run():
+    runs = []
+    for seed, scored in ((0, 21.0), (1, 24.0)):
+        run = run_with(seed, "unseen_verb", 20 * seed, 0, 0)
+        values = {"scored": 20 * seed + scored, "residual": 20 * seed + 20.0}
+        variants = {
+            name: Variant(dict.fromkeys(("full", "unseen", "seen"), v), {}, False) for name, v in values.items()
+        }
+        runs.append(Run(seed, "unseen_verb", {"none": run.variants["none"], **variants}))
+    found = summarize(runs)
+    one = found["contrasts"]["scored less residual"]["full"]
+    assert one["mean"] == pytest.approx(2.5)
+    assert one["runs"] == pytest.approx((2.5 - 12.7062 * 1.5, 2.5 + 12.7062 * 1.5), abs=1e-3)
+    assert "| scored less residual | +2.50 " in markdown(found)
+    assert not summarize([run_with(0, "rare_first", 20, 21, 20.5)])["contrasts"]
+
+
 def test_a_choice_is_a_control_only_if_it_is_a_baseline_in_every_run():
     first, second = run_with(0, "unseen_verb", 10, 12, 13), run_with(0, "rare_first", 20, 20.5, 21)
     chose_a_baseline = {**first.variants, "b": replace(first.variants["b"], control=True)}

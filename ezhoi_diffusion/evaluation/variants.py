@@ -181,13 +181,24 @@ def parse_bridges(spec: str, known: Collection[str]) -> dict[str, list[Named]]:
         EzhoiDiffusionError: An item comes twice, or names a bridge twice.
     """
     items: dict[str, list[Named]] = {}
-    for item in filter(None, (part.strip() for part in spec.split(","))):
+    for item in filter(None, (part.strip() for part in _items(spec))):
         if item == REFERENCE:
             continue
         if item in items:
             raise EzhoiDiffusionError(f"'{item}' is named twice; name it once")
         items[item] = parse_chain(item, known)
     return items
+
+
+def _items(spec: str) -> Iterator[str]:
+    """Split at commas, save those in the name of a folder that exists."""
+    words = spec.split(",")
+    while words:
+        start = words[0].rfind("=") + 1  # of a folder; 0 where none is named
+        ends = [n for n in range(len(words), 1, -1) if start and Path(",".join(words[:n])[start:]).is_dir()]
+        count = ends[0] if ends else 1
+        yield ",".join(words[:count])
+        del words[:count]
 
 
 def parse_chain(item: str, known: Collection[str]) -> list[Named]:

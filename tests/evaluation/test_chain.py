@@ -9,7 +9,7 @@ from ezhoi_diffusion import Artifact, Bridge, BridgeError, BridgePlugin, EzhoiDi
 from ezhoi_diffusion.builtin import chain as chain_plugin
 from ezhoi_diffusion.evaluation.chain import ChainBridge, Member, save_chain
 from ezhoi_diffusion.evaluation.replay import replay
-from ezhoi_diffusion.evaluation.variants import parse_chain, parse_settings, resolve_variants
+from ezhoi_diffusion.evaluation.variants import parse_bridges, parse_chain, parse_settings, resolve_variants
 from ezhoi_diffusion.files import read_json
 from ezhoi_diffusion.hub import build_upload
 from ezhoi_diffusion.plugins import PluginManager
@@ -140,6 +140,22 @@ def test_settings_and_sweeps_of_the_command_line_reach_members(plugins):
 )
 def test_a_plus_joins_bridges_and_stays_in_the_names_of_folders(item, expected):
     assert [(one.name, one.folder) for one in parse_chain(item, ["add", "times"])] == expected
+
+
+def test_a_comma_in_the_name_of_a_folder_that_exists_stays(tmp_path):
+    odd, plain = tmp_path / "runs, old,2", tmp_path / "runs"
+    odd.mkdir()
+    plain.mkdir()
+    spec = f"none,a,b={odd},c={plain},a+b={odd},d={tmp_path / 'gone'},e"
+    found = parse_bridges(spec, ["a", "b", "c", "d", "e"])
+    assert [[(one.name, one.folder) for one in chain] for chain in found.values()] == [
+        [("a", "")],
+        [("b", str(odd))],
+        [("c", str(plain))],
+        [("a", ""), ("b", str(odd))],
+        [("d", str(tmp_path / "gone"))],
+        [("e", "")],
+    ]
 
 
 def test_a_chain_with_an_unknown_bridge_or_one_twice_is_refused(plugins):

@@ -79,11 +79,15 @@ def associate_pairs(
 
 
 def ranked(scored: Scored) -> Iterator[tuple[int, Tensor]]:
-    """Yield every detected class with the positions of its detections [m], best scored first."""
+    """Yield every detected class with the positions of its detections [m], best scored first.
+
+    Equal scores are common, where two pairs share a feature. Pocket ranks them as torch's plain argsort happens to, and so do we:
+    in a class with one annotation their order decides between an AP of 1 and of 1/2.
+    """
     order = torch.argsort(scored.classes, stable=True)
     present, counts = scored.classes[order].unique_consecutive(return_counts=True)
     for index, rows in zip(present.tolist(), order.split(counts.tolist()), strict=True):
-        yield index, rows[scored.scores[rows].argsort(descending=True, stable=True)]
+        yield index, rows[scored.scores[rows].argsort(descending=True)]
 
 
 def average_precision(scored: Scored, num_gt: Sequence[int] | Tensor, algorithm: Algorithm = "11P") -> Tensor:

@@ -116,6 +116,42 @@ def test_both_algorithms_are_those_of_pocket(pocket_meter, algorithm):
     assert detections > 10_000
 
 
+def tied(seed: int) -> tuple[Scored, list[int]]:
+    """Detections of four classes, two and more of each score; the classes take turns."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(40, generator=generator, dtype=torch.float64).repeat_interleave(8)
+    labels = (torch.rand(320, generator=generator) < 0.05).double()
+    classes = torch.arange(320) % 4
+    num_gt = [max(1, int(labels[classes == c].sum())) for c in range(4)]
+    return Scored(scores, classes, labels, classes), num_gt
+
+
+def test_equal_scores_are_ranked_as_by_a_plain_argsort():
+    differs = 0
+    for seed in range(50):
+        scored, num_gt = tied(seed)
+        expected, stable = [], []
+        for c in range(4):
+            scores, labels = scored.scores[scored.classes == c], scored.labels[scored.classes == c]
+            for found, order in (
+                (expected, scores.argsort(descending=True)),
+                (stable, scores.argsort(descending=True, stable=True)),
+            ):
+                distinct = torch.arange(len(scores), 0, -1).tolist()
+                found.append(ap_by_definition(distinct, labels[order].tolist(), num_gt[c]))
+        assert average_precision(scored, num_gt).tolist() == pytest.approx(expected, abs=1e-12)
+        differs += expected != stable
+    assert differs, "these ties must matter"
+
+
+def test_equal_scores_are_ranked_as_pocket_ranks_them(pocket_meter):
+    for seed in range(50):
+        scored, num_gt = tied(seed)
+        meter = pocket_meter(4, num_gt=num_gt, nproc=1, algorithm="11P")
+        meter.append(scored.scores, scored.classes, scored.labels)
+        torch.testing.assert_close(average_precision(scored, num_gt), meter.eval(), rtol=0, atol=1e-12)
+
+
 def test_known_object_drops_what_lies_in_images_without_the_object():
     # classes 0 and 1 have object 0, class 2 has object 1; image 0 holds object 0, image 1 object 1, image 2 neither
     annotated = torch.tensor([[True, False], [False, True], [False, False]])

@@ -47,7 +47,7 @@ CONTROLS = ("identity", "mean_shift", "scale", "prior_only", "random_move")
 FOLDS = "3"  # of `tune`: five take four times as long
 TRAINING, TRAIN_FEATURES, TEST_FEATURES = "training", "train-features", "test-features"
 TUNED, COMPARISON = "tuned", "comparison"
-SEEDS, SPLITS = (0, 1, 2), ("unseen_verb", "rare_first", "unseen_object")
+SEEDS, SPLITS = (3, 4, 5), ("unseen_verb", "rare_first", "unseen_object")
 WORLD_CODE = """\
 import json, pathlib, sys
 from ezhoi_diffusion.demo.world import make_world

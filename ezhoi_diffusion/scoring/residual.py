@@ -27,7 +27,9 @@ TENSORS = "residual.safetensors"
 WIDTH = 128
 MAX_WIDTH = 4096
 BATCH_SIZE = 512
-LEARNING_RATE = 2e-3  # of the first step; it falls to 0
+# times 1/D it is the learning rate of the first step, which falls to 0: a step moves what a neuron sums over D inputs as far
+# whatever D is (Yang et al. 2021, "Tensor programs V")
+LEARNING_RATE = 0.5
 MAX_STEPS = 4000  # of a large capture the last epochs are left out: a minute or two on a CPU core
 GRID = {"blend": (0.5, 1.0)}
 
@@ -96,7 +98,7 @@ def load(folder: Path | None) -> Residual:
     return bridge.requires_grad_(False)
 
 
-def fit(features: FeatureStore, blend: float = 1.0, keep: float = KEEP, epochs: int = 20, seed: int = 0) -> Artifact:
+def fit(features: FeatureStore, blend: float = 1.0, keep: float = KEEP, epochs: int = 40, seed: int = 0) -> Artifact:
     """A network with one hidden layer that adds to features, trained through EZ-HOI's own loss.
 
     It learns from all pairs of training images, background included. A second term keeps the logits of all classes near those
@@ -135,7 +137,7 @@ def train(bridge: Residual, pairs: LabelledPairs, keep: float, epochs: int, seed
     bridge.scale.copy_((pairs.visual - bridge.mean).square().mean().sqrt().clamp_min(1e-12))
     positives = int(pairs.target.sum())
     steps = min(MAX_STEPS, epochs * math.ceil(len(pairs) / BATCH_SIZE))
-    optimizer = torch.optim.Adam(bridge.parameters(), lr=LEARNING_RATE, fused=True)
+    optimizer = torch.optim.Adam(bridge.parameters(), lr=LEARNING_RATE / pairs.visual.shape[1], fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     for rows in itertools.islice(_batches(len(pairs), epochs, seed), steps):
         batch = pairs[rows]

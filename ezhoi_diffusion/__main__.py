@@ -1,8 +1,6 @@
 """`python -m ezhoi_diffusion` is `ezhoi-diffusion`, for `accelerate launch -m` and `torchrun -m`."""
 
-import sys
-
-from ezhoi_diffusion.cli import main
+from ezhoi_diffusion.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib import import_module
+from typing import NoReturn
 
 # Errors of a full, read-only or broken disk. They are never a mistake of the program.
+GRACE = 5.0  # seconds for threads that others have started
 SCRIPTS = ("run", "capture")  # commands that run EZ-HOI's script in this process
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
@@ -120,6 +125,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write("ezhoi-diffusion: interrupted\n")
         return 130
     return status
+
+
+def command() -> NoReturn:
+    """Run one command as a process. It ends although a plugin or script has left threads behind, for which Python would wait."""
+    from ezhoi_diffusion.errors import printable
+
+    status = main()
+    until = time.monotonic() + GRACE
+    left = [thread for thread in threading.enumerate() if thread is not threading.main_thread() and not thread.daemon]
+    for thread in left:
+        thread.join(max(0.0, until - time.monotonic()))
+    if going_on := [thread.name for thread in left if thread.is_alive()]:
+        sys.stderr.write(
+            f"ezhoi-diffusion: ended while threads went on that a plugin or script had started: {printable(', '.join(going_on))}\n"
+        )
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _split_script_line(argv: list[str]) -> tuple[list[str], list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import subprocess
 import sys
 
@@ -69,6 +70,27 @@ def test_a_terminal_of_ascii_shows_escapes(tmp_path):
     )
     assert b"UnicodeEncodeError" not in done.stderr
     assert b"features.files" in done.stdout
+
+
+def test_a_thread_that_somebody_leaves_behind_is_named_and_does_not_hold_the_process(tmp_path):
+    (tmp_path / "stuck.py").write_text(
+        "import threading, time\n"
+        "from ezhoi_diffusion import hookimpl\n"
+        "threading.Thread(target=time.sleep, args=(600,), name='mine\\x1b').start()\n"
+        "@hookimpl\ndef on_attach(run): pass\n"
+    )
+    info = tmp_path / "stuck-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stuck\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[ezhoi_diffusion]\nstuck = stuck\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "ezhoi_diffusion", "plugins"],
+        capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "stuck" in done.stdout
+    assert "ended while threads went on that a plugin or script had started: mine\\x1b" in done.stderr
 
 
 def test_our_warnings_are_not_printed_twice(capsys):

@@ -87,7 +87,11 @@ def check_training(bridge: DiffusionBridge, folder: Path) -> Iterator[Finding]:
         return
     loss, baseline = float(facts["val_loss"]), float(facts["isotropic_val_loss"])
     found = f"validation loss {loss:.5f}, and {baseline:.5f} of an estimate that knows no data"
-    history = _read_history(folder / "training.json")
+    history, damage = _read_history(folder / "training.json")
+    if damage:
+        yield Finding(
+            "bridge.history", "warning", f"{folder / 'training.json'} {damage}: nothing is said of its curve", TRAIN
+        )
     validations = [record["val_loss"] for record in history if "val_loss" in record]
     fitted = isinstance(bridge.denoiser, FittedDenoiser)
     if not math.isfinite(loss):
@@ -117,15 +121,19 @@ def _check_curve(losses: list[float], validations: list[float]) -> Iterator[Find
         yield Finding(name, "warning", f"the training loss does not fall: {losses[0]:.5f}, then {losses[-1]:.5f}", fix)
 
 
-def _read_history(path: Path) -> list[dict[str, float]]:
-    """The training's records; empty where there are none beside the bridge."""
+def _read_history(path: Path) -> tuple[list[dict[str, float]], str]:
+    """The training's records, none where there are none beside the bridge; and what is wrong with the file, if anything."""
+    if not path.exists():
+        return [], ""
     try:
         found = json.loads(path.read_text())["history"]
-        return [
+        records = [
             {str(key): float(value) for key, value in record.items() if not isinstance(value, list)} for record in found
         ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []
+        missing = [record for record in records if "loss" not in record]
+        return (records, "") if not missing else ([], "has a record without a loss")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [], f"cannot be read ({type(error).__name__}: {error})"
 
 
 def check_features(bridge: DiffusionBridge, store: FeatureStore, contents: Contents) -> Iterator[Finding]:

@@ -471,6 +471,15 @@ def test_a_network_that_memorised_its_features(look, tmp_path):
     one(look(folder), "bridge.training", "warning", "memorised", "--denoiser gaussian")
 
 
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"history": [{"step": 1}]}', '{"history": [{"loss": "x"}]}', '{"history": 5}']
+)
+def test_a_damaged_record_of_the_training_is_named(look, tmp_path, content):
+    folder = write_bridge(tmp_path / "b")
+    (folder / "training.json").write_text(content)
+    one(look(folder), "bridge.history", "warning", "training.json", "nothing is said of its curve")
+
+
 def test_a_bridge_that_costs_too_much_is_not_tried(look, tmp_path, trained, monkeypatch):
     monkeypatch.setattr(bridges, "MAX_SECONDS", 0.0)
     one(look(*trained), "bridge.effect", "note", "not tried", "fewer --num-steps")

@@ -17,7 +17,7 @@ def torch_defaults() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
     try:
         # a default device makes every call of torch slower, the CPU too
-        with torch.device("cpu") if torch.get_default_device().type != "cpu" else nullcontext():
+        with torch.device("cpu") if torch.empty(0).device.type != "cpu" else nullcontext():
             yield
     finally:
         torch.set_default_dtype(dtype)
@@ -43,13 +43,16 @@ def _settings() -> list[tuple[str, Callable[[], Any], Callable[[Any], Any]]]:
         return []
     import torch
 
+    def device() -> torch.device:
+        return torch.empty(0).device  # torch.get_default_device of torch 2.5 overlooks `with torch.device(…)`
+
     def set_device(device: torch.device) -> None:
         torch.set_default_device(None if device.type == "cpu" else device)
 
     return [
         ("default dtype", torch.get_default_dtype, torch.set_default_dtype),
-        ("default device", torch.get_default_device, set_device),
+        ("default device", device, set_device),
         ("gradients", torch.is_grad_enabled, torch.set_grad_enabled),
         ("number of threads", torch.get_num_threads, torch.set_num_threads),
-        ("deterministic algorithms", torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+        ("deterministic algorithms", torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
     ]

@@ -18,6 +18,8 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +40,10 @@ CHECKSUM = "checksum"
 UNKNOWN_TO_FILE_SYSTEM = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # SMB, folders shared with a virtual machine
 # Larger than anything this package writes: the index of ten times HICO-DET's images, a network of two billion weights.
 MAX_JSON_BYTES, MAX_TENSORS_BYTES = 1 << 26, 1 << 33
+
+
+_HELD: set[tuple[str, str]] = set()  # locks of this process: folder and name
+_GUARD = threading.Lock()
 
 
 def write_atomic(path: Path, data: bytes) -> dict[str, Any]:
@@ -235,7 +241,9 @@ def _open_nonblocking(path: str, flags: int) -> int:
 
 
 @contextmanager
-def locked(folder: Path, error: type[EzhoiDiffusionError], name: str = LOCK, *, wait: bool = False) -> Iterator[None]:
+def locked(
+    folder: Path, error: type[EzhoiDiffusionError], name: str = LOCK, *, wait: bool = False, what: Path | None = None
+) -> Iterator[None]:
     """Lock `folder`/`name` against other writers, in this process too. The lock ends with its process, however that ends.
 
     Args:
@@ -243,29 +251,55 @@ def locked(folder: Path, error: type[EzhoiDiffusionError], name: str = LOCK, *, 
         error: The type to raise.
         name: The lock's file.
         wait: Wait for the lock instead of raising `error`.
+        what: What is written, for the message; by default `folder`.
 
     Raises:
         error: Another writer holds the lock.
         OSError: The lock's file cannot be made.
     """
-    path = folder / name
+    path, refused = (
+        folder / name,
+        f"somebody else is writing into {what or folder}: wait for it, or give another folder",
+    )
+    own = (os.path.realpath(folder), name)
+    while not _hold(own):
+        if not wait:
+            raise error(refused)
+        time.sleep(0.02)
+    try:
+        handle = _lock(path, error, refused, wait=wait)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            os.close(handle)
+    finally:
+        _HELD.discard(own)
+
+
+def _hold(own: tuple[str, str]) -> bool:
+    """Note a lock as held by this process, unless it is: lockf locks out other processes only."""
+    with _GUARD:
+        if own in _HELD:
+            return False
+        _HELD.add(own)
+        return True
+
+
+def _lock(path: Path, error: type[EzhoiDiffusionError], refused: str, *, wait: bool) -> int:
+    """Open and lock a file. Returns its handle."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            # not lockf, which locks out other processes only, and ends when any handle of the file is closed
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            # not flock, which processes that are forked meanwhile would go on to hold
+            fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except (BlockingIOError, PermissionError):
             os.close(handle)
-            raise error(f"somebody else is writing into {folder}: wait for it, or give another folder") from None
+            raise error(refused) from None
         except OSError as problem:
-            warnings.warn(f"{path} cannot be locked ({problem}): start only one writer for {folder}", stacklevel=3)
+            warnings.warn(f"{path} cannot be locked ({problem}): start only one writer there", stacklevel=4)
         if _is_same_file(handle, path):  # otherwise its last holder has just removed it
-            break
-        os.close(handle)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
+            return handle
         os.close(handle)
 
 
@@ -304,14 +338,18 @@ def new_result(folder: Path, error: type[EzhoiDiffusionError]) -> Iterator[Path]
     """Yield a staged folder to write a result into, which becomes `folder` if the block ends without an error.
 
     Raises:
-        error: `folder` is in use, or somebody else is writing it.
+        error: `folder` is in use or a mount point, or somebody else is writing it.
         EzhoiDiffusionError: The disk refuses.
     """
     folder = folder.resolve()
-    require_unused(folder, error)
+    if folder.is_dir() and os.path.ismount(folder):
+        raise error(f"{folder} is a mount point, which cannot be replaced: give a folder inside it")
     check_writable(folder.parent)
-    with locked(folder.parent, error, f".{folder.name}{LOCK}"), new_folder(folder) as staged:
-        yield staged
+    with locked(folder.parent, error, f".{folder.name}{LOCK}", what=folder):
+        require_unused(folder, error)
+        with new_folder(folder) as staged:
+            yield staged
+            require_unused(folder, error)  # a training may have begun there meanwhile
 
 
 @contextmanager

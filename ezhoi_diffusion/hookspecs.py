@@ -147,10 +147,11 @@ def on_attach(run: EzHoiRun) -> None:
     Args:
         run: `run.model`, `run.args`, `run.engine` (None under inference.py), `run.fingerprint`, `run.device`,
             `run.rank`, `run.world_size`. A plugin that stored part of a split before sets `run.images_done[NAME]` to the
-            position of the first image it still needs.
+            position of the first image it still needs. One that has nothing left to do sets `run.finished`: the run then
+            ends with status 0.
 
     Return: nothing.
-    Errors: an exception ends the run.
+    Errors: an exception ends the run, and so does SystemExit.
     """
 
 
@@ -179,7 +180,7 @@ def on_train_batch(batch: FeatureBatch) -> None:
         batch: adapter_feat [P, D], pairs, logits, labels, text features, annotations. P may be 0. Do not write into it.
 
     Return: nothing.
-    Errors: an exception ends the run.
+    Errors: an exception ends the run, and so does a batch that was written into.
     """
 
 
@@ -193,8 +194,8 @@ def post_adapter_feat(adapter_feat: Tensor, pairs: Pairs) -> Tensor | None:
         adapter_feat: [P, D]. Do not write into it.
         pairs: The image's pairs: boxes, detector scores, object classes.
 
-    Return: a tensor of the same shape, dtype and device, all finite. None leaves the features as they are.
-    Errors: an exception, or a value that breaks these rules, ends the run. With `--plugin-errors disable` it is logged
+    Return: a plain tensor, no subclass, of the same shape, dtype and device, all finite. None leaves the features as they are.
+    Errors: an exception, or what breaks these rules, ends the run. With `--plugin-errors disable` it is logged
         once, the plugin is off for the rest of the run, its input passes through, and every report says DEGRADED.
     """
 

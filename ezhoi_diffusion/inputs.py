@@ -1,4 +1,4 @@
-"""What third-party code is given to read: notice where it writes into it."""
+"""Tensors that code of third parties may read, and must not write into."""
 
 from __future__ import annotations
 

@@ -334,7 +334,8 @@ def _origin(point: EntryPoint) -> tuple[str, str]:
     if point.dist is None:
         return "-", point.value
     metadata = point.dist.metadata
-    return metadata["Version"] or "-", metadata["Name"] or point.value  # None where the metadata is damaged
+    found = {key: metadata[key] for key in ("Version", "Name") if key in metadata}  # damaged, it has neither
+    return found.get("Version", "-"), found.get("Name", point.value)
 
 
 def _resolve(target: str) -> object:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import stat
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 
@@ -76,6 +80,35 @@ def test_a_folder_has_one_writer_in_this_process_too(tmp_path):
     writer.join()
     with locked(tmp_path, EzhoiDiffusionError):
         pass
+
+
+def test_a_process_that_was_forked_does_not_hold_the_lock_of_its_parent(tmp_path):
+    with locked(tmp_path, EzhoiDiffusionError):
+        child = os.fork()
+        if child == 0:
+            time.sleep(30)
+            os._exit(0)
+    try:
+        code = "import sys; from pathlib import Path; from ezhoi_diffusion.files import locked\nwith locked(Path(sys.argv[1]), SystemExit): pass"
+        subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_training_that_begins_in_the_folder_meanwhile_is_not_replaced(tmp_path):
+    out = tmp_path / "out"
+
+    def write():
+        with new_result(out, EzhoiDiffusionError) as staged:
+            (staged / "part").write_text("1")
+            out.mkdir()
+            (out / "checkpoints").mkdir()
+
+    with pytest.raises(EzhoiDiffusionError, match="is in use"):
+        write()
+    assert names(tmp_path) == ["out"]
+    assert names(out) == ["checkpoints"]
 
 
 def test_a_result_has_one_writer_and_is_there_whole_or_not_at_all(tmp_path):

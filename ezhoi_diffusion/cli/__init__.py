@@ -13,9 +13,9 @@ from contextlib import nullcontext
 from importlib import import_module
 from typing import NoReturn
 
-# Errors of a full, read-only or broken disk. They are never a mistake of the program.
 GRACE = 5.0  # seconds for threads that others have started
 SCRIPTS = ("run", "capture")  # commands that run EZ-HOI's script in this process
+# Errors of a full, read-only or broken disk. They are never a mistake of the program.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 GROUPS = {
@@ -128,22 +128,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command() -> NoReturn:
-    """Run one command as a process. It ends although a plugin or script has left threads behind, for which Python would wait."""
+    """The console script: run `main` as a process. A thread that a plugin has left behind does not hold it, which Python would."""
+    status = main()
+    if sys.argv[1:2] and sys.argv[1] not in SCRIPTS:  # a script's threads may have work to finish
+        threading.Thread(target=_end, args=(status,), daemon=True).start()
+    sys.exit(status)
+
+
+def _end(status: int) -> None:
+    """End the process if threads hold it for GRACE seconds."""
     from ezhoi_diffusion.errors import printable
 
-    status = main()
-    until = time.monotonic() + GRACE
-    left = [thread for thread in threading.enumerate() if thread is not threading.main_thread() and not thread.daemon]
-    for thread in left:
-        thread.join(max(0.0, until - time.monotonic()))
-    if going_on := [thread.name for thread in left if thread.is_alive()]:
+    time.sleep(GRACE)
+    main_thread = threading.main_thread()
+    held_by = [one.name for one in threading.enumerate() if one is not main_thread and not one.daemon]
+    if held_by:
         sys.stderr.write(
-            f"ezhoi-diffusion: ended while threads went on that a plugin or script had started: {printable(', '.join(going_on))}\n"
+            f"ezhoi-diffusion: ended although threads of a plugin go on: {printable(', '.join(held_by))}\n"
         )
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # None where the shell has closed it
+            stream.flush()
         os._exit(status)
-    sys.exit(status)
 
 
 def _split_script_line(argv: list[str]) -> tuple[list[str], list[str]]:

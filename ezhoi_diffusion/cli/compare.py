@@ -220,7 +220,7 @@ def _show_effect(
     from ezhoi_diffusion.files import write_json
     from ezhoi_diffusion.report.embedding import embed
     from ezhoi_diffusion.report.plots import plot_effect, plot_embedding
-    from ezhoi_diffusion.report.png import optional_picture
+    from ezhoi_diffusion.report.png import drawn
     from ezhoi_diffusion.report.write import report_folder
 
     variant = next((v for v in variants.values() if not v.bridge.baseline), next(iter(variants.values())))
@@ -245,13 +245,9 @@ def _show_effect(
     }
     with report_folder(args.out) as staged:
         write_json(staged / "effect.json", facts)
-        with optional_picture("the pairs"):
-            plot_effect(effect, staged / "diffusion_effect.png")
+        has_pairs = drawn("the pairs", lambda: plot_effect(effect, staged / "diffusion_effect.png"))
         if args.embedding:
             points = embed([effect.before, effect.after, effect.text], args.embedding)
-            with optional_picture("the embedding"):
-                plot_embedding(points, args.embedding, staged / f"{args.embedding}.png")
-    print(
-        f"pairs: {args.out / 'diffusion_effect.png'}; top {NUM_TOP} of each image: {args.out / 'effect.json'}",
-        flush=True,
-    )
+            drawn("the map", lambda: plot_embedding(points, args.embedding, staged / f"{args.embedding}.png"))
+    pairs = f"pairs: {args.out / 'diffusion_effect.png'}; " if has_pairs else ""
+    print(f"{pairs}top {NUM_TOP} of each image: {args.out / 'effect.json'}", flush=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Any, TextIO
 
 from ezhoi_diffusion.errors import printable
@@ -34,6 +36,10 @@ class _Escaped:
         pieces = COLOUR.split(text)  # text and colours in turns
         return self._stream.write("".join(p if i % 2 else printable(p) for i, p in enumerate(pieces)))
 
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
 
 def accept_all_characters() -> None:
     """Print what the terminal's encoding lacks as escapes, instead of ending in a UnicodeEncodeError."""
@@ -45,7 +51,9 @@ def accept_all_characters() -> None:
 @contextmanager
 def escaped_stdout() -> Iterator[None]:
     """Print what files and plugins say with escapes for control characters."""
-    with redirect_stdout(_Escaped(sys.stdout)):
+    with ExitStack() as undo:
+        stream = sys.stdout or undo.enter_context(Path(os.devnull).open("w"))  # None where the shell has closed it
+        undo.enter_context(redirect_stdout(_Escaped(stream)))
         yield
 
 

@@ -308,7 +308,7 @@ def _train(args: argparse.Namespace) -> int:
 def _report_training(out: Path, *, memorizes: bool) -> None:
     """Draw the curve, and print what it shows."""
     from ezhoi_diffusion.report.plots import plot_training
-    from ezhoi_diffusion.report.png import optional_picture
+    from ezhoi_diffusion.report.png import drawn
     from ezhoi_diffusion.training.curve import notes
 
     facts = json.loads((out / "training.json").read_text())
@@ -323,11 +323,11 @@ def _report_training(out: Path, *, memorizes: bool) -> None:
             flush=True,
         )
         return
-    with optional_picture("the curve of the training"):
-        plot_training(facts, out / "training.png")
+    has_curve = drawn("the curve of the training", lambda: plot_training(facts, out / "training.png"))
     for note in notes(facts):
         print(f"note: {note}")
-    print(f"bridge: {out}, from step {facts['best_step']}; curve: {out / 'training.png'}", flush=True)
+    curve = f"; curve: {out / 'training.png'}" if has_curve else ""
+    print(f"bridge: {out}, from step {facts['best_step']}{curve}", flush=True)
 
 
 def _fit(args: argparse.Namespace) -> int:

@@ -25,8 +25,9 @@ EPILOG = """\
 how it chooses:
   The criterion is mean AP of seen classes on held-out images, and of hidden classes, weighed by the shares of seen and unseen
   classes in the split. Without --zs there are no hidden classes.
-  The search is greedy. Every bridge is tried as it is and with one setting changed; the best chain grows by one bridge at a time,
-  to three; its settings are then improved one after the other.
+  The search is greedy. Every bridge is tried alone, as it is and with one setting changed. The best chain grows by one bridge at a
+  time, to three, each with the settings that were best alone; its settings are then improved one after the other. Bridges on
+  features come before bridges on scores.
   The simplest chain within one standard error of the best is chosen: the fewest bridges, then the smallest change of logits.
   Baselines are tried too. A bridge has to beat the best of them. Where none does, the best baseline is chosen if it gains over
   `none` beyond chance, else `none`.

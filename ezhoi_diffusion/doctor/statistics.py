@@ -13,7 +13,7 @@ from ezhoi_diffusion.features.statistics import ModalityStatistics, mean_resulta
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.files import check_writable, write_json
 from ezhoi_diffusion.report.plots import plot_statistics
-from ezhoi_diffusion.report.png import optional_picture
+from ezhoi_diffusion.report.png import drawn
 
 NUM_COSINES = 1000
 
@@ -78,9 +78,11 @@ def write_statistics(store: FeatureStore, features: Tensor, found: dict[str, Any
     write_json(written[0], found)
     if len(store.text):
         norms = (features.norm(dim=1), store.text.norm(dim=1))
-        with optional_picture("the statistics"):
-            plot_statistics(norms, _draw_cosines(features, store.text), written[1])
-    return [path for path in written if path.exists()]
+        cosines = _draw_cosines(features, store.text)
+        if drawn("the statistics", lambda: plot_statistics(norms, cosines, written[1])):
+            return written
+    written[1].unlink(missing_ok=True)  # of an earlier look
+    return written[:1]
 
 
 def _draw_cosines(visual: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:

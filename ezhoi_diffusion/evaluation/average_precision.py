@@ -81,8 +81,8 @@ def associate_pairs(
 def ranked(scored: Scored) -> Iterator[tuple[int, Tensor]]:
     """Yield every detected class with the positions of its detections [m], best scored first.
 
-    Equal scores are common, where two pairs share a feature. Pocket ranks them as torch's plain argsort happens to, and so do we:
-    in a class with one annotation their order decides between an AP of 1 and of 1/2.
+    Equal scores are ranked by torch's plain argsort, as pocket ranks them. They occur where two pairs share a feature. In a class
+    with one annotation their order decides between an AP of 1 and of 1/2.
     """
     order = torch.argsort(scored.classes, stable=True)
     present, counts = scored.classes[order].unique_consecutive(return_counts=True)

@@ -23,9 +23,8 @@ from ezhoi_diffusion.features.score import EzHoiScore
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.plugins import PluginManager
 
+MAX_SHARED = 1 << 30
 Samples = NDArray[np.float64]  # [1 + B], what was found and then the replicates
-
-
 Settings = tuple[tuple[str, Any], ...]
 
 
@@ -186,24 +185,26 @@ class Trials:
     def _logits(self, chain: Chain, bridges: Sequence[Bridge], fold: int) -> Tensor:
         if not chain:
             return self.held_out[fold].logits
-        first = self._first(chain[0], bridges[0])
+        first = self._first(chain[0], bridges[0], self.held_out[fold].features.nbytes)
         others = [bridge.override(**dict(step.settings)) for step, bridge in zip(chain[1:], bridges[1:], strict=True)]
         variants = [
             Variant(self.parts[step.part].label, bridge) for step, bridge in zip(chain, (first, *others), strict=True)
         ]
         return self.score.logits(self.held_out[fold].bridged(variants))
 
-    def _first(self, step: Step, bridge: Bridge) -> Bridge:
-        """The first bridge of a chain, with the settings of its step.
+    def _first(self, step: Step, bridge: Bridge, size: int) -> Bridge:
+        """The first bridge of a chain, with the settings of its step. `size`: bytes of the features that it gets.
 
-        It always gets the same features, so what its settings have in common is computed once. That of another bridge is dropped:
-        it may be as large as all features.
+        They are the same ones each time, so what its settings have in common is computed once. As many copies of the features as
+        there are values may be held for that: up to MAX_SHARED bytes, and for one bridge at a time.
         """
         if self._swept[0] != step.part:
             self._swept = step.part, {}
-        known = self._swept[1]
+        known, grid = self._swept[1], self.grids[step.part]
         if bridge not in known:
-            grid = self.grids[step.part]
+            count = 1 + sum(map(len, grid.values()))
+            if (1 + len(known)) * count * size > MAX_SHARED:
+                return bridge.override(**dict(step.settings))
             points: list[Settings] = [(), *(((key, value),) for key, values in grid.items() for value in values)]
             known[bridge] = list(zip(points, bridge.sweep([dict(point) for point in points]), strict=True))
         found = [one for point, one in known[bridge] if point == step.settings]

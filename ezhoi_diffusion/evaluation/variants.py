@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -195,7 +196,8 @@ def _items(spec: str) -> Iterator[str]:
     words = spec.split(",")
     while words:
         start = words[0].rfind("=") + 1  # of a folder; 0 where none is named
-        ends = [n for n in range(len(words), 1, -1) if start and Path(",".join(words[:n])[start:]).is_dir()]
+        # os.path, because Path raises where the name is too long
+        ends = [n for n in range(len(words), 1, -1) if start and os.path.isdir(",".join(words[:n])[start:])]  # noqa: PTH112
         count = ends[0] if ends else 1
         yield ",".join(words[:count])
         del words[:count]

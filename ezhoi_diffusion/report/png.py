@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,25 +19,28 @@ DPI = 130
 
 
 def new_figure(**options: Any) -> Figure:
-    """An empty figure with options of matplotlib's Figure. A display is never needed, and MPLBACKEND is not asked for one."""
-    backend = os.environ.pop("MPLBACKEND", None)  # that of a notebook ends the import outside of it
+    """An empty figure with options of matplotlib's Figure. It needs no display, and none that MPLBACKEND names."""
+    backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
     try:
+        import matplotlib as mpl  # that of a notebook would end the import outside of it
         from matplotlib.figure import Figure
     finally:
         if backend is not None:
             os.environ["MPLBACKEND"] = backend
+    if backend is not None:
+        with suppress(ValueError):
+            mpl.rcParams["backend"] = backend
     return Figure(**options)
 
 
-@contextmanager
-def optional_picture(what: str) -> Iterator[None]:
-    """Note on standard error where a picture cannot be drawn: the figures beside it are what counts. OSError passes."""
+def drawn(what: str, draw: Callable[[], object]) -> bool:
+    """Draw a picture. Where it cannot be drawn, note it on standard error: the figures beside it are what counts."""
     try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:  # of matplotlib, or of its fonts and settings
+        draw()
+    except Exception as error:  # of matplotlib, of its fonts, settings and cache
         sys.stderr.write(f"note: {what} could not be drawn ({type(error).__name__}: {error})\n")
+        return False
+    return True
 
 
 def png_bytes(figure: Figure, dpi: int = DPI) -> bytes:

@@ -11,7 +11,7 @@ from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.comparison import Comparison
 from ezhoi_diffusion.files import locked, replaced_files, write_atomic, write_json
 from ezhoi_diffusion.report.headline import headline
-from ezhoi_diffusion.report.png import optional_picture
+from ezhoi_diffusion.report.png import drawn
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -54,15 +54,22 @@ def write_report(comparison: Comparison, folder: Path, notes: Sequence[str] = ()
     from ezhoi_diffusion.report.page import page
 
     made: dict[str, list[tuple[Panel, Image]]] = {}
-    with optional_picture("the report's pictures"):
-        made = {name: [(panel, render(panel)) for panel in panels] for name, panels in pictures(comparison).items()}
+
+    def draw() -> None:
+        found = {name: [(panel, render(panel)) for panel in panels] for name, panels in pictures(comparison).items()}
+        made.update(found)
+
+    has_pictures = drawn("the report's pictures", draw)
     found = headline(comparison)
     said = {"headline": found.text, "details": found.details, "notes": [*notes]}
     with report_folder(folder) as staged:
         write_json(staged / "report.json", {**said, **comparison.to_dict()})
         for name, parts in PICTURES.items():
-            if drawings := [drawn for part in parts for _, drawn in made.get(part, [])]:
+            if drawings := [drawing for part in parts for _, drawing in made.get(part, [])]:
                 write_atomic(staged / f"{name}.png", png(joined(drawings)))
-        inline = {name: [(panel.alt, png(drawn)) for panel, drawn in panels] for name, panels in made.items()}
+            else:
+                (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier report
+        inline = {name: [(panel.alt, png(drawing)) for panel, drawing in panels] for name, panels in made.items()}
         write_atomic(staged / "report.html", page(comparison, inline, notes).encode(errors="xmlcharrefreplace"))
-    print(f"report: {folder / 'report.html'}; its figures are in report.json, its pictures beside it", flush=True)
+    beside = ", its pictures beside it" if has_pictures else ""
+    print(f"report: {folder / 'report.html'}; its figures are in report.json{beside}", flush=True)

@@ -27,8 +27,8 @@ TENSORS = "residual.safetensors"
 WIDTH = 128
 MAX_WIDTH = 4096
 BATCH_SIZE = 512
-# times 1/D it is the learning rate of the first step, which falls to 0: a step moves what a neuron sums over D inputs as far
-# whatever D is (Yang et al. 2021, "Tensor programs V")
+# The first step's learning rate is this divided by D; it falls to 0. A neuron sums over D inputs, so a step moves the sum by the
+# same amount whatever D is (Yang et al. 2021, "Tensor programs V").
 LEARNING_RATE = 0.5
 MAX_STEPS = 4000  # of a large capture the last epochs are left out: a minute or two on a CPU core
 GRID = {"blend": (0.5, 1.0)}

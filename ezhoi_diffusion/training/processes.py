@@ -14,7 +14,6 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     GradientAccumulationPlugin,
-    TorchDynamoPlugin,
     broadcast_object_list,
     gather_object,
 )
@@ -46,7 +45,7 @@ def accelerator_for(config: TrainConfig, log_with: Sequence[Any], tracks: Path) 
             log_with=list(log_with) or None,
             project_dir=tracks,
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-            dynamo_plugin=TorchDynamoPlugin(backend="NO"),
+            dynamo_backend="NO",
         )
     except (ImportError, RuntimeError, ValueError) as error:
         named = ", ".join(f"{name}={os.environ[name]}" for name in sorted(os.environ) if _is_launchers(name))

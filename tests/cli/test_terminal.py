@@ -90,7 +90,16 @@ def test_a_thread_that_somebody_leaves_behind_is_named_and_does_not_hold_the_pro
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "stuck" in done.stdout
-    assert "ended while threads went on that a plugin or script had started: mine\\x1b" in done.stderr
+    assert "ended although threads of a plugin go on: mine\\x1b" in done.stderr
+
+
+def test_without_a_standard_output_a_command_does_its_work(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "ezhoi_diffusion", "plugins"],
+        stderr=subprocess.PIPE, text=True, check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        preexec_fn=lambda: os.close(1),
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_our_warnings_are_not_printed_twice(capsys):

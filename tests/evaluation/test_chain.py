@@ -158,6 +158,11 @@ def test_a_comma_in_the_name_of_a_folder_that_exists_stays(tmp_path):
     ]
 
 
+def test_a_long_list_of_bridges_is_no_name_of_a_file():
+    items = ["a=d", *(f"b{i}+c{i}" for i in range(60))]
+    assert list(parse_bridges(",".join(items), ["a"])) == items
+
+
 def test_a_chain_with_an_unknown_bridge_or_one_twice_is_refused(plugins):
     with pytest.raises(EzhoiDiffusionError, match="no bridge 'typo'"):
         resolved("add+typo", plugins)

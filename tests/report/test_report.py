@@ -262,24 +262,29 @@ def test_the_same_comparison_gives_the_same_files(tmp_path):
 
 def test_a_report_is_complete_without_its_pictures(tmp_path, mocker, capsys):
     mocker.patch("ezhoi_diffusion.report.figures.new_figure", side_effect=ValueError("no fonts"))
+    (tmp_path / "forest.png").write_text("of an earlier report")
     write_report(bare(), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"report.html", "report.json"}
-    assert "the report's pictures could not be drawn (ValueError: no fonts)" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "the report's pictures could not be drawn (ValueError: no fonts)" in said.err
+    assert "pictures beside it" not in said.out
 
 
-@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "qtagg", "nonsense"])
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "qtagg", "nonsense", "svg"])
 def test_the_backend_of_a_notebook_ends_no_drawing(tmp_path, backend):
     code = (
         "import os, sys; from pathlib import Path; from ezhoi_diffusion.report.png import new_figure, save_png\n"
         "figure = new_figure(); figure.subplots().plot([1, 2]); save_png(figure, Path(sys.argv[1]))\n"
-        "print(os.environ['MPLBACKEND'])"
+        "import matplotlib; print(os.environ['MPLBACKEND'], matplotlib.rcParams['backend'])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "a.png")],
         env={**os.environ, "MPLBACKEND": backend}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == backend
+    kept, chosen = done.stdout.split()
+    assert kept == backend
+    assert chosen == (backend if backend == "svg" else chosen)
     assert Image.open(tmp_path / "a.png").size
 
 

@@ -44,6 +44,7 @@ BUILTIN = {
     "gaussian_classes": "ezhoi_diffusion.builtin.scoring:gaussian_classes",
     "interactive": "ezhoi_diffusion.builtin.scoring:interactive",
     "prior_only": "ezhoi_diffusion.builtin.scoring:prior_only",
+    "pseudo": "ezhoi_diffusion.builtin.scoring:pseudo",
     "random_move": "ezhoi_diffusion.builtin.scoring:random_move",
     "residual": "ezhoi_diffusion.builtin.scoring:residual",
     "scale": "ezhoi_diffusion.builtin.scoring:scale",

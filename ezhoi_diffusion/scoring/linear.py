@@ -92,9 +92,7 @@ def gaussian_map(pairs: LabelledPairs, texts: Tensor) -> tuple[Tensor, Tensor]:
     mean = label.T @ x / count.clamp_min(1).unsqueeze(1)
     row, target = pairs.target.nonzero().unbind(1)
     within = torch.cat([background - centre, x[row] - mean[target]])
-    covariance = within.T @ within / len(within)
-    typical = covariance.diagonal().mean()
-    covariance = (1 - SHRINKAGE) * covariance + SHRINKAGE * typical * torch.eye(len(covariance), dtype=torch.float64)
+    covariance = shrunk(within.T @ within / len(within))
 
     share = (count / count.sum()).unsqueeze(1)
     middle_text, middle = (share * texts).sum(0), (share * mean).sum(0)
@@ -103,6 +101,12 @@ def gaussian_map(pairs: LabelledPairs, texts: Tensor) -> tuple[Tensor, Tensor]:
     predicted = middle + from_text @ torch.linalg.solve(penalized(moment), from_text.T @ (share * (mean - middle)))
     mean = torch.where(count.unsqueeze(1) > 0, mean, predicted)
     return centre, torch.linalg.solve(covariance, (mean - centre).T)
+
+
+def shrunk(covariance: Tensor) -> Tensor:
+    """A covariance [D, D], moved by `SHRINKAGE` towards the multiple of the identity with the same trace."""
+    typical = covariance.diagonal().mean()
+    return (1 - SHRINKAGE) * covariance + SHRINKAGE * typical * torch.eye(len(covariance), dtype=covariance.dtype)
 
 
 def penalized(moment: Tensor) -> Tensor:

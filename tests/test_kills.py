@@ -278,14 +278,14 @@ def main(out: str) -> int:
 def test_one_folder_has_one_writer(tmp_path):
     process = started(slowly, tmp_path / "out")
     wait_until(lambda: list((tmp_path / "out").glob("checkpoints/step-*")), process)
-    with pytest.raises(TrainingError, match="another process is writing into"):
+    with pytest.raises(TrainingError, match="somebody else is writing into"):
         train(low_rank(), SAVING, tmp_path / "out", resume=True)
     assert ended(process) == 0
 
     process = processes.Process(target=capture, args=(tmp_path / "features", 0.3))
     process.start()
     wait_until(lambda: list((tmp_path / "features").glob("shard-*.json")), process)
-    with pytest.raises(FeatureStoreError, match="another process is writing into"):
+    with pytest.raises(FeatureStoreError, match="somebody else is writing into"):
         FeatureWriter(tmp_path / "features", META)
     process.kill()
     ended(process)

@@ -211,7 +211,7 @@ from ezhoi_diffusion.pipeline.run import run_steps
 try:
     run_steps([], Path({str(tmp_path)!r}))
 except PipelineError as error:
-    sys.exit("another process is writing" in str(error) and 7)
+    sys.exit("somebody else is writing" in str(error) and 7)
 """
     with files.locked(tmp_path, PipelineError):
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 7

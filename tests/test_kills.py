@@ -266,7 +266,9 @@ def main(out: str) -> int:
     """Raise the error of a stopped training inside the command line."""
     from ezhoi_diffusion import cli
 
-    cli.build_parser = lambda argv: type("P", (), {"parse_args": lambda self, argv: type("A", (), {"run": work})})()
+    cli.build_parser = lambda argv: type(
+        "P", (), {"parse_args": lambda self, argv: type("A", (), {"run": work, "command": "train"})}
+    )()
 
     def work(args):
         slowly(Path(out))

@@ -15,7 +15,8 @@ import pytest
 
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.errors import EzhoiDiffusionError
-from ezhoi_diffusion.files import locked, new_result, sync_folder, write_atomic
+from ezhoi_diffusion.files import new_result, sync_folder, write_atomic
+from ezhoi_diffusion.locks import locked
 from ezhoi_diffusion.testing import synthetic_store
 
 

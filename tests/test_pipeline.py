@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ezhoi_diffusion import files
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.errors import Interrupted
+from ezhoi_diffusion.locks import locked
 from ezhoi_diffusion.pipeline import run as process
 from ezhoi_diffusion.pipeline.record import PipelineError, Record, Step, content
 from ezhoi_diffusion.pipeline.run import StepFailed, run_steps
@@ -213,7 +213,7 @@ try:
 except PipelineError as error:
     sys.exit("somebody else is writing" in str(error) and 7)
 """
-    with files.locked(tmp_path, PipelineError):
+    with locked(tmp_path, PipelineError):
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 7
 
 

@@ -28,7 +28,8 @@ from ezhoi_diffusion.demo.study_table import read_run, summarize, write_tables
 from ezhoi_diffusion.demo.vocabulary import UNSEEN
 from ezhoi_diffusion.demo.world import ezhoi_args
 from ezhoi_diffusion.errors import EzhoiDiffusionError
-from ezhoi_diffusion.files import check_writable, locked
+from ezhoi_diffusion.files import check_writable
+from ezhoi_diffusion.locks import locked
 from ezhoi_diffusion.pipeline.record import FILE as PIPELINE
 from ezhoi_diffusion.pipeline.record import Record, Step
 

@@ -26,9 +26,7 @@ from ezhoi_diffusion.features.store import (
     require_counts,
 )
 from ezhoi_diffusion.files import (
-    LOCK,
     leftovers,
-    locked,
     new_folder,
     read_json,
     read_tensors,
@@ -37,6 +35,7 @@ from ezhoi_diffusion.files import (
     write_json,
     write_tensors,
 )
+from ezhoi_diffusion.locks import LOCK, locked
 
 # A killed capture loses at most two shards or a minute of work. At D = 512 a shard is 10 MiB, whatever the size of the capture.
 ROWS_PER_SHARD, SECONDS_PER_SHARD = 4_096, 60.0

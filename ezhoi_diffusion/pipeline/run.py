@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ezhoi_diffusion.errors import Interrupted
-from ezhoi_diffusion.files import locked
+from ezhoi_diffusion.locks import locked
 from ezhoi_diffusion.pipeline.record import INTERRUPTED, PipelineError, Record, Step
 
 

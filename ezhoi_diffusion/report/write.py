@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.comparison import Comparison
-from ezhoi_diffusion.files import locked, replaced_files, write_atomic, write_json
+from ezhoi_diffusion.files import replaced_files, write_atomic, write_json
+from ezhoi_diffusion.locks import locked
 from ezhoi_diffusion.report.headline import headline
 from ezhoi_diffusion.report.png import drawn
 

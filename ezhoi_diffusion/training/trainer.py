@@ -15,7 +15,8 @@ from ezhoi_diffusion.diffusion.bridge import build_denoiser
 from ezhoi_diffusion.diffusion.components import Components
 from ezhoi_diffusion.diffusion.denoiser import FittedDenoiser
 from ezhoi_diffusion.errors import Interrupted
-from ezhoi_diffusion.files import current, leftovers, locked
+from ezhoi_diffusion.files import current, leftovers
+from ezhoi_diffusion.locks import locked
 from ezhoi_diffusion.signals import asked_to_stop
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
 from ezhoi_diffusion.training.data import TrainingData

@@ -154,19 +154,24 @@ def test_injection_without_any_image_is_an_error(ezhoi, use):
         pass
 
 
-def test_invalid_replacement_ends_or_degrades_the_run(ezhoi, use, capsys):
-    use(p=SimpleNamespace(post_adapter_feat=hookimpl(lambda adapter_feat: adapter_feat[:-1])))
-    ezhoi.args.plugin = ["p"]
+def require_ended_and_degraded(ezhoi, problem):
+    """The plugin p ends the run with this problem, or is switched off, and the detections are those of EZ-HOI alone."""
+    bare = detect(ezhoi)
     with (
-        pytest.raises(PluginError, match=r"plugin 'p'.*post_adapter_feat: returned shape"),
+        pytest.raises(PluginError, match=rf"plugin 'p'.*post_adapter_feat: {problem}"),
         attach(ezhoi.model, ezhoi.args),
     ):
         detect(ezhoi)
     ezhoi.args.plugin_errors = "disable"
-    bare = detect(ezhoi)
     with attach(ezhoi.model, ezhoi.args):
         degraded = detect(ezhoi)
     assert all(torch.equal(a["scores"], b["scores"]) for a, b in zip(bare, degraded, strict=True))
+
+
+def test_invalid_replacement_ends_or_degrades_the_run(ezhoi, use, capsys):
+    use(p=SimpleNamespace(post_adapter_feat=hookimpl(lambda adapter_feat: adapter_feat[:-1])))
+    ezhoi.args.plugin = ["p"]
+    require_ended_and_degraded(ezhoi, "returned shape")
     assert "DEGRADED: plugin 'p'" in capsys.readouterr().out
 
 
@@ -190,18 +195,9 @@ def into_pairs(adapter_feat, pairs):
     ],
 )
 def test_a_plugin_that_writes_into_what_it_gets_ends_or_degrades_the_run(ezhoi, use, write, what):
-    bare = detect(ezhoi)
     use(p=SimpleNamespace(post_adapter_feat=hookimpl(write)))
     ezhoi.args.plugin = ["p"]
-    with (
-        pytest.raises(PluginError, match=rf"plugin 'p'.*post_adapter_feat: it writes into {what}"),
-        attach(ezhoi.model, ezhoi.args),
-    ):
-        detect(ezhoi)
-    ezhoi.args.plugin_errors = "disable"
-    with attach(ezhoi.model, ezhoi.args):
-        degraded = detect(ezhoi)
-    assert all(torch.equal(a["scores"], b["scores"]) for a, b in zip(bare, degraded, strict=True))
+    require_ended_and_degraded(ezhoi, f"it writes into {what}")
 
 
 def test_sys_exit_in_a_hook_is_an_error_of_its_plugin(ezhoi, use):

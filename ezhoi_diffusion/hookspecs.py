@@ -87,7 +87,8 @@ def register_fits(register: Register[Callable[..., Artifact]]) -> None:
     Args:
         register: Call it as `register(name, fit)`. `fit(features, **options)` gets a FeatureStore of training images and
             returns an Artifact that the bridge of the same name loads. Take labels from `seen_pairs` alone. The keyword
-            arguments are the options of `--set`; the docstring is shown in the help.
+            arguments are the options of `--set`; the docstring is shown in the help. A fit that is marked with
+            `features.unlabelled.learns_from_test_images` gets test images without annotations.
 
     Return: nothing.
     Errors: an exception, or a name that is taken, ends the command.

@@ -37,6 +37,7 @@ BUILTIN = {
     "diffusion": "ezhoi_diffusion.builtin.diffusion:plugin",
     "identity": "ezhoi_diffusion.builtin.identity:plugin",
     "mean_shift": "ezhoi_diffusion.builtin.mean_shift:plugin",
+    "test_time_cache": "ezhoi_diffusion.builtin.scoring:test_time_cache",
     "tuned": "ezhoi_diffusion.builtin.tuned:plugin",
     "text_cache": "ezhoi_diffusion.builtin.text_cache:plugin",
     "compete": "ezhoi_diffusion.builtin.scoring:compete",

@@ -10,6 +10,7 @@ from ezhoi_diffusion.scoring import interactive as _interactive
 from ezhoi_diffusion.scoring import linear
 from ezhoi_diffusion.scoring import pseudo as _pseudo
 from ezhoi_diffusion.scoring import residual as _residual
+from ezhoi_diffusion.scoring import test_time_cache as _test_time_cache
 from ezhoi_diffusion.scoring.controls import PriorOnly, RandomMove, Scale
 
 
@@ -37,3 +38,4 @@ prior_only = BridgePlugin("prior_only", load_prior_only)
 random_move = BridgePlugin("random_move", load_random_move)
 residual = BridgePlugin(_residual.NAME, _residual.load, _residual.fit)
 scale = BridgePlugin("scale", load_scale)
+test_time_cache = BridgePlugin(_test_time_cache.NAME, _test_time_cache.load, _test_time_cache.fit)

@@ -18,6 +18,7 @@ from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.chain import own_settings
 from ezhoi_diffusion.evaluation.variants import Named, load_bridge, seed_folders
 from ezhoi_diffusion.features.store import FeatureStore
+from ezhoi_diffusion.features.unlabelled import split_of
 from ezhoi_diffusion.plugins import PluginManager
 from ezhoi_diffusion.training.config import TrainConfig
 from ezhoi_diffusion.training.data import TrainingData
@@ -27,7 +28,7 @@ from ezhoi_diffusion.training.trainer import train
 Learn = Callable[[FeatureStore], Artifact]
 NOT_CANDIDATES = ("tuned", "chain")
 # Only on demand: bars for papers, each of which would be made many times, and what makes results transductive.
-BARS = ("eszsl", "gaussian_classes", "pseudo")
+BARS = ("eszsl", "gaussian_classes", "pseudo", "test_time_cache")
 
 
 class RefitError(EzhoiDiffusionError):
@@ -97,6 +98,10 @@ def recipes_of(
         fits = known_fits(plugins)
         if name not in fits.names():
             return Recipes(name, label, settings=dict(settings))
+        if split_of(fits[name]) == "test":
+            raise RefitError(
+                f"'{label}' learns from test images, so it cannot be chosen on training images: compare it"
+            )
         has_seeds = seeds > 1 and "seed" in fit_options(fits[name])
         options: list[dict[str, Any]] = [{"seed": seed} for seed in range(seeds)] if has_seeds else [{}]
         return Recipes(name, label, tuple(_fit(name, plugins, one) for one in options), dict(settings))

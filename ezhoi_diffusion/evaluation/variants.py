@@ -97,7 +97,14 @@ def load_bridge(plugins: PluginManager, name: str, folder: Path | None) -> Bridg
     """Load one registered bridge. Raises EzhoiDiffusionError for an unknown name, BridgeError where loading fails."""
     load = known_bridges(plugins)[name]
     with torch_defaults(), attributed_to(f"loading bridge '{name}'", BridgeError):
-        return as_bridge(load(folder))
+        bridge = as_bridge(load(folder))
+    features = (bridge.provenance or {}).get("features")
+    if isinstance(features, dict) and features.get("split") == "test" and bridge.protocol != "test-transductive":
+        raise BridgeError(
+            f"bridge '{name}' was fitted to test images and says that it is {bridge.protocol}: ask its author to set "
+            f'protocol = "test-transductive"'
+        )
+    return bridge
 
 
 # -- values on the command line ------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def labelled_pairs(store: FeatureStore) -> LabelledPairs:
     score = _require_labels(store)
     parts: dict[str, list[Tensor]] = {name: [] for name in ("visual", "target", "valid", "prior", "image")}
     for entry, shard, image, known in _valid_labels(store, score):
-        prior = _prior(entry, shard)
+        prior = pair_priors(entry, shard)
         valid = known & (prior > 0).unsqueeze(1)
         columns = (shard["adapter_feat"], shard["labels"] & valid, valid, prior, image)
         for part, column in zip(parts.values(), columns, strict=True):
@@ -193,7 +193,7 @@ def _valid_labels(
         begin += len(positions)
 
 
-def _prior(entry: dict[str, Any], shard: dict[str, Tensor]) -> Tensor:
+def pair_priors(entry: dict[str, Any], shard: dict[str, Tensor]) -> Tensor:
     """[n], the detector's scores of human and object, multiplied: the prior of EZ-HOI's training, whose exponent is 1."""
     boxes, rows = (torch.tensor([one[count] for one in entry["images"]]) for count in ("boxes", "rows"))
     first_box = (boxes.cumsum(0) - boxes).repeat_interleave(rows)

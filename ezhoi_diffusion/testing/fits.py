@@ -14,10 +14,11 @@ from ezhoi_diffusion.artifact import Artifact
 from ezhoi_diffusion.features.batch import FeatureBatch
 from ezhoi_diffusion.features.score import targets_of
 from ezhoi_diffusion.features.store import FeatureStore
+from ezhoi_diffusion.features.unlabelled import split_of
 from ezhoi_diffusion.testing.bridges import seeded
 from ezhoi_diffusion.testing.rules import Rule, apply_rules
 from ezhoi_diffusion.testing.synthetic import synthetic_store
-from ezhoi_diffusion.training.fitted import with_origin
+from ezhoi_diffusion.training.fitted import learnable_features, with_origin
 
 Fit = Callable[..., Artifact]
 IMAGES = 40
@@ -35,8 +36,11 @@ class FitTrial:
     def store(
         self, name: str, *, unseen: bool = True, alter: Callable[[FeatureBatch], FeatureBatch] | None = None
     ) -> FeatureStore:
-        """A new store of training images."""
-        return synthetic_store(self.folder / name, images=IMAGES, dim=self.dim, unseen=unseen, alter=alter)
+        """What the fit may see of a new store."""
+        made = synthetic_store(
+            self.folder / name, split=split_of(self.fit), images=IMAGES, dim=self.dim, unseen=unseen, alter=alter
+        )
+        return learnable_features(self.name, self.fit, made)
 
     @cached_property
     def features(self) -> FeatureStore:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,9 +34,9 @@ def relabelled(store: FeatureStore, relabel: Callable[[dict[str, Tensor]], Tenso
 
 def with_full_rank_texts(store: FeatureStore) -> FeatureStore:
     """The same capture with texts of full rank, as a text encoder gives them; made-up ones span few dimensions."""
-    other = FeatureStore(store.folder)
+    other = copy.copy(store)
     noise = torch.randn(store.text.shape, generator=torch.Generator().manual_seed(0))
-    other.ezhoi["text"] = store.text + 0.1 * noise
+    other.ezhoi = {**store.ezhoi, "text": store.text + 0.1 * noise}
     return other
 
 

@@ -11,7 +11,8 @@ import torch
 from ezhoi_diffusion.artifact import CONTEXT, Artifact
 from ezhoi_diffusion.defaults import torch_defaults
 from ezhoi_diffusion.errors import EzhoiDiffusionError, attributed_to
-from ezhoi_diffusion.features.store import FeatureStore
+from ezhoi_diffusion.features.store import FeatureStore, FeatureStoreError
+from ezhoi_diffusion.features.unlabelled import Unlabelled, split_of
 from ezhoi_diffusion.plugins import PluginManager
 from ezhoi_diffusion.registry import Registry
 
@@ -30,29 +31,47 @@ def fit_options(fit: Fit) -> dict[str, Any]:
 
 
 def fit_artifact(name: str, fit: Fit, store: FeatureStore, options: Mapping[str, Any]) -> Artifact:
-    """Fit a bridge to captured features of training images.
+    """Fit a bridge to captured features of training images, or of test images without annotations where the fit is marked.
 
     Args:
         name: The name of the bridge.
         fit: What a plugin registered under that name.
-        store: A capture of the train split.
+        store: A capture of the split that the fit learns from.
         options: Values for some of `fit_options(fit)`.
 
     Returns:
         The artefact, with fingerprint, context vectors, and options.
 
     Raises:
-        EzhoiDiffusionError: An option is unknown, the fit raises something, or it returns no artefact of that bridge.
+        EzhoiDiffusionError: An option is unknown, the store is of another split, the fit raises something, or it returns no
+            artefact of that bridge.
     """
     known = fit_options(fit)
     if unknown := sorted(options.keys() - known.keys()):
         raise EzhoiDiffusionError(
             f"bridge '{name}' has no option {', '.join(unknown)}; its options are {', '.join(known) or 'none'}"
         )
-    store.require_training_images("a bridge is fitted to")
+    learnable = learnable_features(name, fit, store)
     with torch_defaults(), torch.enable_grad(), attributed_to(f"fit '{name}'", EzhoiDiffusionError):
-        artifact = fit(store, **options)
+        artifact = fit(learnable, **options)
     return with_origin(artifact, store, name, options)
+
+
+def learnable_features(name: str, fit: Fit, store: FeatureStore) -> FeatureStore:
+    """What a fit may see of a store: all of a train split, or a test split without annotations where the fit is marked.
+
+    Raises:
+        FeatureStoreError: The store is of the other split.
+    """
+    if split_of(fit) == "train":
+        store.require_training_images("a bridge is fitted to")
+        return store
+    if store.split != "test":
+        raise FeatureStoreError(
+            f"{store.folder} holds the {store.split} split: '{name}' learns from unlabelled test images; give the capture of the "
+            f"test split"
+        )
+    return Unlabelled(store)
 
 
 def with_origin(artifact: Any, store: FeatureStore, name: str, options: Mapping[str, Any]) -> Artifact:
@@ -67,7 +86,7 @@ def with_origin(artifact: Any, store: FeatureStore, name: str, options: Mapping[
     provenance = {
         **artifact.provenance,
         "fingerprint": store.fingerprint,
-        "features": {"rows": len(store), "images": len(store.images)},
+        "features": {"rows": len(store), "images": len(store.images), "split": store.split},
         "fit": {"name": name, "options": dict(options)},
     }
     context = {CONTEXT: store.context} if store.context else {}

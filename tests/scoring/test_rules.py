@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import wraps
+
 import pytest
 
 from ezhoi_diffusion.artifact import Artifact
@@ -19,7 +21,12 @@ FITTED = {name: plugin for name, plugin in PLUGINS.items() if plugin.fit is not 
 @pytest.mark.parametrize("name", FITTED)
 def test_fits_and_their_bridges_keep_the_rules(name, tmp_path):
     plugin = FITTED[name]
-    folder = check_fit(name, lambda features: plugin.fit(with_full_rank_texts(features)), tmp_path)
+
+    @wraps(plugin.fit)
+    def fit(features):
+        return plugin.fit(with_full_rank_texts(features))
+
+    folder = check_fit(name, fit, tmp_path)
     check_bridge(plugin.load, folder, dim=32)
     with pytest.raises(BridgeError, match="needs its folder"):
         plugin.load(None)

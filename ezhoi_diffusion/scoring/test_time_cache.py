@@ -1,0 +1,120 @@
+"""`test_time_cache`: the test pairs that EZ-HOI is surest of, as examples of their classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ezhoi_diffusion.artifact import Artifact
+from ezhoi_diffusion.bridge import BridgeError
+from ezhoi_diffusion.features.labels import pair_priors
+from ezhoi_diffusion.features.score import EzHoiScore
+from ezhoi_diffusion.features.store import FeatureStore
+from ezhoi_diffusion.features.unlabelled import learns_from_test_images
+from ezhoi_diffusion.scoring.bridge import ScoreBridge, checked_number, load_artifact, score_files, stored
+
+if TYPE_CHECKING:
+    from ezhoi_diffusion.features.batch import Pairs
+
+NAME = "test_time_cache"
+TENSORS = "cache.safetensors"
+COUNT = 8
+SHARPNESS = 5.5  # β of Zhang et al.
+
+
+class TestTimeCache(ScoreBridge):
+    """z -> z + weight·unit·(similarity to the cached pairs of a class), for the classes of the pair's object.
+
+    Source: the cache model of Zhang et al., "Tip-Adapter" (ECCV 2022), filled from test images as in Karmanov et al.,
+    "Efficient test-time adaptation of vision-language models" (CVPR 2024). Theirs grows from image to image, so a result depends
+    on the order of the images. This one is filled from all of them before the first is scored.
+    """
+
+    __test__ = False  # no test case, whatever its name says
+    needs_pairs = True
+    protocol = "test-transductive"
+    settings = ("weight",)
+    mean: Tensor
+    cached: Tensor
+    unit: Tensor
+
+    def __init__(self, artifact: Artifact) -> None:
+        super().__init__(artifact)
+        self.weight = checked_number(NAME, artifact.config, "weight", 0.1)
+        for name in ("mean", "cached", "unit"):
+            self.register_buffer(name, stored(artifact, TENSORS, name), persistent=False)  # [D], [C, K, D], []
+
+    def apply_settings(self, settings: Mapping[str, Any]) -> None:
+        """Take over a weight of at least 0. Raises BridgeError for another value."""
+        self.weight = checked_number(NAME, settings, "weight", self.weight)
+
+    def moved_logits(self, x: Tensor, logits: Tensor, pairs: Pairs | None) -> Tensor:
+        """Add the similarities to the logits of classes that the object allows, [P, C]."""
+        assert pairs is not None
+        similar = self.weight * self.unit * similarity(x - self.mean, self.cached)
+        return logits + torch.where(self.allowed_verbs(pairs), similar, 0.0)
+
+
+def similarity(x: Tensor, cached: Tensor) -> Tensor:
+    """Mean of exp(−β(1 − cos)) between features and the cached features of each class.
+
+    Args:
+        x: Features [P, D], float64.
+        cached: Directions [C, K, D], float64; zeros where a class has fewer than K.
+
+    Returns:
+        [P, C] float64; 0 for a class without cached features.
+    """
+    filled = cached.any(2)  # [C, K]
+    kernel = torch.exp(SHARPNESS * (torch.einsum("pd,ckd->pck", normalize(x), cached) - 1))
+    mean: Tensor = (kernel * filled).sum(2) / filled.sum(1).clamp_min(1)
+    return mean
+
+
+def surest(x: Tensor, confidence: Tensor, count: int) -> Tensor:
+    """[C, K, D], directions of the `count` features x [N, D] with the highest confidence [N, C] above 0 of each class."""
+    count = min(count, len(x))
+    order = confidence.argsort(dim=0, descending=True, stable=True)[:count].T  # [C, K]
+    is_possible = confidence.gather(0, order.T).T > 0
+    return normalize(x)[order] * is_possible.unsqueeze(2)
+
+
+def load(folder: Path | None) -> TestTimeCache:
+    """Load the bridge in `folder`. Raises BridgeError."""
+    return TestTimeCache(load_artifact(folder, NAME))
+
+
+@learns_from_test_images
+def fit(features: FeatureStore, weight: float = 0.1, count: int = COUNT) -> Artifact:
+    """Cache the test pairs that EZ-HOI is surest of, as examples of their classes.
+
+    It needs a capture of the test split, and sees no annotation. Results are test-transductive: compare them with methods that
+    see all test images before they score one.
+
+    Args:
+        features: A capture of the test split.
+        weight: Of the similarities, which vary as much as EZ-HOI's logits at 1.
+        count: The most examples of a class.
+
+    Raises:
+        BridgeError: `count` is no whole number from 1.
+    """
+    weight = checked_number(NAME, {}, "weight", weight)
+    if type(count) is not int or count < 1:
+        raise BridgeError(f"{NAME}: count is a whole number from 1, not {count!r:.60}")
+    score, parts = EzHoiScore.from_store(features), []
+    for entry, shard in zip(features.index["shards"], features.shards(), strict=True):
+        parts.append((shard["adapter_feat"].double(), shard["objects"].long(), pair_priors(entry, shard)))
+    x, objects, prior = (torch.cat(part) for part in zip(*parts, strict=True))
+    possible, logits = score.object_to_target[objects], x @ score.matrix.T
+    mean = x.mean(0)
+    cached = surest(x - mean, logits.sigmoid() * prior.unsqueeze(1) * possible, count)
+    similar = similarity(x - mean, cached)[possible]
+    unit = logits.std() / similar.std().clamp_min(1e-12) if len(similar) > 1 else torch.zeros(())
+    tensors = {"mean": mean, "cached": cached, "unit": unit.double()}
+    return Artifact(NAME, {"weight": weight, "count": count}, {**score_files(features), TENSORS: tensors})

@@ -52,6 +52,7 @@ class TrainingData:
             EzhoiDiffusionError: The store is a capture of test images.
         """
         store.require_training_images("a bridge is trained on")
+        store = store.to_learn_from()
         provenance = {"fingerprint": store.fingerprint, "features": {"rows": len(store), "images": len(store.images)}}
         visual, image, own_text, labelled = store.text[:0], torch.zeros(0, dtype=torch.long), None, None
         if trained_on == "visual":

@@ -51,7 +51,7 @@ def fit_artifact(name: str, fit: Fit, store: FeatureStore, options: Mapping[str,
         )
     store.require_training_images("a bridge is fitted to")
     with torch_defaults(), torch.enable_grad(), attributed_to(f"fit '{name}'", EzhoiDiffusionError):
-        artifact = fit(store, **options)
+        artifact = fit(store.to_learn_from(), **options)
     return with_origin(artifact, store, name, options)
 
 

@@ -148,7 +148,7 @@ def _add_everyday(parser: argparse.ArgumentParser) -> None:
     )
     add("--num-steps", type=int, metavar="N", help="network evaluations for a feature at eval: the cost (recipe's)")
     add("--spacing", metavar="NAME", help="spacing of the evaluated timesteps: linear, quadratic or cubic (recipe's)")
-    add("--sampler", metavar="NAME", help="ddim, published, or one that a plugin registers (recipe's)")
+    add("--sampler", metavar="NAME", help="ddim, cold, published, or one that a plugin registers (recipe's)")
     add("--blend", type=float, metavar="L", help="share of the bridged direction in the result, 0 to 1 (recipe's)")
     add("--output-mode", dest="output", metavar="NAME", help="keep_norm, free_norm or unit_norm (recipe's)")
     add("--scale-factor", type=float, metavar="S", help="norm of every network input (recipe's, 5)")

@@ -18,9 +18,12 @@ from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
 from ezhoi_diffusion.diffusion.components import Components
 from ezhoi_diffusion.diffusion.normalization import normalize
 from ezhoi_diffusion.diffusion.recipes import RECIPES
+from ezhoi_diffusion.diffusion.schedule import Schedule
+from ezhoi_diffusion.diffusion.timesteps import make_timesteps
 from ezhoi_diffusion.errors import EzhoiDiffusionError, Interrupted
 from ezhoi_diffusion.features.statistics import ModalityStatistics
 from ezhoi_diffusion.training.data import TrainingSet
+from ezhoi_diffusion.training.loss import denoising_loss
 from ezhoi_diffusion.training.processes import exit_distributed
 from ezhoi_diffusion.training.trainer import TrainingData, TrainingError, train
 from helpers import TESTS
@@ -119,6 +122,34 @@ def test_pairs_are_mixed_from_text_to_the_visual_feature_with_noise():
     expected = z_visual + 0.5 * 5 / DIM**0.5 * gaussian
     torch.testing.assert_close(blurred, 5 * expected / expected.norm(dim=1, keepdim=True))
     assert not set(data.image[chosen.training].tolist()) & set(data.image[chosen.validation].tolist())
+
+
+def test_with_a_right_estimate_sampling_on_pairs_sees_what_training_saw():
+    """Both sides lie at an angle, so that their mixtures are not of the norm of either."""
+    data, recipe = rotated(), replace(RECIPES["paired"], noise_augmentation=0.0, num_steps=10)
+    config = replace(QUICK, recipe=recipe)
+    features, schedule, some = TrainingSet.from_data(data, config), Schedule.cosine(), torch.arange(0, 480, 9)
+    text, visual = features[some], features.noise(some, torch.zeros(len(some), DIM))
+    assert (text * visual).sum(1).abs().max() > 0.3 * 25
+    trained, sampled = {}, {}
+
+    def estimate(x, t):
+        sampled[t] = x
+        return text
+
+    def network(x, t):
+        trained[int(t[0])] = x
+        return text
+
+    end = Components().samplers[recipe.sampler](
+        estimate, visual, schedule=schedule, timesteps=make_timesteps(recipe.spacing, 10, 1000), scale_factor=5.0
+    )
+    assert torch.equal(end, text)
+    for t in sampled:
+        denoising_loss(network, text, torch.full((len(some),), t), visual, schedule, "pred_x0", 5.0, paired=True)
+    assert len(trained) == 10
+    for t, x in trained.items():
+        torch.testing.assert_close(sampled[t], x, atol=1e-3, rtol=0)
 
 
 def test_a_bridge_trained_on_pairs_leads_other_features_to_their_own_text(tmp_path):

@@ -212,9 +212,8 @@ class TrainingLoop:
         scalars = {name: value for name, value in record.items() if name not in ("step", "val_loss_by_range")}
         for (low, high), loss in zip(self.validation.ranges, record.get("val_loss_by_range", ()), strict=False):
             scalars[f"val_loss/timesteps {low}-{high}"] = loss
-        if self.search is not None:
-            scalars = {f"{REFIT}/{name}": value for name, value in scalars.items()}
-        self.accelerator.log(scalars, step=self.steps_done)
+        prefix = "" if self.search is None else f"{REFIT}/"
+        self.accelerator.log({prefix + name: value for name, value in scalars.items()}, step=self.steps_done)
 
     def _save(self, folder: Path, record: dict[str, Any], **more: Any) -> None:
         """Save the averaged weights, which are those of the step of `record`, as a bridge."""
@@ -368,10 +367,10 @@ class TrainingLoop:
         assert self.best is not None
         if not self._is_logged():
             self._log()
-        rows, seconds = len(self.features.training), self._elapsed()
+        own = {"rows": len(self.features.training), "history": self.history, "seconds": self._elapsed()}
         facts = {
             **self.search,
-            REFIT: {"step": self.step, "rows": rows, "history": self.history, "seconds": seconds},
+            REFIT: {"step": self.step, **own},
             "device": str(self.device),
             "processes": self.accelerator.num_processes,
             "versions": {

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Make a bridge from captured training features: train a diffusion bridge (default), fit another bridge (--bridge NAME), or distil
-a diffusion bridge into a student that needs one network evaluation (--student-of BRIDGE). Training a diffusion bridge holds a
-tenth of the texts or images out for validation."""
+a diffusion bridge into a student that needs one network evaluation (--student-of BRIDGE). Training a diffusion bridge has two
+phases. The search holds a tenth of the texts or images out, and finds the step of the lowest validation loss. The refit starts
+over and takes as many steps on all of them. The refit at most doubles the time."""
 EPILOG = """\
 recipes:
   gentle  (default) learns the text features; a visual feature starts at a low timestep and is blended with itself
@@ -38,7 +39,9 @@ what the numbers mean:
   The loss is weighted by the signal-to-noise ratio, save for paired and scored. Compare the validation loss with the isotropic
       estimate, which knows no data: a network above it learned nothing that generalises. A lower loss does not promise a higher
       mAP: use compare.
-  The bridge is that of the lowest validation loss. --patience N stops after N validations without a new lowest one.
+  The losses are those of the search. Its best step is that of the lowest validation loss; --patience N ends the search after N
+      validations without a new lowest one. The bridge comes from the refit, which ends at the best step and has learned from
+      everything, so no validation loss can be given for it. --seed is that of both phases, and --resume continues either.
 
 examples:
   ezhoi-diffusion train FEATURES --out BRIDGE
@@ -145,7 +148,7 @@ def _add_everyday(parser: argparse.ArgumentParser) -> None:
     )
     add("--num-steps", type=int, metavar="N", help="network evaluations for a feature at eval: the cost (recipe's)")
     add("--spacing", metavar="NAME", help="spacing of the evaluated timesteps: linear, quadratic or cubic (recipe's)")
-    add("--sampler", metavar="NAME", help="ddim, published, or one that a plugin registers (recipe's)")
+    add("--sampler", metavar="NAME", help="ddim, cold, published, or one that a plugin registers (recipe's)")
     add("--blend", type=float, metavar="L", help="share of the bridged direction in the result, 0 to 1 (recipe's)")
     add("--output-mode", dest="output", metavar="NAME", help="keep_norm, free_norm or unit_norm (recipe's)")
     add("--scale-factor", type=float, metavar="S", help="norm of every network input (recipe's, 5)")
@@ -327,7 +330,7 @@ def _report_training(out: Path, *, memorizes: bool) -> None:
     for note in notes(facts):
         print(f"note: {note}")
     curve = f"; curve: {out / 'training.png'}" if has_curve else ""
-    print(f"bridge: {out}, from step {facts['best_step']}{curve}", flush=True)
+    print(f"bridge: {out}, trained on everything for {facts['best_step']} steps{curve}", flush=True)
 
 
 def _fit(args: argparse.Namespace) -> int:

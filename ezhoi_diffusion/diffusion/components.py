@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ezhoi_diffusion.diffusion.closed_form import build_empirical, build_gaussian
 from ezhoi_diffusion.diffusion.denoiser import DenoiserBuilder
 from ezhoi_diffusion.diffusion.mlp import build_mlp
-from ezhoi_diffusion.diffusion.samplers import Sampler, ddim, published
+from ezhoi_diffusion.diffusion.samplers import Sampler, cold, ddim, published
 from ezhoi_diffusion.diffusion.unet1d import build_unet1d
 from ezhoi_diffusion.registry import Registry
 
@@ -21,7 +21,7 @@ DENOISERS: dict[str, DenoiserBuilder] = {
     "gaussian": build_gaussian,
     "empirical": build_empirical,
 }
-SAMPLERS: dict[str, Sampler] = {"ddim": ddim, "published": published}
+SAMPLERS: dict[str, Sampler] = {"ddim": ddim, "cold": cold, "published": published}
 
 
 @dataclass(frozen=True)

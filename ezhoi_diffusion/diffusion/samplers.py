@@ -51,9 +51,31 @@ def ddim(predict: PredictX0, z: Tensor, *, schedule: Schedule, timesteps: Sequen
         if t_next < 0:
             x = x0
             break
-        ratio = math.sqrt((1 - alpha_bar[t_next]) / (1 - alpha_bar[t]))
-        x = ratio * x + (math.sqrt(alpha_bar[t_next]) - ratio * math.sqrt(alpha_bar[t])) * x0
+        x = _ddim_step(x, x0, alpha_bar[t], alpha_bar[t_next])
     return x
+
+
+def cold(predict: PredictX0, z: Tensor, *, schedule: Schedule, timesteps: Sequence[int], scale_factor: float) -> Tensor:
+    """The sampler of cold diffusion (Bansal et al. 2022, algorithm 2), for a denoiser that learned from mixtures.
+
+    As in `ddim` only the direction of x reaches the denoiser. But x keeps its own norm between evaluations: a mixture of two
+    vectors of norm `scale_factor` has another one, and with a right estimate x stays the mixture that training has at t.
+    """
+    alpha_bar = schedule.alphas_cumprod.tolist()
+    x = z
+    for t, t_next in pairwise(timesteps):
+        x0 = predict(rescale(x, scale_factor), t)
+        if t_next < 0:
+            x = x0
+            break
+        x = _ddim_step(x, x0, alpha_bar[t], alpha_bar[t_next])
+    return x
+
+
+def _ddim_step(x: Tensor, x0: Tensor, alpha_bar: float, alpha_bar_next: float) -> Tensor:
+    """x at the next timestep, from x and the estimate x0."""
+    ratio = math.sqrt((1 - alpha_bar_next) / (1 - alpha_bar))
+    return ratio * x + (math.sqrt(alpha_bar_next) - ratio * math.sqrt(alpha_bar)) * x0
 
 
 def published(

@@ -14,13 +14,15 @@ import torch
 from ezhoi_diffusion.bridge import fingerprint_differences
 from ezhoi_diffusion.doctor.finding import Finding, Level, ok
 from ezhoi_diffusion.errors import EzhoiDiffusionError
-from ezhoi_diffusion.ezhoi.capture_pass import CaptureError, default_split, find_clip_folder
+from ezhoi_diffusion.ezhoi.capture_pass import CLIP_SUFFIXES, CaptureError, default_split, find_clip_folder
 from ezhoi_diffusion.ezhoi.launch import LaunchError, read_flags
 from ezhoi_diffusion.ezhoi.limits import cannot_run
+from ezhoi_diffusion.guide.reading import GuideFileError, read_untrusted, to_tensor
 
 FILES = ("pretrained", "resume", "resume_part", "clip_dir_vit", "self_image_path")
 IMAGES = "hico_20160224_det/images"
 WIDTHS = {"ViT-B-16": 512, "ViT-L-14-336px": 768}
+NUM_OPENED = 5  # of the files with CLIP features; there are some 40,000
 SPLITS = ("non_rare_first", "rare_first", "unseen_verb", "unseen_object")
 # flags of a training, in the args.txt beside its checkpoints, with which later runs must agree
 TRAINED_FLAGS = (
@@ -143,11 +145,31 @@ def _check_clip_features(args: argparse.Namespace, split: str, names: list[str])
     except CaptureError as error:
         fix = f"give the {split} split's folder; EZ-HOI's CLIP_hicodet_extract.py makes such features"
         return Finding("ezhoi.clip", "problem", str(error), fix)
+    fix = "make them with EZ-HOI's CLIP_hicodet_extract.py and its own CLIP (pip install -e CLIP), which keeps one feature a patch"
+    for name in names[:: max(1, len(names) // NUM_OPENED)][:NUM_OPENED]:
+        if problem := _clip_problem(folder, name, PurePath(getattr(args, "clip_dir_vit", "")).stem):
+            return Finding("ezhoi.clip", "problem", problem, fix)
     if folder == given:
         return ok("ezhoi.clip", f"{given.name} has the CLIP features of all {len(names)} {split} images")
     level: Level = "note" if _captures(args) else "problem"
     found = f"{given.name} is not the {split} split's; a capture reads {folder.name} beside it, EZ-HOI itself does not"
     return Finding("ezhoi.clip", level, found, f"--clip_img_file {folder}")
+
+
+def _clip_problem(folder: Path, name: str, backbone: str) -> str | None:
+    """What is wrong with the file of an image's CLIP features, or None. EZ-HOI attends to [patches, D]."""
+    path = next(path for end in CLIP_SUFFIXES if (path := folder / f"{name.split('.')[0]}_clip{end}").exists())
+    if path.suffix == ".safetensors":  # the miniature's, of another width
+        return None
+    try:
+        feature = to_tensor(read_untrusted(path))
+    except GuideFileError as error:
+        return str(error)
+    if feature is None:
+        return f"{path} holds no tensor"
+    if feature.ndim != 2 or feature.shape[1] != WIDTHS.get(backbone, feature.shape[1]):
+        return f"{path} has shape {list(feature.shape)} instead of [patches, {WIDTHS.get(backbone, 'D')}]"
+    return None if feature.isfinite().all() else f"{path} holds NaN or infinity"
 
 
 def check_checkpoint(args: argparse.Namespace, fingerprint: dict[str, Any]) -> Iterator[Finding]:

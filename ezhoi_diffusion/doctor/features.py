@@ -60,7 +60,7 @@ def read_contents(store: FeatureStore) -> Contents:
     if "text_mean" in store.ezhoi:
         found = ModalityStatistics.compute_with_text_mean(blocks, store.ezhoi["text_mean"], len(store.text))
     else:
-        found = ModalityStatistics.compute(blocks, store.text)
+        found = ModalityStatistics.compute(blocks, store.to_learn_from().text)  # as a bridge has them
     return Contents(features, found, labelled)
 
 

@@ -160,7 +160,7 @@ def _trained(config: TrainConfig, store: FeatureStore, plugins: PluginManager) -
 
 
 def _with_means_of(artifact: Artifact, store: FeatureStore) -> Artifact:
-    files = {**artifact.files, STATISTICS: store.statistics().tensors()}
+    files = {**artifact.files, STATISTICS: store.to_learn_from().statistics().tensors()}
     provenance = {**artifact.provenance, "features": {"rows": len(store), "images": len(store.images)}}
     return Artifact(artifact.bridge, artifact.config, files, provenance)
 

@@ -56,8 +56,16 @@ def find_feature_module(model: nn.Module) -> HookPoint:
     """Find where the published EZ-HOI computes adapter_feat: `mem_adapter`, or `vis_fuse` without --img_align.
 
     Raises:
-        FeatureTapError: The model has neither.
+        FeatureTapError: The model has neither, or is of EZ-HOI's family and adapts texts there.
     """
+    # EZ-HOI's attends from pairs to pairs. HOLa has one of the same name that attends from class texts to an image.
+    if not getattr(getattr(model, "mem_adapter", None), "mem_adpt_self", True):
+        raise FeatureTapError(
+            f"mem_adapter of {type(model).__name__} does not attend to its own input, so it adapts something other than pair "
+            f"features, as in HOLa, where it adapts class texts to each image: there is no adapter_feat to replace. Run "
+            f"EZ-HOI's own detector. If this is a fork that has the feature elsewhere, a plugin can name the module in its "
+            f"locate_adapter_feat hook"
+        )
     for name in ("mem_adapter", "vis_fuse"):
         module = getattr(model, name, None)
         if isinstance(module, nn.Module):

@@ -68,7 +68,7 @@ def score_tables(run: EzHoiRun, text: Tensor) -> dict[str, Tensor]:
     Returns:
         text [N_sel, D], label [N_sel, num_classes], sample_lens [num_classes], logit_scale [], hyper_lambda [],
         object_to_target [objects, num_classes] bool, object_n_verb_to_interaction [objects, verbs] with -1 for none,
-        and each group of interaction classes as `classes/NAME`; all on the CPU.
+        for HICO-DET text_interaction [N_sel], and each group of interaction classes as `classes/NAME`; all on the CPU.
     """
     model = run.model
     label = model.label_HO_eval if hasattr(model, "label_HO_eval") else model.label_HO
@@ -86,5 +86,8 @@ def score_tables(run: EzHoiRun, text: Tensor) -> dict[str, Tensor]:
     }
     if hasattr(model, "logit_scale_HO"):  # absent where EZ-HOI predicts weights instead
         tables["logit_scale"] = model.logit_scale_HO
+    selected = torch.as_tensor(getattr(model, "select_HOI_index", ()), dtype=torch.long)
+    if run.args.dataset == "hicodet" and len(selected) == len(text):
+        tables["text_interaction"] = selected
     tables |= {f"classes/{name}": index for name, index in class_groups(run).items()}
     return {name: tensor.detach().cpu() for name, tensor in tables.items()}

@@ -1,6 +1,7 @@
 """Labels for fitting: annotated pairs of seen classes, and what EZ-HOI's training loss asks of every pair.
 
-Interactions that the split hides (`classes/unseen`) are never learned from, even where their annotations were captured.
+Interactions that the split hides (`classes/unseen`) are never learned from, even where their annotations were captured. Nor are
+their texts, where EZ-HOI ran with --without_unseen_name.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class SeenPairs:
 
     Attributes:
         visual: [M, D] float32, adapter_feat as captured.
-        text: [M, D] float32, the text of the target class (`EzHoiScore.class_text`).
+        text: [M, D] float32, the text of the target class (`EzHoiScore.class_text`, of texts that may be learned from).
         target: [M] int64, target class; for HICO-DET the verb.
         image: [M] int64, position of the image in the store.
     """
@@ -106,7 +107,8 @@ def seen_pairs(store: FeatureStore, *, held_out: bool | None = False, fraction: 
         images.append(image[row])
     target = torch.cat(targets)
     _require_some(store, len(target))
-    return SeenPairs(torch.cat(visual), score.class_text[target], target, torch.cat(images))
+    class_text = score.of_texts(store.learnable_texts()).class_text
+    return SeenPairs(torch.cat(visual), class_text[target], target, torch.cat(images))
 
 
 def labelled_pairs(store: FeatureStore) -> LabelledPairs:
@@ -130,7 +132,8 @@ def labelled_pairs(store: FeatureStore) -> LabelledPairs:
             part.append(column)
     found = {name: torch.cat(part) for name, part in parts.items()}
     _require_some(store, int(found["target"].sum()))
-    return LabelledPairs(**found, class_weight=score.class_text * score.logit_scale / 2)
+    class_text = score.of_texts(store.learnable_texts()).class_text
+    return LabelledPairs(**found, class_weight=class_text * score.logit_scale / 2)
 
 
 def seen_targets(store: FeatureStore, score: EzHoiScore) -> Tensor:

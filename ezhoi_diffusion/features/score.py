@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -49,6 +49,13 @@ class EzHoiScore:
                 f"cannot be scored offline: compare in EZ-HOI, with `ezhoi-diffusion run main_tip_finetune.py … --eval --compare`"
             )
         return cls(**{name: store.ezhoi[name] for name in NEEDED})
+
+    def of_texts(self, kept: Tensor) -> EzHoiScore:
+        """The score with some of the texts only, [N_sel] bool. The logit of a class without text is 0, as EZ-HOI trains it."""
+        if kept.all():
+            return self
+        label = self.label[kept]
+        return replace(self, text=self.text[kept], label=label, sample_lens=label.sum(0).clamp_min(1))
 
     @cached_property
     def class_text(self) -> Tensor:

@@ -13,6 +13,7 @@ error. Its text_mean may be known without text features.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -45,6 +46,8 @@ def is_captured(folder: Path, meta: dict[str, Any]) -> bool:
 
 class FeatureStore:
     """A finished store. Raises FeatureStoreError where it is missing, unfinished or damaged."""
+
+    _is_to_learn_from = False
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
@@ -109,8 +112,46 @@ class FeatureStore:
 
     @property
     def text(self) -> Tensor:
-        """[N_sel, D] float32, the text features that EZ-HOI multiplied with."""
-        return self.ezhoi["text"]
+        """[N_sel, D] float32, the text features that EZ-HOI multiplied with, or of `to_learn_from` some of them."""
+        text = self.ezhoi["text"]
+        return text[self.learnable_texts()] if self._is_to_learn_from else text
+
+    def learnable_texts(self) -> Tensor:
+        """[N_sel] bool, the text features that may be learned from.
+
+        They are all, unless EZ-HOI ran with --without_unseen_name. Its training then has no name of a hidden interaction, while
+        its evaluation, and so the capture, has them all.
+
+        Raises:
+            FeatureStoreError: The store does not say whose text is whose.
+        """
+        text, unseen, options = self.ezhoi["text"], self.ezhoi.get("classes/unseen"), self.fingerprint.get("options")
+        if unseen is None or not isinstance(options, dict) or not options.get("without_unseen_name"):
+            return torch.ones(len(text), dtype=torch.bool)
+        interaction = self.ezhoi.get("text_interaction")
+        if interaction is None or interaction.dtype != torch.int64 or interaction.shape != text.shape[:1]:
+            raise FeatureStoreError(
+                f"{self.folder}: EZ-HOI ran with --without_unseen_name, so that nothing may be learned from the names of hidden "
+                f"interactions, and the store does not say which text features those are; {AGAIN}"
+            )
+        return ~torch.isin(interaction, unseen)
+
+    def to_learn_from(self) -> FeatureStore:
+        """A view whose `text` and `statistics` leave out what is not in `learnable_texts`. Raises FeatureStoreError.
+
+        The tables in `ezhoi` stay whole, as EZ-HOI's evaluation scores with them.
+        """
+        view = copy.copy(self)
+        view._is_to_learn_from = not bool(self.learnable_texts().all())
+        return view
+
+    def require_all_texts(self, what: str) -> None:
+        """Raise FeatureStoreError where some text may not be learned from. `what` begins the reason: "… hidden interactions"."""
+        if not self.learnable_texts().all():
+            raise FeatureStoreError(
+                f"{self.folder}: EZ-HOI ran with --without_unseen_name, and {what} the names of hidden interactions: choose "
+                f"another bridge, or capture a run without that flag"
+            )
 
     @property
     def context(self) -> dict[str, Tensor]:
@@ -198,7 +239,7 @@ class _Subset(FeatureStore):
     """What `subset` returns. It reads the shards of `whole`, and keeps the rows of its own images."""
 
     def __init__(self, whole: FeatureStore, images: set[int], hidden: Tensor) -> None:
-        self.folder, self._whole = whole.folder, whole
+        self.folder, self._whole, self._is_to_learn_from = whole.folder, whole, whole._is_to_learn_from
         self._masks: list[Tensor] = []  # [n] bool for each shard of `whole`: the images that stay
         shards, position, number = [], 0, 0
         for shard in whole.index["shards"]:

@@ -77,7 +77,7 @@ def fit(features: FeatureStore, weight: float = 1.0) -> Artifact:
     from sklearn.linear_model import LogisticRegression
 
     weight = checked_number(NAME, {}, "weight", weight)
-    score, pairs = EzHoiScore.from_store(features), labelled_pairs(features)
+    score, pairs = EzHoiScore.from_store(features).of_texts(features.learnable_texts()), labelled_pairs(features)
     unseen = features.ezhoi.get("classes/unseen", torch.zeros(0, dtype=torch.long))
     seen = seen_targets(features, score)
     geometry, seen_share = [], []

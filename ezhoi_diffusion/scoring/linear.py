@@ -146,6 +146,7 @@ def _fit(
     if not isinstance(permute_texts, bool):
         raise BridgeError(f"{name}: permute_texts is true or false, not {permute_texts!r:.60}")
     config = {"weight": checked_number(name, {}, "weight", weight), "permute_texts": permute_texts}
+    features.require_all_texts(f"{name} is fitted with")
     score, pairs, files = EzHoiScore.from_store(features), labelled_pairs(features), score_files(features)
     texts = normalize(score.matrix - score.matrix.mean(0))
     if permute_texts:

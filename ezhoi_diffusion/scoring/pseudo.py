@@ -111,6 +111,7 @@ def fit(features: FeatureStore, weight: float = 0.1, count: int = COUNT) -> Arti
     weight = checked_number(NAME, {}, "weight", weight)
     if type(count) is not int or count < 1:
         raise BridgeError(f"{NAME}: count is a whole number from 1, not {count!r:.60}")
+    features.require_all_texts(f"{NAME} finds examples by")
     score, pairs = EzHoiScore.from_store(features), labelled_pairs(features)
     hidden = score.object_to_target & ~seen_targets(features, score)
     objects = torch.cat([image.pairs.objects for image in stored_images(features)])

@@ -160,6 +160,7 @@ def _ezhoi_tensors(truth: Truth, seed: int, unseen: bool) -> dict[str, Tensor]:
         groups |= {"unseen": every[hidden], "seen": every[~hidden]}
     return {
         "text": truth.text,
+        "text_interaction": torch.arange(K),
         "label": label,
         "sample_lens": label.sum(0),
         "logit_scale": torch.tensor(1.0),

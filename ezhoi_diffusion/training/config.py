@@ -29,7 +29,7 @@ class TrainConfig:
     "fp16".
     """
 
-    # 2000 steps take under a minute on one CPU core. More cost time only: the bridge is that of the lowest validation loss. On
+    # 2000 steps take under a minute on one CPU core. More cost time only: the step of the lowest validation loss counts. On
     # sentence embeddings of HICO-DET's interactions (D = 384, a tenth held out) the validation loss fell below that of the
     # closed-form Gaussian (.135) after 800 steps for 212 texts, and after 1150 for 600 (.119). It was lowest at 1000 steps for
     # 212 (.132), and below .10 at 2000 for 600. With the UNet's learning rate of 8e-5, 212 texts were memorised first.
@@ -52,7 +52,9 @@ class TrainConfig:
     mixed_precision: MixedPrecision = field(
         default="no", metadata={"help": "precision of forward and backward; fp16 needs a GPU"}
     )
-    val_fraction: float = field(default=0.1, metadata={"help": "share of texts, or of images, held out for validation"})
+    val_fraction: float = field(
+        default=0.1, metadata={"help": "share of texts, or of images, held out to find the best step"}
+    )
     checkpoint_every: int = field(default=500, metadata={"help": "steps between checkpoints"})
     val_every: int = field(default=100, metadata={"help": "steps between validations"})
     patience: int = field(

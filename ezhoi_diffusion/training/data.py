@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -52,6 +52,7 @@ class TrainingData:
             EzhoiDiffusionError: The store is a capture of test images.
         """
         store.require_training_images("a bridge is trained on")
+        store = store.to_learn_from()
         provenance = {"fingerprint": store.fingerprint, "features": {"rows": len(store), "images": len(store.images)}}
         visual, image, own_text, labelled = store.text[:0], torch.zeros(0, dtype=torch.long), None, None
         if trained_on == "visual":
@@ -83,7 +84,7 @@ class TrainingSet:
     mean: Tensor
     scale_factor: float
     training: Tensor
-    """Indices of the training part."""
+    """Indices of what is learned from."""
     validation: Tensor
     """Indices of the held-out part."""
     fingerprint: str
@@ -162,6 +163,10 @@ class TrainingSet:
             # The score says little of features that are mostly noise, and no feature enters there.
             config.num_timesteps if labelled is None else recipe.start_timestep,
         )
+
+    def whole(self) -> TrainingSet:
+        """The same features, all of them to learn from."""
+        return replace(self, training=torch.arange(len(self.source)))
 
     @property
     def dim(self) -> int:

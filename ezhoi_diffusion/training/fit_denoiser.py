@@ -28,9 +28,8 @@ MAX_SAMPLE = 65_536  # of more features, a sample estimates mean and covariance 
 def fit_bridge(data: TrainingData, config: TrainConfig, out: Path, registry: Components) -> None:
     """Fit the configured denoiser, and write the artefact and training.json into `out`.
 
-    The validation loss is that of a fit without the held-out features. The bridge itself is fitted to all text features, as one
-    of a missing class could not be returned, or to the training part of visual features. Nothing is done where `out` holds this
-    very fit.
+    The validation loss is that of a fit without the held-out features. The bridge itself is fitted to all of them. Nothing is
+    done where `out` holds this very fit.
 
     Raises:
         TrainingError: The denoiser cannot be fitted with this recipe, or `out` holds something else.
@@ -50,17 +49,15 @@ def fit_bridge(data: TrainingData, config: TrainConfig, out: Path, registry: Com
             f"recipe {config.recipe.name!r} learns through EZ-HOI's score, and {config.denoiser} is fitted without it: choose a "
             f"recipe that learns from text, or the denoiser mlp"
         )
-    is_text = config.recipe.trained_on == "text"
-    sample = _sample(features.training, config.seed)
-    without_held_out = _fitted(config, features, sample, registry)
-    if without_held_out.memorizes and not is_text:
+    without_held_out = _fitted(config, features, _sample(features.training, config.seed), registry)
+    if without_held_out.memorizes and config.recipe.trained_on != "text":
         raise TrainingError(
             f"{config.denoiser} returns stored texts, and recipe {config.recipe.name!r} learns from visual features: choose a "
             f"recipe that learns from text, e.g. gentle"
         )
     validation = Validation.from_features(features, config)
     losses, baseline = validation.losses(without_held_out), validation.baseline_losses()
-    known = torch.arange(len(features.source)) if is_text else sample
+    known = _sample(features.whole().training, config.seed)
     denoiser = _fitted(config, features, known, registry)
     facts: dict[str, Any] = {
         "config": config.to_dict(),
@@ -71,6 +68,7 @@ def fit_bridge(data: TrainingData, config: TrainConfig, out: Path, registry: Com
         "val_loss_by_range": losses,
         "isotropic_val_loss_by_range": baseline,
         "rows": len(known),
+        "val_rows": len(features.validation),
         "data_sha256": features.fingerprint,
         "stopped": f"{config.denoiser} is fitted in closed form: there is nothing to train",
     }

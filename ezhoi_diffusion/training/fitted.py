@@ -65,7 +65,7 @@ def learnable_features(name: str, fit: Fit, store: FeatureStore) -> FeatureStore
     """
     if split_of(fit) == "train":
         store.require_training_images("a bridge is fitted to")
-        return store
+        return store.to_learn_from()
     if store.split != "test":
         raise FeatureStoreError(
             f"{store.folder} holds the {store.split} split: '{name}' learns from unlabelled test images; give the capture of the "

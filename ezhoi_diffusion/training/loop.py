@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import platform
 import shutil
@@ -15,24 +16,24 @@ from typing import Any
 import accelerate
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
 from ezhoi_diffusion.diffusion.components import Components
+from ezhoi_diffusion.diffusion.schedule import Schedule
 from ezhoi_diffusion.files import write_json
-from ezhoi_diffusion.training.batches import batch_indices, timesteps_and_noise
 from ezhoi_diffusion.training.checkpoint import flat, nested, read_newest, require_same_run, write_checkpoint
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
 from ezhoi_diffusion.training.data import TrainingData, TrainingSet
-from ezhoi_diffusion.training.loss import denoising_loss, scored_loss
+from ezhoi_diffusion.training.loss import batch_loss
 from ezhoi_diffusion.training.processes import broadcast_from_main, require_same_everywhere
 from ezhoi_diffusion.training.validation import Validation
 
 CHECKPOINTS = "checkpoints"
 BEST = "best"
 FACTS = "training.json"
+REFIT = "refit"  # below CHECKPOINTS: the search has to stay resumable, as a longer one may find a later step
 LOG_EVERY = 50
 VOTE_EVERY = 10  # steps between votes of several processes on whether to stop
 PROGRESS_SECONDS = 30.0  # between updates of the progress bar in a log
@@ -40,7 +41,12 @@ ADAM_BETAS = (0.9, 0.99)  # as in Diffusion Bridge
 
 
 class TrainingLoop:
-    """The state of one training in one process."""
+    """The state of one training in one process, in two phases.
+
+    The search learns without the held-out features, and finds the step with the lowest validation loss. The refit starts over
+    from the same weights and takes as many steps on all features. A text that was held out is a class of its own: a network
+    that never saw it leads features of that class elsewhere.
+    """
 
     def __init__(
         self,
@@ -55,6 +61,7 @@ class TrainingLoop:
         self.device = accelerator.device
         self.features = TrainingSet.from_data(data, config)
         require_same_everywhere({**config.to_dict(), "features": self.features.fingerprint})
+        self.schedule = Schedule.cosine(config.num_timesteps)
         self.validation = Validation.from_features(self.features, config)
         self.resident = self.features.resident(self.device)
         self.network = network.to(self.device)
@@ -76,9 +83,9 @@ class TrainingLoop:
             fused=True,  # all parameters in one pass; without it AdamW takes a quarter of a step on a CPU
         )
         self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
-        self.scheduler = LambdaLR(self.optimizer, config.learning_rate_share)
 
-        self.step = 0
+        self.search: dict[str, Any] | None = None  # what training.json says of the search, in the refit
+        self.step, self.last_step = 0, config.train_steps
         self.saved_step: int | None = None  # of the newest checkpoint
         self.best: dict[str, Any] | None = None  # the record of the lowest validation so far
         self.best_weights: dict[str, Tensor] = {}
@@ -87,38 +94,40 @@ class TrainingLoop:
         self.history: list[dict[str, Any]] = []
         self.pending: list[Tensor] = []  # losses of the steps since the last record
         self.stop_reason: str | None = None
-        self.seconds_before = 0.0
-        self.started = time.monotonic()
+        self.seconds_before, self.started = 0.0, time.monotonic()
+        self.beginning = copy.deepcopy(self._snapshot([]))
 
     def train_step(self) -> None:
         """Take one optimizer step, then log, validate and save where that is due."""
         config, accelerator = self.config, self.accelerator
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate_at(self.step)
         total = torch.zeros((), device=self.device)
         for micro in range(config.gradient_accumulate):
             last = micro == config.gradient_accumulate - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
-                loss = self._loss(self.step * config.gradient_accumulate + micro) / config.gradient_accumulate
-                accelerator.backward(loss)
-            total += loss.detach()
+                batch = self.step * config.gradient_accumulate + micro
+                loss = batch_loss(self.model, accelerator, self.features, self.resident, config, self.schedule, batch)
+                accelerator.backward(loss / config.gradient_accumulate)
+            total += loss.detach() / config.gradient_accumulate
         accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.scheduler.step()
         self.step += 1
         if self.step % config.ema_update_every == 0:
             self.ema.update_parameters(self.network)
         self.pending.append(total)
         self.progress_bar.update()
 
-        last = self.step == config.train_steps
-        validate = last or self.step % config.val_every == 0
+        last = self.step == self.last_step
+        validate = self.search is None and (last or self.step % config.val_every == 0)
         checkpoint = last or self.step % config.checkpoint_every == 0
         if validate or checkpoint or self.step % LOG_EVERY == 0:
             record = self._log()
             if validate:
                 self._validate(record)
-                self.stop_reason = self._reason_to_stop()
-            accelerator.log(self._scalars(record), step=self.step)
+            self.stop_reason = self._reason_to_stop()
+            self._track(record)
             if checkpoint or self.stop_reason:
                 self._checkpoint()
 
@@ -155,39 +164,7 @@ class TrainingLoop:
                     f"patience {self.config.patience}: no validation after step {best['step']} went below its "
                     f"{best['val_loss']:.5f}"
                 )
-        return f"all {self.step} steps are done" if self.step >= self.config.train_steps else None
-
-    def _loss(self, batch: int) -> Tensor:
-        """Return this process's share of the loss of one global batch."""
-        config, accelerator = self.config, self.accelerator
-        indices = batch_indices(len(self.features.training), config.batch_size, config.seed, batch)
-        t, noise = timesteps_and_noise(
-            (config.batch_size, self.features.dim), self.features.num_timesteps, config.seed, batch
-        )
-        share = config.batch_size // accelerator.num_processes
-        own = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-        chosen = self.features.training[indices[own]]
-        noise = self._to_device(self.features.noise(chosen, noise[own]))
-        if self.features.labelled is not None:
-            pairs = self.features.labelled[chosen].to(self.device)
-            with accelerator.autocast():
-                return scored_loss(self.model, pairs, t[own], noise, self.validation.schedule, self.features)
-        z = self.features[chosen] if self.resident is None else self.resident[self._to_device(chosen)]
-        with accelerator.autocast():
-            return denoising_loss(
-                self.model,
-                z.to(self.device),
-                t[own],
-                noise,
-                self.validation.schedule,
-                config.objective,
-                config.recipe.scale_factor,
-                paired=self.features.paired,
-            )
-
-    def _to_device(self, x: Tensor) -> Tensor:
-        """Copy from pinned memory to a GPU, so that the step does not wait for the copy."""
-        return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x.to(self.device)
+        return f"all {self.step} steps are done" if self.step >= self.last_step else None
 
     def _log(self) -> dict[str, Any]:
         """Fetch the losses since the last record. At every step the device would have to wait."""
@@ -230,12 +207,13 @@ class TrainingLoop:
             self.best_weights = {name: x.cpu().clone() for name, x in self.ema.module.state_dict().items()}
             self._save(self.out / BEST, record)
 
-    def _scalars(self, record: dict[str, Any]) -> dict[str, float]:
-        """Flatten a record of the history for trackers."""
+    def _track(self, record: dict[str, Any]) -> None:
+        """Give a record of the history to the trackers. The steps of the refit count on from the search."""
         scalars = {name: value for name, value in record.items() if name not in ("step", "val_loss_by_range")}
         for (low, high), loss in zip(self.validation.ranges, record.get("val_loss_by_range", ()), strict=False):
             scalars[f"val_loss/timesteps {low}-{high}"] = loss
-        return scalars
+        prefix = "" if self.search is None else f"{REFIT}/"
+        self.accelerator.log({prefix + name: value for name, value in scalars.items()}, step=self.steps_done)
 
     def _save(self, folder: Path, record: dict[str, Any], **more: Any) -> None:
         """Save the averaged weights, which are those of the step of `record`, as a bridge."""
@@ -245,6 +223,7 @@ class TrainingLoop:
             "val_loss": record["val_loss"],
             **self._loss_facts(record),
             "rows": len(self.features.training),
+            "val_rows": len(self.features.validation),
             "data_sha256": self.features.fingerprint,
             **more,
         }
@@ -260,10 +239,30 @@ class TrainingLoop:
             "isotropic_val_loss_by_range": self.baseline_losses,
         }
 
+    @property
+    def phase(self) -> str:
+        """`search` or `refit`."""
+        return "search" if self.search is None else REFIT
+
+    @property
+    def steps_done(self) -> int:
+        """Steps of both phases."""
+        return self.step + (0 if self.search is None else self.search["step"])
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.out / CHECKPOINTS / ("" if self.search is None else REFIT)
+
     def _checkpoint(self) -> None:
         if self.saved_step == self.step:
             return
         pending = self.accelerator.reduce(torch.stack(self.pending), "mean").tolist() if self.pending else []
+        tensors, state = self._snapshot(pending)
+        broadcast_from_main(self.accelerator, lambda: write_checkpoint(self._checkpoints, self.step, tensors, state))
+        self.saved_step = self.step
+
+    def _snapshot(self, pending: list[float]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Return the tensors and the state of a checkpoint, and `pending` losses among it."""
         tensors = {
             "model": self.network.state_dict(),
             "ema": self.ema.state_dict(),
@@ -281,13 +280,25 @@ class TrainingLoop:
             "data_sha256": self.features.fingerprint,
             "scaler": scaler.state_dict() if scaler else None,
         }
-        broadcast_from_main(
-            self.accelerator, lambda: write_checkpoint(self.out / CHECKPOINTS, self.step, tensors, state)
-        )
+        return tensors, state
+
+    def _load(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        """Take over what `_snapshot` returned. The refit keeps the best record of its search."""
+        self.network.load_state_dict(tensors["model"])
+        self.ema.load_state_dict(tensors["ema"])
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": nested(tensors["optimizer"]), "param_groups": groups})
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.search is None:
+            self.best, self.best_weights = state["best"], tensors["best"]
+        self.step, self.history = state["step"], [*state["history"]]
         self.saved_step = self.step
+        self.pending = [torch.tensor(loss, device=self.device) for loss in state["pending"]]
+        self.seconds_before, self.started = state["seconds"], time.monotonic()
 
     def restore(self) -> bool:
-        """Load the newest complete checkpoint.
+        """Load the newest complete checkpoint of this phase.
 
         Returns:
             False where there is none.
@@ -295,59 +306,71 @@ class TrainingLoop:
         Raises:
             TrainingError: It belongs to another run or another network.
         """
-        found = broadcast_from_main(self.accelerator, lambda: read_newest(self.out / CHECKPOINTS))
+        found = broadcast_from_main(self.accelerator, lambda: read_newest(self._checkpoints))
         if found is None:
             return False
         tensors, state = found
         try:
             require_same_run(state, self.config, self.features.fingerprint)
-            self.network.load_state_dict(tensors["model"])
-            self.ema.load_state_dict(tensors["ema"])
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": nested(tensors["optimizer"]), "param_groups": groups})
-            if self.accelerator.scaler:
-                self.accelerator.scaler.load_state_dict(state["scaler"])
-            self.step, self.best, self.history = state["step"], state["best"], state["history"]
-            self.best_weights = tensors["best"]
-            self.saved_step = self.step
-            self.pending = [torch.tensor(loss, device=self.device) for loss in state["pending"]]
+            self._load(tensors, state)
             if not self.pending and not self._is_logged():
                 raise ValueError(f"it has no loss of step {self.step}")
-            self.seconds_before = state["seconds"]
-            self.scheduler = LambdaLR(self.optimizer, self.config.learning_rate_share, last_epoch=self.step - 1)
             self.stop_reason = self._reason_to_stop()
             before = state["config"]["train_steps"]
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise TrainingError(
-                f"the newest checkpoint in {self.out / CHECKPOINTS} does not fit this network ({error}): remove it"
+                f"the newest checkpoint in {self._checkpoints} does not fit this network ({error}): remove it"
             ) from error
-        if before != self.config.train_steps and self.accelerator.is_main_process:
+        if self.search is None and before != self.config.train_steps and self.accelerator.is_main_process:
             print(f"note: train_steps was {before}, is now {self.config.train_steps}", file=sys.stderr, flush=True)
         return True
 
-    def finish(self) -> None:
-        """Write training.json, and last the bridge of the lowest validation loss.
+    def begin_refit(self) -> None:
+        """End the search, and go back to step 0 with all features, or to the newest checkpoint of the refit.
 
-        From the lowest validation loss on, a network mostly memorises.
+        From the lowest validation loss on, a network mostly memorises: the refit ends at that step.
         """
         # A run may be stopped before a step is logged or validated, and then resumed with no step left to do.
-        if not self._is_logged():
-            self._log()
-        if "val_loss" not in self.history[-1]:
-            self._validate(self.history[-1])
-        best = self.history[-1]
-        if self.best is not None and self.best["val_loss"] <= best["val_loss"]:
-            best = self.best
-            self.ema.module.load_state_dict(self.best_weights)
-        facts = {
+        last = self.history[-1] if self._is_logged() else self._log()
+        if "val_loss" not in last:
+            self._validate(last)
+        if self.best is None or last["val_loss"] < self.best["val_loss"]:
+            self.best = last
+        self.search = {
             "config": self.config.to_dict(),
             "step": self.step,
             "stopped": self.stop_reason,
             "history": self.history,
-            "best_step": best["step"],
-            "best_val_loss": best["val_loss"],
-            **self._loss_facts(best),
+            "best_step": self.best["step"],
+            "best_val_loss": self.best["val_loss"],
+            **self._loss_facts(self.best),
+            "rows": len(self.features.training),
             "seconds": self._elapsed(),
+        }
+        self.best_weights = {}
+        self.features, self.last_step = self.features.whole(), self.best["step"]
+        if self.accelerator.is_main_process:
+            self.progress_bar.write(
+                f"stopped at step {self.step}: {self.stop_reason}. The validation loss was lowest at step {self.last_step}: "
+                f"starting over for as many steps, on all {len(self.features.training)} features"
+            )
+        self._load(*self.beginning)
+        self.restore()
+        if self.step > self.last_step:  # it was for a step that counted at an early end only
+            broadcast_from_main(self.accelerator, lambda: shutil.rmtree(self._checkpoints))
+            self._load(*self.beginning)
+        self.stop_reason = self._reason_to_stop()
+
+    def finish(self) -> None:
+        """Write training.json, and last the bridge."""
+        assert self.search is not None
+        assert self.best is not None
+        if not self._is_logged():
+            self._log()
+        own = {"rows": len(self.features.training), "history": self.history, "seconds": self._elapsed()}
+        facts = {
+            **self.search,
+            REFIT: {"step": self.step, **own},
             "device": str(self.device),
             "processes": self.accelerator.num_processes,
             "versions": {
@@ -357,19 +380,17 @@ class TrainingLoop:
             },
         }
         broadcast_from_main(self.accelerator, lambda: write_json(self.out / FACTS, facts))
-        self._save(self.out, best, stopped=self.stop_reason)
+        self._save(self.out, self.best, stopped=self.search["stopped"])
         broadcast_from_main(self.accelerator, lambda: shutil.rmtree(self.out / BEST, ignore_errors=True))
-        if self.accelerator.is_main_process:
-            self.progress_bar.write(f"stopped at step {self.step}: {self.stop_reason}")
 
     def progress(self) -> tqdm[Any]:
         """Return the progress bar, a context manager. It is silent outside the main process, and rare in a log."""
         self.progress_bar = tqdm(
-            total=self.config.train_steps,
+            total=self.last_step,
             initial=self.step,
             disable=not self.accelerator.is_main_process,
             unit="step",
-            desc="training",
+            desc=f"{self.phase}, phase {1 if self.search is None else 2} of 2",
             mininterval=0.1 if sys.stderr.isatty() else PROGRESS_SECONDS,
         )
         return self.progress_bar

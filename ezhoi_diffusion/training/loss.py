@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,7 +13,12 @@ from ezhoi_diffusion.diffusion.recipes import Objective
 from ezhoi_diffusion.diffusion.schedule import Schedule
 from ezhoi_diffusion.features.labels import LabelledPairs
 from ezhoi_diffusion.features.loss import KEEP, bridge_loss
+from ezhoi_diffusion.training.batches import batch_indices, timesteps_and_noise
+from ezhoi_diffusion.training.config import TrainConfig
 from ezhoi_diffusion.training.data import TrainingSet
+
+if TYPE_CHECKING:
+    import accelerate
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 
@@ -71,3 +77,45 @@ def scored_loss(
         bridged = shift(pairs.visual, mean, z, estimate)
         expected = features.positives * len(pairs) / len(features.training)
         return bridge_loss(bridged, pairs, expected, KEEP / features.positives)
+
+
+def batch_loss(
+    model: Predict,
+    accelerator: accelerate.Accelerator,
+    features: TrainingSet,
+    resident: Tensor | None,
+    config: TrainConfig,
+    schedule: Schedule,
+    batch: int,
+) -> Tensor:
+    """Return this process's share of the training loss of one global batch.
+
+    Args:
+        model: The denoiser, as accelerate prepared it.
+        accelerator: Where to compute, in which precision, and which share of the batch.
+        features: What to learn from: its training part.
+        resident: `features.resident`.
+        config: Objective, batch size and seed.
+        schedule: The noise schedule.
+        batch: The number of the batch.
+    """
+    device = accelerator.device
+    indices = batch_indices(len(features.training), config.batch_size, config.seed, batch)
+    t, noise = timesteps_and_noise((config.batch_size, features.dim), features.num_timesteps, config.seed, batch)
+    share = config.batch_size // accelerator.num_processes
+    own = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    chosen = features.training[indices[own]]
+    noise = _to_device(features.noise(chosen, noise[own]), device)
+    if features.labelled is not None:
+        pairs = features.labelled[chosen].to(device)
+        with accelerator.autocast():
+            return scored_loss(model, pairs, t[own], noise, schedule, features)
+    z = (features[chosen] if resident is None else resident[_to_device(chosen, device)]).to(device)
+    objective, scale_factor = config.objective, config.recipe.scale_factor
+    with accelerator.autocast():
+        return denoising_loss(model, z, t[own], noise, schedule, objective, scale_factor, paired=features.paired)
+
+
+def _to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy from pinned memory to a GPU, so that the step does not wait for the copy."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

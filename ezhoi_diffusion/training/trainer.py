@@ -42,8 +42,11 @@ def train(
 ) -> Path:
     """Train a bridge into `out`; a FittedDenoiser is fitted instead.
 
-    `out` gets the artefact, training.json and checkpoints/. The artefact holds the averaged weights of the lowest validation
-    loss; best/ holds them while the training runs. After a fit there are neither checkpoints nor best/.
+    A search without the held-out features finds the step of the lowest validation loss. A refit then starts over and takes as
+    many steps on all features. It costs at most as much as the search.
+
+    `out` gets the artefact, training.json and checkpoints/. The artefact holds the averaged weights of the refit. Until then
+    best/ holds those of the lowest validation loss. After a fit there are neither checkpoints nor best/.
 
     Under torchrun or `accelerate launch`, call it in every process, and then
     `ezhoi_diffusion.training.processes.exit_distributed` as the last thing. Only the main process reads and writes `out`.
@@ -57,7 +60,7 @@ def train(
             stopped. `patience` may differ. So may train_steps, unless the learning rate follows it. A run that is finished
             has nothing left to do.
         log_with: Names of trackers that accelerate knows, or trackers of accelerate's kind. They may differ on resuming.
-        on_step: Called after every step with the number of steps done.
+        on_step: Called after every step with the number of steps done, those of the search and the refit together.
 
     Returns:
         `out`.
@@ -90,17 +93,10 @@ def train(
         if resume and not loop.restore() and finished:
             raise TrainingError(f"{out} holds a trained bridge and no checkpoint to resume from: choose another folder")
         broadcast_from_main(accelerator, lambda: start_trackers(accelerator, config, out))
-        with loop.progress(), asked_to_stop() as asked:
-            while not loop.stop_reason:
-                loop.train_step()
-                if on_step is not None:
-                    on_step(loop.step)
-                if loop.should_stop(asked()):
-                    loop.save_and_stop()
-                    raise Interrupted(
-                        f"stopped after step {loop.step} of {config.train_steps}, with a checkpoint in {out}: run the same "
-                        f"command with --resume to go on"
-                    )
+        with asked_to_stop() as asked:
+            _advance(loop, asked, on_step)
+            loop.begin_refit()
+            _advance(loop, asked, on_step)
             loop.finish()
     except OSError as error:
         raise TrainingError(
@@ -112,6 +108,21 @@ def train(
             tracker.finish()
         held.close()
     return out
+
+
+def _advance(loop: TrainingLoop, asked: Callable[[], bool], on_step: Callable[[int], None] | None) -> None:
+    """Take the steps of a phase. Raises Interrupted, with a checkpoint written, once `asked` to stop."""
+    with loop.progress():
+        while not loop.stop_reason:
+            loop.train_step()
+            if on_step is not None:
+                on_step(loop.steps_done)
+            if loop.should_stop(asked()):
+                loop.save_and_stop()
+                raise Interrupted(
+                    f"stopped after step {loop.step} of {loop.last_step} of the {loop.phase}, with a checkpoint in {loop.out}: "
+                    f"run the same command with --resume to go on"
+                )
 
 
 def _take(out: Path, held: ExitStack) -> None:

@@ -73,6 +73,7 @@ def fit(features: FeatureStore) -> Artifact:
     """
     from scipy.optimize import minimize_scalar  # here: every command imports this module
 
+    features.require_all_texts(f"{NAME} is fitted with")
     score, pairs = EzHoiScore.from_store(features), seen_pairs(features)
     matrix = score.logits(torch.eye(pairs.visual.shape[1])).double()  # the score is linear
     logits = pairs.visual.double() @ matrix

@@ -416,7 +416,7 @@ def test_a_plugin_sampler_is_a_setting(tmp_path):
         lambda: plain.override(sampler="one_evaluation"),
         lambda: DiffusionBridge.from_pretrained(tmp_path),
     ):
-        with pytest.raises(BridgeError, match="unknown sampler 'one_evaluation': known are ddim, published"):
+        with pytest.raises(BridgeError, match="unknown sampler 'one_evaluation': known are cold, ddim, published"):
             refused()
 
 

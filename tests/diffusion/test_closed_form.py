@@ -196,11 +196,12 @@ def test_the_validation_loss_is_that_of_a_fit_without_the_held_out_texts(tmp_pat
     assert losses["empirical"] > losses["gaussian"]
 
 
-def test_a_fit_to_visual_features_uses_training_images_only(tmp_path):
+def test_a_fit_to_visual_features_learns_from_all_images(tmp_path):
     data = low_rank()
     out = train(data, replace(GAUSSIAN, recipe=replace(RECIPES["guide"], num_steps=5)), tmp_path / "out")
     facts = DiffusionBridge.from_pretrained(out).provenance["training"]
-    assert 0 < facts["rows"] < len(data.visual)
+    assert facts["rows"] == len(data.visual)
+    assert 0 < facts["val_rows"] < len(data.visual)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ezhoi_diffusion.diffusion.normalization import normalize, uncenter
 from ezhoi_diffusion.diffusion.recipes import OBJECTIVES, RECIPES, Recipe, RecipeError
-from ezhoi_diffusion.diffusion.samplers import ddim, published
+from ezhoi_diffusion.diffusion.samplers import cold, ddim, published
 from ezhoi_diffusion.diffusion.schedule import Schedule, isotropic_estimate
 from ezhoi_diffusion.diffusion.timesteps import make_timesteps
 
@@ -208,7 +208,7 @@ def test_the_guide_has_the_published_timesteps():
     assert make_timesteps("linear", 50, 60) != tuple(expected)
 
 
-@pytest.mark.parametrize("sampler", [ddim, published])
+@pytest.mark.parametrize("sampler", [ddim, cold, published])
 def test_a_sampler_evaluates_at_every_timestep_but_the_last(sampler):
     visited = []
     sampler(

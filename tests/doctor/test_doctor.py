@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import re
 import shutil
 import sys
@@ -12,6 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -570,6 +572,37 @@ def test_flags_that_cannot_work(look, line, tmp_path, small_world):
     ]
     for flags, name, level, word in cases:
         one(look(line=flags), name, level, word)
+
+
+CLIP_FEATURES = {  # what a file holds, and what is said of it; None: nothing
+    "patches": (torch.ones(196, 512), None),
+    "an array of patches": (np.ones((196, 512), np.float32), None),
+    "one feature": (torch.ones(512), "has shape [512] instead of [patches, 512]"),
+    "of another CLIP": (torch.ones(196, 768), "has shape [196, 768]"),
+    "a batch": (torch.ones(1, 196, 512), "has shape [1, 196, 512]"),
+    "not finite": (torch.full((196, 512), torch.nan), "NaN"),
+    "something else": ({"feature": 1}, "holds no tensor"),
+    "a program": (Path("x"), "pathlib"),
+}
+
+
+@pytest.mark.parametrize("what", CLIP_FEATURES)
+def test_clip_features_are_of_patches(small_world, tmp_path, what):
+    content, problem = CLIP_FEATURES[what]
+    folder = tmp_path / "clip_test"
+    folder.mkdir()
+    names = json.loads((small_world / "data" / "instances_test2015.json").read_text())["filenames"]
+    for name in names:
+        (folder / f"{Path(name).stem}_clip.pkl").write_bytes(pickle.dumps(content))
+    args = argparse.Namespace(
+        dataset="hicodet", data_root=str(small_world / "data"), partition="test2015", img_clip_pt=True,
+        clip_img_file=str(folder), clip_dir_vit="checkpoints/ViT-B-16.pt",
+    )  # fmt: skip
+    found = [f for f in ezhoi.check_data(args) if f.name == "ezhoi.clip"]
+    assert [f.level for f in found] == ["ok" if problem is None else "problem"]
+    if problem is not None:
+        assert problem in found[0].found
+        assert "CLIP_hicodet_extract.py" in found[0].fix
 
 
 def test_images_of_the_real_layout(look, line, small_world, tmp_path):

@@ -182,6 +182,43 @@ def test_unsuitable_models_are_refused(ezhoi):
         FeatureTap(torch.nn.Linear(2, 2), inject=lambda x, p: x, point=HookPoint("x", torch.nn.Linear(2, 2))).attach()
 
 
+class ToContext(torch.nn.Module):
+    """An adapter that attends to a context, or to its own input."""
+
+    def __init__(self, mem_adpt_self):
+        super().__init__()
+        self.mem_adpt_self = mem_adpt_self
+
+    def forward(self, x, prior=None):
+        context = x if self.mem_adpt_self else prior
+        return x + torch.softmax(x @ context.transpose(-1, -2), -1) @ context
+
+
+class Sister(torch.nn.Module):
+    """A detector shaped as HOLa: `mem_adapter` adapts class texts to the image, and pairs meet them after `vis_fuse`."""
+
+    def __init__(self, mem_adpt_self=False):
+        super().__init__()
+        self.mem_adapter, self.vis_fuse, self.img_align = ToContext(mem_adpt_self), torch.nn.Linear(8, 4), True
+        self.texts = torch.randn(6, 4)
+
+    def compute_roi_embeddings(self, features, image_size, region_props):
+        texts = self.mem_adapter(self.texts.unsqueeze(1), features.flatten(1).mean(-1).expand(6, 1, -1)).squeeze(1)
+        return [self.vis_fuse(torch.cat([props["boxes"], props["boxes"]], dim=1)) @ texts.T for props in region_props]
+
+
+def test_a_sister_that_adapts_texts_is_refused_before_it_runs():
+    sister = Sister()
+    sister.compute_roi_embeddings(torch.randn(4, 3, 3), None, [{"boxes": torch.rand(6, 4)}])  # as many pairs as texts
+    with pytest.raises(FeatureTapError, match=r"Sister does not attend to its own input.*locate_adapter_feat"):
+        find_feature_module(sister)
+    with pytest.raises(FeatureTapError, match="HOLa"):
+        FeatureTap(sister, inject=lambda x, pairs: x)
+    assert find_feature_module(Sister(mem_adpt_self=True)).name == "mem_adapter"
+    point = HookPoint("vis_fuse", sister.vis_fuse)
+    assert FeatureTap(sister, inject=lambda x, pairs: x, point=point).point is point, "a plugin may know better"
+
+
 def test_fork_with_other_pairs_is_refused(ezhoi):
     short = HookPoint("short", torch.nn.Identity())
     with (

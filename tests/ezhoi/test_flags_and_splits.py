@@ -16,6 +16,7 @@ from ezhoi_diffusion.demo import towers
 from ezhoi_diffusion.ezhoi.feature_tap import FeatureTapError
 from ezhoi_diffusion.ezhoi.fingerprint import fingerprint
 from ezhoi_diffusion.ezhoi.limits import UnsupportedError, cannot_run, refuse_unsupported
+from ezhoi_diffusion.features.score import targets_of
 from ezhoi_diffusion.features.store import FeatureStore
 from helpers.miniature import (
     dump,
@@ -75,6 +76,7 @@ def test_captured_features_rebuild_logits_and_identity_changes_nothing(small_wor
     assert done.returncode == 0, done.stderr
     store = FeatureStore(tmp_path / "f")
     assert torch.allclose(rebuilt(store), logits_in(seen), atol=1e-5)
+    assert torch.equal(targets_of(store)[store.ezhoi["text_interaction"]], store.ezhoi["label"].argmax(1))
     assert {key.removeprefix("classes/") for key in store.ezhoi if key.startswith("classes/")} == groups | {
         "full",
         "rare",

@@ -37,11 +37,12 @@ def low_rank(texts: int = 60, visuals: int = 90, dim: int = DIM, rank: int = 3) 
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the weights of a bridge, and all tensors of the newest checkpoint beside it."""
+    """Return the weights of a bridge, and all tensors of the newest checkpoint of each phase beside it."""
     found = load_file(folder / "model.safetensors")
-    for path in sorted((folder / "checkpoints").glob("step-*"))[-1:]:
-        for file in path.glob("*.safetensors"):
-            found.update({f"checkpoint {file.stem}: {name}": x for name, x in load_file(file).items()})
+    for phase in (".", "refit"):
+        for path in sorted((folder / "checkpoints" / phase).glob("step-*"))[-1:]:
+            for file in path.glob("*.safetensors"):
+                found.update({f"{phase} {file.stem}: {name}": x for name, x in load_file(file).items()})
     return found
 
 

@@ -21,15 +21,17 @@ from helpers.trainings import OVERFIT, QUICK, Stop, asked_to_end_at, equal, fact
 # The bridge of a training
 
 
-def test_the_bridge_has_the_weights_of_the_lowest_validation_loss(tmp_path):
-    """The network memorises its texts, and the validation loss of the bridge's own weights is the lowest in the history."""
+def test_the_search_ends_with_the_weights_of_the_lowest_validation_loss(tmp_path):
+    """The network memorises its texts, and the validation loss of the best weights is the lowest in the history."""
     data = low_rank(texts=12, rank=32)  # texts in all directions: nothing to generalise
     config = replace(OVERFIT, patience=0, lr_schedule="constant", train_steps=100, val_every=10)
+    with pytest.raises(Stop):
+        train(data, config, tmp_path / "searched", on_step=stop_at(config.train_steps + 1))
     out = train(data, config, tmp_path / "out")
     found = facts(out)
     assert found["best_step"] < found["step"] == config.train_steps
     assert found["best_val_loss"] < 0.98 * found["history"][-1]["val_loss"]
-    bridge = DiffusionBridge.from_pretrained(out)
+    bridge = DiffusionBridge.from_pretrained(tmp_path / "searched" / "best")
     validation = Validation.from_features(TrainingSet.from_data(data, config), config)
     losses = validation.losses(bridge.denoiser, torch.device("cpu"))
     assert fmean(losses) == pytest.approx(found["best_val_loss"], rel=1e-6)
@@ -91,8 +93,10 @@ def test_the_optimizer_gets_the_learning_rate_of_the_formula(tmp_path, schedule)
         "cosine": lambda p: math.cos(math.pi * p / 2) ** 2,
     }[schedule]
     wanted = [0.5 * w for w in (0.25, 0.5, 0.75, 1, *(after(k / 8) for k in range(8)))]
-    assert used == pytest.approx(wanted, abs=1e-12)
-    assert [record["lr"] for record in facts(out)["history"]] == used
+    searched, refitted = used[:12], used[12:]
+    assert searched == pytest.approx(wanted, abs=1e-12)
+    assert [record["lr"] for record in facts(out)["history"]] == searched
+    assert refitted == searched[: facts(out)["best_step"]]
 
 
 def test_weight_decay_is_decoupled(tmp_path):
@@ -115,8 +119,9 @@ def test_the_average_may_be_updated_less_often(tmp_path):
     states = []
     config = replace(QUICK, train_steps=6, checkpoint_every=1, ema_update_every=2, ema_decay=0.6)
 
-    def keep(step):
-        states.append(weights(tmp_path / "out" / "checkpoints" / f"step-{step:09d}"))
+    def keep(done):
+        if done > 6:
+            states.append(weights(tmp_path / "out" / "checkpoints" / "refit" / f"step-{done - 6:09d}"))
 
     out = train(low_rank(), config, tmp_path / "out", on_step=keep)
     for name, average in load_file(out / "model.safetensors").items():

@@ -27,6 +27,7 @@ from ezhoi_diffusion.features.store import (
 )
 from ezhoi_diffusion.files import (
     leftovers,
+    make_folder,
     new_folder,
     read_json,
     read_tensors,
@@ -69,7 +70,7 @@ class FeatureWriter:
         self.rows_per_shard = rows_per_shard
         self.seconds_per_shard = seconds_per_shard
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             with ExitStack() as undo:
                 undo.enter_context(locked(folder, FeatureStoreError, f"{LOCK}-{rank:03d}"))
                 self._open({"schema": SCHEMA, **meta})

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ezhoi_diffusion.errors import Interrupted
+from ezhoi_diffusion.files import make_folder
 from ezhoi_diffusion.locks import locked
 from ezhoi_diffusion.pipeline.record import INTERRUPTED, PipelineError, Record, Step
 
@@ -34,7 +35,7 @@ def run_steps(steps: Sequence[Step], out: Path) -> int:
         PipelineError: `out` holds something else, is in use, or cannot be written.
     """
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         record = Record(out)
         with locked(out, PipelineError):
             return sum(

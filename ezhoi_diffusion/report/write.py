@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.comparison import Comparison
-from ezhoi_diffusion.files import replaced_files, write_atomic, write_json
+from ezhoi_diffusion.files import make_folder, replaced_files, write_atomic, write_json
 from ezhoi_diffusion.locks import locked
 from ezhoi_diffusion.report.headline import headline
 from ezhoi_diffusion.report.png import drawn
@@ -37,7 +37,7 @@ def report_folder(folder: Path) -> Iterator[Path]:
         EzhoiDiffusionError: The disk refuses.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with locked(folder, EzhoiDiffusionError, wait=True), replaced_files(folder) as staged:
             yield staged
     except OSError as error:

@@ -1,0 +1,179 @@
+"""Every state in which a power cut may leave a folder is read: nothing that was promised is lost, and the same work goes on."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ezhoi_diffusion.artifact import Artifact
+from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.files import new_folder, new_result, put_back, write_atomic
+from helpers.disk import Disk, crash_states, rebuild, watched
+
+VERSIONS = [bytes([65 + number]) * (3000 + number) for number in range(3)]
+
+
+def try_all(
+    work: Callable[[Path, Disk], None], check: Callable[[Path, list[Any]], None], tmp_path: Path, stride: int = 1
+) -> int:
+    """Let `work` be watched in a folder, and `check` each state with what was promised before. Returns their number."""
+    live = tmp_path / "live"
+    live.mkdir(parents=True)
+    with watched(live) as disk:
+        work(live, disk)
+    count = 0
+    for number, (state, promised) in enumerate(crash_states(disk, random.Random(0))):
+        if number % stride:
+            continue
+        folder = tmp_path / "after"
+        rebuild(state, folder)
+        try:
+            check(folder, promised)
+        except BaseException as error:
+            raise AssertionError(f"after {promised[-1:]} state {number} is {sorted(state)}") from error
+        shutil.rmtree(folder)
+        count += 1
+    print(f"{len(disk.log)} changes, {count} states")
+    return count
+
+
+def newest(promised: list[Any], found: bytes | None) -> None:
+    """What is found is the version that was promised last, or a later one."""
+    assert found in ([None, *VERSIONS] if not promised else VERSIONS[promised[-1] :])
+
+
+def test_the_replay_knows_the_two_classic_faults(tmp_path):
+    """A rename before the data are flushed, and an entry that nobody flushes."""
+
+    def work(root, disk):
+        (root / "new").write_bytes(b"whole")
+        if flush:
+            with (root / "new").open("rb") as file:
+                os.fsync(file.fileno())
+        (root / "new").rename(root / "file")
+        disk.promise("stored")
+
+    for flush in (False, True):
+        found = set()
+
+        def check(root, promised, found=found):
+            if promised:
+                found.add((root / "file").read_bytes() if (root / "file").exists() else None)
+
+        try_all(work, check, tmp_path / str(flush))
+        assert found == {None, b"whole"} | (set() if flush else {b"", b"wh", bytes(5)})
+
+
+def test_a_file(tmp_path):
+    def work(root, disk):
+        for number, version in enumerate(VERSIONS):
+            write_atomic(root / "file", version)
+            disk.promise(number)
+
+    def check(root, promised):
+        path = root / "file"
+        newest(promised, path.read_bytes() if path.exists() else None)
+
+    assert try_all(work, check, tmp_path) >= 19
+
+
+def replace_folder(out: Path, version: bytes) -> None:
+    with new_folder(out) as staged:
+        (staged / "inside").mkdir()
+        (staged / "inside" / "plain").write_bytes(version)  # as a copy or somebody else's library writes
+        write_atomic(staged / "file", version)
+
+
+def check_folder(root: Path, promised: list[Any]) -> None:
+    out = root / "new" / "out"
+    put_back(out)
+    found = [path.read_bytes() if path.exists() else None for path in (out / "file", out / "inside" / "plain")]
+    assert found[0] == found[1]
+    newest(promised, found[0])
+    replace_folder(out, b"last")
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_a_folder(tmp_path):
+    def work(root, disk):
+        for number, version in enumerate(VERSIONS):
+            replace_folder(root / "new" / "out", version)
+            disk.promise(number)
+
+    assert try_all(work, check_folder, tmp_path) > 40
+
+
+def test_a_folder_whose_writer_was_killed_before(tmp_path):
+    alive: list[bool] = []
+    for call in itertools.count(0, 2):
+
+        def work(root, disk, call=call):
+            out = root / "new" / "out"
+            replace_folder(out, VERSIONS[0])
+            disk.promise(0)
+            with disk.dying(call):
+                replace_folder(out, VERSIONS[1])
+                disk.promise(1)
+            replace_folder(out, VERSIONS[2])
+            disk.promise(2)
+
+            alive.append(not disk.deaths)
+
+        try_all(work, check_folder, tmp_path / str(call))
+        if alive[-1]:
+            break
+    assert call > 10
+
+
+def test_a_result(tmp_path):
+    def write(root):
+        with new_result(root / "new" / "out", EzhoiDiffusionError) as staged:
+            artifact(0).save(staged)
+
+    def work(root, disk):
+        write(root)
+        disk.promise(0)
+
+    def check(root, promised):
+        out = root / "new" / "out"
+        if not out.exists() and not promised:
+            write(root)
+            assert [path.name for path in out.parent.iterdir()] == ["out"]
+        assert Artifact.load(out).config == {"version": 0}
+
+    assert try_all(work, check, tmp_path) > 20
+
+
+def artifact(version: int) -> Artifact:
+    tensors = torch.full((40,), float(version))
+    return Artifact("mine", {"version": version}, {"a.safetensors": {"x": tensors}, "b.safetensors": {"x": tensors}})
+
+
+def test_a_bridge_over_an_older_one(tmp_path):
+    def work(root, disk):
+        for version in range(2):
+            artifact(version).save(root / "new" / "out")
+            disk.promise(version)
+
+    def check(root, promised):
+        out = root / "new" / "out"
+        try:
+            found = Artifact.load(out)
+        except EzhoiDiffusionError:
+            assert not promised
+        else:
+            version = found.config["version"]
+            assert version >= len(promised) - 1
+            assert all(bool((file["x"] == version).all()) for file in found.files.values())
+        artifact(2).save(out)
+        assert Artifact.load(out).config == {"version": 2}
+        assert sorted(path.name for path in out.iterdir()) == ["a.safetensors", "b.safetensors", "config.json"]
+
+    assert try_all(work, check, tmp_path) > 40

@@ -14,8 +14,13 @@ import torch
 
 from ezhoi_diffusion.artifact import Artifact
 from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.features.store import EZHOI, INDEX, FeatureStore
+from ezhoi_diffusion.features.store import META as META_FILE
+from ezhoi_diffusion.features.writer import FeatureWriter, clear_finished, finish_store
 from ezhoi_diffusion.files import new_folder, new_result, put_back, write_atomic
 from helpers.disk import Disk, crash_states, rebuild, watched
+from helpers.stores import META, D, image
+from helpers.trainings import equal
 
 VERSIONS = [bytes([65 + number]) * (3000 + number) for number in range(3)]
 
@@ -177,3 +182,54 @@ def test_a_bridge_over_an_older_one(tmp_path):
         assert sorted(path.name for path in out.iterdir()) == ["a.safetensors", "b.safetensors", "config.json"]
 
     assert try_all(work, check, tmp_path) > 40
+
+
+# -- capture, training, pipeline, report ---------------------------------------------------------------------------------
+
+PAIRS = [3, 0, 5, 2]
+TEXT = torch.randn(7, D, generator=torch.Generator().manual_seed(0))
+
+
+def capture(root: Path, disk: Disk | None = None) -> FeatureStore:
+    """What the capture plugin does; it is promised each image whose shard is stored."""
+    writer = FeatureWriter(root / "new" / "features", META)
+    try:
+        for index in range(writer.next_index, len(PAIRS)):
+            writer.keep_ezhoi_tensors({"text": TEXT, "context/ctx.0": torch.ones(2)})
+            writer.add(image(index, PAIRS[index]))
+            writer.flush()
+            if disk:
+                disk.promise(index + 1)
+        store = finish_store(writer.folder)
+        if disk:
+            disk.promise("finished")
+    finally:
+        writer.close()
+    return store
+
+
+def tensors_of(store: FeatureStore) -> dict[str, torch.Tensor]:
+    return {name: store.rows(name) for name in ("adapter_feat", "labels", "pairing", "boxes", "gt_boxes")} | store.ezhoi
+
+
+def test_a_capture(tmp_path):
+    reference = tensors_of(capture(tmp_path))
+
+    def check(root, promised):
+        folder = root / "new" / "features"
+        if "finished" in promised:
+            FeatureStore(folder)
+        if (folder / INDEX).exists():
+            store = FeatureStore(folder)
+            clear_finished(folder)
+        else:
+            writer = FeatureWriter(folder, META)
+            begun = writer.next_index
+            writer.close()
+            assert begun >= (promised[-1] if promised else 0)
+            store = capture(root)
+        assert equal(tensors_of(store), reference)
+        listed = {path.name for path in folder.iterdir()}
+        assert listed == {META_FILE, INDEX, EZHOI, *(shard["file"] for shard in store.index["shards"])}
+
+    assert try_all(capture, check, tmp_path) > 70

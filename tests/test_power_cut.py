@@ -17,7 +17,9 @@ from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.features.store import EZHOI, INDEX, FeatureStore
 from ezhoi_diffusion.features.store import META as META_FILE
 from ezhoi_diffusion.features.writer import FeatureWriter, clear_finished, finish_store
-from ezhoi_diffusion.files import new_folder, new_result, put_back, write_atomic
+from ezhoi_diffusion.files import make_folder, new_folder, new_result, put_back, write_atomic
+from ezhoi_diffusion.pipeline.record import Step
+from ezhoi_diffusion.pipeline.run import run_steps
 from helpers.disk import Disk, crash_states, rebuild, watched
 from helpers.stores import META, D, image
 from helpers.trainings import equal
@@ -233,3 +235,38 @@ def test_a_capture(tmp_path):
         assert listed == {META_FILE, INDEX, EZHOI, *(shard["file"] for shard in store.index["shards"])}
 
     assert try_all(capture, check, tmp_path) > 70
+
+
+def test_a_pipeline(tmp_path, monkeypatch, capsys):
+    """Two runs; the second has another input, so that the finished result of the first is kept aside meanwhile."""
+    ran: list[str] = []
+
+    def run(command):
+        ran.append(command[0])
+        folder = Path(command[1])
+        make_folder(folder)
+        write_atomic(folder / "result", command[2].encode())
+
+    monkeypatch.setattr("ezhoi_diffusion.pipeline.run._run", run)
+
+    def steps(out, text):
+        first = Step("a", "first", out / "a", ["a", str(out / "a"), text], {"text": text})
+        return [first, Step("b", "second", out / "b", ["b", str(out / "b"), text], {}, ["a"])]
+
+    def work(root, disk):
+        for text in ("x", "y"):
+            run_steps(steps(root / "new" / "out", text), root / "new" / "out")
+            disk.promise(text)
+
+    def check(root, promised):
+        out = root / "new" / "out"
+        again = {(): ["y"], ("x",): ["x", "y"], ("x", "y"): ["y"]}[tuple(promised)]
+        for text in again:
+            ran.clear()
+            run_steps(steps(out, text), out)
+            if promised == ["x", "y"]:
+                assert not ran
+            assert [(out / name / "result").read_text() for name in "ab"] == [text, text]
+            assert {path.name for path in out.iterdir()} == {"a", "b", "pipeline.json"}
+
+    assert try_all(work, check, tmp_path) > 60

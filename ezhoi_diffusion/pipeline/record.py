@@ -126,6 +126,8 @@ class Record:
             aside.rename(step.folder)
         elif record["output"] is not None and not step.folder.exists():  # killed between a rename and the record of it
             aside.rename(step.folder)
+        elif record["output"] is not None:  # killed while `finish` deleted it
+            shutil.rmtree(aside)
 
     def _aside(self, step: Step) -> Path:
         return self._out / f".old-{step.name}"

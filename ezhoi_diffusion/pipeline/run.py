@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ezhoi_diffusion.errors import Interrupted
-from ezhoi_diffusion.files import make_folder
+from ezhoi_diffusion.files import leftovers, make_folder
 from ezhoi_diffusion.locks import locked
 from ezhoi_diffusion.pipeline.record import INTERRUPTED, PipelineError, Record, Step
 
@@ -36,8 +36,10 @@ def run_steps(steps: Sequence[Step], out: Path) -> int:
     """
     try:
         make_folder(out)
-        record = Record(out)
         with locked(out, PipelineError):
+            record = Record(out)
+            for path in leftovers(out):
+                path.unlink(missing_ok=True)
             return sum(
                 [
                     _run_step(step, f"[{number}/{len(steps)}] {step.title}", record)

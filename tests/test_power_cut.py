@@ -8,18 +8,21 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from ezhoi_diffusion.artifact import Artifact
 from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.evaluation.comparison import Comparison, VariantResult
 from ezhoi_diffusion.features.store import EZHOI, INDEX, FeatureStore
 from ezhoi_diffusion.features.store import META as META_FILE
 from ezhoi_diffusion.features.writer import FeatureWriter, clear_finished, finish_store
-from ezhoi_diffusion.files import make_folder, new_folder, new_result, put_back, write_atomic
+from ezhoi_diffusion.files import current, make_folder, new_folder, new_result, put_back, read_json, write_atomic
 from ezhoi_diffusion.pipeline.record import Step
 from ezhoi_diffusion.pipeline.run import run_steps
+from ezhoi_diffusion.report.write import write_report
 from helpers.disk import Disk, crash_states, rebuild, watched
 from helpers.stores import META, D, image
 from helpers.trainings import equal
@@ -270,3 +273,38 @@ def test_a_pipeline(tmp_path, monkeypatch, capsys):
             assert {path.name for path in out.iterdir()} == {"a", "b", "pipeline.json"}
 
     assert try_all(work, check, tmp_path) > 60
+
+
+def test_a_report(tmp_path, mocker, capsys):
+    """A report with pictures, and over it one without."""
+    from PIL import Image
+
+    comparison = Comparison(
+        {name: VariantResult(name, torch.tensor([0.5, value])) for name, value in (("none", 0.5), ("scale", 0.6))},
+        {"full": torch.arange(2)}, 3, 40, torch.tensor([5, 7]), {},
+    )  # fmt: skip
+    drawn = mocker.patch("ezhoi_diffusion.report.figures.pictures")
+    mocker.patch("ezhoi_diffusion.report.figures.render", return_value=Image.new("RGB", (4, 4)))
+    panels = {"comparison": [SimpleNamespace(alt="bars")]}
+
+    def write(out, version):
+        drawn.return_value = {} if version else panels
+        write_report(comparison, out, [f"version {version}"])
+
+    def work(root, disk):
+        for version in range(2):
+            write(root / "new" / "out", version)
+            disk.promise(version)
+
+    def check(root, promised):
+        out = root / "new" / "out"
+        page, facts, picture = (current(out, name) for name in ("report.html", "report.json", "comparison.png"))
+        if promised or page.exists():
+            version = int(read_json(facts, EzhoiDiffusionError, "")["notes"][0][-1])
+            assert version in range(promised[-1] if promised else 0, 2)
+            assert f"version {version}" in page.read_text()
+            assert not (version == 0 and not picture.exists()), "the old report has lost its picture"
+        write(out, 1)
+        assert sorted(path.name for path in out.iterdir()) == ["report.html", "report.json"]
+
+    assert try_all(work, check, tmp_path) > 40

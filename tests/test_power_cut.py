@@ -6,12 +6,16 @@ import itertools
 import os
 import random
 import shutil
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
+from safetensors.torch import load_file
 
 from ezhoi_diffusion.artifact import Artifact
 from ezhoi_diffusion.errors import EzhoiDiffusionError
@@ -23,9 +27,11 @@ from ezhoi_diffusion.files import current, make_folder, new_folder, new_result, 
 from ezhoi_diffusion.pipeline.record import Step
 from ezhoi_diffusion.pipeline.run import run_steps
 from ezhoi_diffusion.report.write import write_report
+from ezhoi_diffusion.training.checkpoint import read_newest
+from ezhoi_diffusion.training.trainer import train
 from helpers.disk import Disk, crash_states, rebuild, watched
 from helpers.stores import META, D, image
-from helpers.trainings import equal
+from helpers.trainings import QUICK, equal, low_rank, weights
 
 VERSIONS = [bytes([65 + number]) * (3000 + number) for number in range(3)]
 
@@ -238,6 +244,43 @@ def test_a_capture(tmp_path):
         assert listed == {META_FILE, INDEX, EZHOI, *(shard["file"] for shard in store.index["shards"])}
 
     assert try_all(capture, check, tmp_path) > 70
+
+
+SAVING = replace(QUICK, train_steps=4, checkpoint_every=1, val_every=2)
+
+
+@pytest.mark.slow
+def test_a_training(tmp_path):
+    def work(root, disk):
+        out = root / "new" / "out"
+        train(low_rank(), SAVING, out, on_step=disk.promise)
+        disk.promise("finished")
+
+    train(low_rank(), SAVING, tmp_path / "whole")
+    reference = weights(tmp_path / "whole")
+
+    def check(root, promised):
+        out = root / "new" / "out"
+        if "finished" in promised:
+            assert equal(
+                {k: x for k, x in reference.items() if "checkpoint" not in k}, load_file(out / "model.safetensors")
+            )
+        elif promised:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a checkpoint of which a part is there
+                assert read_newest(out / "checkpoints")[1]["step"] >= promised[-1]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            train(low_rank(), SAVING, out, resume=True)
+        assert equal(weights(out), reference)
+        left = {
+            path.name for path in out.rglob("*") if path.name.startswith(".") or path.suffix in (".staged", ".replaced")
+        }
+        assert not left
+        tensors = {f"{name}.safetensors" for name in ("model", "statistics", "context")}
+        assert {path.name for path in out.iterdir()} == tensors | {"config.json", "training.json", "checkpoints"}
+
+    assert try_all(work, check, tmp_path, stride=3) > 100
 
 
 def test_a_pipeline(tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ezhoi_diffusion.errors import Interrupted
-from ezhoi_diffusion.files import leftovers, make_folder
+from ezhoi_diffusion.files import make_folder
 from ezhoi_diffusion.locks import locked
 from ezhoi_diffusion.pipeline.record import INTERRUPTED, PipelineError, Record, Step
 
@@ -38,8 +38,6 @@ def run_steps(steps: Sequence[Step], out: Path) -> int:
         make_folder(out)
         with locked(out, PipelineError):
             record = Record(out)
-            for path in leftovers(out):
-                path.unlink(missing_ok=True)
             return sum(
                 [
                     _run_step(step, f"[{number}/{len(steps)}] {step.title}", record)
@@ -55,6 +53,10 @@ def _run_step(step: Step, head: str, record: Record) -> bool:
     reason = record.reason(step)
     if reason is None:
         print(f"{head}: up to date ({step.folder})", flush=True)
+        return False
+    if reason == INTERRUPTED and step.whole and step.folder.exists():
+        print(f"{head}: was finished when it was interrupted ({step.folder})", flush=True)
+        record.finish(step)
         return False
     print(f"{head}: {reason}", flush=True)
     record.begin(step, fresh=reason != INTERRUPTED)

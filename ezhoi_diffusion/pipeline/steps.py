@@ -80,6 +80,7 @@ def make_steps(
             TUNED, "choose bridges and settings by cross-validation on training images", tuned,
             ["tune", str(features), "--bridge", str(bridge), "--out", str(tuned), "--folds", str(folds), *blocked],
             {**package, "folds": folds, "plugins with bridges": bridge_plugins(given["no_plugin"])}, ["features", "bridge"],
+            whole=True,
         ),
         capture(test_features, "test"),
         Step(

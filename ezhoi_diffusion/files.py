@@ -276,6 +276,7 @@ def new_result(folder: Path, error: type[EzhoiDiffusionError]) -> Iterator[Path]
         raise error(f"{folder} is a mount point, which cannot be replaced: give a folder inside it")
     check_writable(folder.parent)
     with locked(folder.parent, error, f".{folder.name}{LOCK}", what=folder):
+        put_back(folder)  # an empty folder that a killed writer moved aside
         require_unused(folder, error)
         with new_folder(folder) as staged:
             yield staged

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import os
 import signal
 import stat
@@ -18,12 +20,30 @@ from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.files import new_result, sync_folder, write_atomic
 from ezhoi_diffusion.locks import locked
 from ezhoi_diffusion.testing import synthetic_store
+from helpers.disk import watched
 
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory):
     folder = tmp_path_factory.mktemp("features") / "train"
     return synthetic_store(folder, images=40).folder
+
+
+def test_an_empty_folder_is_a_place_for_a_result_whenever_its_writer_is_killed(tmp_path):
+    deaths = 0
+    for call in itertools.count():
+        out = tmp_path / str(call) / "out"
+        out.mkdir(parents=True)
+        with watched(tmp_path) as disk, disk.dying(call), new_result(out, EzhoiDiffusionError) as staged:
+            (staged / "part").write_text("1")
+        with contextlib.suppress(EzhoiDiffusionError), new_result(out, EzhoiDiffusionError) as staged:
+            (staged / "part").write_text("1")
+        assert names(out.parent) == ["out"]
+        assert names(out) == ["part"]
+        if not disk.deaths:
+            break
+        deaths += 1
+    assert deaths > 8
 
 
 def names(folder):

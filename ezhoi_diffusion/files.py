@@ -240,6 +240,14 @@ def _open_nonblocking(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
+def read_plain(path: Path) -> bytes:
+    """Read a file that this package did not write. Raises OSError, also for a pipe or a device, which might never end."""
+    with open(path, "rb", opener=_open_nonblocking) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        return file.read()
+
+
 def leftovers(folder: Path) -> list[Path]:
     """Staged files of killed `write_atomic` calls. Remove them only under the folder's lock: another's may be in use."""
     return list(folder.glob(".*.tmp"))

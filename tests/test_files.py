@@ -173,3 +173,21 @@ def test_a_command_that_was_killed_while_it_wrote_can_be_given_again(features, t
     mocker.stopall()
     assert main(command) == 0
     assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("damage", ["pipe", "device"])
+def test_a_script_that_never_ends_is_refused(tmp_path, capsys, monkeypatch, damage):
+    script = tmp_path / "main_tip_finetune.py"
+    if damage == "pipe":
+        os.mkfifo(script)
+    else:
+        script.symlink_to("/dev/zero")
+    monkeypatch.chdir(tmp_path)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    for command in (["patch", "."], ["run", script.name], ["capture", script.name, "--out", "f"]):
+        signal.alarm(20)
+        try:
+            assert main(command) == 2
+        finally:
+            signal.alarm(0)
+        assert "not a regular file" in capsys.readouterr().err

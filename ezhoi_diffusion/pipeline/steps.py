@@ -145,7 +145,7 @@ def source_digest(script: Path) -> str:
     digest, folder = hashlib.sha256(), script.resolve().parent
     for path in sorted(folder.rglob("*.py")):
         name = path.relative_to(folder)
-        if any(part.startswith(".") for part in name.parts):
+        if not path.is_file() or any(part.startswith(".") for part in name.parts):
             continue
         data = path.read_bytes()
         with contextlib.suppress(PatchError):

@@ -296,8 +296,8 @@ def _paths(tree: dict[int, dict[str, int]], contents: dict[int, bytes], disk: Di
 
 
 def rebuild(state: State, root: Path) -> None:
-    """Write a state into a new folder."""
-    root.mkdir(parents=True)
+    """Write a state into a folder."""
+    root.mkdir(parents=True, exist_ok=True)
     for path, content in sorted(state.items(), key=lambda item: item[0]):
         if content is None:
             (root / path).mkdir(exist_ok=True)

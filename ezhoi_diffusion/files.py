@@ -79,6 +79,14 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents, and flush their entries. Without those, a power cut takes all that is stored inside."""
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in made:
+        sync_folder(one.parent)
+
+
 def write_json(path: Path, value: dict[str, Any]) -> dict[str, Any]:
     """Write `value` with its checksum as readable JSON. Returns the file's facts, as `write_atomic` does."""
     return write_atomic(path, json_bytes(value))
@@ -232,6 +240,14 @@ def _open_nonblocking(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
+def read_plain(path: Path) -> bytes:
+    """Read a file that this package did not write. Raises OSError, also for a pipe or a device, which might never end."""
+    with open(path, "rb", opener=_open_nonblocking) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        return file.read()
+
+
 def leftovers(folder: Path) -> list[Path]:
     """Staged files of killed `write_atomic` calls. Remove them only under the folder's lock: another's may be in use."""
     return list(folder.glob(".*.tmp"))
@@ -246,7 +262,7 @@ def require_unused(folder: Path, error: type[EzhoiDiffusionError]) -> None:
 def check_writable(folder: Path) -> None:
     """Make the folder, and raise EzhoiDiffusionError where nothing can be written there."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
@@ -268,6 +284,7 @@ def new_result(folder: Path, error: type[EzhoiDiffusionError]) -> Iterator[Path]
         raise error(f"{folder} is a mount point, which cannot be replaced: give a folder inside it")
     check_writable(folder.parent)
     with locked(folder.parent, error, f".{folder.name}{LOCK}", what=folder):
+        put_back(folder)  # an empty folder that a killed writer moved aside
         require_unused(folder, error)
         with new_folder(folder) as staged:
             yield staged
@@ -283,6 +300,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     put_back(folder)
     with _staged(folder.with_name(folder.name + STAGED)) as staged:
         yield staged
+        _flush_all(staged)
         if folder.is_dir():
             folder.rename(folder.with_name(folder.name + REPLACED))
         try:
@@ -300,6 +318,7 @@ def put_back(folder: Path) -> None:
     if not replaced.is_dir():
         return
     if folder.exists():
+        sync_folder(folder.parent)  # otherwise a power cut could bring the old name back, with nothing in it
         shutil.rmtree(replaced)
     else:
         replaced.rename(folder)
@@ -316,6 +335,7 @@ def replaced_files(folder: Path) -> Iterator[Path]:
     _finish(folder)
     with _staged(folder / STAGED) as staged:
         yield staged
+        _flush_all(staged)
         staged.rename(folder / COMMITTED)
     sync_folder(folder)
     _finish(folder)
@@ -324,12 +344,25 @@ def replaced_files(folder: Path) -> Iterator[Path]:
 @contextmanager
 def _staged(staged: Path) -> Iterator[Path]:
     shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
+    make_folder(staged.parent)
+    staged.mkdir()
     try:
         yield staged
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)  # a full disk needs the room
         raise
+
+
+def _flush_all(folder: Path) -> None:
+    """Flush all that a folder holds, whoever wrote it: a library, or a copy."""
+    for path, _, names in os.walk(folder):
+        for name in names:
+            handle = os.open(Path(path) / name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        sync_folder(Path(path))
 
 
 def current(folder: Path, name: str) -> Path:

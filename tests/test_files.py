@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import os
 import signal
 import stat
@@ -18,12 +20,30 @@ from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.files import new_result, sync_folder, write_atomic
 from ezhoi_diffusion.locks import locked
 from ezhoi_diffusion.testing import synthetic_store
+from helpers.disk import watched
 
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory):
     folder = tmp_path_factory.mktemp("features") / "train"
     return synthetic_store(folder, images=40).folder
+
+
+def test_an_empty_folder_is_a_place_for_a_result_whenever_its_writer_is_killed(tmp_path):
+    deaths = 0
+    for call in itertools.count():
+        out = tmp_path / str(call) / "out"
+        out.mkdir(parents=True)
+        with watched(tmp_path) as disk, disk.dying(call), new_result(out, EzhoiDiffusionError) as staged:
+            (staged / "part").write_text("1")
+        with contextlib.suppress(EzhoiDiffusionError), new_result(out, EzhoiDiffusionError) as staged:
+            (staged / "part").write_text("1")
+        assert names(out.parent) == ["out"]
+        assert names(out) == ["part"]
+        if not disk.deaths:
+            break
+        deaths += 1
+    assert deaths > 8
 
 
 def names(folder):
@@ -153,3 +173,21 @@ def test_a_command_that_was_killed_while_it_wrote_can_be_given_again(features, t
     mocker.stopall()
     assert main(command) == 0
     assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("damage", ["pipe", "device"])
+def test_a_script_that_never_ends_is_refused(tmp_path, capsys, monkeypatch, damage):
+    script = tmp_path / "main_tip_finetune.py"
+    if damage == "pipe":
+        os.mkfifo(script)
+    else:
+        script.symlink_to("/dev/zero")
+    monkeypatch.chdir(tmp_path)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    for command in (["patch", "."], ["run", script.name], ["capture", script.name, "--out", "f"]):
+        signal.alarm(20)
+        try:
+            assert main(command) == 2
+        finally:
+            signal.alarm(0)
+        assert "not a regular file" in capsys.readouterr().err

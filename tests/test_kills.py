@@ -6,7 +6,6 @@ EZHOI_DIFFUSION_KILLS=100 asks for that many random kills of each kind instead o
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import random
 import signal
@@ -14,7 +13,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -30,6 +28,7 @@ from ezhoi_diffusion.training.checkpoint import read_newest
 from ezhoi_diffusion.training.processes import exit_distributed
 from ezhoi_diffusion.training.trainer import TrainingError, train
 from helpers import TESTS, crash
+from helpers.kills import ended, processes, serve
 from helpers.miniature import MINIATURE, ezhoi_flags, free_port, launch
 from helpers.stores import META, D, image
 from helpers.trainings import QUICK, equal, low_rank, weights
@@ -46,16 +45,7 @@ TEXT = torch.randn(7, D, generator=torch.Generator().manual_seed(0))
 # nearly all of the time goes into saving
 SAVING = replace(QUICK, train_steps=8, checkpoint_every=2, val_every=3)
 
-processes = multiprocessing.get_context("forkserver")  # each run a fresh process, the imports paid once
-processes.set_forkserver_preload([__name__])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _server():
-    """Start it where it finds this module: it does not look along sys.path."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join((str(TESTS), *sys.path)))
-        forkserver.ensure_running()
+_server = pytest.fixture(scope="module", autouse=True)(serve)
 
 
 def capture(folder: Path, pause: float = 0.0) -> None:
@@ -85,12 +75,6 @@ def started(work, folder: Path, call: int | None = None):
     process = processes.Process(target=job, args=(work, folder, call))
     process.start()
     return process
-
-
-def ended(process) -> int:
-    process.join(120)
-    assert process.exitcode is not None, "a run hangs"
-    return process.exitcode
 
 
 def wait_until(happened, process) -> None:

@@ -341,3 +341,23 @@ def test_the_pipeline_on_the_miniature(small_world, checkpoint, tmp_path):
     third = run("--train-steps", "12", *quick)
     assert third.returncode == 0, third.stderr
     assert "4 of 6 steps ran" in third.stdout
+
+
+def test_killed_when_a_result_is_there_and_not_in_the_record_it_is_not_made_again(tmp_path, commands, monkeypatch):
+    """`tune` would refuse the folder, and take hours again."""
+    steps = [Step("a", "first", tmp_path / "out" / "a", ["a", str(tmp_path / "out" / "a")], {}, whole=True)]
+
+    class Killed(BaseException):
+        pass
+
+    def die(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Record, "finish", die)
+        with pytest.raises(Killed):
+            run_steps(steps, tmp_path / "out")
+    assert run_steps(steps, tmp_path / "out") == 0
+    assert names(commands) == "a"
+    assert run_steps(steps, tmp_path / "out") == 0
+    assert names(commands) == ""

@@ -14,7 +14,7 @@ from ezhoi_diffusion.ezhoi.fingerprint import context_vectors
 from ezhoi_diffusion.ezhoi.tables import interaction_names, score_tables
 from ezhoi_diffusion.features.batch import FeatureBatch
 from ezhoi_diffusion.features.store import FeatureStoreError, is_captured
-from ezhoi_diffusion.features.writer import FeatureWriter, finish_store
+from ezhoi_diffusion.features.writer import FeatureWriter, clear_finished, finish_store
 from ezhoi_diffusion.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class CapturePlugin:
         }
         if is_captured(Path(run.args.capture), meta):
             if run.rank == 0:
+                clear_finished(Path(run.args.capture))
                 print(
                     f"capture: {run.args.capture} already holds this capture, finished. Delete the folder to capture again",
                     flush=True,

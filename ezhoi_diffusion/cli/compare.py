@@ -43,6 +43,7 @@ examples:
 BRIDGES = "none,identity,mean_shift,scale,diffusion"
 MIN_REPLICATES = 100
 NUM_TOP = 5  # best scored interactions of an image, in effect.json
+EMBEDDINGS = ("tsne", "umap")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +68,7 @@ def add_flags(parser: argparse.ArgumentParser, *, bridges: str, num_images: int 
     )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, help="draws the images (0)")
     group.add_argument(
-        "--embedding", choices=("tsne", "umap"), help="also draw a map of both modalities; umap needs umap-learn"
+        "--embedding", choices=EMBEDDINGS, help="also draw a map of both modalities; umap needs umap-learn"
     )
     group = parser.add_argument_group("how to score")
     group.add_argument(
@@ -243,7 +244,7 @@ def _show_effect(
         },
         **effect.to_dict(),
     }
-    with report_folder(args.out) as staged:
+    with report_folder(args.out, ["diffusion_effect.png", *(f"{name}.png" for name in EMBEDDINGS)]) as staged:
         write_json(staged / "effect.json", facts)
         has_pairs = drawn("the pairs", lambda: plot_effect(effect, staged / "diffusion_effect.png"))
         if args.embedding:

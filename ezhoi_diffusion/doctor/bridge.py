@@ -18,6 +18,7 @@ from ezhoi_diffusion.diffusion.denoiser import FittedDenoiser
 from ezhoi_diffusion.doctor.features import Contents
 from ezhoi_diffusion.doctor.finding import TRAIN, Finding, ok
 from ezhoi_diffusion.features.store import FeatureStore
+from ezhoi_diffusion.files import read_plain
 from ezhoi_diffusion.training.curve import unlearned
 from ezhoi_diffusion.training.distillation import MIN_COSINE
 
@@ -126,7 +127,7 @@ def _read_history(path: Path) -> tuple[list[dict[str, float]], str]:
     if not path.exists():
         return [], ""
     try:
-        found = json.loads(path.read_text())["history"]
+        found = json.loads(read_plain(path))["history"]
         records = [
             {str(key): float(value) for key, value in record.items() if not isinstance(value, list)} for record in found
         ]

@@ -17,6 +17,7 @@ from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.ezhoi.capture_pass import CLIP_SUFFIXES, CaptureError, default_split, find_clip_folder
 from ezhoi_diffusion.ezhoi.launch import LaunchError, read_flags
 from ezhoi_diffusion.ezhoi.limits import cannot_run
+from ezhoi_diffusion.files import read_plain
 from ezhoi_diffusion.guide.reading import GuideFileError, read_untrusted, to_tensor
 
 FILES = ("pretrained", "resume", "resume_part", "clip_dir_vit", "self_image_path")
@@ -102,7 +103,7 @@ def check_data(args: argparse.Namespace) -> Iterator[Finding]:
     for split, partition in partitions.items():
         file = root / f"instances_{partition}.json"
         try:
-            content = json.loads(file.read_text())
+            content = json.loads(read_plain(file))
             empty = set(content["empty"])
             names[split] = [name for i, name in enumerate(content["filenames"]) if i not in empty]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -247,7 +248,7 @@ def _check_name_and_args(args: argparse.Namespace, path: Path) -> Iterator[Findi
             f"--zs --zs_type {named[-1]}, if it was trained for that: otherwise unseen classes are seen ones",
         )  # fmt: skip
     try:
-        trained = json.loads((path.parent / "args.txt").read_text())
+        trained = json.loads(read_plain(path.parent / "args.txt"))
         differing = {
             k: trained[k] for k in TRAINED_FLAGS if k in trained and trained[k] != getattr(args, k, trained[k])
         }

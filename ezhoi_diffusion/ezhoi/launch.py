@@ -24,6 +24,7 @@ from ezhoi_diffusion.ezhoi.flags import add_missing_arguments
 from ezhoi_diffusion.ezhoi.limits import refuse_unsupported
 from ezhoi_diffusion.ezhoi.replaced import replaced
 from ezhoi_diffusion.ezhoi.single_image import check_flags, single_images
+from ezhoi_diffusion.files import read_plain
 from ezhoi_diffusion.signals import passed_to_children
 
 FACTORY, ENGINE, DATASET = "build_detector", "CustomisedDLE", "DataFactory"  # EZ-HOI's names
@@ -53,7 +54,7 @@ class EzHoiScript:
             LaunchError: It cannot be read, is not Python, or does not import build_detector.
         """
         try:
-            tree = ast.parse(path.read_bytes(), str(path))  # bytes may have a BOM or a coding cookie, as for python
+            tree = ast.parse(read_plain(path), str(path))  # bytes may have a BOM or a coding cookie, as for python
         except OSError as error:
             raise LaunchError(
                 f"{path} cannot be read ({error}): run this from the EZ-HOI folder, as you run the script"

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
-from ezhoi_diffusion.files import write_atomic
+from ezhoi_diffusion.files import read_plain, write_atomic
 
 MARK = "  # added by ezhoi-diffusion patch; --revert removes it"
 FACTORY = "build_detector"
@@ -84,7 +84,7 @@ def read_script(folder: Path) -> tuple[Path, bytes]:
     """
     path = folder / description()[0]
     try:
-        script, data = path.resolve(), path.read_bytes()
+        script, data = path.resolve(), read_plain(path)
         staged = _staged(script)
         for left in (staged, *staged.parent.glob(f".{escape(staged.name)}.*.tmp")):
             left.unlink(missing_ok=True)

@@ -27,6 +27,7 @@ from ezhoi_diffusion.features.store import (
 )
 from ezhoi_diffusion.files import (
     leftovers,
+    make_folder,
     new_folder,
     read_json,
     read_tensors,
@@ -69,7 +70,7 @@ class FeatureWriter:
         self.rows_per_shard = rows_per_shard
         self.seconds_per_shard = seconds_per_shard
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             with ExitStack() as undo:
                 undo.enter_context(locked(folder, FeatureStoreError, f"{LOCK}-{rank:03d}"))
                 self._open({"schema": SCHEMA, **meta})
@@ -214,12 +215,32 @@ def _merge(folder: Path) -> None:
     }
     try:
         write_json(folder / INDEX, index)
-        for path in (*entries, (folder / EZHOI).with_suffix(".json"), *leftovers(folder)):
-            path.unlink(missing_ok=True)  # the index has their content
+        for path in _superseded(folder):
+            path.unlink(missing_ok=True)
     except OSError as error:
         raise FeatureStoreError(
             f"{folder} could not take {INDEX} ({error}): free space there and run the same command again"
         ) from error
+
+
+def clear_finished(folder: Path) -> None:
+    """Remove what a capture has left that was killed after it wrote the index. Raises FeatureStoreError where it still runs."""
+    try:
+        for lock in folder.glob(f"{LOCK}*"):
+            with locked(folder, FeatureStoreError, lock.name):
+                pass
+        for path in _superseded(folder):
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise FeatureStoreError(
+            f"{folder} is finished, and what a killed capture left there stays ({error})"
+        ) from error
+
+
+def _superseded(folder: Path) -> list[Path]:
+    """Files whose content the index has, and temporary ones."""
+    entries = folder.glob("shard-[0-9][0-9][0-9]-*.json")
+    return [*entries, *folder.glob(Path(EZHOI).with_suffix(".json").name), *leftovers(folder)]
 
 
 def write_imported(

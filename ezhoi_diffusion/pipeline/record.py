@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
-from ezhoi_diffusion.files import read_json, sha256, write_json
+from ezhoi_diffusion.files import leftovers, read_json, sha256, write_json
 
 FILE = "pipeline.json"
 TRANSIENT = ("checkpoints", "trackers")  # parts of a step's folder that no later step reads
+REMOVED = ".removed-"
 INTERRUPTED = "continues where it was interrupted"
 
 
@@ -39,6 +40,7 @@ class Step:
         inputs: What its result depends on, name -> JSON.
         after: Names of steps whose output it reads.
         resume: Flags with which an interrupted command continues.
+        whole: The command makes its folder whole or not at all, so a folder that is there is a result.
     """
 
     name: str
@@ -48,12 +50,13 @@ class Step:
     inputs: Mapping[str, Any]
     after: Sequence[str] = ()
     resume: Sequence[str] = ()
+    whole: bool = False
 
 
 class Record:
     """pipeline.json: name of a step -> its `inputs`, and once it is done `output` (a digest) and `files`.
 
-    `kept` is the same for the result that is kept aside.
+    `kept` is the same for the result that is kept aside. Only the holder of the folder's lock may make a Record.
 
     Raises:
         PipelineError: The folder is another one's, or the record cannot be read.
@@ -63,6 +66,8 @@ class Record:
         self._out, self._path = out, out / FILE
         remedy = f"give another --out, or delete {out} to start again"
         self._steps: dict[str, dict[str, Any]] = {}
+        for path in (*leftovers(out), *out.glob(f"{REMOVED}*")):  # of a killed pipeline
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         if self._path.exists():
             self._steps = read_json(self._path, PipelineError, remedy).get("steps", {})
             if not all(isinstance(step, dict) and "inputs" in step for step in self._steps.values()):
@@ -101,7 +106,7 @@ class Record:
         kept = record.get("kept")
         if fresh and step.folder.exists():
             if record.get("output") is None:
-                shutil.rmtree(step.folder)
+                self._delete(step.folder)
             else:
                 shutil.rmtree(self._aside(step), ignore_errors=True)
                 step.folder.rename(self._aside(step))
@@ -121,11 +126,20 @@ class Record:
             return
         kept = record.get("kept")
         if kept is not None and kept["inputs"] == inputs:
-            shutil.rmtree(step.folder, ignore_errors=True)
+            if step.folder.exists():
+                self._delete(step.folder)
             self._write(step, kept)
             aside.rename(step.folder)
         elif record["output"] is not None and not step.folder.exists():  # killed between a rename and the record of it
             aside.rename(step.folder)
+        elif record["output"] is not None:  # killed while `finish` deleted it
+            shutil.rmtree(aside)
+
+    def _delete(self, folder: Path) -> None:
+        """Delete a folder. A kill leaves no part of it under its name."""
+        removed = self._out / f"{REMOVED}{folder.name}"
+        folder.rename(removed)
+        shutil.rmtree(removed)
 
     def _aside(self, step: Step) -> Path:
         return self._out / f".old-{step.name}"

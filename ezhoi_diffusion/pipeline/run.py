@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ezhoi_diffusion.errors import Interrupted
+from ezhoi_diffusion.files import make_folder
 from ezhoi_diffusion.locks import locked
 from ezhoi_diffusion.pipeline.record import INTERRUPTED, PipelineError, Record, Step
 
@@ -34,9 +35,9 @@ def run_steps(steps: Sequence[Step], out: Path) -> int:
         PipelineError: `out` holds something else, is in use, or cannot be written.
     """
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        record = Record(out)
+        make_folder(out)
         with locked(out, PipelineError):
+            record = Record(out)
             return sum(
                 [
                     _run_step(step, f"[{number}/{len(steps)}] {step.title}", record)
@@ -52,6 +53,10 @@ def _run_step(step: Step, head: str, record: Record) -> bool:
     reason = record.reason(step)
     if reason is None:
         print(f"{head}: up to date ({step.folder})", flush=True)
+        return False
+    if reason == INTERRUPTED and step.whole and step.folder.exists():
+        print(f"{head}: was finished when it was interrupted ({step.folder})", flush=True)
+        record.finish(step)
         return False
     print(f"{head}: {reason}", flush=True)
     record.begin(step, fresh=reason != INTERRUPTED)

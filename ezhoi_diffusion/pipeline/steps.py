@@ -80,6 +80,7 @@ def make_steps(
             TUNED, "choose bridges and settings by cross-validation on training images", tuned,
             ["tune", str(features), "--bridge", str(bridge), "--out", str(tuned), "--folds", str(folds), *blocked],
             {**package, "folds": folds, "plugins with bridges": bridge_plugins(given["no_plugin"])}, ["features", "bridge"],
+            whole=True,
         ),
         capture(test_features, "test"),
         Step(
@@ -144,7 +145,7 @@ def source_digest(script: Path) -> str:
     digest, folder = hashlib.sha256(), script.resolve().parent
     for path in sorted(folder.rglob("*.py")):
         name = path.relative_to(folder)
-        if any(part.startswith(".") for part in name.parts):
+        if not path.is_file() or any(part.startswith(".") for part in name.parts):
             continue
         data = path.read_bytes()
         with contextlib.suppress(PatchError):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.comparison import Comparison
-from ezhoi_diffusion.files import replaced_files, write_atomic, write_json
+from ezhoi_diffusion.files import make_folder, replaced_files, write_atomic, write_json
 from ezhoi_diffusion.locks import locked
 from ezhoi_diffusion.report.headline import headline
 from ezhoi_diffusion.report.png import drawn
@@ -30,16 +30,24 @@ PICTURES = {  # file -> pictures in it
 
 
 @contextmanager
-def report_folder(folder: Path) -> Iterator[Path]:
+def report_folder(folder: Path, pictures: Sequence[str] = ()) -> Iterator[Path]:
     """Yield a folder to write into; its files replace those in `folder` together, once nobody else writes there.
+
+    Args:
+        folder: The report's folder.
+        pictures: Files that may be missing this time; those of an earlier report are then removed.
 
     Raises:
         EzhoiDiffusionError: The disk refuses.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder, EzhoiDiffusionError, wait=True), replaced_files(folder) as staged:
-            yield staged
+        make_folder(folder)
+        with locked(folder, EzhoiDiffusionError, wait=True):
+            with replaced_files(folder) as staged:
+                yield staged
+                missing = [name for name in pictures if not (staged / name).exists()]
+            for name in missing:
+                (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise EzhoiDiffusionError(
             f"{folder} cannot hold results ({error}): give another folder, or free space there"
@@ -63,13 +71,11 @@ def write_report(comparison: Comparison, folder: Path, notes: Sequence[str] = ()
     has_pictures = drawn("the report's pictures", draw)
     found = headline(comparison)
     said = {"headline": found.text, "details": found.details, "notes": [*notes]}
-    with report_folder(folder) as staged:
+    with report_folder(folder, [f"{name}.png" for name in PICTURES]) as staged:
         write_json(staged / "report.json", {**said, **comparison.to_dict()})
         for name, parts in PICTURES.items():
             if drawings := [drawing for part in parts for _, drawing in made.get(part, [])]:
                 write_atomic(staged / f"{name}.png", png(joined(drawings)))
-            else:
-                (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier report
         inline = {name: [(panel.alt, png(drawing)) for panel, drawing in panels] for name, panels in made.items()}
         write_atomic(staged / "report.html", page(comparison, inline, notes).encode(errors="xmlcharrefreplace"))
     beside = ", its pictures beside it" if has_pictures else ""

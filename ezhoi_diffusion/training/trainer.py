@@ -15,7 +15,7 @@ from ezhoi_diffusion.diffusion.bridge import build_denoiser
 from ezhoi_diffusion.diffusion.components import Components
 from ezhoi_diffusion.diffusion.denoiser import FittedDenoiser
 from ezhoi_diffusion.errors import Interrupted
-from ezhoi_diffusion.files import current, leftovers
+from ezhoi_diffusion.files import current, leftovers, make_folder
 from ezhoi_diffusion.locks import locked
 from ezhoi_diffusion.signals import asked_to_stop
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
@@ -81,7 +81,7 @@ def train(
     if not isinstance(denoiser, FittedDenoiser):
         loop = TrainingLoop(accelerator, data, config, out, denoiser, registry)
     try:
-        broadcast_from_main(accelerator, lambda: out.mkdir(parents=True, exist_ok=True))
+        broadcast_from_main(accelerator, lambda: make_folder(out))
     except OSError as error:
         raise TrainingError(f"{out} cannot be written ({error}): give another folder") from error
     held = ExitStack()

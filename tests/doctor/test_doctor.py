@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pickle
 import re
 import shutil
+import signal
 import sys
 from collections import defaultdict
 from dataclasses import asdict, replace
@@ -480,6 +482,19 @@ def test_a_damaged_record_of_the_training_is_named(look, tmp_path, content):
     folder = write_bridge(tmp_path / "b")
     (folder / "training.json").write_text(content)
     one(look(folder), "bridge.history", "warning", "training.json", "nothing is said of its curve")
+
+
+def test_a_pipe_in_place_of_the_training_record_does_not_hold_the_doctor(look, tmp_path):
+    folder = tmp_path / "bridge"
+    write_bridge(folder)
+    os.mkfifo(folder / "training.json")
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.alarm(60)
+    try:
+        one(look(folder), "bridge.history", "warning", "training.json", "not a regular file")
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_bridge_that_costs_too_much_is_not_tried(look, tmp_path, trained, monkeypatch):

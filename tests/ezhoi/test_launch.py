@@ -105,9 +105,18 @@ def test_capture_is_repeatable_and_resumable(small_world, captured, tmp_path):
     again = FeatureStore(tmp_path / "again")
     assert torch.equal(again.adapter_feat(), captured[0].adapter_feat())
     assert again.fingerprint == captured[0].fingerprint
+    listed = {path.name for path in again.folder.iterdir()}
+    for left in (
+        ".lock-000",
+        "ezhoi.json",
+        "shard-000-00000.json",
+        ".index.json.7.tmp",
+    ):  # killed after the index was written
+        (again.folder / left).touch()
     done = launch(*flags, "--capture", str(tmp_path / "again"))
     assert done.returncode == 0, done.stderr
     assert "already holds this capture, finished" in done.stdout
+    assert {path.name for path in again.folder.iterdir()} == listed
     refused = launch(*flags, "--capture", str(tmp_path / "again"), "--max-images", "3")
     assert refused.returncode == 2
     assert "holds a finished capture" in refused.stderr

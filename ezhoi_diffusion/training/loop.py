@@ -23,16 +23,23 @@ from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
 from ezhoi_diffusion.diffusion.components import Components
 from ezhoi_diffusion.files import write_json
 from ezhoi_diffusion.training.batches import batch_indices, timesteps_and_noise
-from ezhoi_diffusion.training.checkpoint import flat, nested, read_newest, require_same_run, write_checkpoint
+from ezhoi_diffusion.training.checkpoint import (
+    flat,
+    nested,
+    read_newest,
+    require_same_run,
+    require_tensors,
+    write_checkpoint,
+)
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
 from ezhoi_diffusion.training.data import TrainingData, TrainingSet
+from ezhoi_diffusion.training.facts import FACTS
 from ezhoi_diffusion.training.loss import denoising_loss, scored_loss
 from ezhoi_diffusion.training.processes import broadcast_from_main, require_same_everywhere
 from ezhoi_diffusion.training.validation import Validation
 
 CHECKPOINTS = "checkpoints"
 BEST = "best"
-FACTS = "training.json"
 LOG_EVERY = 50
 VOTE_EVERY = 10  # steps between votes of several processes on whether to stop
 PROGRESS_SECONDS = 30.0  # between updates of the progress bar in a log
@@ -301,12 +308,13 @@ class TrainingLoop:
         tensors, state = found
         try:
             require_same_run(state, self.config, self.features.fingerprint)
+            require_tensors(tensors, self.network, self.ema, self.optimizer)
             self.network.load_state_dict(tensors["model"])
             self.ema.load_state_dict(tensors["ema"])
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": nested(tensors["optimizer"]), "param_groups": groups})
             if self.accelerator.scaler:
-                self.accelerator.scaler.load_state_dict(state["scaler"])
+                self.accelerator.scaler.load_state_dict(state["scaler"] or {})
             self.step, self.best, self.history = state["step"], state["best"], state["history"]
             self.best_weights = tensors["best"]
             self.saved_step = self.step
@@ -317,7 +325,7 @@ class TrainingLoop:
             self.scheduler = LambdaLR(self.optimizer, self.config.learning_rate_share, last_epoch=self.step - 1)
             self.stop_reason = self._reason_to_stop()
             before = state["config"]["train_steps"]
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (RuntimeError, ValueError) as error:
             raise TrainingError(
                 f"the newest checkpoint in {self.out / CHECKPOINTS} does not fit this network ({error}): remove it"
             ) from error

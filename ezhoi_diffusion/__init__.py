@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ezhoi_diffusion.hookspecs import hookimpl as hookimpl
     from ezhoi_diffusion.plugins import PluginManager as PluginManager
     from ezhoi_diffusion.report.hub_card import push_to_hub as push_to_hub
+    from ezhoi_diffusion.schema import TensorSpec as TensorSpec
 
 _WHERE = {
     "Artifact": "artifact",
@@ -55,6 +56,7 @@ _WHERE = {
     "PluginManager": "plugins",
     "EzHoiScore": "features.score",
     "SeenPairs": "features.labels",
+    "TensorSpec": "schema",
     "add_arguments": "ezhoi.flags",
     "attach": "ezhoi.attach",
     "hookimpl": "hookspecs",

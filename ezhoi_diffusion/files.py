@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.locks import LOCK, locked
+from ezhoi_diffusion.schema import json_problem
 
 STAGED, REPLACED = ".staged", ".replaced"
 COMMITTED = ".committed"
@@ -121,11 +122,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     return write_atomic(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
-def read_json(path: Path, error: type[EzhoiDiffusionError], remedy: str) -> dict[str, Any]:
+def read_json(path: Path, schema: Any, error: type[EzhoiDiffusionError], remedy: str) -> dict[str, Any]:
     """Read a JSON object that `write_json` wrote, without its checksum.
 
     Args:
         path: The file.
+        schema: What it holds, as a TypedDict. Entries that it does not name may be anything.
         error: The type to raise.
         remedy: What the user can do; ends the message.
 
@@ -143,8 +145,11 @@ def read_json(path: Path, error: type[EzhoiDiffusionError], remedy: str) -> dict
             raise error(f"{path} has no checksum: an older version wrote it, or it was edited; {remedy}")
         if not _is_unchanged(text, value):
             raise error(f"{path} was changed after it was written; {remedy}")
+        wrong = json_problem(value, schema)
     except (ValueError, RecursionError) as problem:
         raise error(f"{path} cannot be read ({problem}); {remedy}") from problem
+    if wrong:
+        raise error(f"{path} has a wrong entry: {wrong}; {remedy}")
     return value
 
 

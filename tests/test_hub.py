@@ -342,12 +342,12 @@ def test_a_config_that_names_other_files_is_refused_before_they_are_asked_for(
     hub, online, bridge, name, features_folder, file
 ):
     rewrite(bridge / "config.json", files={file: {"bytes": 1, "sha256": "0" * 64}})
-    with pytest.raises(BridgeError, match="does not describe a bridge: 'files' names"):
+    with pytest.raises(BridgeError, match=r"config\.json has a wrong entry.*`\$\.files`"):
         build_upload(bridge, name, card="")
     repository = hub.repositories[name] = fakehub.Repository()
     repository.commits[-1]["config.json"] = (bridge / "config.json").read_bytes()
     hub.served.clear()
-    assert "does not describe a bridge" in one_line(online("compare", features_folder, "--bridge", f"hf:{name}"))
+    assert "has a wrong entry" in one_line(online("compare", features_folder, "--bridge", f"hf:{name}"))
     assert {served.rpartition("/")[2] for served in hub.served} == {"config.json"}
 
 
@@ -358,7 +358,7 @@ def test_a_config_that_names_other_files_is_refused_before_they_are_asked_for(
         (lambda folder: (folder / "model.safetensors").write_bytes(b"short"), "where [0-9]+ were written"),
         (lambda folder: (folder / "config.json").write_text("{}"), "has no checksum"),
         (shutil.rmtree, "config.json cannot be read"),
-        (lambda folder: rewrite(folder / "config.json", bridge="a b"), "does not describe a bridge"),
+        (lambda folder: rewrite(folder / "config.json", bridge="a b"), "config.json has a wrong entry"),
         (lambda folder: rewrite(folder / "config.json", files=with_nan(folder)), "ctx.0 holds NaN or infinity"),
     ],
 )
@@ -366,6 +366,24 @@ def test_what_is_not_a_whole_artefact_is_not_pushed(bridge, capsys, harm, says):
     harm(bridge)
     assert main(["push", str(bridge), "user/name"]) == 2
     assert re.search(rf"^ezhoi-diffusion: error: .*{says}.*\n$", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"denoiser": "nobody"}, "nobody"),
+        ({"denoiser_options": {"width": 17}}, "model.safetensors: it lacks blocks.1"),
+        ({"num_timesteps": 2**70}, "num_timesteps"),
+    ],
+)
+def test_what_no_reader_takes_is_not_pushed(bridge, capsys, mocker, change, says):
+    """Every file is whole, and the bridge cannot be loaded."""
+    rewrite(bridge / "config.json", **change)
+    sent = mocker.patch("huggingface_hub.HfApi")
+    for flags in ([], ["--dry-run"]):
+        assert main(["push", str(bridge), "user/name", *flags]) == 2
+        assert says in capsys.readouterr().err
+    sent.assert_not_called()
 
 
 def test_a_bridge_whose_move_into_place_was_interrupted_is_pushed_whole(bridge):
@@ -379,7 +397,7 @@ def test_a_bridge_whose_move_into_place_was_interrupted_is_pushed_whole(bridge):
 
 def with_nan(folder: Path) -> dict:
     facts = write_tensors(folder / "context.safetensors", {"ctx.0": torch.tensor([float("nan")])})
-    return {**read_json(folder / "config.json", SharingError, "")["files"], "context.safetensors": facts}
+    return {**read_json(folder / "config.json", dict, SharingError, "")["files"], "context.safetensors": facts}
 
 
 @pytest.mark.parametrize(
@@ -605,7 +623,7 @@ def test_a_report_of_another_bridge_is_refused(bridge, tmp_path, capsys, content
     ],
 )
 def test_what_is_no_report_is_refused(bridge, tmp_path, content):
-    with pytest.raises(SharingError, match="not one of a comparison"):
+    with pytest.raises(SharingError, match=r"report\.json has a wrong entry"):
         model_card(bridge, read_report(report(tmp_path / "report", content)))
 
 

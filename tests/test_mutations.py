@@ -273,14 +273,14 @@ def renew_checksums(path: Path, facts=None) -> None:
     data = path.read_bytes()
     facts = facts or {"file": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     if (index := path.parent / "index.json").exists():
-        content = read_json(index, EzhoiDiffusionError, "")
+        content = read_json(index, dict, EzhoiDiffusionError, "")
         if path.name == "ezhoi.safetensors":
             rewrite(index, ezhoi=facts)
         else:
             rewrite(index, shards=[{**s, **facts} if s["file"] == path.name else s for s in content["shards"]])
         return
     index, key = (path.parent / "manifest.json", path.stem) if path.parent.name.startswith("step") else (path.parent / "config.json", path.name)  # fmt: skip
-    files = read_json(index, EzhoiDiffusionError, "")["files"]
+    files = read_json(index, dict, EzhoiDiffusionError, "")["files"]
     rewrite(index, files={**files, key: facts})
 
 
@@ -294,16 +294,16 @@ def put(value, *where):
 
 def meta(store: Path, **changes) -> None:
     rewrite(store / "meta.json", **changes)
-    rewrite(store / "index.json", meta=read_json(store / "meta.json", EzhoiDiffusionError, ""))
+    rewrite(store / "index.json", meta=read_json(store / "meta.json", dict, EzhoiDiffusionError, ""))
 
 
 def shards(store: Path, **changes) -> None:
-    found = read_json(store / "index.json", EzhoiDiffusionError, "")["shards"]
+    found = read_json(store / "index.json", dict, EzhoiDiffusionError, "")["shards"]
     rewrite(store / "index.json", shards=[{**found[0], **changes}, *found[1:]])
 
 
 def images(store: Path, **changes) -> None:
-    found = read_json(store / "index.json", EzhoiDiffusionError, "")["shards"][0]["images"]
+    found = read_json(store / "index.json", dict, EzhoiDiffusionError, "")["shards"][0]["images"]
     shards(store, images=[{**found[0], **changes}, *found[1:]])
 
 
@@ -337,8 +337,8 @@ WRONG_STORES = {
     "rows of three dimensions": (rows(adapter_feat=lambda x: x[None]), "adapter_feat"),
     "half precision": (rows(adapter_feat=lambda x: x.half()), "adapter_feat"),
     "double precision": (rows(adapter_feat=lambda x: x.double()), "adapter_feat"),
-    "no rows at all": (rows(adapter_feat=None), "it holds"),
-    "no labels": (rows(labels=None), "it holds"),
+    "no rows at all": (rows(adapter_feat=None), "it lacks adapter_feat"),
+    "no labels": (rows(labels=None), "it lacks labels"),
     "a tensor too many": (rows(mine=torch.ones(1)), "mine"),
     "labels that are numbers": (rows(labels=lambda x: x.float()), "labels"),
     "labels of fewer rows": (rows(labels=lambda x: x[1:]), "labels"),
@@ -347,6 +347,12 @@ WRONG_STORES = {
     "pairing of one column": (rows(pairing=lambda x: x[:, :1]), "pairing"),
     "fewer boxes": (rows(boxes=lambda x: x[1:]), "boxes"),
     "other annotations": (rows(gt_hoi=lambda x: x[1:]), "gt_hoi"),
+    "boxes that end before they begin": (rows(boxes=lambda x: x.flip(1)), "end before they begin"),
+    "annotated boxes that end before they begin": (rows(gt_boxes=lambda x: x.flip(2)), "end before they begin"),
+    "boxes of the size of a galaxy": (rows(boxes=put(1e20, 0, 2)), "boxes has values"),
+    "scores above 1": (rows(scores=put(1.5, 0)), "scores has values"),
+    "object classes below zero": (rows(objects=put(-1, 0)), "objects has values"),
+    "an image of no size": (rows(sizes=put(0, 0, 0)), "sizes has values"),
     "NaN in the text": (ezhoi(text=put(torch.nan, 0, 0)), "ezhoi.safetensors"),
     "text of another width": (ezhoi(text=lambda x: x[:, :8].contiguous()), "adapter_feat"),
     "text of no row": (ezhoi(text=lambda x: x[:0]), "text"),
@@ -360,20 +366,21 @@ WRONG_STORES = {
     "no split": (lambda s: meta(s, split=None), "split"),
     "a fingerprint that is a number": (lambda s: meta(s, fingerprint=3), "fingerprint"),
     "a meta of another capture": (lambda s: rewrite(s / "meta.json", max_images=3), "meta.json"),
-    "a schema of the future": (lambda s: rewrite(s / "index.json", schema=99), "schema 99"),
-    "no shards": (lambda s: rewrite(s / "index.json", shards=[], rows=0, images=0), "damaged"),
-    "shards that are a text": (lambda s: rewrite(s / "index.json", shards="all"), "damaged"),
+    "a schema of the future": (lambda s: rewrite(s / "index.json", schema=99), "$.schema"),
+    "no shards": (lambda s: rewrite(s / "index.json", shards=[], rows=0, images=0), "index.json has a wrong entry"),
+    "shards that are a text": (lambda s: rewrite(s / "index.json", shards="all"), "$.shards"),
     "one shard twice": (
-        lambda s: rewrite(s / "index.json", shards=read_json(s / "index.json", EzhoiDiffusionError, "")["shards"][:1] * 2),
+        lambda s: rewrite(s / "index.json", shards=read_json(s / "index.json", dict, EzhoiDiffusionError, "")["shards"][:1] * 2),
         "images",
     ),
-    "a shard elsewhere": (lambda s: shards(s, file="../secret.safetensors"), "secret"),
-    "a shard of -1 bytes": (lambda s: shards(s, bytes=-1), SHARDS[0]),
-    "a shard without a hash": (lambda s: shards(s, sha256=None), SHARDS[0]),
-    "a shard without images": (lambda s: shards(s, images=[]), "damaged"),
-    "rows that do not add up": (lambda s: shards(s, rows=99), "damaged"),
-    "rows below zero": (lambda s: images(s, rows=-3), "damaged"),
-    "rows that are not whole": (lambda s: images(s, rows=3.0), "damaged"),
+    "a shard elsewhere": (lambda s: shards(s, file="../secret.safetensors"), "$.shards[0].file"),
+    "a shard of -1 bytes": (lambda s: shards(s, bytes=-1), "$.shards[0].bytes"),
+    "a shard without a hash": (lambda s: shards(s, sha256=None), "$.shards[0].sha256"),
+    "a shard without images": (lambda s: shards(s, images=[]), "$.shards[0].images"),
+    "rows that do not add up": (lambda s: shards(s, rows=99), "has 99 rows, its images 8"),
+    "rows below zero": (lambda s: images(s, rows=-3), "$.shards[0].images[0].rows"),
+    "rows that are not whole": (lambda s: images(s, rows=3.0), "$.shards[0].images[0].rows"),
+    "images too many for the file": (lambda s: images(s, boxes=2**40), "too few for"),
     "images in another order": (lambda s: images(s, index=5), "order"),
     "an image whose name is a list": (lambda s: images(s, name=["a"]), "name"),
     "the other store's text": (lambda s: shutil.copy(s.parent / "other" / "ezhoi.safetensors", s), "ezhoi.safetensors"),
@@ -434,7 +441,7 @@ def test_a_bridge_with_a_right_checksum_and_wrong_contents(made, tmp_path, what)
 
 
 def state(checkpoint: Path, **changes) -> None:
-    found = read_json(checkpoint / "manifest.json", EzhoiDiffusionError, "")["state"]
+    found = read_json(checkpoint / "manifest.json", dict, EzhoiDiffusionError, "")["state"]
     rewrite(checkpoint / "manifest.json", state={k: v for k, v in {**found, **changes}.items() if v is not ...})
 
 
@@ -446,6 +453,8 @@ WRONG_CHECKPOINTS = {
     "files that are a list": lambda c: rewrite(c / "manifest.json", files=["model"]),
     "facts that are a text": lambda c: rewrite(c / "manifest.json", files={"model": "whole"}),
     "no state": lambda c: rewrite(c / "manifest.json", state=None),
+    "no history": lambda c: state(c, history=...),
+    "no configuration": lambda c: state(c, config=...),
 }  # fmt: skip
 
 
@@ -462,8 +471,6 @@ def test_a_checkpoint_with_a_right_checksum_and_wrong_contents_is_skipped(made, 
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        (lambda c: state(c, history=...), "history"),
-        (lambda c: state(c, config=...), "config"),
         (lambda c: state(c, data_sha256="other"), "other features"),
         (lambda c: change(c / "model.safetensors", mine=torch.ones(3)), "mine"),
         (lambda c: change(c / "optimizer.safetensors", mine=torch.ones(3)), "checkpoint"),
@@ -520,7 +527,7 @@ def write_all(folder: Path) -> torch.Tensor:
     from ezhoi_diffusion.features.writer import finish_store
 
     writer = FeatureWriter(folder, META, rows_per_shard=1)
-    writer.keep_ezhoi_tensors({"text": torch.ones(7, D), "more": torch.ones(9_000)})
+    writer.keep_ezhoi_tensors({"text": torch.ones(7, D), "context/more": torch.ones(9_000)})
     for batch in IMAGES:
         writer.add(batch)
     writer.flush()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +21,7 @@ from ezhoi_diffusion.rng import generator
 from ezhoi_diffusion.testing.synthetic import clip_like_features
 from ezhoi_diffusion.training.config import TrainConfig
 from ezhoi_diffusion.training.data import TrainingData
+from ezhoi_diffusion.training.facts import read_facts
 from ezhoi_diffusion.training.trainer import train
 
 DIM, NUM_TEXTS = 512, 212  # ViT-B's width, and EZ-HOI's texts with its unseen-verb split
@@ -90,7 +90,7 @@ def trained(
     with TemporaryDirectory() as folder, silently():
         for denoiser in (config.denoiser, "gaussian"):
             out = train(data, replace(config, denoiser=denoiser), Path(folder) / denoiser, registry=registry)
-            facts.append(json.loads((out / "training.json").read_text()))
+            facts.append(read_facts(out))
             bridges.append(DiffusionBridge.from_pretrained(out, registry=registry, device=device))
     (bridge, gaussian), (own, exact) = bridges, facts
     losses = {record["step"]: record["val_loss"] for record in own["history"] if "val_loss" in record}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 DESCRIPTION = """\
 Upload a bridge to the Hugging Face Hub in one commit: config.json, its safetensors files and a model card. Nothing else of the
-folder is sent. An incomplete bridge is refused. Look first with --dry-run, which needs no network."""
+folder is sent. A bridge that cannot be loaded is refused. Look first with --dry-run, which needs no network."""
 EPILOG = """\
 the model card (README.md), written from the files:
   results        the table of --report, as a gain, a loss or neither; without --report it says that nothing was measured. A
@@ -46,8 +46,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Upload, or show what would be uploaded."""
     from ezhoi_diffusion.hub import PREFIX, build_upload, push
-    from ezhoi_diffusion.report.hub_card import model_card, read_report
+    from ezhoi_diffusion.report.hub_card import model_card, read_report, require_loadable
 
+    require_loadable(args.bridge)
     report = None if args.report is None else read_report(args.report)
     card = model_card(args.bridge, report, repo_id=args.repository, license=args.license)
     if args.dry_run:

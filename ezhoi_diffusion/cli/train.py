@@ -313,8 +313,9 @@ def _report_training(out: Path, *, memorizes: bool) -> None:
     from ezhoi_diffusion.report.plots import plot_training
     from ezhoi_diffusion.report.png import drawn
     from ezhoi_diffusion.training.curve import notes
+    from ezhoi_diffusion.training.facts import read_facts
 
-    facts = json.loads((out / "training.json").read_text())
+    facts = read_facts(out)
     if not facts["history"]:
         compared = (
             "which says nothing: it only knows the texts it was fitted to"

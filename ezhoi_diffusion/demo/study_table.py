@@ -10,7 +10,8 @@ from typing import Any
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.comparison import REFERENCE
-from ezhoi_diffusion.files import read_json, write_atomic, write_json
+from ezhoi_diffusion.evaluation.results import read_comparison
+from ezhoi_diffusion.files import write_atomic, write_json
 
 GROUPS = ("full", "unseen", "seen")
 LEVEL = 0.95
@@ -81,7 +82,7 @@ class Estimate:
 
 def read_run(report: Path, seed: int, split: str, names: Mapping[str, str]) -> Run:
     """Read what `compare` wrote. names: what the report calls a bridge -> its name in the study."""
-    content = read_json(report, EzhoiDiffusionError, "delete the folder and run the study again")
+    content = read_comparison(report, EzhoiDiffusionError, "delete the folder and run the study again")
     variants = {}
     for one in content["variants"]:
         found = (one["bootstrap"] or {}).get("over", {}).get(REFERENCE, {})

@@ -13,7 +13,7 @@ from torch import Tensor
 from ezhoi_diffusion.artifact import Artifact, read_config
 from ezhoi_diffusion.bridge import Bridge, BridgeError
 from ezhoi_diffusion.diffusion.artifact import STATISTICS, read_artifact
-from ezhoi_diffusion.features.statistics import ModalityStatistics
+from ezhoi_diffusion.features.statistics import TABLE, ModalityStatistics
 from ezhoi_diffusion.features.store import FeatureStore
 
 if TYPE_CHECKING:
@@ -64,11 +64,8 @@ class MeanShift(Bridge):
     def from_pretrained(cls, folder: Path) -> MeanShift:
         """Take the means in `folder`: of a fit, or those stored with a diffusion bridge. Raises BridgeError."""
         fitted = read_config(folder)["bridge"] == MEAN_SHIFT
-        artifact = Artifact.load(folder, MEAN_SHIFT) if fitted else read_artifact(folder)[1]
-        try:
-            statistics = ModalityStatistics.from_tensors(artifact.files[STATISTICS])
-        except (KeyError, TypeError, ValueError) as error:
-            raise BridgeError(f"{folder / STATISTICS} holds no statistics ({error}): train the bridge again") from error
+        artifact = Artifact.load(folder, MEAN_SHIFT, {STATISTICS: TABLE}) if fitted else read_artifact(folder)[1]
+        statistics = ModalityStatistics.from_tensors(artifact.files[STATISTICS])
         if not statistics.visual_known:
             raise BridgeError(
                 f"mean_shift needs the visual mean, and {folder} was imported without one: import it together with the file "

@@ -25,6 +25,7 @@ from ezhoi_diffusion.diffusion.timesteps import make_timesteps
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.features.statistics import ModalityStatistics
 from ezhoi_diffusion.hub import resolve_path
+from ezhoi_diffusion.schema import table_of, tensors_problem
 
 if TYPE_CHECKING:
     from ezhoi_diffusion.features.batch import Pairs
@@ -271,6 +272,9 @@ class DiffusionBridge(Bridge):
         try:
             with torch.random.fork_rng(devices=[]):
                 denoiser = build_denoiser(config, registry)
+            problem = tensors_problem(artifact.files[MODEL], table_of(denoiser.state_dict()))
+            if problem:
+                raise ValueError(f"{MODEL}: {problem}")
             denoiser.load_state_dict(artifact.files[MODEL])
             bridge = cls(
                 config,
@@ -281,6 +285,6 @@ class DiffusionBridge(Bridge):
                 context=artifact.context,
                 chunk_size=chunk_size,
             )
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, EzhoiDiffusionError) as error:
+        except (RuntimeError, TypeError, ValueError, EzhoiDiffusionError) as error:  # of a denoiser of a plugin, too
             raise BridgeError(f"the artefact in {folder} cannot be used: {error}") from error
         return bridge.to(device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -17,10 +16,12 @@ from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
 from ezhoi_diffusion.diffusion.denoiser import FittedDenoiser
 from ezhoi_diffusion.doctor.features import Contents
 from ezhoi_diffusion.doctor.finding import TRAIN, Finding, ok
+from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.features.store import FeatureStore
-from ezhoi_diffusion.files import read_plain
+from ezhoi_diffusion.schema import json_problem
 from ezhoi_diffusion.training.curve import unlearned
 from ezhoi_diffusion.training.distillation import MIN_COSINE
+from ezhoi_diffusion.training.facts import FACTS, Losses, read_facts
 
 NUM_EFFECT, MIN_EFFECT = 512, 8  # features to try; fewer say nothing
 MAX_SECONDS = 10.0
@@ -86,13 +87,15 @@ def check_training(bridge: DiffusionBridge, folder: Path) -> Iterator[Finding]:
         fix = f"compare it in your EZ-HOI run, or {TRAIN}"
         yield Finding(name, "note", "nothing is known of its training (imported?)", fix)
         return
+    wrong = json_problem(facts, Losses)
+    if wrong:
+        yield Finding(name, "problem", f"config.json has a wrong entry below provenance.training: {wrong}", TRAIN)
+        return
     loss, baseline = float(facts["val_loss"]), float(facts["isotropic_val_loss"])
     found = f"validation loss {loss:.5f}, and {baseline:.5f} of an estimate that knows no data"
-    history, damage = _read_history(folder / "training.json")
+    history, damage = _read_history(folder / FACTS)
     if damage:
-        yield Finding(
-            "bridge.history", "warning", f"{folder / 'training.json'} {damage}: nothing is said of its curve", TRAIN
-        )
+        yield Finding("bridge.history", "warning", f"nothing is said of the training's curve: {damage}", TRAIN)
     validations = [record["val_loss"] for record in history if "val_loss" in record]
     fitted = isinstance(bridge.denoiser, FittedDenoiser)
     if not math.isfinite(loss):
@@ -127,14 +130,9 @@ def _read_history(path: Path) -> tuple[list[dict[str, float]], str]:
     if not path.exists():
         return [], ""
     try:
-        found = json.loads(read_plain(path))["history"]
-        records = [
-            {str(key): float(value) for key, value in record.items() if not isinstance(value, list)} for record in found
-        ]
-        missing = [record for record in records if "loss" not in record]
-        return (records, "") if not missing else ([], "has a record without a loss")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return [], f"cannot be read ({type(error).__name__}: {error})"
+        return read_facts(path.parent)["history"], ""
+    except EzhoiDiffusionError as error:
+        return [], str(error)
 
 
 def check_features(bridge: DiffusionBridge, store: FeatureStore, contents: Contents) -> Iterator[Finding]:

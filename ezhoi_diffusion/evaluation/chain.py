@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ezhoi_diffusion.artifact import MEMBERS, Artifact, member_folders
+from ezhoi_diffusion.artifact import CONFIG, MEMBERS, Artifact, ArtifactConfig, MemberEntry, member_folders
 from ezhoi_diffusion.bridge import PROTOCOLS, Bridge, BridgeError
+from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.features.batch import Pairs
 
 CHAIN = "chain"
@@ -141,19 +142,28 @@ def save_chain(
     Artifact(kind, content, provenance=dict(provenance or {})).save(folder)  # last: without it the chain is not whole
 
 
-def load_members(folder: Path, kind: str, load: LoadMember) -> tuple[dict[str, Bridge], Artifact]:
+class ChainConfig(ArtifactConfig):
+    """config.json of a chain."""
+
+    members: list[MemberEntry]  # type: ignore[misc]  # required here, as PEP 705 will allow
+
+
+def load_members(
+    folder: Path, kind: str, load: LoadMember, schema: Any = ChainConfig
+) -> tuple[dict[str, Bridge], Artifact]:
     """The members of the chain in `folder` by name, with their settings, and the artefact of the chain itself.
 
     Raises:
         BridgeError: It is incomplete, changed, or of another kind.
     """
-    artifact = Artifact.load(folder, kind)
+    artifact = Artifact.load(folder, kind, {}, schema)
     members: dict[str, Bridge] = {}
-    if MEMBERS not in artifact.config:
-        raise BridgeError(f"{folder} does not say which bridges it chains: make it again")
     for inside, member in zip(member_folders(artifact.config), artifact.config[MEMBERS], strict=True):
         name = member["bridge"]
         if name in (kind, *members):
-            raise BridgeError(f"{folder} chains '{name}' twice, or itself: make it again")
-        members[name] = load(name, None if inside is None else folder / inside).override(**member["settings"])
+            raise BridgeError(f"{folder / CONFIG} chains '{name}' twice, or itself: make it again")
+        try:
+            members[name] = load(name, None if inside is None else folder / inside).override(**member["settings"])
+        except EzhoiDiffusionError as error:
+            raise BridgeError(f"{folder / CONFIG} chains '{name}', which cannot be used: {error}") from error
     return members, artifact

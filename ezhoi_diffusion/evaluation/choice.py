@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from typing_extensions import TypedDict
 
 from ezhoi_diffusion.artifact import Artifact
-from ezhoi_diffusion.bridge import Bridge, BridgeError
+from ezhoi_diffusion.bridge import Bridge
 from ezhoi_diffusion.errors import EzhoiDiffusionError
-from ezhoi_diffusion.evaluation.chain import ChainBridge, Member, load_members, own_settings, save_chain
+from ezhoi_diffusion.evaluation.chain import ChainBridge, ChainConfig, Member, load_members, own_settings, save_chain
 from ezhoi_diffusion.evaluation.tune import Candidates, Tuning
 from ezhoi_diffusion.evaluation.variants import SEED_PREFIX, load_bridge
 from ezhoi_diffusion.features.store import FeatureStore
@@ -47,6 +51,21 @@ def write_choice(folder: Path, tuning: Tuning, candidates: Candidates, store: Fe
         save_chain(inside, members, kind=TUNED, config=config, provenance=provenance)
 
 
+class Chosen(TypedDict):
+    """What `tune` chose, and why."""
+
+    name: str
+    helps: bool
+    why: str
+
+
+class TunedConfig(ChainConfig):
+    """config.json of a choice."""
+
+    chosen: Chosen
+    evidence: dict[str, Any]
+
+
 class TunedBridge(ChainBridge):
     """The chain that `tune` chose, as it was chosen: it has no settings. It is a baseline where `none` or one was chosen."""
 
@@ -61,7 +80,5 @@ def load_choice(folder: Path | None, plugins: PluginManager) -> TunedBridge:
     """Load what `tune` wrote into `folder`. Raises BridgeError, or EzhoiDiffusionError without a folder."""
     if folder is None:
         raise EzhoiDiffusionError("tuned needs the folder of a choice: run `ezhoi-diffusion tune`, then give tuned=DIR")
-    members, artifact = load_members(folder, TUNED, lambda name, inside: load_bridge(plugins, name, inside))
-    if not isinstance(artifact.config.get("chosen"), dict):
-        raise BridgeError(f"{folder} does not say what was chosen: run `ezhoi-diffusion tune` again")
+    members, artifact = load_members(folder, TUNED, functools.partial(load_bridge, plugins), TunedConfig)
     return TunedBridge(members, artifact)

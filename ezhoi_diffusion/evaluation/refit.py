@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import msgspec
 
 from ezhoi_diffusion.artifact import Artifact
 from ezhoi_diffusion.bridge import Bridge, BridgeError
 from ezhoi_diffusion.diffusion.artifact import BRIDGE as DIFFUSION
 from ezhoi_diffusion.diffusion.artifact import STATISTICS
 from ezhoi_diffusion.diffusion.components import components
-from ezhoi_diffusion.diffusion.recipes import Recipe
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.chain import own_settings
 from ezhoi_diffusion.evaluation.variants import Named, load_bridge, seed_folders
@@ -145,10 +146,8 @@ def _learn_again(artifact: Artifact, name: str, label: str, plugins: PluginManag
 
 def _train_config(stored: Mapping[str, Any], label: str) -> TrainConfig:
     try:
-        known = {one.name for one in fields(TrainConfig)}
-        values = {key: value for key, value in stored.items() if key in known}
-        return TrainConfig(**{**values, "recipe": Recipe(**stored["recipe"])})
-    except (EzhoiDiffusionError, KeyError, TypeError, ValueError) as error:
+        return msgspec.convert(stored, TrainConfig)
+    except (EzhoiDiffusionError, ValueError) as error:
         raise RefitError(f"'{label}' does not say how it was trained ({error}): train it again") from error
 
 

@@ -96,8 +96,13 @@ def known_bridges(plugins: PluginManager) -> Registry[Load]:
 def load_bridge(plugins: PluginManager, name: str, folder: Path | None) -> Bridge:
     """Load one registered bridge. Raises EzhoiDiffusionError for an unknown name, BridgeError where loading fails."""
     load = known_bridges(plugins)[name]
-    with torch_defaults(), attributed_to(f"loading bridge '{name}'", BridgeError):
-        bridge = as_bridge(load(folder))
+    try:
+        with torch_defaults(), attributed_to(f"loading bridge '{name}'", BridgeError):
+            bridge = as_bridge(load(folder))
+    except BridgeError as error:
+        if folder is None or str(folder) in str(error):
+            raise
+        raise BridgeError(f"{folder}: {error}") from error
     features = (bridge.provenance or {}).get("features")
     if isinstance(features, dict) and features.get("split") == "test" and bridge.protocol != "test-transductive":
         raise BridgeError(

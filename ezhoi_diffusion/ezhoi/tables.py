@@ -77,15 +77,15 @@ def score_tables(run: EzHoiRun, text: Tensor) -> dict[str, Tensor]:
     for index, targets in enumerate(objects):
         allowed[index, list(targets)] = True
     tables = {
-        "text": text,
-        "label": label,
-        "sample_lens": model.sample_lens_HO,
+        "text": text.float(),
+        "label": label.float(),
+        "sample_lens": model.sample_lens_HO.float(),
         "hyper_lambda": torch.tensor(float(model.hyper_lambda)),
         "object_to_target": allowed,
         "object_n_verb_to_interaction": score_lookup(run),
     }
     if hasattr(model, "logit_scale_HO"):  # absent where EZ-HOI predicts weights instead
-        tables["logit_scale"] = model.logit_scale_HO
+        tables["logit_scale"] = model.logit_scale_HO.float()
     selected = torch.as_tensor(getattr(model, "select_HOI_index", ()), dtype=torch.long)
     if run.args.dataset == "hicodet" and len(selected) == len(text):
         tables["text_interaction"] = selected

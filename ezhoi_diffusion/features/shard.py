@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
+from ezhoi_diffusion.features.contents import SHARD
+from ezhoi_diffusion.schema import box_problem, range_problem
 
 MAX_IMAGE_PAIRS = 512  # a nearly full shard still has room for an image of this many pairs
 LARGE = {"adapter_feat": torch.float32, "logits": torch.float32, "labels": torch.bool}
@@ -16,7 +18,7 @@ LARGE = {"adapter_feat": torch.float32, "logits": torch.float32, "labels": torch
 class Shard:
     """Images that become one shard. Large tensors are copied into buffers, which the next images reuse.
 
-    Copies from a GPU go into pinned memory, on EZ-HOI's stream. Only `keep_finite` waits for them.
+    Copies from a GPU go into pinned memory, on EZ-HOI's stream. Only `keep_valid` waits for them.
     """
 
     def __init__(self, rows: int) -> None:
@@ -52,12 +54,12 @@ class Shard:
             self._buffers[name] = found
         return found[begin:end].copy_(value, non_blocking=True)
 
-    def keep_finite(self) -> str | None:
-        """Drop the first image with NaN or infinity and all after it. Returns the problem, or None."""
+    def keep_valid(self) -> str | None:
+        """Drop the first image with a value that cannot be and all after it. Returns the problem, or None."""
         if self._copied is not None:
             self._copied.synchronize()
         for number, batch in enumerate(self.images):
-            problem = _not_finite(batch)
+            problem = _problem(batch)
             if problem:
                 del self.images[number:]
                 self.rows = sum(len(kept.pairs) for kept in self.images)
@@ -101,16 +103,14 @@ def _to_cpu(x: Tensor) -> Tensor:
     return x.to("cpu", copy=True, non_blocking=x.is_cuda)  # from a GPU this is pinned memory
 
 
-def _not_finite(batch: FeatureBatch) -> str | None:
-    """Describe the first tensor of an image that is not finite, or return None."""
-    if not torch.isfinite(batch.adapter_feat).all():
-        return f"image {batch.image} gave features that are not finite: does EZ-HOI score it without plugins?"
-    for name, value in (
-        ("logits", batch.logits),
-        ("boxes", batch.pairs.boxes),
-        ("scores", batch.pairs.scores),
-        ("gt_boxes", batch.gt_boxes),
-    ):
-        if not torch.isfinite(value).all():
-            return f"image {batch.image} has {name} that are not finite: check its annotation, and whether EZ-HOI scores it without plugins"
+def _problem(batch: FeatureBatch) -> str | None:
+    """Describe the first tensor of an image that no reader would take, or return None."""
+    tensors = {
+        "adapter_feat": batch.adapter_feat, "logits": batch.logits, "boxes": batch.pairs.boxes, "scores": batch.pairs.scores,
+        "gt_boxes": batch.gt_boxes,
+    }  # fmt: skip
+    for name, x in tensors.items():
+        problem = range_problem(name, x, SHARD[name], {}) or (box_problem(name, x) if "boxes" in name else None)
+        if problem:
+            return f"image {batch.image}: {problem}: check its annotation, and whether EZ-HOI scores it without plugins"
     return None

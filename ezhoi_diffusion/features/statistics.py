@@ -10,6 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ezhoi_diffusion.schema import TensorSpec
+
+TABLE = {  # of statistics.safetensors
+    "visual_mean": TensorSpec(torch.float32, "D", -1, 1),
+    "text_mean": TensorSpec(torch.float32, "D", -1, 1),
+    "rows": TensorSpec(torch.int64, "2", 0, 2**53),
+}
+
 
 def mean_resultant_length(blocks: Iterable[Tensor], mean: Tensor) -> float:
     """Norm of the mean of unit(unit(x) − mean) over all features: what they share beyond `mean`.
@@ -105,9 +113,6 @@ class ModalityStatistics:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> ModalityStatistics:
-        """Invert `tensors`. Raises KeyError where one is missing, ValueError for another dtype or shape."""
+        """Invert `tensors`, which fit `TABLE`."""
         visual_rows, text_rows = tensors["rows"].tolist()
-        for name in ("visual_mean", "text_mean"):
-            if tensors[name].dtype != torch.float32 or tensors[name].ndim != 1:
-                raise ValueError(f"{name} is {tensors[name].dtype} of shape {list(tensors[name].shape)}")
-        return cls(tensors["visual_mean"], tensors["text_mean"], int(visual_rows), int(text_rows))
+        return cls(tensors["visual_mean"], tensors["text_mean"], visual_rows, text_rows)

@@ -14,25 +14,70 @@ error. Its text_mean may be known without text features.
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import torch
 from torch import Tensor
+from typing_extensions import NotRequired, TypedDict
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.features.contents import ezhoi_problem, shard_problem
 from ezhoi_diffusion.features.statistics import ModalityStatistics
 from ezhoi_diffusion.files import read_json, read_tensors
+from ezhoi_diffusion.schema import Count, FileFacts
 
 SCHEMA = 2
 META, INDEX, EZHOI = "meta.json", "index.json", "ezhoi.safetensors"
 AGAIN = "capture again into a new folder"
-SHARD = re.compile(r"shard-(\d{3})-(\d{5})\.safetensors")
 COUNTED_BY = {  # the tensors of a shard that do not have one entry for each pair
     "sizes": "images", "boxes": "boxes", "scores": "boxes", "classes": "boxes", "gt_boxes": "annotations", "gt_hoi": "annotations",
 }  # fmt: skip
+
+
+class StoreMeta(TypedDict):
+    """meta.json: what was captured, from which run."""
+
+    schema: Literal[2]
+    split: Literal["train", "test"]
+    fingerprint: dict[str, Any]
+    max_images: NotRequired[Count | None]
+    clip_img_file: NotRequired[str | None]
+    processes: NotRequired[Count]
+    package: NotRequired[str]
+    interactions: NotRequired[list[str] | None]
+    imported: NotRequired[dict[str, Any]]
+
+
+class ImageEntry(TypedDict):
+    """One image of a shard, and how many of its pairs, boxes and annotations are there."""
+
+    index: Count
+    name: str | None
+    rows: Count
+    boxes: Count
+    annotations: Count
+
+
+class ShardEntry(FileFacts):
+    """One shard, in index.json or beside the file."""
+
+    file: Annotated[str, msgspec.Meta(pattern=r"^shard-\d{3}-\d{5}\.safetensors\Z")]
+    rows: Count
+    images: Annotated[list[ImageEntry], msgspec.Meta(min_length=1)]
+
+
+class StoreIndex(TypedDict):
+    """index.json."""
+
+    schema: Literal[2]
+    rows: Annotated[int, msgspec.Meta(ge=1)]
+    images: Count
+    meta: StoreMeta
+    ezhoi: FileFacts
+    shards: Annotated[list[ShardEntry], msgspec.Meta(min_length=1)]
 
 
 class FeatureStoreError(EzhoiDiffusionError):
@@ -61,41 +106,27 @@ class FeatureStore:
                 )
             )
             raise FeatureStoreError(f"{self.folder} {what}")
-        self.index = read_json(self.folder / INDEX, FeatureStoreError, AGAIN)
-        try:
-            self._check()
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise FeatureStoreError(
-                f"{self.folder} is damaged ({type(error).__name__}: {error} in {META}, {INDEX} or {EZHOI}); {AGAIN}"
-            ) from error
-
-    def _check(self) -> None:
-        """Check everything but the shards, which `shards` checks when it reads them."""
-        self.meta = read_json(self.folder / META, FeatureStoreError, AGAIN)
-        for value, file in ((self.meta, META), (self.index, INDEX)):
-            if value.get("schema") != SCHEMA:
-                raise FeatureStoreError(
-                    f"{self.folder / file} has schema {value.get('schema')}, this version reads {SCHEMA}: {AGAIN}"
-                )
+        self.index = read_json(self.folder / INDEX, StoreIndex, FeatureStoreError, AGAIN)
+        self.meta = read_json(self.folder / META, StoreMeta, FeatureStoreError, AGAIN)
         if self.meta != self.index["meta"]:
             raise FeatureStoreError(f"{self.folder / META} belongs to another capture than {INDEX}; {AGAIN}")
-        self.ezhoi = read_tensors(self.folder / EZHOI, self.index["ezhoi"], FeatureStoreError, AGAIN)
-        require(self.split in ("train", "test"), f"the split is {self.split!r}")
-        require(isinstance(self.meta["fingerprint"], dict), "the fingerprint is not an object")
-        imported = self.imported is not None
-        require(self.text.ndim == 2 and (imported or self.text.numel() > 0), f"text has shape {list(self.text.shape)}")
-        require(self.text.dtype == torch.float32, f"text is {self.text.dtype}")
-        for shard in self.index["shards"]:
-            require(SHARD.fullmatch(shard["file"]), f"{shard['file']!r} is not a name of a shard")
-            require_counts(shard)
+        shards, images = self.index["shards"], self.images
+        if [image["index"] for image in images] != list(range(len(images))):
+            raise FeatureStoreError(f"{self.folder / INDEX}: images are missing or not in order; {AGAIN}")
+        totals = {"rows": sum(shard["rows"] for shard in shards), "images": len(images)}
+        for problem in [counts_problem(shard) for shard in shards] + [
+            f"it has {self.index[key]} {key}, its shards {total}"
+            for key, total in totals.items()
+            if self.index[key] != total
+        ]:
+            if problem:
+                raise FeatureStoreError(f"{self.folder / INDEX}: {problem}; {AGAIN}")
+        for shard in shards:
             path = self.folder / shard["file"]
             size = path.stat().st_size if path.is_file() else None
             if size != shard["bytes"]:
-                raise FeatureStoreError(f"{path} has {size} bytes where the index says {shard['bytes']}; {AGAIN}")
-        images = self.images
-        require([i["index"] for i in images] == list(range(len(images))), "images are missing or not in order")
-        require(len(self) == sum(image["rows"] for image in images) > 0, f"rows is {self.index['rows']}")
-        require(self.index["images"] == len(images), f"images is {self.index['images']}")
+                raise FeatureStoreError(f"{path} has {size} bytes where {INDEX} says {shard['bytes']}; {AGAIN}")
+        self.ezhoi = read_ezhoi_tensors(self.folder, self.index["ezhoi"], imported=self.imported is not None)
 
     def __len__(self) -> int:
         return int(self.index["rows"])
@@ -129,7 +160,7 @@ class FeatureStore:
         if unseen is None or not isinstance(options, dict) or not options.get("without_unseen_name"):
             return torch.ones(len(text), dtype=torch.bool)
         interaction = self.ezhoi.get("text_interaction")
-        if interaction is None or interaction.dtype != torch.int64 or interaction.shape != text.shape[:1]:
+        if interaction is None:
             raise FeatureStoreError(
                 f"{self.folder}: EZ-HOI ran with --without_unseen_name, so that nothing may be learned from the names of hidden "
                 f"interactions, and the store does not say which text features those are; {AGAIN}"
@@ -168,7 +199,7 @@ class FeatureStore:
         for shard in self.index["shards"]:
             path = self.folder / shard["file"]
             tensors = read_tensors(path, shard, FeatureStoreError, AGAIN)
-            problem = _rows_problem(tensors, shard, self.text.shape[1], imported=self.imported is not None)
+            problem = shard_problem(tensors, shard["images"], self.ezhoi, imported=self.imported is not None)
             if problem:
                 raise FeatureStoreError(f"{path}: {problem}; {AGAIN}")
             yield tensors
@@ -272,49 +303,20 @@ class _Subset(FeatureStore):
             yield {name: tensor[masks[COUNTED_BY.get(name, "rows")]] for name, tensor in tensors.items()}
 
 
-def require(holds: object, what: str) -> None:
-    """Raise ValueError(`what`) unless `holds`."""
-    if not holds:
-        raise ValueError(what)
+def read_ezhoi_tensors(folder: Path, facts: dict[str, Any], *, imported: bool) -> dict[str, Tensor]:
+    """Read ezhoi.safetensors. Raises FeatureStoreError where it was changed, or is not what EZ-HOI's score needs."""
+    tensors = read_tensors(folder / EZHOI, facts, FeatureStoreError, AGAIN)
+    problem = ezhoi_problem(tensors, imported=imported)
+    if problem:
+        raise FeatureStoreError(f"{folder / EZHOI}: {problem}; {AGAIN}")
+    return tensors
 
 
-def require_counts(shard: dict[str, Any]) -> None:
-    """Raise ValueError, TypeError or KeyError unless an index entry has images whose counts add up."""
-    for image in shard["images"]:
-        counts = [image[key] for key in ("index", "rows", "boxes", "annotations")]
-        require(all(type(n) is int and n >= 0 for n in counts), f"an image has the counts {counts}")
-        require(image["name"] is None or isinstance(image["name"], str), f"an image has the name {image['name']!r}")
-    rows = sum(image["rows"] for image in shard["images"])
-    require(shard["images"] and shard["rows"] == rows, f"{shard['file']} has {shard['rows']!r} rows, its images {rows}")
-
-
-def _rows_problem(tensors: dict[str, Tensor], shard: dict[str, Any], dim: int, *, imported: bool) -> str | None:
-    """Compare the tensors of a shard with its index entry and the text's width. Returns the first problem, or None.
-
-    An imported shard may lack all but adapter_feat.
-    """
-    images = shard["images"]
-    counts = {key: sum(image[key] for image in images) for key in ("rows", "boxes", "annotations")}
-    rows, boxes, annotations, whole, real = *counts.values(), torch.int32, torch.float32
-    expected: dict[str, tuple[torch.dtype, list[int | None]]] = {
-        "adapter_feat": (real, [rows, dim]), "pairing": (whole, [rows, 2]), "objects": (whole, [rows]),
-        "logits": (real, [rows, None]), "labels": (torch.bool, [rows, None]), "boxes": (real, [boxes, 4]), "scores": (real, [boxes]),
-        "classes": (whole, [boxes]), "sizes": (whole, [len(images), 2]), "gt_boxes": (real, [annotations, 2, 4]),
-        "gt_hoi": (whole, [annotations]),
-    }  # fmt: skip
-    if imported and "adapter_feat" in tensors:
-        expected = {name: what for name, what in expected.items() if name in tensors}
-    if tensors.keys() != expected.keys():
-        return f"it holds {', '.join(sorted(tensors))} instead of {', '.join(sorted(expected))}"
-    for name, (dtype, shape) in expected.items():
-        x = tensors[name]
-        fits = x.ndim == len(shape) and all(want in (None, n) for n, want in zip(x.shape, shape, strict=True))
-        if x.dtype != dtype or not fits:
-            return f"{name} is {x.dtype} {list(x.shape)} instead of {dtype} {shape}"
-    if "pairing" not in tensors:
-        return None
-    of_image = torch.tensor([image["boxes"] for image in images])
-    limit = of_image.repeat_interleave(torch.tensor([image["rows"] for image in images]))
-    if ((tensors["pairing"] < 0) | (tensors["pairing"] >= limit[:, None])).any():
-        return "pairing names boxes that do not exist"
+def counts_problem(shard: Mapping[str, Any]) -> str | None:
+    """The problem with an index entry whose counts do not add up, or cannot be those of the file, or None."""
+    counts = {key: sum(image[key] for image in shard["images"]) for key in ("rows", "boxes", "annotations")}
+    if shard["rows"] != counts["rows"]:
+        return f"{shard['file']} has {shard['rows']} rows, its images {counts['rows']}"
+    if sum(counts.values()) > shard["bytes"]:  # each takes more than a byte, and these numbers size tensors
+        return f"{shard['file']} has {shard['bytes']} bytes, too few for {counts}"
     return None

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ezhoi_diffusion.features.batch import FeatureBatch
+from ezhoi_diffusion.features.contents import ezhoi_problem
 from ezhoi_diffusion.features.shard import Shard
 from ezhoi_diffusion.features.store import (
     AGAIN,
@@ -22,21 +23,23 @@ from ezhoi_diffusion.features.store import (
     SCHEMA,
     FeatureStore,
     FeatureStoreError,
-    require,
-    require_counts,
+    ShardEntry,
+    StoreMeta,
+    counts_problem,
+    read_ezhoi_tensors,
 )
 from ezhoi_diffusion.files import (
     leftovers,
     make_folder,
     new_folder,
     read_json,
-    read_tensors,
     require_unchanged,
     require_unused,
     write_json,
     write_tensors,
 )
 from ezhoi_diffusion.locks import LOCK, locked
+from ezhoi_diffusion.schema import FileFacts
 
 # A killed capture loses at most two shards or a minute of work. At D = 512 a shard is 10 MiB, whatever the size of the capture.
 ROWS_PER_SHARD, SECONDS_PER_SHARD = 4_096, 60.0
@@ -92,7 +95,7 @@ class FeatureWriter:
         if (folder / INDEX).exists():
             raise FeatureStoreError(f"{folder} holds a finished capture: give another folder, or delete it")
         if (folder / META).exists():
-            _require_same(folder, read_json(folder / META, FeatureStoreError, AGAIN), meta)
+            _require_same(folder, read_json(folder / META, StoreMeta, FeatureStoreError, AGAIN), meta)
         elif self.rank == 0 and {*folder.iterdir()} - {*leftovers(folder), *folder.glob(f"{LOCK}*")}:
             raise FeatureStoreError(f"{folder} is not empty and holds no capture: give another folder")
         if self.rank == 0:  # the other ranks wait until it has opened the folder
@@ -105,7 +108,7 @@ class FeatureWriter:
         """Append one image; its tensors may change afterwards.
 
         Raises:
-            FeatureStoreError: This image or an earlier one has a value that is not finite, or the disk refuses. It is
+            FeatureStoreError: This image or an earlier one has a value that cannot be, or the disk refuses. It is
                 raised before the shard after that image's begins.
         """
         if self._closed:
@@ -136,8 +139,8 @@ class FeatureWriter:
             self._writing = None
 
     def _write(self, number: int, shard: Shard) -> None:
-        """In the thread: write the images before the first that is not finite, and empty the shard."""
-        problem = shard.keep_finite()
+        """In the thread: write the images before the first that is not valid, and empty the shard."""
+        problem = shard.keep_valid()
         if shard.images:
             name = _shard_name(self.rank, number)
             try:
@@ -158,16 +161,26 @@ class FeatureWriter:
         self._pending, self._spare = (Shard(self.rows_per_shard) for _ in range(2))  # frees their memory
 
     def keep_ezhoi_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Write the tensors that EZ-HOI's score needs, unless they are stored already. Returns the stored ones."""
+        """Write the tensors that EZ-HOI's score needs, unless they are stored already. Returns the stored ones.
+
+        Raises:
+            FeatureStoreError: They are not what EZ-HOI's are, or the disk refuses.
+        """
         try:
             with locked(self.folder, FeatureStoreError, f"{LOCK}-ezhoi", wait=True):
                 if not os.path.lexists((self.folder / EZHOI).with_suffix(".json")):
+                    problem = ezhoi_problem(tensors, imported=False)
+                    if problem:
+                        raise FeatureStoreError(
+                            f"{self.folder} cannot take the tables of this run ({problem}): does EZ-HOI score without plugins?"
+                        )
                     write_ezhoi_tensors(self.folder, tensors)
         except OSError as error:
             raise FeatureStoreError(
                 f"{self.folder} could not take {EZHOI} ({error}): free space there and run the same command again"
             ) from error
-        return read_tensors(self.folder / EZHOI, _read_entry(self.folder, EZHOI), FeatureStoreError, AGAIN)
+        facts = _read_entry(self.folder, EZHOI, FileFacts)
+        return read_ezhoi_tensors(self.folder, facts, imported=False)
 
     def close(self) -> None:
         """Wait for the shard that is being written, drop pending images, and release the folder.
@@ -209,8 +222,8 @@ def _merge(folder: Path) -> None:
         "schema": SCHEMA,
         "rows": sum(shard["rows"] for shard in shards),
         "images": len(order),
-        "meta": read_json(folder / META, FeatureStoreError, AGAIN),
-        "ezhoi": _read_entry(folder, EZHOI),
+        "meta": read_json(folder / META, StoreMeta, FeatureStoreError, AGAIN),
+        "ezhoi": _read_entry(folder, EZHOI, FileFacts),
         "shards": shards,
     }
     try:
@@ -297,27 +310,24 @@ def _shard_name(rank: int, number: int) -> str:
     return f"shard-{rank:03d}-{number:05d}"
 
 
-def _read_entry(folder: Path, name: str) -> dict[str, Any]:
+def _read_entry(folder: Path, name: str, schema: Any) -> dict[str, Any]:
     """Read the facts beside a file of an unfinished capture, and check the file against them."""
-    facts = read_json((folder / name).with_suffix(".json"), FeatureStoreError, AGAIN)
-    try:
-        require_unchanged(folder / name, facts, FeatureStoreError, AGAIN)
-    except KeyError as error:
-        raise FeatureStoreError(f"{folder / name} has an entry without {error}; {AGAIN}") from error
+    facts = read_json((folder / name).with_suffix(".json"), schema, FeatureStoreError, AGAIN)
+    require_unchanged(folder / name, facts, FeatureStoreError, AGAIN)
     return facts
 
 
 def _captured(folder: Path, rank: int) -> list[dict[str, Any]]:
     """Shard entries of one process so far, in order. Raises FeatureStoreError where one is missing or damaged."""
     found = sorted(folder.glob(f"{_shard_name(rank, 0)[:9]}-*.json"))
-    shards = [_read_entry(folder, path.with_suffix(".safetensors").name) for path in found]
-    names = [f"{_shard_name(rank, number)}.safetensors" for number in range(len(shards))]
-    try:
-        for shard in shards:
-            require_counts(shard)
-        order = [image["index"] for shard in shards for image in shard["images"]]
-        require(names == [shard["file"] for shard in shards], "a shard is missing")
-        require(not order or order == list(range(order[0], order[0] + len(order))), "an image is missing")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise FeatureStoreError(f"the unfinished capture in {folder} is damaged ({error}); {AGAIN}") from error
+    shards = [_read_entry(folder, path.with_suffix(".safetensors").name, ShardEntry) for path in found]
+    order, problem = [image["index"] for shard in shards for image in shard["images"]], None
+    if order != list(range(order[0] if order else 0, len(order) + (order[0] if order else 0))):
+        problem = "an image is missing"
+    for number, (path, shard) in enumerate(zip(found, shards, strict=True)):
+        if not path.stem == Path(shard["file"]).stem == _shard_name(rank, number):
+            problem = f"{path.name} is not of {_shard_name(rank, number)}: a shard is missing"
+        problem = problem or counts_problem(shard)
+    if problem:
+        raise FeatureStoreError(f"the unfinished capture in {folder} is damaged ({problem}); {AGAIN}")
     return shards

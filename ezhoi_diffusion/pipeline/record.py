@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import NotRequired, TypedDict
+
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.files import leftovers, read_json, sha256, write_json
+from ezhoi_diffusion.schema import Sha256
 
 FILE = "pipeline.json"
 TRANSIENT = ("checkpoints", "trackers")  # parts of a step's folder that no later step reads
@@ -26,6 +29,26 @@ INTERRUPTED = "continues where it was interrupted"
 
 class PipelineError(EzhoiDiffusionError):
     """A step failed, or the folder is not a pipeline's."""
+
+
+class Result(TypedDict):
+    """What a step was made from and wrote; `output` is None until it is done."""
+
+    inputs: dict[str, Any]
+    output: Sha256 | None
+    files: list[str]
+
+
+class StepRecord(Result):
+    """The newest result of a step, and the one that is kept aside."""
+
+    kept: NotRequired[Result | None]
+
+
+class PipelineFile(TypedDict):
+    """pipeline.json."""
+
+    steps: dict[str, StepRecord]
 
 
 @dataclass(frozen=True)
@@ -69,14 +92,17 @@ class Record:
         for path in (*leftovers(out), *out.glob(f"{REMOVED}*")):  # of a killed pipeline
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         if self._path.exists():
-            self._steps = read_json(self._path, PipelineError, remedy).get("steps", {})
-            if not all(isinstance(step, dict) and "inputs" in step for step in self._steps.values()):
-                raise PipelineError(f"{self._path} is no record of a pipeline: {remedy}")
+            self._steps = read_json(self._path, PipelineFile, PipelineError, remedy)["steps"]
         elif any(not path.name.startswith(".") for path in out.iterdir()):
             raise PipelineError(f"{out} is not empty and holds no pipeline: give another --out")
 
     def inputs(self, step: Step) -> dict[str, Any]:
         """Inputs of the step, with the output of the steps before it."""
+        missing = [name for name in step.after if name not in self._steps]
+        if missing:
+            raise PipelineError(
+                f"{self._path} lacks {', '.join(missing)}, which {step.name} reads: delete {self._out} to start again"
+            )
         return {**step.inputs, **{name: str(self._steps[name]["output"]) for name in step.after}}
 
     def reason(self, step: Step) -> str | None:

@@ -10,8 +10,10 @@ from typing import Any
 
 from ezhoi_diffusion.artifact import CONTEXT, RESERVED, read_config
 from ezhoi_diffusion.evaluation.comparison import FULL
-from ezhoi_diffusion.files import read_json
+from ezhoi_diffusion.evaluation.results import read_comparison
+from ezhoi_diffusion.evaluation.variants import load_bridge
 from ezhoi_diffusion.hub import PREFIX, SharingError, push
+from ezhoi_diffusion.plugins import PluginManager
 
 REPORT = "report.json"
 NAME = re.compile(r"[\w.-]+", re.ASCII)
@@ -43,13 +45,20 @@ def push_to_hub(
         SharingError: The Hub refuses, or the report does not hold this bridge. Nothing was sent then.
         BridgeError: The artifact is not whole.
     """
+    require_loadable(folder)
     report = None if comparison is None else read_report(comparison)
     return push(folder, repo_id, card=model_card(folder, report, repo_id=repo_id, license=license), private=private)
 
 
+def require_loadable(folder: Path) -> None:
+    """Load the bridge in `folder` as its users will. Raises EzhoiDiffusionError where they could not."""
+    load_bridge(PluginManager(), read_config(folder)["bridge"], folder)
+
+
 def read_report(path: Path) -> dict[str, Any]:
     """The comparison in a report's folder, or in its JSON file. Raises SharingError."""
-    return read_json(path / REPORT if path.is_dir() else path, SharingError, "give the folder of a report of `compare`")
+    path = path / REPORT if path.is_dir() else path
+    return read_comparison(path, SharingError, "give the folder of a report of `compare`")
 
 
 def model_card(
@@ -68,17 +77,11 @@ def model_card(
         BridgeError: `folder` holds no artifact.
     """
     config = read_config(folder)
-    provenance = dict(config.get("provenance", {}))
-    fingerprint = provenance.pop("fingerprint", None)
-    fingerprint = fingerprint if isinstance(fingerprint, dict) else {}
+    provenance = dict(config["provenance"])
+    fingerprint = provenance.pop("fingerprint", {})
     recipe = {key: value for key, value in config.items() if key not in RESERVED}
     dataset = [name for name in [fingerprint.get("dataset")] if isinstance(name, str) and NAME.fullmatch(name)]
-    try:
-        measured = _measured(config, comparison) if comparison is not None else _UNMEASURED
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise SharingError(
-            f"the report is not one of a comparison ({type(error).__name__}: {error}): give the folder of a report of `compare`"
-        ) from error
+    measured = _measured(config, comparison) if comparison is not None else _UNMEASURED
     return "\n\n".join(
         [
             _front(license, [*TAGS, *dataset, config["bridge"]]),

@@ -5,15 +5,18 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import torch
 from torch import Tensor
 
-from ezhoi_diffusion.artifact import Artifact
+from ezhoi_diffusion.artifact import Artifact, ArtifactConfig
 from ezhoi_diffusion.bridge import Bridge, BridgeError
+from ezhoi_diffusion.features.contents import SCORE as SCORE_TABLE
 from ezhoi_diffusion.features.score import NEEDED, EzHoiScore
 from ezhoi_diffusion.features.store import FeatureStore
+from ezhoi_diffusion.schema import LARGEST, Table
 
 if TYPE_CHECKING:
     from ezhoi_diffusion.features.batch import Pairs
@@ -28,7 +31,6 @@ class ScoreBridge(Bridge):
         artifact: An artefact with the files of `score_files`.
 
     Raises:
-        BridgeError: The artefact lacks them.
         ScoreError: Not all logits can be had.
     """
 
@@ -39,10 +41,7 @@ class ScoreBridge(Bridge):
 
     def __init__(self, artifact: Artifact) -> None:
         super().__init__()
-        try:
-            score = EzHoiScore(**artifact.files[SCORE])
-        except (KeyError, TypeError) as error:
-            raise BridgeError(f"the '{artifact.bridge}' holds no score of EZ-HOI ({error}): fit it again") from error
+        score = EzHoiScore(**artifact.files[SCORE])
         self.register_buffer("matrix", score.matrix, persistent=False)  # [C, D]
         self.register_buffer("inverse", score.inverse, persistent=False)  # [D, C]
         self.register_buffer("allowed", score.object_to_target, persistent=False)  # [O, C]
@@ -86,21 +85,29 @@ def score_files(store: FeatureStore) -> dict[str, dict[str, Tensor]]:
     return {SCORE: {name: store.ezhoi[name] for name in NEEDED}}
 
 
-def load_artifact(folder: Path | None, name: str) -> Artifact:
-    """Read the artefact of the bridge `name`. Raises BridgeError, also where there is no folder."""
+class WeightConfig(ArtifactConfig):
+    """config.json of a bridge with a weight."""
+
+    weight: Annotated[float, msgspec.Meta(ge=0, le=LARGEST)]
+
+
+def load_artifact(folder: Path | None, name: str, files: Mapping[str, Table], schema: Any = WeightConfig) -> Artifact:
+    """Read the artefact of the bridge `name`.
+
+    Args:
+        folder: Where it was saved.
+        name: The name of the bridge.
+        files: The tensors of its files beside score.safetensors.
+        schema: What config.json holds.
+
+    Raises:
+        BridgeError: There is no such artefact in the folder, or no folder.
+    """
     if folder is None:
         raise BridgeError(
             f"{name} needs its folder: `ezhoi-diffusion train FEATURES --bridge {name} --out DIR` makes it"
         )
-    return Artifact.load(folder, name)
-
-
-def stored(artifact: Artifact, file: str, name: str) -> Tensor:
-    """A tensor of an artefact. Raises BridgeError where there is none."""
-    try:
-        return artifact.files[file][name]
-    except KeyError as error:
-        raise BridgeError(f"the '{artifact.bridge}' lacks {name} in {file}: fit it again") from error
+    return Artifact.load(folder, name, {SCORE: SCORE_TABLE, **files}, schema)
 
 
 def checked_number(bridge: str, settings: Mapping[str, Any], name: str, default: float) -> float:

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import torch
 from torch import Tensor
 
-from ezhoi_diffusion.artifact import Artifact
+from ezhoi_diffusion.artifact import Artifact, ArtifactConfig
 from ezhoi_diffusion.features.labels import LabelledPairs, labelled_pairs
 from ezhoi_diffusion.features.store import FeatureStore
-from ezhoi_diffusion.scoring.bridge import ScoreBridge, checked_number, load_artifact, score_files, stored
+from ezhoi_diffusion.schema import LARGEST, TensorSpec
+from ezhoi_diffusion.scoring.bridge import ScoreBridge, checked_number, load_artifact, score_files
 
 if TYPE_CHECKING:
     from ezhoi_diffusion.features.batch import Pairs
 
 NAME = "compete"
 TENSORS = "compete.safetensors"
+TABLE = {"exclusion": TensorSpec(torch.float64, "C C", 0, 1)}
 GRID = {"alpha": (0.25, 0.5, 1.0)}
+
+
+class CompeteConfig(ArtifactConfig):
+    """config.json."""
+
+    alpha: Annotated[float, msgspec.Meta(ge=0, le=LARGEST)]
 
 
 class Compete(ScoreBridge):
@@ -37,7 +46,7 @@ class Compete(ScoreBridge):
     def __init__(self, artifact: Artifact) -> None:
         super().__init__(artifact)
         self.alpha = checked_number(NAME, artifact.config, "alpha", 0.5)
-        self.register_buffer("exclusion", stored(artifact, TENSORS, "exclusion"), persistent=False)  # [C, C]
+        self.register_buffer("exclusion", artifact.files[TENSORS]["exclusion"], persistent=False)  # [C, C]
 
     def apply_settings(self, settings: Mapping[str, Any]) -> None:
         """Take over an alpha of at least 0. Raises BridgeError for another value."""
@@ -82,7 +91,7 @@ def exclusion_of(pairs: LabelledPairs) -> Tensor:
 
 def load(folder: Path | None) -> Compete:
     """Load the bridge in `folder`. Raises BridgeError."""
-    return Compete(load_artifact(folder, NAME))
+    return Compete(load_artifact(folder, NAME, {TENSORS: TABLE}, CompeteConfig))
 
 
 def fit(features: FeatureStore, alpha: float = 0.5) -> Artifact:

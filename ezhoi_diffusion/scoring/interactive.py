@@ -15,7 +15,8 @@ from ezhoi_diffusion.features.images import stored_images
 from ezhoi_diffusion.features.labels import labelled_pairs, seen_targets
 from ezhoi_diffusion.features.score import EzHoiScore
 from ezhoi_diffusion.features.store import FeatureStore
-from ezhoi_diffusion.scoring.bridge import ScoreBridge, checked_number, load_artifact, score_files, stored
+from ezhoi_diffusion.schema import TensorSpec
+from ezhoi_diffusion.scoring.bridge import ScoreBridge, checked_number, load_artifact, score_files
 from ezhoi_diffusion.scoring.geometry import GEOMETRY, pair_geometry
 
 if TYPE_CHECKING:
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 
 NAME = "interactive"
 TENSORS = "interactive.safetensors"
+TABLE = {
+    "mean": TensorSpec(torch.float64, f"{len(GEOMETRY)}"),
+    "spread": TensorSpec(torch.float64, f"{len(GEOMETRY)}", 1e-12),
+    "coefficient": TensorSpec(torch.float64, f"{len(GEOMETRY) + 1}"),
+}
 GRID = {"weight": (0.5, 1.0, 1.5)}
 
 
@@ -42,9 +48,9 @@ class Interactive(ScoreBridge):
 
     def __init__(self, artifact: Artifact) -> None:
         super().__init__(artifact)
-        self.weight = checked_number(NAME, artifact.config, "weight", 1.0)
+        self.weight = float(artifact.config["weight"])
         for name in ("mean", "spread", "coefficient"):
-            self.register_buffer(name, stored(artifact, TENSORS, name), persistent=False)  # [G], [G], [G + 1]
+            self.register_buffer(name, artifact.files[TENSORS][name], persistent=False)  # [G], [G], [G + 1]
 
     def apply_settings(self, settings: Mapping[str, Any]) -> None:
         """Take over a weight of at least 0. Raises BridgeError for another value."""
@@ -60,7 +66,7 @@ class Interactive(ScoreBridge):
 
 def load(folder: Path | None) -> Interactive:
     """Load the bridge in `folder`. Raises BridgeError."""
-    return Interactive(load_artifact(folder, NAME))
+    return Interactive(load_artifact(folder, NAME, {TENSORS: TABLE}))
 
 
 def fit(features: FeatureStore, weight: float = 1.0) -> Artifact:

@@ -19,16 +19,24 @@ from ezhoi_diffusion.features.labels import LabelledPairs, labelled_pairs
 from ezhoi_diffusion.features.score import EzHoiScore
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.rng import generator
-from ezhoi_diffusion.scoring.bridge import ScoreBridge, checked_number, load_artifact, score_files, stored
+from ezhoi_diffusion.schema import TensorSpec
+from ezhoi_diffusion.scoring.bridge import ScoreBridge, WeightConfig, checked_number, load_artifact, score_files
 
 if TYPE_CHECKING:
     from ezhoi_diffusion.features.batch import Pairs
 
 ESZSL, GAUSSIAN_CLASSES = "eszsl", "gaussian_classes"
 TENSORS = "linear.safetensors"
+TABLE = {"centre": TensorSpec(torch.float64, "D"), "map": TensorSpec(torch.float64, "D C")}
 PENALTY = 1.0  # of the maps, in units of the mean eigenvalue
 SHRINKAGE = 0.5  # of the covariance towards a multiple of the identity
 GRID = {"weight": (0.05, 0.1, 0.2)}
+
+
+class LinearConfig(WeightConfig):
+    """config.json."""
+
+    permute_texts: bool
 
 
 class LinearScore(ScoreBridge):
@@ -41,11 +49,11 @@ class LinearScore(ScoreBridge):
 
     def __init__(self, artifact: Artifact) -> None:
         super().__init__(artifact)
-        self.weight = checked_number(artifact.bridge, artifact.config, "weight", 0.1)
+        self.weight = float(artifact.config["weight"])
         self.name = artifact.bridge
-        self.baseline = artifact.config.get("permute_texts") is True
+        self.baseline = artifact.config["permute_texts"]
         for name in ("centre", "map"):
-            self.register_buffer(name, stored(artifact, TENSORS, name), persistent=False)
+            self.register_buffer(name, artifact.files[TENSORS][name], persistent=False)
 
     def apply_settings(self, settings: Mapping[str, Any]) -> None:
         """Take over a weight of at least 0. Raises BridgeError for another value."""
@@ -159,9 +167,9 @@ def _fit(
 
 def load_eszsl(folder: Path | None) -> LinearScore:
     """Load the bridge in `folder`. Raises BridgeError."""
-    return LinearScore(load_artifact(folder, ESZSL))
+    return LinearScore(load_artifact(folder, ESZSL, {TENSORS: TABLE}, LinearConfig))
 
 
 def load_gaussian_classes(folder: Path | None) -> LinearScore:
     """Load the bridge in `folder`. Raises BridgeError."""
-    return LinearScore(load_artifact(folder, GAUSSIAN_CLASSES))
+    return LinearScore(load_artifact(folder, GAUSSIAN_CLASSES, {TENSORS: TABLE}, LinearConfig))

@@ -15,7 +15,8 @@ from ezhoi_diffusion.features.images import stored_images
 from ezhoi_diffusion.features.labels import labelled_pairs, seen_targets
 from ezhoi_diffusion.features.score import EzHoiScore
 from ezhoi_diffusion.features.store import FeatureStore
-from ezhoi_diffusion.scoring.bridge import ScoreBridge, checked_number, load_artifact, score_files, stored
+from ezhoi_diffusion.schema import TensorSpec
+from ezhoi_diffusion.scoring.bridge import ScoreBridge, checked_number, load_artifact, score_files
 from ezhoi_diffusion.scoring.linear import shrunk
 
 if TYPE_CHECKING:
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 
 NAME = "pseudo"
 TENSORS = "pseudo.safetensors"
+TABLE = {
+    "map": TensorSpec(torch.float64, "D C"),
+    "bias": TensorSpec(torch.float64, "C"),
+    "hidden": TensorSpec(torch.uint8, "O C", 0, 1),
+}
 GRID = {"weight": (0.05, 0.1, 0.2)}
 COUNT = 20
 SHARE = 0.25  # of the pairs that may show a hidden interaction, the most that count as showing it
@@ -44,9 +50,9 @@ class PseudoPositives(ScoreBridge):
 
     def __init__(self, artifact: Artifact) -> None:
         super().__init__(artifact)
-        self.weight = checked_number(NAME, artifact.config, "weight", 0.1)
+        self.weight = float(artifact.config["weight"])
         for name in ("map", "bias", "hidden"):
-            self.register_buffer(name, stored(artifact, TENSORS, name), persistent=False)  # [D, C], [C], [O, C]
+            self.register_buffer(name, artifact.files[TENSORS][name], persistent=False)  # [D, C], [C], [O, C]
 
     def apply_settings(self, settings: Mapping[str, Any]) -> None:
         """Take over a weight of at least 0. Raises BridgeError for another value."""
@@ -91,7 +97,7 @@ def mined(x: Tensor, confidence: Tensor, possible: Tensor, count: int) -> tuple[
 
 def load(folder: Path | None) -> PseudoPositives:
     """Load the bridge in `folder`. Raises BridgeError."""
-    return PseudoPositives(load_artifact(folder, NAME))
+    return PseudoPositives(load_artifact(folder, NAME, {TENSORS: TABLE}))
 
 
 def fit(features: FeatureStore, weight: float = 0.1, count: int = COUNT) -> Artifact:

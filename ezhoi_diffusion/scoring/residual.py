@@ -14,16 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ezhoi_diffusion.artifact import Artifact
+from ezhoi_diffusion.artifact import Artifact, ArtifactConfig
 from ezhoi_diffusion.bridge import Bridge, BridgeError
 from ezhoi_diffusion.features.batch import Pairs
 from ezhoi_diffusion.features.labels import LabelledPairs, labelled_pairs
 from ezhoi_diffusion.features.loss import KEEP, bridge_loss
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.rng import generator
+from ezhoi_diffusion.schema import Share, TensorSpec
 
 NAME = "residual"
 TENSORS = "residual.safetensors"
+TABLE = {
+    "enter.weight": TensorSpec(torch.float32, "width D"),
+    "enter.bias": TensorSpec(torch.float32, "width"),
+    "leave.weight": TensorSpec(torch.float32, "D width"),
+    "leave.bias": TensorSpec(torch.float32, "D"),
+    "mean": TensorSpec(torch.float32, "D"),
+    "scale": TensorSpec(torch.float32, "", 1e-12),
+}
 WIDTH = 128
 MAX_WIDTH = 4096
 BATCH_SIZE = 512
@@ -32,6 +41,12 @@ BATCH_SIZE = 512
 LEARNING_RATE = 0.5
 MAX_STEPS = 4000  # of a large capture the last epochs are left out: a minute or two on a CPU core
 GRID = {"blend": (0.5, 1.0)}
+
+
+class ResidualConfig(ArtifactConfig):
+    """config.json."""
+
+    blend: Share
 
 
 class Residual(Bridge):
@@ -85,15 +100,12 @@ def load(folder: Path | None) -> Residual:
         raise BridgeError(
             f"{NAME} needs its folder: `ezhoi-diffusion train FEATURES --bridge {NAME} --out DIR` makes it"
         )
-    artifact = Artifact.load(folder, NAME)
-    try:
-        tensors = artifact.files[TENSORS]
-        width, dim = tensors["enter.weight"].shape
-        with torch.random.fork_rng(devices=[]):
-            bridge = Residual(dim, width, artifact.config["blend"])
-        bridge.load_state_dict(tensors)
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise BridgeError(f"{folder} does not hold a {NAME} bridge: {error}; fit it again") from error
+    artifact = Artifact.load(folder, NAME, {TENSORS: TABLE}, ResidualConfig)
+    tensors = artifact.files[TENSORS]
+    width, dim = tensors["enter.weight"].shape
+    with torch.random.fork_rng(devices=[]):
+        bridge = Residual(dim, width, artifact.config["blend"])
+    bridge.load_state_dict(tensors)
     bridge.provenance, bridge.context = artifact.provenance, artifact.context
     return bridge.requires_grad_(False)
 

@@ -16,13 +16,19 @@ from ezhoi_diffusion.features.labels import pair_priors
 from ezhoi_diffusion.features.score import EzHoiScore
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.features.unlabelled import learns_from_test_images
-from ezhoi_diffusion.scoring.bridge import ScoreBridge, checked_number, load_artifact, score_files, stored
+from ezhoi_diffusion.schema import TensorSpec
+from ezhoi_diffusion.scoring.bridge import ScoreBridge, checked_number, load_artifact, score_files
 
 if TYPE_CHECKING:
     from ezhoi_diffusion.features.batch import Pairs
 
 NAME = "test_time_cache"
 TENSORS = "cache.safetensors"
+TABLE = {
+    "mean": TensorSpec(torch.float64, "D"),
+    "cached": TensorSpec(torch.float64, "C K D", -1, 1),
+    "unit": TensorSpec(torch.float64, "", 0),
+}
 COUNT = 8
 SHARPNESS = 5.5  # β of Zhang et al.
 
@@ -45,9 +51,9 @@ class TestTimeCache(ScoreBridge):
 
     def __init__(self, artifact: Artifact) -> None:
         super().__init__(artifact)
-        self.weight = checked_number(NAME, artifact.config, "weight", 0.1)
+        self.weight = float(artifact.config["weight"])
         for name in ("mean", "cached", "unit"):
-            self.register_buffer(name, stored(artifact, TENSORS, name), persistent=False)  # [D], [C, K, D], []
+            self.register_buffer(name, artifact.files[TENSORS][name], persistent=False)  # [D], [C, K, D], []
 
     def apply_settings(self, settings: Mapping[str, Any]) -> None:
         """Take over a weight of at least 0. Raises BridgeError for another value."""
@@ -86,7 +92,7 @@ def surest(x: Tensor, confidence: Tensor, count: int) -> Tensor:
 
 def load(folder: Path | None) -> TestTimeCache:
     """Load the bridge in `folder`. Raises BridgeError."""
-    return TestTimeCache(load_artifact(folder, NAME))
+    return TestTimeCache(load_artifact(folder, NAME, {TENSORS: TABLE}))
 
 
 @learns_from_test_images

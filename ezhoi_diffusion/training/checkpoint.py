@@ -5,9 +5,13 @@ from __future__ import annotations
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from torch import Tensor
+import msgspec
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from typing_extensions import TypedDict
 
 from ezhoi_diffusion.files import (
     REPLACED,
@@ -19,11 +23,42 @@ from ezhoi_diffusion.files import (
     write_json,
     write_tensors,
 )
+from ezhoi_diffusion.schema import LARGEST, FileFacts, Finite, TensorSpec, table_of, tensors_problem
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
+from ezhoi_diffusion.training.facts import LossRecord, Validated
 
 NUM_KEPT = 2
 MANIFEST = "manifest.json"
 TENSORS = ("model", "ema", "best", "optimizer")
+
+
+class Files(TypedDict):
+    """The files of a checkpoint."""
+
+    model: FileFacts
+    ema: FileFacts
+    best: FileFacts
+    optimizer: FileFacts
+
+
+class State(TypedDict):
+    """What a training needs beside tensors to go on."""
+
+    step: Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+    best: Validated | None
+    history: list[LossRecord]
+    pending: list[float]
+    seconds: Finite
+    config: dict[str, Any]
+    data_sha256: str
+    scaler: dict[str, float] | None
+
+
+class Manifest(TypedDict):
+    """manifest.json."""
+
+    files: Files
+    state: State
 
 
 def write_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
@@ -76,6 +111,33 @@ def require_same_run(state: dict[str, Any], config: TrainConfig, data_sha256: st
         raise TrainingError("cannot resume on other features than those the training began with")
 
 
+def require_tensors(
+    tensors: dict[str, dict[str, Tensor]], network: nn.Module, ema: AveragedModel, optimizer: torch.optim.Optimizer
+) -> None:
+    """Raise ValueError unless the tensors of a checkpoint are those of this network, its average, and its AdamW.
+
+    The optimizer would copy other moments as they are, and write beyond their end.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moved = {name.partition(".")[0] for name in tensors["optimizer"]}  # others had no gradient yet
+    moments = {
+        f"{number}.{key}": TensorSpec(torch.float32, "" if key == "step" else " ".join(map(str, p.shape)), low)
+        for number, p in enumerate(parameters)
+        for key, low in (("step", 1.0), ("exp_avg", -LARGEST), ("exp_avg_sq", 0.0))
+        if str(number) in moved
+    }
+    tables = {
+        "model": table_of(network.state_dict()),
+        "ema": table_of(ema.state_dict()),
+        "best": table_of(ema.module.state_dict()) if tensors["best"] else {},
+        "optimizer": moments,
+    }
+    for name, table in tables.items():
+        problem = tensors_problem(tensors[name], table)
+        if problem:
+            raise ValueError(f"{name}.safetensors: {problem}")
+
+
 def flat(moments: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
     """Name the state of an optimizer as a safetensors file takes it: parameter.moment."""
     return {f"{i}.{key}": value for i, kept in moments.items() for key, value in kept.items()}
@@ -103,14 +165,15 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | s
     """Read tensors and state of one checkpoint, or return why it is not complete."""
     remedy = "it is not used"
     try:
-        manifest = read_json(path / MANIFEST, TrainingError, remedy)
+        manifest = read_json(path / MANIFEST, Manifest, TrainingError, remedy)
         files, state = manifest["files"], manifest["state"]
         if state["step"] != int(path.name[5:]):
             return f"{path / MANIFEST} is of step {state['step']}"
-        read = {
-            name: read_tensors(path / f"{name}.safetensors", facts, TrainingError, remedy)
-            for name, facts in files.items()
+        if any(("val_loss" in record) != ("val_loss_by_range" in record) for record in state["history"]):
+            return f"{path / MANIFEST} has a validation without its ranges"
+        tensors = {
+            name: read_tensors(path / f"{name}.safetensors", files[name], TrainingError, remedy) for name in TENSORS
         }
-        return {name: read[name] for name in TENSORS}, state
-    except (AttributeError, KeyError, TypeError, ValueError, TrainingError) as error:
-        return f"{path / MANIFEST} lacks {error}" if isinstance(error, KeyError) else str(error)
+    except TrainingError as error:
+        return str(error)
+    return tensors, state

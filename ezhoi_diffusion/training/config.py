@@ -13,6 +13,7 @@ from ezhoi_diffusion.errors import EzhoiDiffusionError
 if TYPE_CHECKING:
     from ezhoi_diffusion.diffusion.artifact import BridgeConfig
 
+MAX_STEPS = 10**8  # years of training; a file may say anything
 MixedPrecision = Literal["no", "fp16", "bf16"]
 LrSchedule = Literal["constant", "cosine", "linear"]
 
@@ -74,7 +75,8 @@ class TrainConfig:
         for name in (
             "train_steps", "batch_size", "gradient_accumulate", "checkpoint_every", "val_every", "ema_update_every",
         ):  # fmt: skip
-            self._require(name, _is_int_from(getattr(self, name), 1), "a whole number from 1")
+            value = getattr(self, name)
+            self._require(name, _is_int_from(value, 1) and value <= MAX_STEPS, f"a whole number from 1 to {MAX_STEPS}")
         for name in ("learning_rate", "max_grad_norm"):
             self._require(name, 0 < getattr(self, name) < math.inf, "positive and finite")
         self._require_choice("lr_schedule", get_args(LrSchedule))

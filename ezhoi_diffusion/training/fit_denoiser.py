@@ -19,7 +19,8 @@ from ezhoi_diffusion.files import current, write_json
 from ezhoi_diffusion.rng import generator
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
 from ezhoi_diffusion.training.data import TrainingData, TrainingSet
-from ezhoi_diffusion.training.loop import CHECKPOINTS, FACTS
+from ezhoi_diffusion.training.facts import FACTS
+from ezhoi_diffusion.training.loop import CHECKPOINTS
 from ezhoi_diffusion.training.validation import Validation
 
 MAX_SAMPLE = 65_536  # of more features, a sample estimates mean and covariance as well

@@ -23,16 +23,23 @@ from ezhoi_diffusion.diffusion.bridge import DiffusionBridge
 from ezhoi_diffusion.diffusion.components import Components
 from ezhoi_diffusion.diffusion.schedule import Schedule
 from ezhoi_diffusion.files import write_json
-from ezhoi_diffusion.training.checkpoint import flat, nested, read_newest, require_same_run, write_checkpoint
+from ezhoi_diffusion.training.checkpoint import (
+    flat,
+    nested,
+    read_newest,
+    require_same_run,
+    require_tensors,
+    write_checkpoint,
+)
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
 from ezhoi_diffusion.training.data import TrainingData, TrainingSet
+from ezhoi_diffusion.training.facts import FACTS
 from ezhoi_diffusion.training.loss import batch_loss
 from ezhoi_diffusion.training.processes import broadcast_from_main, require_same_everywhere
 from ezhoi_diffusion.training.validation import Validation
 
 CHECKPOINTS = "checkpoints"
 BEST = "best"
-FACTS = "training.json"
 REFIT = "refit"  # below CHECKPOINTS: the search has to stay resumable, as a longer one may find a later step
 LOG_EVERY = 50
 VOTE_EVERY = 10  # steps between votes of several processes on whether to stop
@@ -289,7 +296,7 @@ class TrainingLoop:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": nested(tensors["optimizer"]), "param_groups": groups})
         if self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+            self.accelerator.scaler.load_state_dict(state["scaler"] or {})
         if self.search is None:
             self.best, self.best_weights = state["best"], tensors["best"]
         self.step, self.history = state["step"], [*state["history"]]
@@ -312,12 +319,13 @@ class TrainingLoop:
         tensors, state = found
         try:
             require_same_run(state, self.config, self.features.fingerprint)
+            require_tensors(tensors, self.network, self.ema, self.optimizer)
             self._load(tensors, state)
             if not self.pending and not self._is_logged():
                 raise ValueError(f"it has no loss of step {self.step}")
             self.stop_reason = self._reason_to_stop()
             before = state["config"]["train_steps"]
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (RuntimeError, ValueError) as error:
             raise TrainingError(
                 f"the newest checkpoint in {self._checkpoints} does not fit this network ({error}): remove it"
             ) from error

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ezhoi_diffusion import Artifact, Bridge, BridgeError, BridgePlugin, FeatureStore, Pairs
+from ezhoi_diffusion import Artifact, Bridge, BridgeError, BridgePlugin, FeatureStore, Pairs, TensorSpec
 
 NAME = "center"
 TENSORS = "center.safetensors"
+TABLE = {name: TensorSpec(torch.float32, "D") for name in ("visual_mean", "text_mean", "w")}
 TOLERANCE = 1e-4  # how far from 1 the product of a text with w may be
 
 
@@ -48,7 +49,7 @@ def load(folder: Path | None) -> Center:
         raise BridgeError(
             f"{NAME} needs its folder: `ezhoi-diffusion train FEATURES --bridge {NAME} --out DIR` makes it"
         )
-    return Center(Artifact.load(folder, NAME))
+    return Center(Artifact.load(folder, NAME, {TENSORS: TABLE}))
 
 
 def fit(features: FeatureStore) -> Artifact:

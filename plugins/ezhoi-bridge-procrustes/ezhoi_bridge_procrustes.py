@@ -19,11 +19,17 @@ from ezhoi_diffusion import (
     ModalityStatistics,
     Pairs,
     SeenPairs,
+    TensorSpec,
     seen_pairs,
 )
 
 NAME = "procrustes"
 TENSORS = "procrustes.safetensors"
+TABLE = {
+    "visual_mean": TensorSpec(torch.float32, "D", -1, 1),
+    "restored_mean": TensorSpec(torch.float32, "D", -1, 1),
+    "weight": TensorSpec(torch.float32, "D D"),
+}
 PULL = 1e-6  # of |A||B|, towards the identity: it decides only where pairs say nothing
 PENALTIES = [10.0**power for power in range(-5, 4)]  # of ridge, in units of the mean eigenvalue of AᵀA
 CHOOSING_FRACTION = 0.2  # of the images: the tenth held out from every fit, and another tenth that chooses the penalty
@@ -43,7 +49,7 @@ class Procrustes(Bridge):
         super().__init__()
         for name in ("visual_mean", "restored_mean", "weight"):
             self.register_buffer(name, artifact.files[TENSORS][name])
-        self.blend = checked_blend(artifact.config["blend"])
+        self.blend = checked_blend(artifact.config.get("blend"))
         self.provenance, self.context = artifact.provenance, artifact.context
 
     def apply_settings(self, settings: Mapping[str, Any]) -> None:
@@ -63,7 +69,7 @@ class Procrustes(Bridge):
 
 def checked_blend(blend: object) -> float:
     """A blend as a number. Raises BridgeError unless it is one from 0 to 1."""
-    if not isinstance(blend, (int, float)) or not 0 <= blend <= 1:
+    if isinstance(blend, bool) or not isinstance(blend, (int, float)) or not 0 <= blend <= 1:
         raise BridgeError(f"{NAME}: blend is a number from 0 (nothing changes) to 1, not {blend!r}")
     return float(blend)
 
@@ -74,7 +80,7 @@ def load(folder: Path | None) -> Procrustes:
         raise BridgeError(
             f"{NAME} needs its folder: `ezhoi-diffusion train FEATURES --bridge {NAME} --out DIR` makes it"
         )
-    return Procrustes(Artifact.load(folder, NAME))
+    return Procrustes(Artifact.load(folder, NAME, {TENSORS: TABLE}))
 
 
 def fit(features: FeatureStore, mode: str = "orthogonal", blend: float = 1.0, mean: str = "visual") -> Artifact:

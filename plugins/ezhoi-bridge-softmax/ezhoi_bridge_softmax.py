@@ -8,10 +8,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ezhoi_diffusion import Artifact, Bridge, BridgeError, BridgePlugin, EzHoiScore, FeatureStore, Pairs, seen_pairs
+from ezhoi_diffusion import (
+    Artifact,
+    Bridge,
+    BridgeError,
+    BridgePlugin,
+    EzHoiScore,
+    FeatureStore,
+    Pairs,
+    TensorSpec,
+    seen_pairs,
+)
 
 NAME = "softmax"
 TENSORS = "softmax.safetensors"
+TABLE = {"matrix": TensorSpec(torch.float64, "D C"), "inverse": TensorSpec(torch.float64, "C D")}
+MAX_TEMPERATURE = 2000.0  # the fit looks up to e^7
 TOLERANCE = 1e-3  # of a probability: a baseline that misses by more says nothing
 
 
@@ -30,7 +42,12 @@ class Softmax(Bridge):
         super().__init__()
         for name in ("matrix", "inverse"):
             self.register_buffer(name, artifact.files[TENSORS][name])
-        self.temperature = float(artifact.config["temperature"])
+        temperature = artifact.config.get("temperature")
+        if not isinstance(temperature, float) or not 0 < temperature < MAX_TEMPERATURE:
+            raise BridgeError(
+                f"{NAME}: temperature is a number from 0 to {MAX_TEMPERATURE}, not {temperature!r:.60}: fit it again"
+            )
+        self.temperature = temperature
         self.provenance, self.context = artifact.provenance, artifact.context
 
     @torch.no_grad()
@@ -59,7 +76,7 @@ def load(folder: Path | None) -> Softmax:
         raise BridgeError(
             f"{NAME} needs its folder: `ezhoi-diffusion train FEATURES --bridge {NAME} --out DIR` makes it"
         )
-    return Softmax(Artifact.load(folder, NAME))
+    return Softmax(Artifact.load(folder, NAME, {TENSORS: TABLE}))
 
 
 def fit(features: FeatureStore) -> Artifact:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ezhoi_diffusion import Artifact, Bridge, BridgeError, BridgePlugin, FeatureStore, Pairs
+from ezhoi_diffusion import Artifact, Bridge, BridgeError, BridgePlugin, FeatureStore, Pairs, TensorSpec
 
 NAME = "standardize"
 TENSORS = "standardize.safetensors"
+MEANS = {name: TensorSpec(torch.float32, "D", -1, 1) for name in ("visual_mean", "restored_mean")}
 DEFAULT_SHRINKAGE = {"diagonal": 0.0, "coral": 0.1}
 MIN_VARIANCE = 1e-9  # of the largest: below it a variance is rounding and has no inverse
 
@@ -49,7 +50,9 @@ def load(folder: Path | None) -> Standardize:
         raise BridgeError(
             f"{NAME} needs its folder: `ezhoi-diffusion train FEATURES --bridge {NAME} --out DIR` makes it"
         )
-    return Standardize(Artifact.load(folder, NAME))
+    spread = "D D" if Artifact.load(folder, NAME).config.get("mode") == "coral" else "D"
+    table = {**MEANS, "spread": TensorSpec(torch.float32, spread, -1e6, 1e6)}
+    return Standardize(Artifact.load(folder, NAME, {TENSORS: table}))
 
 
 def fit(

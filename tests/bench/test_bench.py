@@ -62,7 +62,7 @@ def run(store, tmp_path_factory):
         printed = []
         patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
         assert main(["bench", str(store.folder), "--quick", "--out", str(folder)]) == 0
-    return "\n".join(printed), read_json(folder / "bench.json", BenchError, ""), folder
+    return "\n".join(printed), read_json(folder / "bench.json", dict, BenchError, ""), folder
 
 
 def numbers(value, name=""):

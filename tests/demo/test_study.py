@@ -109,11 +109,23 @@ def commands(monkeypatch):
         (out / "ckpt_00001_01.pt").write_text(" ".join(words))
         if "compare" in words:
             names = words[words.index("--bridges") + 1].split(",")
+            found = [dict.fromkeys(("full", "unseen", "seen"), float(i)) for i in range(len(names))]
             variants = [
-                {"name": name, "baseline": name in study.CONTROLS, "bootstrap": None, "mean_ap": dict.fromkeys(("full", "unseen", "seen"), i)}
-                for i, name in enumerate(names)
+                {"name": name, "baseline": name in study.CONTROLS, "bootstrap": None, "mean_ap": values, "difference": values}
+                | {"seed_group": None, "provenance": None}
+                for name, values in zip(names, found, strict=True)
             ]  # fmt: skip
-            write_json(out / "report.json", {"variants": variants})
+            classes = {"full": [0, 1], "unseen": [0], "seen": [1]}
+            rest = {
+                "seed_groups": {},
+                "bootstrap": None,
+                "images": 1,
+                "pairs": 1,
+                "algorithm": "11P",
+                "setting": "default",
+            }
+            notes = {"forced": [], "degraded": {}, "caveats": [], "primary": None}
+            write_json(out / "report.json", {"variants": variants, "classes": classes, **rest, **notes})
         return subprocess.CompletedProcess(words, 0, "")
 
     monkeypatch.setattr(study.subprocess, "run", pretend)

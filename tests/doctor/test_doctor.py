@@ -83,11 +83,12 @@ def write_features(folder, rows=None, text=None, hoi=(0, 1), labels=None, pairs=
             )
         )
     with pytest.MonkeyPatch.context() as patch:  # the writer refuses what is not finite
-        patch.setattr("ezhoi_diffusion.features.shard._not_finite", lambda batch: None)
+        patch.setattr("ezhoi_diffusion.features.shard._problem", lambda batch: None)
         for batch in batches:
             writer.add(batch)
         writer.flush()
-    classes = {"classes/full": torch.arange(6), "classes/unseen": torch.tensor([4, 5])}
+    groups = {"full": torch.arange(6), "unseen": torch.tensor([4, 5]), "seen": torch.arange(4)}
+    classes = {f"classes/{name}": index for name, index in groups.items()}
     text = cone(24, 1) if text is None else text
     write_ezhoi_tensors(folder, {"text": text, "context/ctx.0": torch.ones(2), **classes})
     return finish_store(folder)
@@ -360,7 +361,7 @@ def test_statistics_are_written(look, tmp_path):
     store = write_features(tmp_path / "f")
     found = look(store.folder, out=tmp_path / "s")
     assert "statistics.png" in one(found, "features.files", "ok").details
-    written = read_json(tmp_path / "s" / "statistics.json", EzhoiDiffusionError, "")
+    written = read_json(tmp_path / "s" / "statistics.json", dict, EzhoiDiffusionError, "")
     assert (written["pairs"], written["images"], written["images_without_pairs"]) == (192, 12, 0)
     assert written["pairs_per_image"] == {"median": 16.0, "max": 16}
     features, text = store.adapter_feat(), store.text
@@ -432,7 +433,7 @@ BAD_BRIDGES = [
     ({"fingerprint": None}, "bridge.fingerprint", "problem", "ezhoi-diffusion train"),
     ({"training": {"val_loss": 0.5}}, "bridge.training", "warning", "under-trained"),
     ({"training": {"val_loss": float("nan")}}, "bridge.training", "problem", "--learning-rate"),
-    ({"training": {"val_loss": "low"}}, "bridge.training", "problem", "cannot be examined"),
+    ({"training": {"val_loss": "low"}}, "bridge.training", "problem", "`$.val_loss`"),
     ({"fingerprint": {**FINGERPRINT, "zs_type": "rare_first"}}, "bridge.fingerprint", "problem", "'rare_first' there"),
     (
         {"fingerprint": {**FINGERPRINT, "options": {"vlmtxt": "a"}}},
@@ -443,7 +444,7 @@ BAD_BRIDGES = [
     ({"fingerprint": {**FINGERPRINT, "context": "other"}}, "bridge.fingerprint", "warning", "--restore-context"),
     ({}, "bridge.data", "warning", "other features"),
     ({"dim": 40}, "bridge.effect", "problem", "D = 40"),
-    ({"weight": 1e30}, "bridge.effect", "problem", "NaN"),
+    ({"weight": 1e30}, "bridge.open", "problem", "has values from"),
     ({"recipe": "paper", "weight": 0.5}, "bridge.effect", "warning", "--start-timestep"),
 ]
 
@@ -451,6 +452,13 @@ BAD_BRIDGES = [
 @pytest.mark.parametrize(("changes", "name", "level", "word"), BAD_BRIDGES)
 def test_unsound_bridges(look, tmp_path, trained, changes, name, level, word):
     one(look(trained[0], write_bridge(tmp_path / "b", **changes)), name, level, word)
+
+
+def write_training(folder, *history, **changes):
+    """Write training.json with these records."""
+    losses = {"isotropic_val_loss": 0.2, "val_loss_by_range": [0.1], "isotropic_val_loss_by_range": [0.2]}
+    facts = {"config": {}, "step": 5000, "ranges": [[0, 100]], **losses, "history": [*history], **changes}
+    write_json(folder / "training.json", facts)
 
 
 CURVES = [
@@ -463,25 +471,31 @@ CURVES = [
 @pytest.mark.parametrize(("curve", "name", "level", "word"), CURVES)
 def test_curves(look, tmp_path, curve, name, level, word):
     folder = write_bridge(tmp_path / "b")
-    history = [{"step": i, "loss": loss, "val_loss": val} for i, (loss, val) in enumerate(curve)]
-    (folder / "training.json").write_text(json.dumps({"history": history}))
+    write_training(folder, *({"step": i, "loss": loss, "val_loss": val} for i, (loss, val) in enumerate(curve)))
     one(look(folder), name, level, word)
 
 
 def test_a_network_that_memorised_its_features(look, tmp_path):
     folder = write_bridge(tmp_path / "b", training={"val_loss": 0.3})
-    history = [{"step": step, "loss": 1.0, "val_loss": loss} for step, loss in ((1, 0.3), (2, 0.4))]
-    (folder / "training.json").write_text(json.dumps({"history": history}))
+    write_training(folder, *({"step": step, "loss": 1.0, "val_loss": loss} for step, loss in ((1, 0.3), (2, 0.4))))
     one(look(folder), "bridge.training", "warning", "memorised", "--denoiser gaussian")
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"history": [{"step": 1}]}', '{"history": [{"loss": "x"}]}', '{"history": 5}']
+    "damage",
+    [
+        lambda f: (f / "training.json").write_text(""),
+        lambda f: (f / "training.json").write_text("[]"),
+        lambda f: (f / "training.json").write_text('{"history": []}'),  # no checksum
+        lambda f: write_training(f, {"step": 1}),
+        lambda f: write_training(f, {"step": 1, "loss": "x"}),
+        lambda f: write_training(f, history=5),
+    ],
 )
-def test_a_damaged_record_of_the_training_is_named(look, tmp_path, content):
+def test_a_damaged_record_of_the_training_is_named(look, tmp_path, damage):
     folder = write_bridge(tmp_path / "b")
-    (folder / "training.json").write_text(content)
-    one(look(folder), "bridge.history", "warning", "training.json", "nothing is said of its curve")
+    damage(folder)
+    one(look(folder), "bridge.history", "warning", "training.json", "nothing is said of the training's curve")
 
 
 def test_a_pipe_in_place_of_the_training_record_does_not_hold_the_doctor(look, tmp_path):
@@ -504,10 +518,10 @@ def test_a_bridge_that_costs_too_much_is_not_tried(look, tmp_path, trained, monk
 
 def test_a_bridge_that_does_not_open(look, tmp_path):
     folder = write_bridge(tmp_path / "b")
-    config = read_json(folder / "config.json", EzhoiDiffusionError, "")
+    config = read_json(folder / "config.json", dict, EzhoiDiffusionError, "")
     config["denoiser_options"]["width"] = 24
     write_json(folder / "config.json", config)
-    one(look(folder), "bridge.open", "problem", "size mismatch", "restore it")
+    one(look(folder), "bridge.open", "problem", "model.safetensors: enter.weight is", "restore it")
     (folder / "model.safetensors").write_bytes(b"")
     one(look(folder), "bridge.open", "problem", "model.safetensors", "restore it")
     (folder / "config.json").unlink()

@@ -226,7 +226,7 @@ def test_a_pushed_chain_holds_the_files_of_its_members(tmp_path):
 def test_a_damaged_chain_is_refused(plugins, tmp_path, members):
     folder = chained(tmp_path)
     rewrite(folder / "config.json", members=members)
-    assert read_json(folder / "config.json", BridgeError, "")["bridge"] == "chain"
+    assert read_json(folder / "config.json", dict, BridgeError, "")["bridge"] == "chain"
     with pytest.raises(BridgeError):
         chain_plugin.load(folder, plugins)
 

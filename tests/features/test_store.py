@@ -109,7 +109,7 @@ def test_not_finite_features_are_refused_and_the_images_before_them_kept(tmp_pat
     for batch in (*IMAGES[:2], bad, IMAGES[3]):
         writer.add(batch)
     for again in (writer.flush, lambda: writer.add(IMAGES[4]), writer.flush, writer.close):
-        with pytest.raises(FeatureStoreError, match=r"image 2\.jpg gave features that are not finite"):
+        with pytest.raises(FeatureStoreError, match=r"image 2\.jpg: adapter_feat has values that are not finite"):
             again()
     assert FeatureWriter(tmp_path, META).next_index == 2
     assert torch.equal(write(tmp_path).adapter_feat(), torch.cat([b.adapter_feat for b in IMAGES]))
@@ -140,14 +140,14 @@ def test_damaged_files_are_one_typed_error(tmp_path, name, how):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"shards": None}, "is damaged"),
-        ({"shards": [{}]}, "is damaged"),
-        ({"shards": []}, "is damaged"),
-        ({"rows": 13}, "is damaged"),
-        ({"images": 5}, "is damaged"),
-        ({"ezhoi": {}}, "is damaged"),
-        ({"schema": 99}, "schema 99, this version reads 2"),
-        ({"meta": {**META, "schema": 1, "split": "test"}}, "belongs to another capture"),
+        ({"shards": None}, "missing required field `shards`"),
+        ({"shards": [{}]}, r"missing required field .* at `\$\.shards\[0\]`"),
+        ({"shards": []}, r"length >= 1 - at `\$\.shards`"),
+        ({"rows": 13}, "it has 13 rows, its shards 14"),
+        ({"images": 5}, "it has 5 images, its shards 6"),
+        ({"ezhoi": {}}, r"at `\$\.ezhoi`"),
+        ({"schema": 99}, r"99 - at `\$\.schema`"),
+        ({"meta": {**META, "schema": 2, "split": "test"}}, "belongs to another capture"),
     ],
 )
 def test_an_index_that_says_something_else_is_one_typed_error(tmp_path, change, says):
@@ -182,7 +182,7 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path):
     writer = FeatureWriter(tmp_path, META)
     broken = replace(IMAGES[0], logits=IMAGES[0].logits.clone().fill_(float("inf")))
     writer.add(broken)
-    with pytest.raises(FeatureStoreError, match=r"0\.jpg has logits that are not finite"):
+    with pytest.raises(FeatureStoreError, match=r"0\.jpg: logits has values that are not finite"):
         writer.flush()
     assert not list(tmp_path.glob("shard-*"))
 
@@ -334,14 +334,14 @@ def test_copies_from_a_gpu_are_waited_for_before_they_are_looked_at(tmp_path, mo
         calls.append(("pinned", pin_memory))
         return real(*shape, **kwargs)
 
-    def looked(batch, real=shard_module._not_finite):
+    def looked(batch, real=shard_module._problem):
         calls.append(("looked", batch.index))
         return real(batch)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the default")
     monkeypatch.setattr(torch, "empty", empty)
-    monkeypatch.setattr(shard_module, "_not_finite", looked)
+    monkeypatch.setattr(shard_module, "_problem", looked)
 
     def there(batch):
         pairs = {

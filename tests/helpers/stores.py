@@ -15,7 +15,7 @@ META = {"split": "train", "fingerprint": {"dim": D}}
 
 def image(index, pairs):
     generator = torch.Generator().manual_seed(index)
-    boxes = torch.rand(pairs + 1, 4, generator=generator)
+    boxes = torch.rand(pairs + 1, 4, generator=generator).cumsum(1)
     pairing = torch.stack([torch.zeros(pairs, dtype=torch.long), torch.arange(1, pairs + 1)])
     return FeatureBatch(
         index=index,
@@ -24,7 +24,7 @@ def image(index, pairs):
         text=None,
         logits=torch.randn(pairs, CLASSES, generator=generator),
         labels=torch.rand(pairs, CLASSES, generator=generator) > 0.5,
-        gt_boxes=torch.rand(2, 3, 4, generator=generator),
+        gt_boxes=torch.rand(2, 3, 4, generator=generator).cumsum(2),
         gt_hoi=torch.tensor([1, 2, 3]),
     )
 

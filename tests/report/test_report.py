@@ -224,7 +224,7 @@ def test_the_folder_has_page_figures_and_pictures(reports):
 
 
 def test_the_json_has_all_that_the_page_says(reports):
-    comparison, found = complete(EIGHT), read_json(reports / "eight" / "report.json", EzhoiDiffusionError, "")
+    comparison, found = complete(EIGHT), read_json(reports / "eight" / "report.json", dict, EzhoiDiffusionError, "")
     said = headline(comparison)
     page = read(reports / "eight")
     for words in (found["headline"], *found["details"]):
@@ -582,7 +582,7 @@ def test_a_training_whose_mean_seed_loses_has_no_gain_however_good_its_best_seed
     assert found.tone == "unknown"
     write_report(comparison, tmp_path)
     assert "seed-2" not in found.text + "".join(found.details) + comparison.table() + read(tmp_path).text
-    report = read_json(tmp_path / "report.json", EzhoiDiffusionError, "")
+    report = read_json(tmp_path / "report.json", dict, EzhoiDiffusionError, "")
     assert report["variants"][3]["bootstrap"] is None
     assert report["seed_groups"]["b"]["bootstrap"]["over"]["none"]["full"]["high"] > 0
 

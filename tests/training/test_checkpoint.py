@@ -6,10 +6,14 @@ import torch
 from ezhoi_diffusion.training.checkpoint import flat, nested, read_newest, write_checkpoint
 from ezhoi_diffusion.training.config import TrainingError
 
+STATE = {
+    "best": None, "history": [], "pending": [1.0], "seconds": 1.0, "config": {}, "data_sha256": "0" * 64, "scaler": None,
+}  # fmt: skip
+
 
 def checkpoint(folder, step):
     w = {"w": torch.full((3,), float(step))}
-    write_checkpoint(folder, step, {"model": w, "ema": w, "best": {}, "optimizer": {}}, {"step": step})
+    write_checkpoint(folder, step, {"model": w, "ema": w, "best": {}, "optimizer": {}}, {**STATE, "step": step})
 
 
 def test_optimizer_state_survives_flattening():
@@ -24,7 +28,7 @@ def test_the_last_two_checkpoints_are_kept(tmp_path):
         checkpoint(tmp_path, step)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000000003", "step-000000010"]
     tensors, state = read_newest(tmp_path)
-    assert state == {"step": 10}
+    assert state["step"] == 10
     assert tensors["model"]["w"].tolist() == [10.0] * 3
 
 
@@ -36,7 +40,7 @@ def test_the_newest_complete_checkpoint_counts(tmp_path, name, damage):
     damage(tmp_path / "step-000000002" / name)
     with pytest.warns(UserWarning, match="step-000000002"):
         found = read_newest(tmp_path)
-    assert found[1] == {"step": 1}
+    assert found[1]["step"] == 1
     # A broken one does not count towards the two that are kept.
     checkpoint(tmp_path, 3)
     assert (tmp_path / "step-000000001").exists()
@@ -46,7 +50,7 @@ def test_a_checkpoint_that_was_moved_aside_is_put_back(tmp_path):
     checkpoint(tmp_path, 1)
     (tmp_path / "step-000000001").rename(tmp_path / "step-000000001.replaced")
     (tmp_path / "step-000000001.staged").mkdir()
-    assert read_newest(tmp_path)[1] == {"step": 1}
+    assert read_newest(tmp_path)[1]["step"] == 1
     checkpoint(tmp_path, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000000001", "step-000000002"]
 

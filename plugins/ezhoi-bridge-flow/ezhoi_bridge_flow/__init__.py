@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 def load(folder: Path | None) -> Flow:
     """Load the bridge in `folder`. Raises BridgeError."""
-    from ezhoi_bridge_flow.bridge import Flow
+    from ezhoi_bridge_flow.bridge import MEANS, MODEL, TABLE, Flow
     from ezhoi_diffusion import Artifact, BridgeError
 
     if folder is None:
         raise BridgeError("flow needs its folder: `ezhoi-diffusion train FEATURES --bridge flow --out DIR` makes it")
-    return Flow.from_artifact(Artifact.load(folder, "flow"))
+    return Flow.from_artifact(Artifact.load(folder, "flow", {MODEL: None, MEANS: TABLE}))
 
 
 def fit(

@@ -12,9 +12,14 @@ from flow_matching.solver import ODESolver
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ezhoi_diffusion import Artifact, Bridge, BridgeError, Pairs
+from ezhoi_diffusion import Artifact, Bridge, BridgeError, Pairs, TensorSpec
 
 MODEL, MEANS = "model.safetensors", "means.safetensors"
+TABLE = {
+    "visual_mean": TensorSpec(torch.float32, "D", -1, 1),
+    "text_mean": TensorSpec(torch.float32, "D", -1, 1),
+    "scale_factor": TensorSpec(torch.float32, "", 1e-6, 1e6),
+}
 FREQUENCIES = 8  # of the time embedding
 
 
@@ -33,7 +38,7 @@ class Options:
         for name, value in whole.items():
             if type(value) is not int or not 1 <= value <= 4096:
                 raise BridgeError(f"flow: {name} is a whole number from 1 to 4096, not {value!r}")
-        if not isinstance(self.blend, (int, float)) or not 0 <= self.blend <= 1:
+        if isinstance(self.blend, bool) or not isinstance(self.blend, (int, float)) or not 0 <= self.blend <= 1:
             raise BridgeError(f"flow: blend is a number from 0 (nothing changes) to 1, not {self.blend!r}")
         if self.mean not in ("visual", "text"):
             raise BridgeError(f"flow: mean is visual or text, not {self.mean!r}")
@@ -94,8 +99,14 @@ class Flow(Bridge):
         """The bridge in an artefact. Draws no global random number. Raises BridgeError for options out of range."""
         means = artifact.files[MEANS]
         options = Options(**artifact.config["options"])
+        dim = len(means["visual_mean"])
+        with torch.device("meta"):  # takes no memory: the options may claim any network
+            expected = Velocity(dim, options.width, options.blocks).state_dict()
+        found = artifact.files[MODEL]
+        if {n: (x.dtype, x.shape) for n, x in found.items()} != {n: (x.dtype, x.shape) for n, x in expected.items()}:
+            raise BridgeError(f"flow: {MODEL} does not hold the network that config.json describes: fit it again")
         with torch.random.fork_rng(devices=[]):
-            velocity = Velocity(len(means["visual_mean"]), options.width, options.blocks)
+            velocity = Velocity(dim, options.width, options.blocks)
         velocity.load_state_dict(artifact.files[MODEL])
         bridge = cls(velocity, means, options).eval().requires_grad_(False)
         bridge.provenance, bridge.context = artifact.provenance, artifact.context

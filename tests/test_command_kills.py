@@ -93,7 +93,7 @@ def content(folder: Path) -> dict[str, object]:
         if path.suffix == ".safetensors":
             found[name] = path.read_bytes()
         elif path.suffix == ".json":
-            found[name] = without_times(read_json(path, EzhoiDiffusionError, ""))
+            found[name] = without_times(read_json(path, dict, EzhoiDiffusionError, ""))
         else:
             found[name] = path.is_dir() or path.stat().st_size > 0
     return found
@@ -105,7 +105,7 @@ def report(folder: Path) -> list[str] | None:
     if not path.exists():
         return None
     assert current(folder, "report.html").read_text().rstrip().endswith("</html>")
-    return [one["name"] for one in read_json(path, EzhoiDiffusionError, "")["variants"]]
+    return [one["name"] for one in read_json(path, dict, EzhoiDiffusionError, "")["variants"]]
 
 
 @pytest.mark.parametrize("name", ["fit", "tune", "distil", "compare"])
@@ -154,7 +154,7 @@ def done(out: Path) -> dict[str, str]:
     """Finished steps of a pipeline, and the digest of what each wrote."""
     if not (out / "pipeline.json").exists():
         return {}
-    steps = read_json(out / "pipeline.json", EzhoiDiffusionError, "")["steps"]
+    steps = read_json(out / "pipeline.json", dict, EzhoiDiffusionError, "")["steps"]
     return {name: step["output"] for name, step in steps.items() if step["output"]}
 
 

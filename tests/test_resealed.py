@@ -228,7 +228,7 @@ def kinds(tmp_path_factory) -> dict[str, Kind]:
             raise Found(f"{said.getvalue()} {[str(one.message) for one in warned]}")
         return sorted(weights(folder).items())
 
-    files = ("manifest.json", *(f"{name}.safetensors" for name in ("model", "ema", "best", "optimizer")))
+    files = ("manifest.json", *(f"{name}.safetensors" for name in ("model", "ema", "optimizer")))
     found["checkpoint"] = Kind(trained, tuple(f"checkpoints/{newest}/{file}" for file in files), resume, reseal_checkpoint)  # fmt: skip
     bridge = load_bridge(plugins, "diffusion", trained)
 

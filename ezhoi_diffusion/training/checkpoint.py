@@ -25,11 +25,11 @@ from ezhoi_diffusion.files import (
 )
 from ezhoi_diffusion.schema import LARGEST, FileFacts, Finite, TensorSpec, table_of, tensors_problem
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
-from ezhoi_diffusion.training.facts import LossRecord, Validated
+from ezhoi_diffusion.training.facts import LossRecord
 
 NUM_KEPT = 2
 MANIFEST = "manifest.json"
-TENSORS = ("model", "ema", "best", "optimizer")
+TENSORS = ("model", "ema", "optimizer")
 
 
 class Files(TypedDict):
@@ -37,7 +37,6 @@ class Files(TypedDict):
 
     model: FileFacts
     ema: FileFacts
-    best: FileFacts
     optimizer: FileFacts
 
 
@@ -45,7 +44,6 @@ class State(TypedDict):
     """What a training needs beside tensors to go on."""
 
     step: Annotated[int, msgspec.Meta(ge=1, le=2**53)]
-    best: Validated | None
     history: list[LossRecord]
     pending: list[float]
     seconds: Finite
@@ -129,7 +127,6 @@ def require_tensors(
     tables = {
         "model": table_of(network.state_dict()),
         "ema": table_of(ema.state_dict()),
-        "best": table_of(ema.module.state_dict()) if tensors["best"] else {},
         "optimizer": moments,
     }
     for name, table in tables.items():

@@ -26,15 +26,6 @@ class LossRecord(TypedDict):
     val_loss_by_range: NotRequired[list[float]]
 
 
-class Validated(TypedDict):
-    """The losses of a step with a validation."""
-
-    step: Count
-    loss: float
-    val_loss: float
-    val_loss_by_range: list[float]
-
-
 class Losses(TypedDict):
     """What the provenance of a trained bridge says of its losses, among others."""
 

@@ -47,6 +47,11 @@ PROGRESS_SECONDS = 30.0  # between updates of the progress bar in a log
 ADAM_BETAS = (0.9, 0.99)  # as in Diffusion Bridge
 
 
+def _lowest(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first record of the lowest validation loss."""
+    return min(records, key=lambda record: record["val_loss"])
+
+
 class TrainingLoop:
     """The state of one training in one process, in two phases.
 
@@ -91,11 +96,10 @@ class TrainingLoop:
         )
         self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
 
-        self.search: dict[str, Any] | None = None  # what training.json says of the search, in the refit
+        self.search: dict[str, Any] = {}  # what training.json says of the search, once it has ended
+        self.best: dict[str, Any] = {}  # the record of its lowest validation loss
         self.step, self.last_step = 0, config.train_steps
         self.saved_step: int | None = None  # of the newest checkpoint
-        self.best: dict[str, Any] | None = None  # the record of the lowest validation so far
-        self.best_weights: dict[str, Tensor] = {}
         self.baseline_losses = self.validation.baseline_losses()
         self.baseline_loss = fmean(self.baseline_losses)
         self.history: list[dict[str, Any]] = []
@@ -111,8 +115,7 @@ class TrainingLoop:
             group["lr"] = config.learning_rate_at(self.step)
         total = torch.zeros((), device=self.device)
         for micro in range(config.gradient_accumulate):
-            last = micro == config.gradient_accumulate - 1
-            with nullcontext() if last else accelerator.no_sync(self.model):
+            with nullcontext() if micro + 1 == config.gradient_accumulate else accelerator.no_sync(self.model):
                 batch = self.step * config.gradient_accumulate + micro
                 loss = batch_loss(self.model, accelerator, self.features, self.resident, config, self.schedule, batch)
                 accelerator.backward(loss / config.gradient_accumulate)
@@ -126,9 +129,9 @@ class TrainingLoop:
         self.pending.append(total)
         self.progress_bar.update()
 
-        last = self.step == self.last_step
-        validate = self.search is None and (last or self.step % config.val_every == 0)
-        checkpoint = last or self.step % config.checkpoint_every == 0
+        ends = self.step == self.last_step
+        validate = not self.search and (ends or self.step % config.val_every == 0)
+        checkpoint = ends or self.step % config.checkpoint_every == 0
         if validate or checkpoint or self.step % LOG_EVERY == 0:
             record = self._log()
             if validate:
@@ -158,15 +161,11 @@ class TrainingLoop:
         self.accelerator.wait_for_everyone()
 
     def _reason_to_stop(self) -> str | None:
-        """Say why no step is left to do; None while one is.
-
-        Patience counts regular validations only. A run that ended early and goes on has an extra one, and stops where a run that
-        never ended does.
-        """
-        if self.config.patience:
-            regular = [r for r in self.history if "val_loss" in r and r["step"] % self.config.val_every == 0]
-            best = min(regular, key=lambda record: record["val_loss"], default=None)
-            if best is not None and len(regular) - 1 - regular.index(best) >= self.config.patience:
+        """Say why no step is left to do; None while one is."""
+        regular = self._regular()
+        if self.config.patience and regular:
+            best = _lowest(regular)
+            if len(regular) - 1 - regular.index(best) >= self.config.patience:
                 return (
                     f"patience {self.config.patience}: no validation after step {best['step']} went below its "
                     f"{best['val_loss']:.5f}"
@@ -178,8 +177,7 @@ class TrainingLoop:
         losses = self.accelerator.reduce(torch.stack(self.pending), "mean").cpu()
         broken = (~torch.isfinite(losses)).nonzero()
         if len(broken):
-            step = self.step - len(losses) + int(broken[0]) + 1
-            raise self._diverged("the loss", losses[broken[0]].item(), step)
+            raise self._diverged("the loss", losses[broken[0]].item(), self.step - len(losses) + int(broken[0]) + 1)
         self.pending.clear()
         record = {"step": self.step, "loss": float(losses.mean()), "lr": self.config.learning_rate_at(self.step - 1)}
         self.history.append(record)
@@ -191,6 +189,13 @@ class TrainingLoop:
             f"{what} is {value} at step {step}: lower the learning rate (now {self.config.learning_rate:g}) and train into "
             f"another folder; {self.out} keeps its last checkpoint"
         )
+
+    def _regular(self) -> list[dict[str, Any]]:
+        """The records of regular validations. A search that ended early and goes on has an extra one.
+
+        It counts only where the search has ended: the same search without a break has to give the same bridge.
+        """
+        return [r for r in self.history if "val_loss" in r and r["step"] % self.config.val_every == 0]
 
     def _is_logged(self) -> bool:
         return bool(self.history) and self.history[-1]["step"] == self.step
@@ -206,12 +211,8 @@ class TrainingLoop:
                 f"step {self.step}: loss {record['loss']:.5f}, validation {record['val_loss']:.5f} "
                 f"(isotropic estimate: {self.baseline_loss:.5f})"
             )
-        # The validation at an early end is no candidate here, only in `finish`. A run that never ended does not have it, and one
-        # that goes on from there has to give the same bridge.
-        regular = record["step"] % self.config.val_every == 0
-        if regular and (self.best is None or record["val_loss"] < self.best["val_loss"]):
-            self.best = record
-            self.best_weights = {name: x.cpu().clone() for name, x in self.ema.module.state_dict().items()}
+        regular = self._regular()
+        if regular and record is _lowest(regular):
             self._save(self.out / BEST, record)
 
     def _track(self, record: dict[str, Any]) -> None:
@@ -219,7 +220,7 @@ class TrainingLoop:
         scalars = {name: value for name, value in record.items() if name not in ("step", "val_loss_by_range")}
         for (low, high), loss in zip(self.validation.ranges, record.get("val_loss_by_range", ()), strict=False):
             scalars[f"val_loss/timesteps {low}-{high}"] = loss
-        prefix = "" if self.search is None else f"{REFIT}/"
+        prefix = f"{REFIT}/" if self.search else ""
         self.accelerator.log({prefix + name: value for name, value in scalars.items()}, step=self.steps_done)
 
     def _save(self, folder: Path, record: dict[str, Any], **more: Any) -> None:
@@ -249,16 +250,16 @@ class TrainingLoop:
     @property
     def phase(self) -> str:
         """`search` or `refit`."""
-        return "search" if self.search is None else REFIT
+        return REFIT if self.search else "search"
 
     @property
     def steps_done(self) -> int:
         """Steps of both phases."""
-        return self.step + (0 if self.search is None else self.search["step"])
+        return self.step + self.search.get("step", 0)
 
     @property
     def _checkpoints(self) -> Path:
-        return self.out / CHECKPOINTS / ("" if self.search is None else REFIT)
+        return self.out / CHECKPOINTS / (REFIT if self.search else "")
 
     def _checkpoint(self) -> None:
         if self.saved_step == self.step:
@@ -269,17 +270,15 @@ class TrainingLoop:
         self.saved_step = self.step
 
     def _snapshot(self, pending: list[float]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Return the tensors and the state of a checkpoint, and `pending` losses among it."""
+        """Return the tensors and the state of a checkpoint, with the `pending` losses of all processes."""
         tensors = {
             "model": self.network.state_dict(),
             "ema": self.ema.state_dict(),
-            "best": self.best_weights,
             "optimizer": flat(self.optimizer.state_dict()["state"]),
         }
         scaler = self.accelerator.scaler
         state = {
             "step": self.step,
-            "best": self.best,
             "history": self.history,
             "pending": pending,
             "seconds": self._elapsed(),
@@ -290,15 +289,13 @@ class TrainingLoop:
         return tensors, state
 
     def _load(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-        """Take over what `_snapshot` returned. The refit keeps the best record of its search."""
+        """Take over what `_snapshot` returned."""
         self.network.load_state_dict(tensors["model"])
         self.ema.load_state_dict(tensors["ema"])
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": nested(tensors["optimizer"]), "param_groups": groups})
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"] or {})
-        if self.search is None:
-            self.best, self.best_weights = state["best"], tensors["best"]
         self.step, self.history = state["step"], [*state["history"]]
         self.saved_step = self.step
         self.pending = [torch.tensor(loss, device=self.device) for loss in state["pending"]]
@@ -324,12 +321,12 @@ class TrainingLoop:
             if not self.pending and not self._is_logged():
                 raise ValueError(f"it has no loss of step {self.step}")
             self.stop_reason = self._reason_to_stop()
-            before = state["config"]["train_steps"]
         except (RuntimeError, ValueError) as error:
             raise TrainingError(
                 f"the newest checkpoint in {self._checkpoints} does not fit this network ({error}): remove it"
             ) from error
-        if self.search is None and before != self.config.train_steps and self.accelerator.is_main_process:
+        before = state["config"]["train_steps"]
+        if not self.search and before != self.config.train_steps and self.accelerator.is_main_process:
             print(f"note: train_steps was {before}, is now {self.config.train_steps}", file=sys.stderr, flush=True)
         return True
 
@@ -342,8 +339,7 @@ class TrainingLoop:
         last = self.history[-1] if self._is_logged() else self._log()
         if "val_loss" not in last:
             self._validate(last)
-        if self.best is None or last["val_loss"] < self.best["val_loss"]:
-            self.best = last
+        self.best = _lowest([*self._regular(), last])
         self.search = {
             "config": self.config.to_dict(),
             "step": self.step,
@@ -355,7 +351,6 @@ class TrainingLoop:
             "rows": len(self.features.training),
             "seconds": self._elapsed(),
         }
-        self.best_weights = {}
         self.features, self.last_step = self.features.whole(), self.best["step"]
         if self.accelerator.is_main_process:
             self.progress_bar.write(
@@ -371,14 +366,12 @@ class TrainingLoop:
 
     def finish(self) -> None:
         """Write training.json, and last the bridge."""
-        assert self.search is not None
-        assert self.best is not None
         if not self._is_logged():
             self._log()
-        own = {"rows": len(self.features.training), "history": self.history, "seconds": self._elapsed()}
+        rows = len(self.features.training)
         facts = {
             **self.search,
-            REFIT: {"step": self.step, **own},
+            REFIT: {"step": self.step, "rows": rows, "history": self.history, "seconds": self._elapsed()},
             "device": str(self.device),
             "processes": self.accelerator.num_processes,
             "versions": {
@@ -398,7 +391,7 @@ class TrainingLoop:
             initial=self.step,
             disable=not self.accelerator.is_main_process,
             unit="step",
-            desc=f"{self.phase}, phase {1 if self.search is None else 2} of 2",
+            desc=f"{self.phase}, phase {2 if self.search else 1} of 2",
             mininterval=0.1 if sys.stderr.isatty() else PROGRESS_SECONDS,
         )
         return self.progress_bar

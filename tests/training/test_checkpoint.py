@@ -7,13 +7,13 @@ from ezhoi_diffusion.training.checkpoint import flat, nested, read_newest, write
 from ezhoi_diffusion.training.config import TrainingError
 
 STATE = {
-    "best": None, "history": [], "pending": [1.0], "seconds": 1.0, "config": {}, "data_sha256": "0" * 64, "scaler": None,
+    "history": [], "pending": [1.0], "seconds": 1.0, "config": {}, "data_sha256": "0" * 64, "scaler": None,
 }  # fmt: skip
 
 
 def checkpoint(folder, step):
     w = {"w": torch.full((3,), float(step))}
-    write_checkpoint(folder, step, {"model": w, "ema": w, "best": {}, "optimizer": {}}, {**STATE, "step": step})
+    write_checkpoint(folder, step, {"model": w, "ema": w, "optimizer": {}}, {**STATE, "step": step})
 
 
 def test_optimizer_state_survives_flattening():

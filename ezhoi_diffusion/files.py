@@ -13,6 +13,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import stat
@@ -22,7 +23,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -176,7 +176,8 @@ def read_tensors(path: Path, facts: dict[str, Any], error: type[EzhoiDiffusionEr
     data = read_bytes(path, facts, error, remedy)
     try:
         tensors = load(data)
-        broken = [name for name, x in tensors.items() if x.is_floating_point() and not torch.isfinite(x).all()]
+        real = {name: x for name, x in tensors.items() if x.is_floating_point() and x.numel()}
+        broken = [name for name, x in real.items() if not all(map(math.isfinite, x.aminmax()))]  # NaN is an extreme too
     except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as problem:
         raise error(f"{path} cannot be read ({problem}); {remedy}") from problem
     if broken:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -189,7 +190,7 @@ class FeatureStore:
         """Context vectors of the run."""
         return {name.removeprefix("context/"): t for name, t in self.ezhoi.items() if name.startswith("context/")}
 
-    @property
+    @cached_property
     def images(self) -> list[dict[str, Any]]:
         """One entry for each image in order: index, name, rows, boxes, annotations."""
         return [image for shard in self.index["shards"] for image in shard["images"]]

@@ -19,6 +19,13 @@ TABLE = {  # of statistics.safetensors
 }
 
 
+def unit_mean(text: Tensor) -> Tensor:
+    """Mean [D] float32 of the unit text features of [N_sel, D]. Raises ValueError where there is none."""
+    if len(text) == 0:
+        raise ValueError("statistics need features on both sides, found no text feature")
+    return normalize(text.double(), dim=-1).mean(0).float()
+
+
 def mean_resultant_length(blocks: Iterable[Tensor], mean: Tensor) -> float:
     """Norm of the mean of unit(unit(x) − mean) over all features: what they share beyond `mean`.
 
@@ -65,9 +72,7 @@ class ModalityStatistics:
         Raises:
             ValueError: Either side is empty.
         """
-        if len(text) == 0:
-            raise ValueError("statistics need features on both sides, found no text feature")
-        return cls.compute_with_text_mean(visual, normalize(text.double(), dim=-1).mean(0).float(), len(text))
+        return cls.compute_with_text_mean(visual, unit_mean(text), len(text))
 
     @classmethod
     def compute_with_text_mean(cls, visual: Iterable[Tensor], text_mean: Tensor, text_rows: int) -> ModalityStatistics:

@@ -26,7 +26,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.features.contents import ezhoi_problem, shard_problem
-from ezhoi_diffusion.features.statistics import ModalityStatistics
+from ezhoi_diffusion.features.statistics import ModalityStatistics, unit_mean
 from ezhoi_diffusion.files import read_json, read_tensors
 from ezhoi_diffusion.schema import Count, FileFacts
 
@@ -256,13 +256,16 @@ class FeatureStore:
         """
         return _Subset(self, set(images), torch.zeros(0, dtype=torch.long) if hidden is None else hidden)
 
+    @property
+    def text_mean(self) -> Tensor:
+        """[D] float32, the mean of the unit text features. Raises ValueError where there is neither text nor its mean."""
+        return self.ezhoi["text_mean"] if "text_mean" in self.ezhoi else unit_mean(self.text)
+
     def statistics(self) -> ModalityStatistics:
         """Compute the means of pair and text features as a stream. Raises FeatureStoreError without pair features."""
         blocks = (shard["adapter_feat"] for shard in self.shards())
         try:
-            if "text_mean" in self.ezhoi:
-                return ModalityStatistics.compute_with_text_mean(blocks, self.ezhoi["text_mean"], len(self.text))
-            return ModalityStatistics.compute(blocks, self.text)
+            return ModalityStatistics.compute_with_text_mean(blocks, self.text_mean, len(self.text))
         except ValueError as error:
             raise FeatureStoreError(f"{self.folder}: {error}; capture a split whose images have pairs") from error
 

@@ -15,7 +15,7 @@ top1: share of annotated pairs whose highest logit among possible targets is of 
 calibration_error: sum over 15 equal bins of p = sigmoid(logit) of the bin's share times |mean p − share annotated|, over
     possible targets of annotated pairs, 0 to 1. Guo et al., ICML 2017, with every target a prediction of its own.
 mean_resultant_length: |mean of (u − mean v)/|u − mean v||, 0 to 1: what the features share without the text mean,
-    as `features.statistics.mean_resultant_length`.
+    as `features.statistics.mean_resultant_lengths`.
 """
 
 from __future__ import annotations

@@ -211,7 +211,17 @@ class FeatureStore:
 
     def rows(self, name: str) -> Tensor:
         """Concatenate one tensor of all shards: one entry for each pair, box or annotation."""
-        return torch.cat([shard[name] for shard in self.shards() if self._require(name, shard)])
+        counts = COUNTED_BY.get(name, "rows")
+        number = len(self.images) if counts == "images" else sum(image[counts] for image in self.images)
+        found, begin = self.text.new_empty(0), 0
+        for shard in self.shards():
+            self._require(name, shard)
+            part = shard[name]
+            if not begin:  # room for all at once: to join parts would take twice as much
+                found = part.new_empty(number, *part.shape[1:])
+            found[begin : begin + len(part)] = part
+            begin += len(part)
+        return found
 
     @property
     def imported(self) -> dict[str, Any] | None:
@@ -234,10 +244,9 @@ class FeatureStore:
                 f"`ezhoi-diffusion run main_tip_finetune.py … --plugin capture --capture DIR`"
             )
 
-    def _require(self, name: str, shard: dict[str, Tensor]) -> bool:
+    def _require(self, name: str, shard: dict[str, Tensor]) -> None:
         if name not in shard:
             self.require_captured(f"'{name}'")
-        return True
 
     def image_index(self) -> Tensor:
         """[N] int64, the position in `images` of each pair's image."""

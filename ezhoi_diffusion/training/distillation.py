@@ -12,6 +12,7 @@ from tqdm import tqdm
 from ezhoi_diffusion.defaults import torch_defaults
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge, build_denoiser
 from ezhoi_diffusion.diffusion.normalization import normalize, rescale
+from ezhoi_diffusion.features.rows import StoredRows
 from ezhoi_diffusion.rng import generator
 from ezhoi_diffusion.training.config import TrainingError
 from ezhoi_diffusion.training.fidelity import Fidelity, fidelity
@@ -29,8 +30,8 @@ BLOCK = 256
 @torch.enable_grad()
 def distill(
     teacher: DiffusionBridge,
-    training: Tensor,
-    held_out: Tensor,
+    training: Tensor | StoredRows,
+    held_out: Tensor | StoredRows,
     text: Tensor,
     *,
     train_steps: int = 2000,
@@ -44,7 +45,7 @@ def distill(
 
     Args:
         teacher: The bridge.
-        training: Captured adapter_feat [N, D] to learn from.
+        training: Captured adapter_feat [N, D] to learn from. A sample is taken, so they may stay on disk.
         held_out: Captured adapter_feat [M, D] of other images, to judge by.
         text: EZ-HOI's text features [K, D].
         train_steps: Optimizer steps.
@@ -114,7 +115,7 @@ def distill(
     return bridge.to("cpu"), reached
 
 
-def _inputs(teacher: DiffusionBridge, features: Tensor, rng: torch.Generator) -> Tensor:
+def _inputs(teacher: DiffusionBridge, features: Tensor | StoredRows, rng: torch.Generator) -> Tensor:
     """Return inputs of the network [NUM_FEATURES, D]: features, and mixtures of two where there are too few."""
     scale_factor = teacher.config.recipe.scale_factor
     chosen = features[torch.randperm(len(features), generator=rng)[:NUM_FEATURES]].float()

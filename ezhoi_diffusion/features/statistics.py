@@ -38,14 +38,14 @@ def mean_resultant_lengths(blocks: Iterable[Tensor], means: Sequence[Tensor]) ->
         0 to 1 each: about 0 where features spread evenly around the mean, large where a cone is left.
     """
     totals, count = torch.zeros(len(means), len(means[0]), dtype=torch.float64), 0
-    for unit in _unit_parts(blocks):
+    for unit in unit_parts(blocks):
         for total, mean in zip(totals, means, strict=True):
             total += normalize(unit - mean.double(), dim=-1).sum(0)
         count += len(unit)
     return [float(total.norm()) for total in totals / count]
 
 
-def _unit_parts(blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+def unit_parts(blocks: Iterable[Tensor]) -> Iterator[Tensor]:
     """Unit features [n, D] float64 in parts that stay in the processor's cache: of larger ones, every operation waits for memory."""
     for block in blocks:
         for part in block.split(PART):
@@ -88,7 +88,7 @@ class ModalityStatistics:
         """Compute the visual mean where the text mean [D] is known. Raises ValueError without pair features."""
         total = torch.zeros(len(text_mean), dtype=torch.float64)
         count = 0
-        for unit in _unit_parts(visual):
+        for unit in unit_parts(visual):
             total += unit.sum(0)
             count += len(unit)
         if count == 0:

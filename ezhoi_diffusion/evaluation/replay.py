@@ -38,6 +38,9 @@ MAX_PAIRS = 2048  # in one call, if a bridge takes many images: enough for a pro
 NUM_TIMED = 8  # images on which the cost of a bridge is measured, one at a time, as at eval …
 TIMED_SECONDS = 1.0  # … or fewer, if they take this long
 NUM_SHOWN = 500  # pairs in the pictures
+BOOTSTRAP_SHARE = (
+    0.1  # steps of the progress bar for the bootstrap, per image: at HICO-DET's size it takes this share of the time
+)
 
 
 @dataclass(eq=False)
@@ -100,49 +103,53 @@ def replay(
         for name in (REFERENCE, *variants)
     }
     perfect = Headroom() if measured else None
-    with torch.no_grad(), tqdm(total=len(images), desc="compare", unit="img", file=sys.stderr) as progress:
+    per_variant = max(1, round(BOOTSTRAP_SHARE * len(images) / len(cards))) if replicates else 0
+    total = len(images) + per_variant * len(cards)
+    with torch.no_grad(), tqdm(total=total, desc="compare", unit="step", file=sys.stderr) as progress:
         stored = stored_images(store, chosen)
         scored, annotations = _collect(
             protocol, score, stored, variants, cards, num_pairs, NUM_TIMED if measured else 1, device, progress, perfect
         )
-    oracles = {} if perfect is None else perfect.scored(scored[REFERENCE])
-    part = chosen is not None or protocol.partial or store.meta.get("max_images") is not None
-    if not part:
-        annotations = torch.cat([annotations, protocol.uncaptured])
-    num_gt = annotations.sum(0)
-    if protocol.setting == "known-object":
-        present, object_of = annotated_objects(store, annotations)
-        scored, oracles = (
-            {name: known_object(one, present, object_of) for name, one in some.items()} for some in (scored, oracles)
+        oracles = {} if perfect is None else perfect.scored(scored[REFERENCE])
+        part = chosen is not None or protocol.partial or store.meta.get("max_images") is not None
+        if not part:
+            annotations = torch.cat([annotations, protocol.uncaptured])
+        num_gt = annotations.sum(0)
+        if protocol.setting == "known-object":
+            present, object_of = annotated_objects(store, annotations)
+            scored, oracles = (
+                {name: known_object(one, present, object_of) for name, one in some.items()}
+                for some in (scored, oracles)
+            )
+        groups = protocol.groups
+        if part:
+            # of a few images most classes have no annotation, and would only thin the mean
+            groups = {name: index[num_gt[index] > 0] for name, index in groups.items() if (num_gt[index] > 0).any()}
+        if FULL not in groups:
+            raise ScoreError(
+                f"{store.folder}: none of these {len(images)} images has an annotation of a class that counts: capture more images"
+            )
+        return Comparison.from_detections(
+            scored,
+            annotations,
+            groups,
+            variants,
+            added_ms={name: _milliseconds(cards[name].seconds, store, images) for name in variants},
+            alignment={name: card.alignment.measures() for name, card in cards.items() if card.alignment is not None},
+            samples={name: torch.cat(card.shown) for name, card in cards.items()} if measured else None,
+            sample_text=score.text if measured else None,
+            algorithm=protocol.algorithm,
+            replicates=replicates,
+            advance=lambda: progress.update(per_variant),
+            pairs=num_pairs,
+            names=protocol.names,
+            fingerprint=store.fingerprint,
+            setting=protocol.setting,
+            calibration={name: card.calibration.entries(object_names(store)) for name, card in cards.items()}
+            if measured
+            else {},
+            headroom={name: mean_ap(one, num_gt, groups, protocol.algorithm) for name, one in oracles.items()},
         )
-    groups = protocol.groups
-    if part:
-        # of a few images most classes have no annotation, and would only thin the mean
-        groups = {name: index[num_gt[index] > 0] for name, index in groups.items() if (num_gt[index] > 0).any()}
-    if FULL not in groups:
-        raise ScoreError(
-            f"{store.folder}: none of these {len(images)} images has an annotation of a class that counts: capture more images"
-        )
-    return Comparison.from_detections(
-        scored,
-        annotations,
-        groups,
-        variants,
-        added_ms={name: _milliseconds(cards[name].seconds, store, images) for name in variants},
-        alignment={name: card.alignment.measures() for name, card in cards.items() if card.alignment is not None},
-        samples={name: torch.cat(card.shown) for name, card in cards.items()} if measured else None,
-        sample_text=score.text if measured else None,
-        algorithm=protocol.algorithm,
-        replicates=replicates,
-        pairs=num_pairs,
-        names=protocol.names,
-        fingerprint=store.fingerprint,
-        setting=protocol.setting,
-        calibration={name: card.calibration.entries(object_names(store)) for name, card in cards.items()}
-        if measured
-        else {},
-        headroom={name: mean_ap(one, num_gt, groups, protocol.algorithm) for name, one in oracles.items()},
-    )
 
 
 def _collect(

@@ -59,3 +59,11 @@ def test_a_variant_keeps_five_bytes_for_a_detection(store, variants, mocker):
         assert (scored.scores.dtype, scored.labels.dtype) == (torch.float32, torch.bool)
         assert scored.classes.data_ptr() == first.classes.data_ptr()
         assert scored.image.data_ptr() == first.image.data_ptr()
+
+
+def test_one_bar_shows_the_whole_comparison(store, variants, capfd):
+    replay(store, variants, replicates=100)
+    shown = capfd.readouterr().err
+    assert "bootstrap" not in shown
+    total = 24 + 8 * 1  # steps: images, and at least one for the bootstrap of each variant
+    assert f"100%|██████████| {total}/{total}" in shown

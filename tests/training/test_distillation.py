@@ -252,3 +252,22 @@ def test_the_command_refuses_test_images_and_another_run(stores, tmp_path, capsy
     assert "training images only" in capsys.readouterr().err
     assert main(["train", str(folder / "other"), "--student-of", str(bridge), "--out", str(tmp_path / "b")]) == 2
     assert "another EZ-HOI run" in capsys.readouterr().err
+
+
+def test_one_bar_shows_the_whole_distillation(stores, tmp_path, capfd):
+    folder, bridge = stores
+    main(
+        [
+            "train",
+            str(folder / "train"),
+            "--student-of",
+            str(bridge),
+            "--out",
+            str(tmp_path / "x"),
+            "--train-steps",
+            "2",
+        ]
+    )
+    shown = [line for line in capfd.readouterr().err.replace("\r", "\n").splitlines() if "distilling" in line]
+    assert "100%" in shown[-1]
+    assert not any("100%" in line for line in shown[:-1])

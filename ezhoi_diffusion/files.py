@@ -13,6 +13,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import stat
@@ -22,11 +23,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ezhoi_diffusion.checksums import checksum_of, remember_checksum
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.locks import LOCK, locked
 from ezhoi_diffusion.schema import json_problem
@@ -55,12 +56,16 @@ def write_atomic(path: Path, data: bytes) -> dict[str, Any]:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+            inode = os.fstat(file.fileno()).st_ino
         staged.replace(path)
     except BaseException:
         staged.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
-    return {"file": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    digest, found = hashlib.sha256(data).hexdigest(), path.stat()
+    if found.st_ino == inode:  # nobody has replaced it
+        remember_checksum(found, digest)
+    return {"file": path.name, "bytes": len(data), "sha256": digest}
 
 
 def _open_no_link(path: str, flags: int) -> int:
@@ -154,10 +159,17 @@ def read_json(path: Path, schema: Any, error: type[EzhoiDiffusionError], remedy:
 
 
 def read_bytes(path: Path, facts: dict[str, Any], error: type[EzhoiDiffusionError], remedy: str) -> bytes:
-    """Read a file whose `facts` are known (see `write_atomic`). Raises `error` unless size and checksum fit."""
-    data = read_whole(path, MAX_TENSORS_BYTES, facts["bytes"], error, remedy)
-    if hashlib.sha256(data).hexdigest() != facts["sha256"]:
-        raise error(f"{path} was changed after it was written; {remedy}")
+    """Read a file whose `facts` are known (see `write_atomic`). Raises `error` unless size and checksum fit.
+
+    A checksum is computed once in a process, and again where the file was touched since.
+    """
+    with _opened(path, MAX_TENSORS_BYTES, facts["bytes"], error, remedy) as file:
+        data = file.read(os.fstat(file.fileno()).st_size)
+        found = os.fstat(file.fileno())
+    if checksum_of(found) != facts["sha256"]:
+        if hashlib.sha256(data).hexdigest() != facts["sha256"]:
+            raise error(f"{path} was changed after it was written; {remedy}")
+        remember_checksum(found, facts["sha256"])
     return data
 
 
@@ -176,7 +188,8 @@ def read_tensors(path: Path, facts: dict[str, Any], error: type[EzhoiDiffusionEr
     data = read_bytes(path, facts, error, remedy)
     try:
         tensors = load(data)
-        broken = [name for name, x in tensors.items() if x.is_floating_point() and not torch.isfinite(x).all()]
+        real = {name: x for name, x in tensors.items() if x.is_floating_point() and x.numel()}
+        broken = [name for name, x in real.items() if not all(map(math.isfinite, x.aminmax()))]  # NaN is an extreme too
     except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as problem:
         raise error(f"{path} cannot be read ({problem}); {remedy}") from problem
     if broken:
@@ -185,11 +198,13 @@ def read_tensors(path: Path, facts: dict[str, Any], error: type[EzhoiDiffusionEr
 
 
 def require_unchanged(path: Path, facts: dict[str, Any], error: type[EzhoiDiffusionError], remedy: str) -> None:
-    """Raise `error` unless a file's size and checksum fit its `facts`. Reads in blocks, whatever the size."""
+    """Raise `error` unless a file's size and checksum fit its `facts`, as in `read_bytes`. Reads in blocks, whatever the size."""
     with _opened(path, MAX_TENSORS_BYTES, facts["bytes"], error, remedy) as file:
-        found = _digest(file)
-    if found != facts["sha256"]:
+        found = os.fstat(file.fileno())
+        digest = checksum_of(found) or _digest(file)
+    if digest != facts["sha256"]:
         raise error(f"{path} was changed after it was written; {remedy}")
+    remember_checksum(found, digest)
 
 
 def sha256(path: Path) -> str:

@@ -13,7 +13,7 @@ ROOT = Path(ezhoi_diffusion.__file__).parent
 # From the bottom up. A module may import from its own layer and from layers below, function-level imports included.
 LAYERS = [
     ["errors"],
-    ["files", "locks", "schema", "defaults", "inputs", "rng", "signals", "registry", "device"],
+    ["checksums", "files", "locks", "schema", "defaults", "inputs", "rng", "signals", "registry", "device"],
     ["bridge", "hookspecs"],
     ["artifact", "plugins"],
     ["hub"],

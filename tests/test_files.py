@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import itertools
 import os
 import signal
@@ -17,7 +18,7 @@ import pytest
 
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.errors import EzhoiDiffusionError
-from ezhoi_diffusion.files import new_result, sync_folder, write_atomic
+from ezhoi_diffusion.files import new_result, read_bytes, require_unchanged, sync_folder, write_atomic
 from ezhoi_diffusion.locks import locked
 from ezhoi_diffusion.testing import synthetic_store
 from helpers.disk import watched
@@ -78,6 +79,34 @@ def test_a_link_at_the_temporary_name_is_not_followed(tmp_path):
     assert precious.read_text() == "mine"
     assert (tmp_path / "file").read_bytes() == b"data"
     assert not (tmp_path / "file").is_symlink()
+
+
+def test_a_file_is_hashed_once_in_a_process_and_again_once_it_was_touched(tmp_path, mocker):
+    path = tmp_path / "file"
+    facts = write_atomic(path, bytes(1000))
+    before = path.stat()
+    time.sleep(0.05)  # the clock of the file system goes on
+    hashed = mocker.spy(hashlib, "sha256")
+    for _ in range(3):
+        assert read_bytes(path, facts, EzhoiDiffusionError, "") == bytes(1000)
+        require_unchanged(path, facts, EzhoiDiffusionError, "")
+    assert hashed.call_count <= 1
+    with path.open("r+b") as file:
+        file.write(b"x")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    for read in (read_bytes, require_unchanged):
+        with pytest.raises(EzhoiDiffusionError, match="was changed after it was written"):
+            read(path, facts, EzhoiDiffusionError, "")
+
+
+def test_a_change_right_after_the_writing_is_noticed(tmp_path):
+    path = tmp_path / "file"
+    for number in range(50):
+        facts = write_atomic(path, bytes(1000))
+        with path.open("r+b") as file:
+            file.write(b"x")
+        with pytest.raises(EzhoiDiffusionError, match="was changed after it was written"):
+            (read_bytes, require_unchanged)[number % 2](path, facts, EzhoiDiffusionError, "")
 
 
 def test_a_folder_has_one_writer_in_this_process_too(tmp_path):

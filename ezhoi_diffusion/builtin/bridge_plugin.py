@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ezhoi_diffusion.defaults import torch_defaults
-from ezhoi_diffusion.features.batch import Pairs
 from ezhoi_diffusion.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from ezhoi_diffusion.artifact import Artifact
     from ezhoi_diffusion.bridge import Bridge
     from ezhoi_diffusion.ezhoi.run import EzHoiRun
+    from ezhoi_diffusion.features.batch import Pairs
     from ezhoi_diffusion.plugins import PluginManager
     from ezhoi_diffusion.registry import Register
 

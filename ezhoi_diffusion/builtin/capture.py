@@ -7,18 +7,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from ezhoi_diffusion.ezhoi.capture_pass import clip_folder, default_split, image_names, split_dataset
-from ezhoi_diffusion.ezhoi.fingerprint import context_vectors
-from ezhoi_diffusion.ezhoi.tables import interaction_names, score_tables
-from ezhoi_diffusion.features.batch import FeatureBatch
-from ezhoi_diffusion.features.store import FeatureStoreError, is_captured
-from ezhoi_diffusion.features.writer import FeatureWriter, clear_finished, finish_store
 from ezhoi_diffusion.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ezhoi_diffusion.ezhoi.run import EzHoiRun
+    from ezhoi_diffusion.features.batch import FeatureBatch
+    from ezhoi_diffusion.features.writer import FeatureWriter
 
 
 class CapturePlugin:
@@ -27,7 +23,7 @@ class CapturePlugin:
     def __init__(self) -> None:
         self._writer: FeatureWriter | None = None
         self._run: EzHoiRun | None = None
-        self._text: torch.Tensor | None = None
+        self._text: Tensor | None = None
 
     @hookimpl
     def register_options(self, group: argparse._ArgumentGroup) -> None:
@@ -41,6 +37,11 @@ class CapturePlugin:
     @hookimpl
     def on_attach(self, run: EzHoiRun) -> None:
         """Open the store."""
+        from ezhoi_diffusion.ezhoi.capture_pass import clip_folder, default_split, image_names, split_dataset
+        from ezhoi_diffusion.ezhoi.tables import interaction_names
+        from ezhoi_diffusion.features.store import FeatureStoreError, is_captured
+        from ezhoi_diffusion.features.writer import FeatureWriter, clear_finished
+
         if not run.args.capture:
             raise FeatureStoreError("--plugin capture needs --capture DIR, the folder to write into")
         fingerprint = run.fingerprint.to_dict()
@@ -78,7 +79,13 @@ class CapturePlugin:
             self._keep_text(batch.text)
         self._writer.add(batch)
 
-    def _keep_text(self, text: torch.Tensor) -> None:
+    def _keep_text(self, text: Tensor) -> None:
+        import torch
+
+        from ezhoi_diffusion.ezhoi.fingerprint import context_vectors
+        from ezhoi_diffusion.ezhoi.tables import score_tables
+        from ezhoi_diffusion.features.store import FeatureStoreError
+
         assert self._writer is not None
         assert self._run is not None
         if self._text is not None:
@@ -101,6 +108,8 @@ class CapturePlugin:
     @hookimpl
     def on_detach(self, run: EzHoiRun) -> None:
         """Close the store; rank 0 does so after all others."""
+        from ezhoi_diffusion.features.writer import finish_store
+
         writer, self._writer = self._writer, None
         if writer is None:
             return

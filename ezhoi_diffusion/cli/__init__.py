@@ -129,8 +129,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command() -> NoReturn:
     """The console script: run `main` as a process. A thread that a plugin has left behind does not hold it, which Python would."""
+    is_own = bool(sys.argv[1:2]) and sys.argv[1] not in SCRIPTS
+    if is_own:
+        # Before torch is imported: its threads then sleep while they wait. By default they spin, and where others use the same
+        # cores a step of a training took up to ten times as long.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     status = main()
-    if sys.argv[1:2] and sys.argv[1] not in SCRIPTS:  # a script's threads may have work to finish
+    if is_own:  # a script's threads may have work to finish
         threading.Thread(target=_end, args=(status,), daemon=True).start()
     sys.exit(status)
 

@@ -23,9 +23,14 @@ how to read it:
 
 It takes minutes, --quick a fraction. It measures a GPU where there is one; set CUDA_VISIBLE_DEVICES= to measure the CPU.
 
+--part scale measures commands instead: it makes captures in HICO-DET's shape, at a hundredth, a tenth and all of its size (3 GB),
+and runs each command on them in one thread. It shows CPU seconds, peak memory, and how both grow. All of it takes an hour;
+--sizes 0.01 takes minutes. With --out, captures are kept and used again.
+
 examples:
   ezhoi-diffusion bench
   ezhoi-diffusion bench FEATURES --bridge BRIDGE --out BENCH
+  ezhoi-diffusion bench --part scale --sizes 0.01,0.1 --only compare,statistics --out SCALE
 """
 
 
@@ -40,6 +45,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     arguments.add_device(parser)
     arguments.add_force(parser)
+    group = parser.add_argument_group("commands at HICO-DET's size")
+    group.add_argument("--part", choices=("bridge", "scale"), default="bridge", help="what to measure (bridge)")
+    group.add_argument("--sizes", metavar="X,X", help="of --part scale: shares of HICO-DET's images (0.01,0.1,1)")
+    group.add_argument("--only", metavar="NAME,NAME", help="of --part scale: these commands (all but tune)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,6 +66,10 @@ def run(args: argparse.Namespace) -> int:
     from ezhoi_diffusion.plugins import PluginManager
     from ezhoi_diffusion.report.png import drawn
 
+    if args.part == "scale":
+        return _scale(args)
+    if args.sizes or args.only:
+        raise EzhoiDiffusionError("--sizes and --only are for --part scale: leave them out")
     if args.bridge and not args.features:
         raise EzhoiDiffusionError(
             "--bridge needs FEATURES: a bridge is measured on features of the run that it was made for, not on synthetic ones"
@@ -81,4 +94,31 @@ def run(args: argparse.Namespace) -> int:
         write_json(args.out / "bench.json", result)
         has_picture = drawn("the cost", lambda: plot_bench(result, args.out / "bench.png"))
         print(f"wrote {args.out / 'bench.json'}{f', {args.out}/bench.png' if has_picture else ''}", flush=True)
+    return 0
+
+
+def _scale(args: argparse.Namespace) -> int:
+    """Measure commands, print, and write where asked."""
+    from ezhoi_diffusion.bench.scale import SIZES, measure_scale, scale_table
+    from ezhoi_diffusion.cli.terminal import print_table
+    from ezhoi_diffusion.files import check_writable, write_json
+    from ezhoi_diffusion.plugins import PluginManager
+
+    for flag, value in (("FEATURES", args.features), ("--bridge", args.bridge), ("--quick", args.quick)):
+        if value:
+            raise EzhoiDiffusionError(f"{flag} is not for --part scale, which makes its own captures: leave it out")
+    try:
+        sizes = [float(word) for word in args.sizes.split(",")] if args.sizes else list(SIZES)
+    except ValueError as error:
+        raise EzhoiDiffusionError(f"--sizes {args.sizes}: write numbers, for example 0.01,0.1") from error
+    if args.out:
+        check_writable(args.out)
+    names = [word.strip() for word in args.only.split(",")] if args.only else []
+    result = measure_scale(sizes, names, PluginManager(), args.out)
+    caption, head, rows = scale_table(result)
+    print("\n".join(["", *(f"warning: {warning}" for warning in result["warnings"]), caption, ""]))
+    print_table(head, rows, numbers=range(1, len(head)))
+    if args.out:
+        write_json(args.out / "scale.json", result)
+        print(f"wrote {args.out / 'scale.json'}", flush=True)
     return 0

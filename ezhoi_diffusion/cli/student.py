@@ -10,6 +10,7 @@ from ezhoi_diffusion.cli import arguments
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 
 if TYPE_CHECKING:
+    from ezhoi_diffusion.features.rows import StoredRows
     from ezhoi_diffusion.features.store import FeatureStore
 
 STUDENT_STEPS = 2000
@@ -73,13 +74,14 @@ def distil(args: argparse.Namespace, settings: Mapping[str, Any]) -> int:
     return 0
 
 
-def _split(store: FeatureStore) -> tuple[Any, Any]:
-    """Features [N, D] of training images, and of those that are held out."""
+def _split(store: FeatureStore) -> tuple[StoredRows, StoredRows]:
+    """Features of training images, and of those that are held out: on disk, because a student learns from a sample."""
+    from ezhoi_diffusion.features.rows import StoredRows
     from ezhoi_diffusion.features.split import validation_mask
 
     try:
         held_out = validation_mask(len(store.images))[store.image_index()]
     except ValueError as error:
         raise EzhoiDiffusionError(f"{store.folder} has too few images: {error}") from error
-    features = store.adapter_feat()
-    return features[~held_out], features[held_out]
+    training, validation = ((held_out == part).nonzero().squeeze(1) for part in (False, True))
+    return StoredRows(store, training), StoredRows(store, validation)

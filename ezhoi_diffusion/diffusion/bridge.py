@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from typing_extensions import Self
 
 from ezhoi_diffusion.artifact import CONTEXT
@@ -35,8 +35,8 @@ GRID: Mapping[str, Sequence[Any]] = {"blend": (0.1, 0.3, 1.0), "start_timestep":
 STUDENT_SETTINGS = ("blend", "output")  # a student has learned one result of its teacher's sampler
 __all__ = ["BridgeConfig", "BridgeError", "DiffusionBridge", "build_denoiser"]
 
-_Samples = dict[tuple[int, int, str, str], tuple[weakref.ref[Tensor], Tensor]]
-"""(start_timestep, num_steps, spacing, sampler) -> the features that were sampled last, and the sample."""
+_Samples = WeakTensorKeyDictionary
+"""Features, while they are in use -> (start_timestep, num_steps, spacing, sampler) -> their sample."""
 
 
 def build_denoiser(config: BridgeConfig, registry: Components | None = None) -> nn.Module:
@@ -148,7 +148,7 @@ class DiffusionBridge(Bridge):
 
         The tensor must not be written into between the calls.
         """
-        shared: _Samples = {}
+        shared = _Samples()
         bridges = super().sweep(points)
         for bridge in bridges:
             bridge._samples = shared
@@ -189,10 +189,10 @@ class DiffusionBridge(Bridge):
             return self._in_chunks(z)
         recipe = self.config.recipe
         key = (recipe.start_timestep, recipe.num_steps, recipe.spacing, recipe.sampler)
-        held = self._samples.get(key)
-        if held is None or held[0]() is not x:
-            held = self._samples[key] = weakref.ref(x), self._in_chunks(z)
-        return held[1]
+        held: dict[tuple[int, int, str, str], Tensor] = self._samples.setdefault(x, {})
+        if key not in held:
+            held[key] = self._in_chunks(z)
+        return held[key]
 
     def _in_chunks(self, z: Tensor) -> Tensor:
         while True:

@@ -56,7 +56,7 @@ class Gaussian(FittedDenoiser):
 
         if len(z) < 2:
             raise DenoiserError(f"gaussian needs at least two features to estimate a covariance, not {len(z)}")
-        estimate = LedoitWolf().fit(z.double().numpy())
+        estimate = LedoitWolf(store_precision=False).fit(z.double().numpy())
         variances, axes = torch.linalg.eigh(torch.from_numpy(estimate.covariance_))
         self.mean.copy_(torch.from_numpy(estimate.location_))
         self.axes.copy_(axes)

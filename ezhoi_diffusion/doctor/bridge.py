@@ -146,7 +146,7 @@ def check_features(bridge: DiffusionBridge, store: FeatureStore, contents: Conte
     else:
         yield Finding("bridge.fingerprint", "problem", mismatch.message, TRAIN)
     here, there = contents.statistics, bridge.statistics
-    if here is None or here.dim != bridge.config.dim:
+    if here.dim != bridge.config.dim:
         return
     same_visual = not there.visual_known or torch.allclose(here.visual_mean, there.visual_mean, atol=1e-6)
     if same_visual and torch.allclose(here.text_mean, there.text_mean, atol=1e-6):
@@ -155,18 +155,18 @@ def check_features(bridge: DiffusionBridge, store: FeatureStore, contents: Conte
         yield Finding("bridge.data", "warning", "its means are those of other features", f"if these are newer: {TRAIN}")
 
 
-def check_effect(bridge: DiffusionBridge, features: Tensor, text: Tensor) -> Finding:
-    """Apply the bridge to some features [N, D], and compare norms, directions and the nearest text of [N_sel, D]."""
+def check_effect(bridge: DiffusionBridge, contents: Contents, text: Tensor) -> Finding:
+    """Apply the bridge to some features, and compare norms, directions and the nearest text of [N_sel, D]."""
     name = "bridge.effect"
-    if bridge.config.dim != features.shape[1]:
-        found = f"the bridge has D = {bridge.config.dim}, the features {features.shape[1]}"
+    if bridge.config.dim != contents.statistics.dim:
+        found = f"the bridge has D = {bridge.config.dim}, the features {contents.statistics.dim}"
         return Finding(name, "problem", found, f"train on features of this backbone: {TRAIN}")
-    usable = features[features.norm(dim=1) > 0]
+    usable = (contents.norms > 0).nonzero().squeeze(1)
     count = min(NUM_EFFECT, len(usable), _affordable(bridge))
     if count < MIN_EFFECT:
         found = f"not tried: of {len(usable)} usable features {count} could be bridged in {MAX_SECONDS:.0f} s"
         return Finding(name, "note", found, "fewer --num-steps, or the denoiser mlp; or ask on a machine with a GPU")
-    before = usable[torch.randperm(len(usable), generator=torch.Generator().manual_seed(0))[:count]]
+    before = contents.features[usable[torch.randperm(len(usable), generator=torch.Generator().manual_seed(0))[:count]]]
     after = bridge(before)
     if not torch.isfinite(after).all():
         return Finding(name, "problem", "its output holds NaN or infinity", TRAIN)

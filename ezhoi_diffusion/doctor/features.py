@@ -8,7 +8,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
@@ -16,7 +18,8 @@ from tqdm import tqdm
 from ezhoi_diffusion.doctor import statistics
 from ezhoi_diffusion.doctor.finding import CAPTURE, Finding, Level, ok
 from ezhoi_diffusion.features.fingerprint import Fingerprint
-from ezhoi_diffusion.features.statistics import ModalityStatistics
+from ezhoi_diffusion.features.rows import StoredRows
+from ezhoi_diffusion.features.statistics import ModalityStatistics, mean_resultant_lengths
 from ezhoi_diffusion.features.store import FeatureStore
 
 AGAIN = f"capture again, into a new folder: {CAPTURE}"
@@ -27,16 +30,22 @@ TEXT_MEAN_NORM = (0.7, 0.9)
 
 @dataclass(frozen=True)
 class Contents:
-    """Contents of the shards, read in one pass.
+    """What was found in the shards.
 
     Attributes:
-        features: All pair features [N, D].
-        statistics: None where there are no features.
+        features: All pair features [N, D], on disk.
+        norms: Their norms [N].
+        distinct: How many differ.
+        statistics: Their means.
+        shared: `mean_resultant_lengths` after the visual mean, and after the text mean.
         labelled: The interaction classes that occur in annotations and labels.
     """
 
-    features: Tensor
-    statistics: ModalityStatistics | None
+    features: StoredRows
+    norms: Tensor
+    distinct: int
+    statistics: ModalityStatistics
+    shared: tuple[float, float]
     labelled: set[int]
 
 
@@ -46,22 +55,36 @@ def is_unfinished(folder: Path) -> bool:
 
 
 def read_contents(store: FeatureStore) -> Contents:
-    """Read every shard once, with a progress bar. Raises FeatureStoreError for a damaged one."""
-    blocks, labelled = [store.text[:0]], set()
-    shards = tqdm(
-        store.shards(), total=len(store.index["shards"]), desc="reading features", file=sys.stderr, disable=None
-    )
-    for shard in shards:
-        blocks.append(shard["adapter_feat"].float())
-        labelled |= _labelled_classes(store, shard)
-    features = torch.cat(blocks)
-    if len(features) == 0:
-        return Contents(features, None, labelled)
-    if "text_mean" in store.ezhoi:
-        found = ModalityStatistics.compute_with_text_mean(blocks, store.ezhoi["text_mean"], len(store.text))
-    else:
-        found = ModalityStatistics.compute(blocks, store.to_learn_from().text)  # as a bridge has them
-    return Contents(features, found, labelled)
+    """Read every shard twice, with a progress bar, and keep none. Raises FeatureStoreError for a damaged one.
+
+    What features share beyond their mean takes the mean, and so a second pass.
+    """
+    norms: list[Tensor] = []
+    hashes: list[NDArray[np.int64]] = []
+    labelled: set[int] = set()
+    number = len(store.index["shards"])
+    with tqdm(total=2 * number, desc="reading features", unit="shard", file=sys.stderr, disable=None) as progress:
+
+        def first_pass() -> Iterator[Tensor]:
+            for shard in store.shards():
+                features = shard["adapter_feat"]
+                norms.append(features.norm(dim=1))
+                bits = (hash(feature.tobytes()) for feature in features.numpy())
+                hashes.append(np.fromiter(bits, np.int64, len(features)))
+                labelled.update(_labelled_classes(store, shard))
+                progress.update()
+                yield features
+
+        def second_pass() -> Iterator[Tensor]:
+            for shard in store.shards():
+                progress.update()
+                yield shard["adapter_feat"]
+
+        known = store.to_learn_from()  # as a bridge has its text mean
+        found = ModalityStatistics.compute_with_text_mean(first_pass(), known.text_mean, len(known.text))
+        own, text = mean_resultant_lengths(second_pass(), (found.visual_mean, found.text_mean))
+    distinct = len(np.unique(np.concatenate(hashes)))
+    return Contents(StoredRows(store), torch.cat(norms), distinct, found, (own, text), labelled)
 
 
 def _labelled_classes(store: FeatureStore, shard: dict[str, Tensor]) -> set[int]:
@@ -175,21 +198,18 @@ def check_contents(store: FeatureStore, contents: Contents, out: Path | None) ->
         contents: What was read from it.
         out: Where to write statistics.json and statistics.png.
     """
-    details = ""
-    if contents.statistics is not None:
-        found = statistics.compute_statistics(store, contents.features, contents.statistics)
-        details = statistics.format_statistics(found)
-        if out is not None:
-            written = statistics.write_statistics(store, contents.features, found, out)
-            details += f"\n         wrote {', '.join(map(str, written))}"
+    found = statistics.compute_statistics(store, contents.norms, contents.statistics, contents.shared)
+    details = statistics.format_statistics(found)
+    if out is not None:
+        written = statistics.write_statistics(store, contents.features, contents.norms, found, out)
+        details += f"\n         wrote {', '.join(map(str, written))}"
     # the store refuses a shard of another size or checksum, and one that holds NaN or infinity
     whole = f"{len(store.index['shards'])} shards: sizes and checksums are right, all values finite"
     yield ok("features.files", whole, details)
     yield _check_labels(store, contents.labelled)
-    if contents.statistics is not None:
-        yield _check_duplicates(contents.features)
-        yield _check_norms(contents.features.norm(dim=1))
-        yield from _check_means(found)
+    yield _check_duplicates(contents.distinct, len(contents.features))
+    yield _check_norms(contents.norms)
+    yield from _check_means(found)
 
 
 def _check_norms(norms: Tensor) -> Finding:
@@ -203,9 +223,8 @@ def _check_norms(norms: Tensor) -> Finding:
     return ok("features.norms", found)
 
 
-def _check_duplicates(features: Tensor) -> Finding:
-    distinct = len({hash(feature.tobytes()) for feature in features.contiguous().numpy()})
-    share = 1 - distinct / len(features)
+def _check_duplicates(distinct: int, count: int) -> Finding:
+    share = 1 - distinct / count
     found = f"{share:.1%} of the features equal an earlier one"
     if share > 0.01:
         level: Level = "problem" if share > 0.5 else "warning"

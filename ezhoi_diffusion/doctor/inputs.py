@@ -75,7 +75,7 @@ def _check_bridge(
     if store is not None and contents is not None:
         text, found = store, contents
         yield from run_check("bridge.features", lambda: bridges.check_features(bridge, text, found), again)
-        yield from run_check("bridge.effect", lambda: [bridges.check_effect(bridge, found.features, text.text)], again)
+        yield from run_check("bridge.effect", lambda: [bridges.check_effect(bridge, found, text.text)], again)
 
 
 def _check_flags(script: Path, argv: Sequence[str], fingerprints: dict[str, dict[str, Any]]) -> Iterator[Finding]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ezhoi_diffusion.features.statistics import ModalityStatistics, mean_resultant_length
+from ezhoi_diffusion.features.rows import StoredRows
+from ezhoi_diffusion.features.statistics import ModalityStatistics
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.files import check_writable, write_json
 from ezhoi_diffusion.report.plots import plot_statistics
@@ -18,20 +19,23 @@ from ezhoi_diffusion.report.png import drawn
 NUM_COSINES = 1000
 
 
-def compute_statistics(store: FeatureStore, features: Tensor, statistics: ModalityStatistics) -> dict[str, Any]:
+def compute_statistics(
+    store: FeatureStore, norms: Tensor, statistics: ModalityStatistics, shared: tuple[float, float]
+) -> dict[str, Any]:
     """Compute counts, norms and means.
 
     Args:
         store: Where the features come from.
-        features: All its pair features [N, D], at least one.
+        norms: Of all its pair features [N], at least one.
         statistics: Their means.
+        shared: Mean resultant lengths after the visual mean, and after the text mean.
 
     Returns:
         JSON. `mean_resultant_length` is what all features share once a mean is subtracted, from 0 to 1.
     """
     counts = torch.tensor([image["rows"] for image in store.images])
     return {
-        "pairs": len(features),
+        "pairs": len(norms),
         "images": len(counts),
         "images_without_pairs": int((counts == 0).sum()),
         "pairs_per_image": {"median": float(counts.double().median()), "max": int(counts.max())},
@@ -39,13 +43,13 @@ def compute_statistics(store: FeatureStore, features: Tensor, statistics: Modali
         "dim": statistics.dim,
         "text_features": len(store.text),
         "text_norm": _range(store.text.norm(dim=1)),
-        "visual_norm": _range(features.norm(dim=1)),
+        "visual_norm": _range(norms),
         "text_mean_norm": float(statistics.text_mean.norm()),
         "visual_mean_norm": float(statistics.visual_mean.norm()),
         "gap": statistics.gap,
         "mean_resultant_length": {
-            "after_visual_mean": mean_resultant_length(features.split(1 << 16), statistics.visual_mean),
-            "after_text_mean": mean_resultant_length(features.split(1 << 16), statistics.text_mean),
+            "after_visual_mean": shared[0],
+            "after_text_mean": shared[1],
         },
     }
 
@@ -67,7 +71,9 @@ def format_statistics(found: dict[str, Any]) -> str:
     return "\n".join(f"         {label:18}{value}" for label, value in lines.items())
 
 
-def write_statistics(store: FeatureStore, features: Tensor, found: dict[str, Any], folder: Path) -> list[Path]:
+def write_statistics(
+    store: FeatureStore, features: StoredRows, norms: Tensor, found: dict[str, Any], folder: Path
+) -> list[Path]:
     """Write statistics.json, and, where there is text, statistics.png: norms, and cosines of random pairs.
 
     Returns:
@@ -77,15 +83,15 @@ def write_statistics(store: FeatureStore, features: Tensor, found: dict[str, Any
     written = [folder / "statistics.json", folder / "statistics.png"]
     write_json(written[0], found)
     if len(store.text):
-        norms = (features.norm(dim=1), store.text.norm(dim=1))
+        both = (norms, store.text.norm(dim=1))
         cosines = _draw_cosines(features, store.text)
-        if drawn("the statistics", lambda: plot_statistics(norms, cosines, written[1])):
+        if drawn("the statistics", lambda: plot_statistics(both, cosines, written[1])):
             return written
     written[1].unlink(missing_ok=True)  # of an earlier look
     return written[:1]
 
 
-def _draw_cosines(visual: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _draw_cosines(visual: StoredRows, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cosines of NUM_COSINES random pairs each: visual-visual, text-text, visual-text."""
     rng = torch.Generator().manual_seed(0)
     (v1, v2), (t1, t2) = (

@@ -15,7 +15,7 @@ top1: share of annotated pairs whose highest logit among possible targets is of 
 calibration_error: sum over 15 equal bins of p = sigmoid(logit) of the bin's share times |mean p − share annotated|, over
     possible targets of annotated pairs, 0 to 1. Guo et al., ICML 2017, with every target a prediction of its own.
 mean_resultant_length: |mean of (u − mean v)/|u − mean v||, 0 to 1: what the features share without the text mean,
-    as `features.statistics.mean_resultant_length`.
+    as `features.statistics.mean_resultant_lengths`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ezhoi_diffusion.evaluation.bootstrap import REFERENCE
+from ezhoi_diffusion.features.statistics import unit_parts
 from ezhoi_diffusion.rng import generator
 
 NUM_SAMPLED = 1000  # pairs for MMD, whose cost grows with their square
@@ -76,18 +77,19 @@ class Alignment:
             labels: Annotations [n, C] bool.
             possible: Targets that the pair's object class admits, [n, C] bool.
         """
-        features = F.normalize(features.double(), dim=-1)
-        self._sum += features.sum(0)
-        self._sum_centred += F.normalize(features - self._text_mean, dim=-1).sum(0)
+        for unit in unit_parts([features]):
+            self._sum += unit.sum(0)
+            self._sum_centred += F.normalize(unit - self._text_mean, dim=-1).sum(0)
         begin, end = torch.searchsorted(
             self._positions, torch.tensor([self._seen, self._seen + len(features)])
         ).tolist()
-        self._sample[begin:end] = features[self._positions[begin:end] - self._seen].float()
+        sampled = features[self._positions[begin:end] - self._seen]
+        self._sample[begin:end] = F.normalize(sampled.double(), dim=-1).float()
         self._seen += len(features)
 
         known = labels.any(1)
         features, logits, labels, possible = features[known], logits[known], labels[known], possible[known]
-        cosine = features @ self._class_text.T
+        cosine = F.normalize(features.double(), dim=-1) @ self._class_text.T
         own = (cosine * labels).sum(1) / labels.sum(1)
         nearest_own = cosine.masked_fill(~labels, -torch.inf).amax(1, keepdim=True)
         others_before = ((cosine >= nearest_own) & ~labels).sum(1)

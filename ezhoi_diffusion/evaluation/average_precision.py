@@ -21,9 +21,9 @@ class Scored:
     """All M scored detections of one variant over I images and K interaction classes.
 
     Attributes:
-        scores: [M] float64.
+        scores: [M] float32 or float64.
         classes: [M] int64.
-        labels: [M] float64, 1 for a true positive.
+        labels: [M], 1 or True for a true positive.
         image: Position of the image, [M] int64.
     """
 
@@ -87,7 +87,7 @@ def ranked(scored: Scored) -> Iterator[tuple[int, Tensor]]:
     order = torch.argsort(scored.classes, stable=True)
     present, counts = scored.classes[order].unique_consecutive(return_counts=True)
     for index, rows in zip(present.tolist(), order.split(counts.tolist()), strict=True):
-        yield index, rows[scored.scores[rows].argsort(descending=True)]
+        yield index, rows[scored.scores[rows].double().argsort(descending=True)]  # pocket's are float64 too
 
 
 def average_precision(scored: Scored, num_gt: Sequence[int] | Tensor, algorithm: Algorithm = "11P") -> Tensor:

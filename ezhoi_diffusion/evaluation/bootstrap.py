@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any
@@ -116,6 +116,7 @@ def paired_bootstrap(
     replicates: int = REPLICATES,
     level: float = LEVEL,
     seed: int = 0,
+    advance: Callable[[], object] | None = None,
 ) -> dict[str, BootstrapResult]:
     """Estimate the uncertainty of mean AP and of its differences from the choice of the I images and of the training seeds.
 
@@ -153,6 +154,7 @@ def paired_bootstrap(
         replicates: Number of resamplings.
         level: Of the intervals.
         seed: Of the draws.
+        advance: Called after each variant, for a caller that shows the progress; by default it is shown here.
 
     Returns:
         Bridge -> its intervals and differences.
@@ -170,7 +172,8 @@ def paired_bootstrap(
     means = np.empty((len(groups), len(names), 1 + replicates))
     seed_variance = np.zeros((len(groups), len(names)))
     per_class: dict[str, tuple[Tensor, Tensor]] = {}
-    progress = tqdm(total=len(scored), desc="bootstrap", unit="variant", file=sys.stderr)
+    progress = tqdm(total=len(scored), desc="bootstrap", unit="variant", file=sys.stderr, disable=advance is not None)
+    advance = advance or progress.update
     for number, (name, variants) in enumerate(bridges.items()):
         shares = seed_weights(len(variants), replicates, seed)
         ap, found = np.zeros(annotated.shape), []
@@ -178,7 +181,7 @@ def paired_bootstrap(
             own = 100 * resampled_ap(scored[variant], weights, annotated, algorithm)
             ap += share * own
             found.append(own[:, 0])
-            progress.update()
+            advance()
         means[:, number] = [nan_mean(ap[index.numpy()]) for index in groups.values()]
         single = np.stack(found)  # [n, K]
         if len(variants) > 1:

@@ -123,6 +123,7 @@ class Comparison:
         measure: Callable[[Scored, Tensor, Algorithm], Tensor] = average_precision,
         algorithm: Algorithm = "11P",
         replicates: int = 0,
+        advance: Callable[[], object] | None = None,
         **facts: Any,
     ) -> Comparison:
         """Score the detections of all variants: the one place where a comparison is made, live and offline.
@@ -139,6 +140,7 @@ class Comparison:
             measure: AP of each class [K] from detections, counts of annotations [K] and algorithm.
             algorithm: Of average precision.
             replicates: Of the bootstrap over images; 0 for none.
+            advance: As for `paired_bootstrap`.
             facts: The other attributes.
         """
         num_gt = annotations.sum(0) if num_gt is None else num_gt
@@ -151,7 +153,7 @@ class Comparison:
             baselines = dict.fromkeys(v.seed_group or name for name, v in variants.items() if v.bridge.baseline)
             bootstrap = paired_bootstrap(
                 detections, annotations, groups, baselines=[*baselines], seed_groups=seeds, algorithm=algorithm,
-                replicates=replicates,
+                replicates=replicates, advance=advance,
             )  # fmt: skip
         results = {}
         for name, scored in detections.items():

@@ -157,7 +157,7 @@ class HeldOut:
         kept = torch.ones_like(scores, dtype=torch.bool)
         if classes is not None:
             kept = torch.isin(self.detections.classes, classes)
-        return Scored(scores[kept].double(), self.detections.classes[kept], labels[kept].double(), self.image[kept])
+        return Scored(scores[kept], self.detections.classes[kept], labels[kept], self.image[kept])
 
 
 def _of_classes(found: Detections, classes: Tensor) -> Detections:

@@ -17,46 +17,39 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ezhoi_diffusion.evaluation.average_precision import Scored, average_precision, known_object
-from ezhoi_diffusion.evaluation.protocols import Detections, EvalProtocol, annotated_objects
-from ezhoi_diffusion.features.images import stored_images
-from ezhoi_diffusion.features.store import FeatureStore
+from ezhoi_diffusion.evaluation.average_precision import Algorithm, Scored, average_precision
+from ezhoi_diffusion.evaluation.protocols import Detections
 
 PERFECT = ("verbs", "interactiveness", "labels")
 
 
-def headroom(
-    store: FeatureStore, protocol: EvalProtocol, groups: Mapping[str, Tensor], chosen: set[int] | None = None
-) -> dict[str, dict[str, float]]:
-    """Mean AP in percent of each group where one part of EZ-HOI's scores is perfect.
+class Headroom:
+    """Collects, image by image, what EZ-HOI's detections would score if one part were perfect."""
 
-    Args:
-        store: Features of the split.
-        protocol: How to evaluate.
-        groups: Group -> classes [k].
-        chosen: Positions of the images; all by default.
-    """
-    parts: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in PERFECT}
-    annotations = []
-    for position, image in enumerate(stored_images(store, chosen)):
-        annotations.append(protocol.count(image))
-        detections = Detections.from_images([image], protocol.match)
-        probability = image.logits[detections.row, detections.target].sigmoid().double()
+    def __init__(self) -> None:
+        self._scores: dict[str, list[Tensor]] = {name: [] for name in PERFECT}
+        self._labels: dict[str, list[Tensor]] = {name: [] for name in PERFECT}
+
+    def add(self, detections: Detections, logits: Tensor) -> None:
+        """Add the detections of some images with EZ-HOI's logits [P, C] of their pairs."""
+        probability = logits[detections.row, detections.target].sigmoid().double()
         for name, scores in perfect_scores(detections, probability).items():
             weighed = scores * detections.prior
-            where = torch.full_like(detections.classes, position)
-            parts[name].append((weighed, detections.classes, detections.labels(weighed), where))
-    counts = torch.stack(annotations)
-    if chosen is None and not protocol.partial and store.meta.get("max_images") is None:
-        counts = torch.cat([counts, protocol.uncaptured])
-    found = {}
-    for name, columns in parts.items():
-        scored = Scored(*(torch.cat(column) for column in zip(*columns, strict=True)))
-        if protocol.setting == "known-object":
-            scored = known_object(scored, *annotated_objects(store, counts))
-        ap = average_precision(scored, counts.sum(0), protocol.algorithm)
-        found[name] = {group: 100 * float(ap[index].mean()) for group, index in groups.items()}
-    return found
+            self._scores[name].append(weighed)
+            self._labels[name].append(detections.labels(weighed))
+
+    def scored(self, bare: Scored) -> dict[str, Scored]:
+        """What is perfect -> the detections of `bare`, with the scores that they get."""
+        return {
+            name: Scored(torch.cat(self._scores[name]), bare.classes, torch.cat(self._labels[name]), bare.image)
+            for name in PERFECT
+        }
+
+
+def mean_ap(scored: Scored, num_gt: Tensor, groups: Mapping[str, Tensor], algorithm: Algorithm) -> dict[str, float]:
+    """Mean AP in percent of each group of classes. num_gt: annotated pairs of each class [K]."""
+    ap = average_precision(scored, num_gt, algorithm)
+    return {group: 100 * float(ap[index].mean()) for group, index in groups.items()}
 
 
 def perfect_scores(detections: Detections, probability: Tensor) -> dict[str, Tensor]:

@@ -68,14 +68,14 @@ class Detections:
         return logits[self.row, self.target].sigmoid() * self.prior
 
     def labels(self, scores: Tensor) -> Tensor:
-        """Labels [M], 1 for a true positive: the best scored candidate of each annotation."""
-        labels = torch.zeros_like(scores)
+        """Labels [M] bool, True for a true positive: the best scored candidate of each annotation."""
+        labels = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
         if len(self.candidate):
             order = scores[self.candidate].argsort(descending=True, stable=True)
             order = order[self.annotation[order].argsort(stable=True)]
             belongs = self.annotation[order]
             first = torch.cat([belongs.new_ones(1, dtype=torch.bool), belongs[1:] != belongs[:-1]])
-            labels[self.candidate[order[first]]] = 1
+            labels[self.candidate[order[first]]] = True
         return labels
 
 

@@ -19,7 +19,7 @@ from ezhoi_diffusion.evaluation.average_precision import Scored, known_object
 from ezhoi_diffusion.evaluation.calibration import ObjectCalibration, object_names
 from ezhoi_diffusion.evaluation.comparison import FULL, REFERENCE, Comparison
 from ezhoi_diffusion.evaluation.effect import Effect
-from ezhoi_diffusion.evaluation.headroom import headroom
+from ezhoi_diffusion.evaluation.headroom import Headroom, mean_ap
 from ezhoi_diffusion.evaluation.protocols import (
     Detections,
     EvalProtocol,
@@ -38,6 +38,9 @@ MAX_PAIRS = 2048  # in one call, if a bridge takes many images: enough for a pro
 NUM_TIMED = 8  # images on which the cost of a bridge is measured, one at a time, as at eval …
 TIMED_SECONDS = 1.0  # … or fewer, if they take this long
 NUM_SHOWN = 500  # pairs in the pictures
+BOOTSTRAP_SHARE = (
+    0.1  # steps of the progress bar for the bootstrap, per image: at HICO-DET's size it takes this share of the time
+)
 
 
 @dataclass(eq=False)
@@ -92,53 +95,61 @@ def replay(
         raise ScoreError(
             f"{store.folder}: none of the {len(images)} images has a human-object pair, so nothing can be scored"
         )
-    text_mean = store.statistics().text_mean if measured else None
+    text_mean = store.text_mean if measured else None
     cards = {
         name: _Scorecard(
             Alignment(score.text, score.class_text, text_mean, pairs=num_pairs) if text_mean is not None else None
         )
         for name in (REFERENCE, *variants)
     }
-    with torch.no_grad(), tqdm(total=len(images), desc="compare", unit="img", file=sys.stderr) as progress:
+    perfect = Headroom() if measured else None
+    per_variant = max(1, round(BOOTSTRAP_SHARE * len(images) / len(cards))) if replicates else 0
+    total = len(images) + per_variant * len(cards)
+    with torch.no_grad(), tqdm(total=total, desc="compare", unit="step", file=sys.stderr) as progress:
         stored = stored_images(store, chosen)
         scored, annotations = _collect(
-            protocol, score, stored, variants, cards, num_pairs, NUM_TIMED if measured else 1, device, progress
+            protocol, score, stored, variants, cards, num_pairs, NUM_TIMED if measured else 1, device, progress, perfect
         )
-    part = chosen is not None or protocol.partial or store.meta.get("max_images") is not None
-    if not part:
-        annotations = torch.cat([annotations, protocol.uncaptured])
-    num_gt = annotations.sum(0)
-    if protocol.setting == "known-object":
-        present, object_of = annotated_objects(store, annotations)
-        scored = {name: known_object(one, present, object_of) for name, one in scored.items()}
-    groups = protocol.groups
-    if part:
-        # of a few images most classes have no annotation, and would only thin the mean
-        groups = {name: index[num_gt[index] > 0] for name, index in groups.items() if (num_gt[index] > 0).any()}
-    if FULL not in groups:
-        raise ScoreError(
-            f"{store.folder}: none of these {len(images)} images has an annotation of a class that counts: capture more images"
+        oracles = {} if perfect is None else perfect.scored(scored[REFERENCE])
+        part = chosen is not None or protocol.partial or store.meta.get("max_images") is not None
+        if not part:
+            annotations = torch.cat([annotations, protocol.uncaptured])
+        num_gt = annotations.sum(0)
+        if protocol.setting == "known-object":
+            present, object_of = annotated_objects(store, annotations)
+            scored, oracles = (
+                {name: known_object(one, present, object_of) for name, one in some.items()}
+                for some in (scored, oracles)
+            )
+        groups = protocol.groups
+        if part:
+            # of a few images most classes have no annotation, and would only thin the mean
+            groups = {name: index[num_gt[index] > 0] for name, index in groups.items() if (num_gt[index] > 0).any()}
+        if FULL not in groups:
+            raise ScoreError(
+                f"{store.folder}: none of these {len(images)} images has an annotation of a class that counts: capture more images"
+            )
+        return Comparison.from_detections(
+            scored,
+            annotations,
+            groups,
+            variants,
+            added_ms={name: _milliseconds(cards[name].seconds, store, images) for name in variants},
+            alignment={name: card.alignment.measures() for name, card in cards.items() if card.alignment is not None},
+            samples={name: torch.cat(card.shown) for name, card in cards.items()} if measured else None,
+            sample_text=score.text if measured else None,
+            algorithm=protocol.algorithm,
+            replicates=replicates,
+            advance=lambda: progress.update(per_variant),
+            pairs=num_pairs,
+            names=protocol.names,
+            fingerprint=store.fingerprint,
+            setting=protocol.setting,
+            calibration={name: card.calibration.entries(object_names(store)) for name, card in cards.items()}
+            if measured
+            else {},
+            headroom={name: mean_ap(one, num_gt, groups, protocol.algorithm) for name, one in oracles.items()},
         )
-    return Comparison.from_detections(
-        scored,
-        annotations,
-        groups,
-        variants,
-        added_ms={name: _milliseconds(cards[name].seconds, store, images) for name in variants},
-        alignment={name: card.alignment.measures() for name, card in cards.items() if card.alignment is not None},
-        samples={name: torch.cat(card.shown) for name, card in cards.items()} if measured else None,
-        sample_text=score.text if measured else None,
-        algorithm=protocol.algorithm,
-        replicates=replicates,
-        pairs=num_pairs,
-        names=protocol.names,
-        fingerprint=store.fingerprint,
-        setting=protocol.setting,
-        calibration={name: card.calibration.entries(object_names(store)) for name, card in cards.items()}
-        if measured
-        else {},
-        headroom=headroom(store, protocol, groups, chosen) if measured else {},
-    )
 
 
 def _collect(
@@ -151,8 +162,9 @@ def _collect(
     singly: int,
     device: torch.device | str,
     progress: Any,
+    perfect: Headroom | None,
 ) -> tuple[dict[str, Scored], Tensor]:
-    """Detections of every variant, and annotations of each image and class [I, K] int64. Fills the cards."""
+    """Detections of every variant, and annotations of each image and class [I, K] int64. Fills the cards and `perfect`."""
     shown = torch.randperm(num_pairs, generator=generator(0, "shown"))[:NUM_SHOWN].sort().values
     annotations: list[Tensor] = []
     classes: list[Tensor] = []
@@ -178,17 +190,19 @@ def _collect(
             after, logits = (features, ezhoi_logits) if bridged is None else (bridged, score.logits(bridged))
             scores = detections.scores(logits)
             card.scores.append(scores)
-            card.labels.append(detections.labels(scores).bool())
+            card.labels.append(detections.labels(scores))
             if card.alignment is not None:
                 card.alignment.add(after, logits, labels, possible)
                 card.calibration.add(objects, logits[detections.row, detections.target].sigmoid(), right)
                 card.shown.append(after[here])
+        if perfect is not None:
+            perfect.add(detections, ezhoi_logits)
         progress.update(len(batch))
-    found, image = torch.cat(classes), torch.cat(where)
-    scored = {
-        name: Scored(torch.cat(card.scores).double(), found, torch.cat(card.labels).double(), image)
-        for name, card in cards.items()
-    }
+    # the variants share classes and images, so that each adds five bytes for a detection
+    found, image, scored = torch.cat(classes), torch.cat(where), {}
+    for name, card in cards.items():
+        scored[name] = Scored(torch.cat(card.scores), found, torch.cat(card.labels), image)
+        card.scores, card.labels = [], []
     return scored, torch.stack(annotations)
 
 
@@ -320,7 +334,7 @@ def _best(detections: Detections, logits: Tensor, names: list[str] | None, top: 
             detections.classes[best].tolist(),
             detections.row[best].tolist(),
             scores[best].tolist(),
-            detections.labels(scores)[best].bool().tolist(),
+            detections.labels(scores)[best].tolist(),
             strict=True,
         )
     ]

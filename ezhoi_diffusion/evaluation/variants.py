@@ -334,10 +334,12 @@ def _own(named: Sequence[Named], bridge: Bridge, values: Mapping[str, Any]) -> d
 
 
 def _points(bridge: Bridge, label: str, sweep: Mapping[str, Sequence[Any]]) -> list[tuple[dict[str, Any], Bridge]]:
-    """The bridge as it is, and at every point of a sweep of its settings."""
-    points = [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())] if sweep else []
+    """The bridge as it is, and at every point of a sweep of its settings. All are of one sweep, so they share what they can."""
+    if not sweep:
+        return [({}, bridge)]
+    points = [{}, *(dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values()))]
     with _naming(label):
-        return [({}, bridge), *zip(points, bridge.sweep(points), strict=True)]
+        return list(zip(points, bridge.sweep(points), strict=True))
 
 
 def _overridden(bridge: Bridge, label: str, settings: Mapping[str, Any]) -> Bridge:

@@ -105,10 +105,10 @@ def seen_pairs(store: FeatureStore, *, held_out: bool | None = False, fraction: 
         visual.append(shard["adapter_feat"][row])
         targets.append(target)
         images.append(image[row])
-    target = torch.cat(targets)
+    target = _joined(targets)
     _require_some(store, len(target))
     class_text = score.of_texts(store.learnable_texts()).class_text
-    return SeenPairs(torch.cat(visual), class_text[target], target, torch.cat(images))
+    return SeenPairs(_joined(visual), class_text[target], target, _joined(images))
 
 
 def labelled_pairs(store: FeatureStore) -> LabelledPairs:
@@ -130,7 +130,7 @@ def labelled_pairs(store: FeatureStore) -> LabelledPairs:
         columns = (shard["adapter_feat"], shard["labels"] & valid, valid, prior, image)
         for part, column in zip(parts.values(), columns, strict=True):
             part.append(column)
-    found = {name: torch.cat(part) for name, part in parts.items()}
+    found = {name: _joined(part) for name, part in parts.items()}
     _require_some(store, int(found["target"].sum()))
     class_text = score.of_texts(store.learnable_texts()).class_text
     return LabelledPairs(**found, class_weight=class_text * score.logit_scale / 2)
@@ -166,6 +166,17 @@ def _require_some(store: FeatureStore, count: int) -> None:
         raise LabelsError(
             f"{store.folder}: no pair of a seen class is annotated in the images to learn from: capture more images"
         )
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The parts as one tensor; each is let go once it is copied, so that they are not in memory twice."""
+    found = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
+    end = len(found)
+    while parts:
+        part = parts.pop()
+        found[end - len(part) : end] = part
+        end -= len(part)
+    return found
 
 
 def _chosen_images(store: FeatureStore, held_out: bool | None, fraction: float) -> Tensor:

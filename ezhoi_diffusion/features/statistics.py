@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,23 +17,39 @@ TABLE = {  # of statistics.safetensors
     "text_mean": TensorSpec(torch.float32, "D", -1, 1),
     "rows": TensorSpec(torch.int64, "2", 0, 2**53),
 }
+PART = 512  # features: 2 MB at D = 512
 
 
-def mean_resultant_length(blocks: Iterable[Tensor], mean: Tensor) -> float:
-    """Norm of the mean of unit(unit(x) − mean) over all features: what they share beyond `mean`.
+def unit_mean(text: Tensor) -> Tensor:
+    """Mean [D] float32 of the unit text features of [N_sel, D]. Raises ValueError where there is none."""
+    if len(text) == 0:
+        raise ValueError("statistics need features on both sides, found no text feature")
+    return normalize(text.double(), dim=-1).mean(0).float()
+
+
+def mean_resultant_lengths(blocks: Iterable[Tensor], means: Sequence[Tensor]) -> list[float]:
+    """For each mean, the norm of the mean of unit(unit(x) − mean) over all features: what they share beyond it.
 
     Args:
         blocks: Features [n, D].
-        mean: [D].
+        means: [D] each.
 
     Returns:
-        0 to 1: about 0 where features spread evenly around the mean, large where a cone is left.
+        0 to 1 each: about 0 where features spread evenly around the mean, large where a cone is left.
     """
-    total, count = torch.zeros(len(mean), dtype=torch.float64), 0
-    for features in blocks:
-        total += normalize(normalize(features.double(), dim=-1) - mean.double(), dim=-1).sum(0)
-        count += len(features)
-    return float((total / count).norm())
+    totals, count = torch.zeros(len(means), len(means[0]), dtype=torch.float64), 0
+    for unit in unit_parts(blocks):
+        for total, mean in zip(totals, means, strict=True):
+            total += normalize(unit - mean.double(), dim=-1).sum(0)
+        count += len(unit)
+    return [float(total.norm()) for total in totals / count]
+
+
+def unit_parts(blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Unit features [n, D] float64 in parts that stay in the processor's cache: of larger ones, every operation waits for memory."""
+    for block in blocks:
+        for part in block.split(PART):
+            yield normalize(part.double(), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -65,18 +81,16 @@ class ModalityStatistics:
         Raises:
             ValueError: Either side is empty.
         """
-        if len(text) == 0:
-            raise ValueError("statistics need features on both sides, found no text feature")
-        return cls.compute_with_text_mean(visual, normalize(text.double(), dim=-1).mean(0).float(), len(text))
+        return cls.compute_with_text_mean(visual, unit_mean(text), len(text))
 
     @classmethod
     def compute_with_text_mean(cls, visual: Iterable[Tensor], text_mean: Tensor, text_rows: int) -> ModalityStatistics:
         """Compute the visual mean where the text mean [D] is known. Raises ValueError without pair features."""
         total = torch.zeros(len(text_mean), dtype=torch.float64)
         count = 0
-        for block in visual:
-            total += normalize(block.double(), dim=-1).sum(0)
-            count += len(block)
+        for unit in unit_parts(visual):
+            total += unit.sum(0)
+            count += len(unit)
         if count == 0:
             raise ValueError("statistics need features on both sides, found no pair feature")
         return cls((total / count).float(), text_mean, count, text_rows)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,7 +26,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.features.contents import ezhoi_problem, shard_problem
-from ezhoi_diffusion.features.statistics import ModalityStatistics
+from ezhoi_diffusion.features.statistics import ModalityStatistics, unit_mean
 from ezhoi_diffusion.files import read_json, read_tensors
 from ezhoi_diffusion.schema import Count, FileFacts
 
@@ -189,7 +190,7 @@ class FeatureStore:
         """Context vectors of the run."""
         return {name.removeprefix("context/"): t for name, t in self.ezhoi.items() if name.startswith("context/")}
 
-    @property
+    @cached_property
     def images(self) -> list[dict[str, Any]]:
         """One entry for each image in order: index, name, rows, boxes, annotations."""
         return [image for shard in self.index["shards"] for image in shard["images"]]
@@ -210,7 +211,17 @@ class FeatureStore:
 
     def rows(self, name: str) -> Tensor:
         """Concatenate one tensor of all shards: one entry for each pair, box or annotation."""
-        return torch.cat([shard[name] for shard in self.shards() if self._require(name, shard)])
+        counts = COUNTED_BY.get(name, "rows")
+        number = len(self.images) if counts == "images" else sum(image[counts] for image in self.images)
+        found, begin = self.text.new_empty(0), 0
+        for shard in self.shards():
+            self._require(name, shard)
+            part = shard[name]
+            if not begin:  # room for all at once: to join parts would take twice as much
+                found = part.new_empty(number, *part.shape[1:])
+            found[begin : begin + len(part)] = part
+            begin += len(part)
+        return found
 
     @property
     def imported(self) -> dict[str, Any] | None:
@@ -233,10 +244,9 @@ class FeatureStore:
                 f"`ezhoi-diffusion run main_tip_finetune.py … --plugin capture --capture DIR`"
             )
 
-    def _require(self, name: str, shard: dict[str, Tensor]) -> bool:
+    def _require(self, name: str, shard: dict[str, Tensor]) -> None:
         if name not in shard:
             self.require_captured(f"'{name}'")
-        return True
 
     def image_index(self) -> Tensor:
         """[N] int64, the position in `images` of each pair's image."""
@@ -255,13 +265,16 @@ class FeatureStore:
         """
         return _Subset(self, set(images), torch.zeros(0, dtype=torch.long) if hidden is None else hidden)
 
+    @property
+    def text_mean(self) -> Tensor:
+        """[D] float32, the mean of the unit text features. Raises ValueError where there is neither text nor its mean."""
+        return self.ezhoi["text_mean"] if "text_mean" in self.ezhoi else unit_mean(self.text)
+
     def statistics(self) -> ModalityStatistics:
         """Compute the means of pair and text features as a stream. Raises FeatureStoreError without pair features."""
         blocks = (shard["adapter_feat"] for shard in self.shards())
         try:
-            if "text_mean" in self.ezhoi:
-                return ModalityStatistics.compute_with_text_mean(blocks, self.ezhoi["text_mean"], len(self.text))
-            return ModalityStatistics.compute(blocks, self.text)
+            return ModalityStatistics.compute_with_text_mean(blocks, self.text_mean, len(self.text))
         except ValueError as error:
             raise FeatureStoreError(f"{self.folder}: {error}; capture a split whose images have pairs") from error
 

@@ -77,7 +77,7 @@ def plot_statistics(norms: tuple[Tensor, Tensor], cosines: tuple[Tensor, Tensor,
         (cosine, cosines, ("visual-visual", "text-text", "visual-text"), "cosine of two features"),
     ):
         for value, name in zip(values, names, strict=True):
-            axes.hist(value.tolist(), bins=40, density=True, alpha=0.5, label=name)
+            axes.hist(value.double().numpy(), bins=40, density=True, alpha=0.5, label=name)
         axes.set_title(title, loc="left")
         axes.set_ylabel("density")
         axes.spines[["top", "right"]].set_visible(False)

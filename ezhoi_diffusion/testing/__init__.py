@@ -11,15 +11,18 @@ from ezhoi_diffusion.testing.bridges import BRIDGE_RULES, check_bridge
 from ezhoi_diffusion.testing.fits import FIT_RULES, check_fit, same_artifact
 from ezhoi_diffusion.testing.rules import ConformanceError
 from ezhoi_diffusion.testing.stores import relabelled, reloaded, with_full_rank_texts
-from ezhoi_diffusion.testing.synthetic import Truth, synthetic_store
+from ezhoi_diffusion.testing.synthetic import Shape, Truth, hicodet_shape, hicodet_store, synthetic_store
 
 __all__ = [
     "BRIDGE_RULES",
     "FIT_RULES",
     "ConformanceError",
+    "Shape",
     "Truth",
     "check_bridge",
     "check_fit",
+    "hicodet_shape",
+    "hicodet_store",
     "relabelled",
     "reloaded",
     "same_artifact",

@@ -19,22 +19,74 @@ from ezhoi_diffusion.features.batch import FeatureBatch, Pairs
 from ezhoi_diffusion.features.fingerprint import OPTIONS, Fingerprint
 from ezhoi_diffusion.features.score import NEEDED, EzHoiScore
 from ezhoi_diffusion.features.store import FeatureStore
-from ezhoi_diffusion.features.writer import FeatureWriter, finish_store
+from ezhoi_diffusion.features.writer import ROWS_PER_SHARD, FeatureWriter, finish_store
 from ezhoi_diffusion.rng import generator
 
 OBJECTS = ("person", "bench", "bicycle", "cup", "dog", "horse", "kite")
 VERBS = ("carrying", "feeding", "holding", "hugging", "kicking", "lifting", "pulling", "riding", "training", "washing")
 INTERACTIONS = tuple((1 + k // 4, 3 * k % len(VERBS)) for k in range(24))  # object, verb
-K, C = len(INTERACTIONS), len(VERBS)
-# From the most to the least frequent. The last two verbs come last, so a split that hides the rarest hides verbs.
-ORDER = sorted(range(K), key=lambda k: (INTERACTIONS[k][1] >= C - 2, 7 * k % K))
-NUM_UNSEEN, NUM_RARE = 7, 8
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a synthetic capture is about, and how crowded its images are. Object 0 is the person.
+
+    Attributes:
+        objects: Names of object classes.
+        verbs: Names of verbs.
+        interactions: Object and verb of each interaction.
+        unseen: Number of interactions that a zero-shot split hides.
+        rare: Number of interactions in the group `rare`.
+        rank: Of the differences between texts.
+        people: In an image. With several, the number of objects varies from image to image as in HICO-DET.
+        used: Share of pairs that are annotated.
+    """
+
+    objects: tuple[str, ...] = OBJECTS
+    verbs: tuple[str, ...] = VERBS
+    interactions: tuple[tuple[int, int], ...] = INTERACTIONS
+    unseen: int = 7
+    rare: int = 8
+    rank: int = 6  # seen verbs reveal the whole map
+    people: int = 1
+    used: float = 0.55
+
+    @cached_property
+    def order(self) -> list[int]:
+        """Interactions, the most frequent first. The last two verbs come last: a split that hides the rarest hides verbs."""
+        count = len(self.interactions)
+        return sorted(range(count), key=lambda k: (self.interactions[k][1] >= len(self.verbs) - 2, 7 * k % count))
+
+
+SMALL = Shape()
+
+
+def hicodet_shape(*, objects: int = 80, verbs: int = 117, interactions: int = 600) -> Shape:
+    """HICO-DET's numbers of classes. A fifth of the interactions is unseen, 138 of 600 are rare, and texts span all verbs."""
+    # every verb, then every object, then what is left of the table in a fixed order without a pattern
+    table = {(1 + verb % (objects - 1), verb): None for verb in range(verbs)}
+    table |= {(1 + number % (objects - 1), number * 7 % verbs): None for number in range(10 * interactions)}
+    chosen = sorted([*table][:interactions])
+    if len(chosen) < max(interactions, verbs):
+        raise ValueError(f"{objects} objects and {verbs} verbs cannot have {interactions} interactions")
+    return Shape(
+        tuple(f"object {number}" for number in range(objects)),
+        tuple(f"verb {number}" for number in range(verbs)),
+        tuple(chosen),
+        unseen=interactions // 5,
+        rare=round(0.23 * interactions),
+        rank=verbs + 11,
+        people=3,
+        used=0.13,
+    )
+
 
 # Chosen so that over seeds and widths the bare mAP is 30 to 60, and that of `Truth.text_of` 3 to 20 points higher
-RANK = 6  # of the differences between texts; seen verbs reveal the whole map
 TURN = 1.25  # radians by which the map turns a typical direction
 NOISE, NOISE_ALL = 0.35, 0.25  # of a feature: in the directions that the map mixes, and in all directions
 EMPTY_EVERY = 8  # one image in so many has no pair
+NUM_IMAGES = {"train": 38_118, "test": 9_658}  # of HICO-DET
+MIN_OBJECTS = 5  # besides three people: EZ-HOI keeps at least three of each, and people are objects too
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,21 +100,26 @@ class Truth:
         text: [N_sel, D].
         map: [D, D], orthogonal.
         offset: [D], the mean of visual directions, which makes most of the modality gap.
-        mixed: [D, 12], orthonormal: the directions that the map mixes and that hold most of the noise.
+        mixed: [D, 2·rank], orthonormal: the directions that the map mixes and that hold most of the noise.
+        shape: What the texts are about.
     """
 
     text: Tensor
     map: Tensor
     offset: Tensor
     mixed: Tensor
+    shape: Shape
 
     @classmethod
-    def from_seed(cls, *, dim: int = 32, seed: int = 0) -> Truth:
-        """The truth of all stores of this width and seed."""
+    def from_seed(cls, *, dim: int = 32, seed: int = 0, shape: Shape = SMALL) -> Truth:
+        """The truth of all stores of this width, seed and shape."""
         draw = generator(seed, "synthetic truth", dim)
-        rank = max(1, min(RANK, dim // 2))
-        verbs, objects, own = (normalize(torch.randn(n, rank, generator=draw)) for n in (C, len(OBJECTS), K))
-        code = torch.stack([verbs[v] + 0.35 * objects[o] + 0.25 * own[k] for k, (o, v) in enumerate(INTERACTIONS)])
+        rank = max(1, min(shape.rank, dim // 2))
+        counts = (len(shape.verbs), len(shape.objects), len(shape.interactions))
+        verbs, objects, own = (normalize(torch.randn(n, rank, generator=draw)) for n in counts)
+        code = torch.stack(
+            [verbs[v] + 0.35 * objects[o] + 0.25 * own[k] for k, (o, v) in enumerate(shape.interactions)]
+        )
         # Texts differ in `rank` directions, and the map mixes these with as many others: as hard at any width.
         mixed = torch.linalg.qr(torch.randn(dim, 2 * rank, generator=draw)).Q
         turn = torch.randn(2, mixed.shape[1], mixed.shape[1], generator=draw)[0]
@@ -70,7 +127,7 @@ class Truth:
         turn = turn * (TURN * math.sqrt(len(turn)) / turn.norm())
         rotation = torch.eye(dim) + mixed @ (torch.matrix_exp(turn) - torch.eye(len(turn))) @ mixed.T
         cone, offset = normalize(torch.randn(2, dim, generator=draw))
-        return cls(1.2 * normalize(cone + 0.9 * code @ mixed[:, :rank].T), rotation, 0.8 * offset, mixed)
+        return cls(1.2 * normalize(cone + 0.9 * code @ mixed[:, :rank].T), rotation, 0.8 * offset, mixed, shape)
 
     @cached_property
     def text_mean(self) -> Tensor:
@@ -95,6 +152,7 @@ def synthetic_store(
     dim: int = 32,
     seed: int = 0,
     unseen: bool = True,
+    shape: Shape = SMALL,
     alter: Callable[[FeatureBatch], FeatureBatch] | None = None,
 ) -> FeatureStore:
     """Write a made-up capture of a split into `folder`, and open it.
@@ -102,23 +160,26 @@ def synthetic_store(
     Every image has one person and `pairs_per_image` objects; the person acts on about half of them. Every eighth image
     has no object and no pair. As in a real capture some objects have a wrong class, some annotated pairs are not
     detected, and the 7 of 24 interactions that the split hides (all of two verbs among them) are annotated too. Logits
-    are those of EZ-HOI's published score. Stores of one `dim`, `seed` and `unseen` come from one run: train and test
-    have the same texts and fingerprint. `Truth.from_seed(dim=dim, seed=seed)` is what can be learned.
+    are those of EZ-HOI's published score. Stores of one `dim`, `seed`, `unseen` and `shape` come from one run: train and
+    test have the same texts and fingerprint. `Truth.from_seed(dim=dim, seed=seed)` is what can be learned.
+
+    `hicodet_store` writes one of HICO-DET's size. Images go to disk one after the other, so memory does not grow with them.
 
     Args:
         folder: A new folder.
         split: `train` or `test`.
         images: How many.
-        pairs_per_image: P of an image with pairs.
+        pairs_per_image: P of an image with pairs; their mean where `shape` has several people.
         dim: D.
         seed: The same arguments give the same features.
         unseen: Whether the split hides interactions.
+        shape: Classes, and how crowded images are.
         alter: Changes an image before it is written.
 
     Raises:
         FeatureStoreError: `folder` is in use, or no image has a pair.
     """
-    truth = Truth.from_seed(dim=dim, seed=seed)
+    truth = Truth.from_seed(dim=dim, seed=seed, shape=shape)
     ezhoi = _ezhoi_tensors(truth, seed, unseen)
     meta = {
         "split": split,
@@ -126,18 +187,17 @@ def synthetic_store(
         "clip_img_file": None,
         "processes": 1,
         "package": version("ezhoi-diffusion"),
-        "interactions": [f"a person {VERBS[v]} a {OBJECTS[o]}" for o, v in INTERACTIONS],
+        "interactions": [f"a person {shape.verbs[v]} a {shape.objects[o]}" for o, v in shape.interactions],
         "fingerprint": _fingerprint(truth, ezhoi, unseen).to_dict(),
     }
     # More than one shard, as in a large capture.
-    writer = FeatureWriter(
-        Path(folder), meta, rows_per_shard=max(1, images * pairs_per_image // 3), seconds_per_shard=math.inf
-    )
+    rows_per_shard = min(ROWS_PER_SHARD, max(1, images * pairs_per_image // 3))
+    writer = FeatureWriter(Path(folder), meta, rows_per_shard=rows_per_shard, seconds_per_shard=math.inf)
     try:
         writer.keep_ezhoi_tensors(ezhoi)
         annotated = 0
         for index in range(images):
-            others = 0 if index % EMPTY_EVERY == EMPTY_EVERY - 1 else pairs_per_image
+            others = 0 if index % EMPTY_EVERY == EMPTY_EVERY - 1 else _objects_in(index, pairs_per_image, shape)
             batch = _image(truth, ezhoi, split, seed, index, others, annotated)
             annotated += len(batch.gt_hoi)
             writer.add(alter(batch) if alter is not None else batch)
@@ -147,20 +207,66 @@ def synthetic_store(
         writer.close()
 
 
+def hicodet_store(
+    folder: Path | str,
+    *,
+    split: Literal["train", "test"] = "train",
+    images: int | None = None,
+    pairs_per_image: int = 27,
+    dim: int = 512,
+    seed: int = 0,
+    shape: Shape | None = None,
+) -> FeatureStore:
+    """Write a made-up capture in HICO-DET's real shape, to see what a command takes at full size. Full, it takes 3 GB.
+
+    It is `synthetic_store` with three people in an image and 15 to about 100 pairs. Of all pairs 13 % are annotated.
+
+    Args:
+        folder: A new folder.
+        split: `train` or `test`.
+        images: How many; by default all of HICO-DET.
+        pairs_per_image: Mean P of an image with pairs.
+        dim: D.
+        seed: The same arguments give the same features.
+        shape: Classes; those of `hicodet_shape` by default.
+
+    Raises:
+        FeatureStoreError: `folder` is in use, or no image has a pair.
+    """
+    return synthetic_store(
+        folder,
+        split=split,
+        images=NUM_IMAGES[split] if images is None else images,
+        pairs_per_image=pairs_per_image,
+        dim=dim,
+        seed=seed,
+        shape=hicodet_shape() if shape is None else shape,
+    )
+
+
+def _objects_in(index: int, pairs: int, shape: Shape) -> int:
+    """Number of objects of an image: `pairs` with one person, else at least 5 and exponential, as evenly as it gets."""
+    if shape.people == 1:
+        return pairs
+    quantile = (index * (math.sqrt(5) - 1) / 2) % 1
+    return MIN_OBJECTS + round(-math.log1p(-quantile) * max(0.0, pairs / shape.people - MIN_OBJECTS))
+
+
 def _ezhoi_tensors(truth: Truth, seed: int, unseen: bool) -> dict[str, Tensor]:
-    objects, verbs = torch.tensor(INTERACTIONS).T
-    label = torch.zeros(K, C)
-    label[torch.arange(K), verbs] = 1
-    lookup = torch.full((len(OBJECTS), C), -1)
-    lookup[objects, verbs] = torch.arange(K)
-    every = torch.arange(K)
-    hidden, rare = (torch.isin(every, torch.tensor(ORDER[-number:])) for number in (NUM_UNSEEN, NUM_RARE))
+    shape, count = truth.shape, len(truth.shape.interactions)
+    objects, verbs = torch.tensor(shape.interactions).T
+    label = torch.zeros(count, len(shape.verbs))
+    label[torch.arange(count), verbs] = 1
+    lookup = torch.full((len(shape.objects), len(shape.verbs)), -1)
+    lookup[objects, verbs] = torch.arange(count)
+    every = torch.arange(count)
+    hidden, rare = (torch.isin(every, torch.tensor(shape.order[-number:])) for number in (shape.unseen, shape.rare))
     groups = {"full": every, "rare": every[rare], "non-rare": every[~rare]}
     if unseen:
         groups |= {"unseen": every[hidden], "seen": every[~hidden]}
     return {
         "text": truth.text,
-        "text_interaction": torch.arange(K),
+        "text_interaction": torch.arange(count),
         "label": label,
         "sample_lens": label.sum(0),
         "logit_scale": torch.tensor(1.0),
@@ -181,8 +287,8 @@ def _fingerprint(truth: Truth, ezhoi: dict[str, Tensor], unseen: bool) -> Finger
         dim=truth.text.shape[1],
         dataset="hicodet",
         zs_type="rare_first" if unseen else None,
-        num_classes=C,
-        text_rows=K,
+        num_classes=len(truth.shape.verbs),
+        text_rows=len(truth.shape.interactions),
         logits_type="HO",
         img_align=True,
         txt_align=False,
@@ -195,47 +301,57 @@ def _fingerprint(truth: Truth, ezhoi: dict[str, Tensor], unseen: bool) -> Finger
 def _image(
     truth: Truth, ezhoi: dict[str, Tensor], split: str, seed: int, index: int, others: int, annotated: int
 ) -> FeatureBatch:
-    """One image of a person and `others` objects; `annotated`: how many pairs are annotated in those before it."""
+    """One image of people and `others` objects; `annotated`: how many pairs are annotated in those before it."""
     draw = generator(seed, f"synthetic {split}", index)
+    shape = truth.shape
+    count, people = len(shape.interactions), shape.people
+    number = people * others  # of pairs: all objects of the first person, then those of the next
+    of_object = torch.arange(others).repeat(people)
+    of_person = torch.arange(people).repeat_interleave(others)
 
-    def chance(share: float) -> Tensor:
-        return torch.rand(others, generator=draw) < share
+    def chance(share: float, number: int) -> Tensor:
+        return torch.rand(number, generator=draw) < share
 
-    used, found, named = chance(0.55), ~chance(0.06), ~chance(0.06)
+    used, found, named = chance(shape.used, number), ~chance(0.06, others), ~chance(0.06, others)
     # A low-discrepancy sequence, so that few images already have all interactions, the frequent ones more often.
-    weights = torch.zeros(K, dtype=torch.float64)
-    weights[ORDER] = 1 / torch.arange(6, 6 + K, dtype=torch.float64)
-    turn = (annotated + used.cumsum(0).double() + 0.3 * (split == "test")) * (math.sqrt(5) - 1) / 2
-    dealt = torch.searchsorted(weights.cumsum(0), turn % 1 * weights.sum()).clamp_max(K - 1)
-    interaction = torch.where(used, dealt, torch.randint(K, (others,), generator=draw))
-    objects, verbs = torch.tensor(INTERACTIONS)[interaction].T
+    weights = torch.zeros(count, dtype=torch.float64)
+    weights[shape.order] = 1 / torch.arange(6, 6 + count, dtype=torch.float64)
+    acted_on = used.view(people, others).any(0)
+    turn = (annotated + acted_on.cumsum(0).double() + 0.3 * (split == "test")) * (math.sqrt(5) - 1) / 2
+    dealt = torch.searchsorted(weights.cumsum(0), turn % 1 * weights.sum()).clamp_max(count - 1)
+    interaction = torch.where(acted_on, dealt, torch.randint(count, (others,), generator=draw))
+    objects, verbs = torch.tensor(shape.interactions)[interaction].T
 
     # A pair without interaction looks a little like one.
-    strength = torch.where(used, 1.0, 0.5 * torch.rand(others, generator=draw)).unsqueeze(1)
+    strength = torch.where(used, 1.0, 0.5 * torch.rand(number, generator=draw)).unsqueeze(1)
     (dim, near) = truth.mixed.shape
-    noise = NOISE * math.sqrt(2 / near) * torch.randn(others, near, generator=draw) @ truth.mixed.T
+    noise = NOISE * math.sqrt(2 / near) * torch.randn(number, near, generator=draw) @ truth.mixed.T
     of_image = torch.randn(dim, generator=draw) / 2
-    noise += NOISE_ALL * normalize(torch.randn(others, dim, generator=draw) + of_image)
-    length = 4 * (0.08 * torch.randn(others, 1, generator=draw)).exp()
-    features = length * (truth.offset + strength * (truth.visual_of(truth.text[interaction]) - truth.offset) + noise)
+    noise += NOISE_ALL * normalize(torch.randn(number, dim, generator=draw) + of_image)
+    length = 4 * (0.08 * torch.randn(number, 1, generator=draw)).exp()
+    seen_as = truth.visual_of(truth.text[interaction])[of_object]
+    features = length * (truth.offset + strength * (seen_as - truth.offset) + noise)
 
-    columns = math.ceil(math.sqrt(others + 1))
-    cell = torch.arange(others + 1)
-    corner = 60 * torch.stack([cell % columns, cell // columns], 1) + 10 * torch.rand(others + 1, 2, generator=draw)
-    boxes = torch.cat([corner, corner + 30 + 15 * torch.rand(others + 1, 2, generator=draw)], 1)
-    by_hand = boxes + 3 * torch.rand(others + 1, 4, generator=draw)
-    by_hand[1:][~found] += 30  # too far from the detected box
-    other = 1 + (objects - 1 + torch.randint(1, len(OBJECTS) - 1, (others,), generator=draw)) % (len(OBJECTS) - 1)
-    labels = torch.zeros(others, C, dtype=torch.bool)
-    labels[torch.arange(others), verbs] = used & found
+    boxes_in = people + others
+    columns = math.ceil(math.sqrt(boxes_in))
+    cell = torch.arange(boxes_in)
+    corner = 60 * torch.stack([cell % columns, cell // columns], 1) + 10 * torch.rand(boxes_in, 2, generator=draw)
+    boxes = torch.cat([corner, corner + 30 + 15 * torch.rand(boxes_in, 2, generator=draw)], 1)
+    by_hand = boxes + 3 * torch.rand(boxes_in, 4, generator=draw)
+    by_hand[people:][~found] += 30  # too far from the detected box
+    wrong = len(shape.objects) - 1
+    other = 1 + (objects - 1 + torch.randint(1, wrong, (others,), generator=draw)) % wrong
+    labels = torch.zeros(number, len(shape.verbs), dtype=torch.bool)
+    labels[torch.arange(number), verbs[of_object]] = used & found[of_object]
+    pairing = torch.stack([of_person, people + of_object])
     pairs = Pairs(
         image=f"synthetic_{split}_{index:08d}.jpg",
         batch_index=0,
         size=torch.tensor([60 * columns + 40, 60 * columns + 40]),
         boxes=boxes,
-        scores=0.9 + 0.1 * torch.rand(others + 1, generator=draw),
-        classes=torch.cat([torch.tensor([0]), torch.where(named, objects, other)]),
-        pairing=torch.stack([torch.zeros(others, dtype=torch.long), 1 + torch.arange(others)]),
+        scores=0.9 + 0.1 * torch.rand(boxes_in, generator=draw),
+        classes=torch.cat([torch.zeros(people, dtype=torch.long), torch.where(named, objects, other)]),
+        pairing=pairing,
     )
     return FeatureBatch(
         index=index,
@@ -244,8 +360,8 @@ def _image(
         text=truth.text,
         logits=EzHoiScore(**{name: ezhoi[name] for name in NEEDED}).logits(features),
         labels=labels,
-        gt_boxes=torch.stack([by_hand[:1].expand(others, 4)[used], by_hand[1:][used]]),
-        gt_hoi=interaction[used],
+        gt_boxes=by_hand[pairing[:, used]],
+        gt_hoi=interaction[of_object][used],
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from ezhoi_diffusion.defaults import torch_defaults
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge, build_denoiser
 from ezhoi_diffusion.diffusion.normalization import normalize, rescale
+from ezhoi_diffusion.features.rows import StoredRows
 from ezhoi_diffusion.rng import generator
 from ezhoi_diffusion.training.config import TrainingError
 from ezhoi_diffusion.training.fidelity import Fidelity, fidelity
@@ -29,8 +31,8 @@ BLOCK = 256
 @torch.enable_grad()
 def distill(
     teacher: DiffusionBridge,
-    training: Tensor,
-    held_out: Tensor,
+    training: Tensor | StoredRows,
+    held_out: Tensor | StoredRows,
     text: Tensor,
     *,
     train_steps: int = 2000,
@@ -44,7 +46,7 @@ def distill(
 
     Args:
         teacher: The bridge.
-        training: Captured adapter_feat [N, D] to learn from.
+        training: Captured adapter_feat [N, D] to learn from. A sample is taken, so they may stay on disk.
         held_out: Captured adapter_feat [M, D] of other images, to judge by.
         text: EZ-HOI's text features [K, D].
         train_steps: Optimizer steps.
@@ -71,26 +73,31 @@ def distill(
     judged = held_out[torch.randperm(len(held_out), generator=rng)[:MAX_HELD_OUT]]
     teacher = teacher.to(device)
     z = _inputs(teacher, training, rng).to(device)
-    target = _teach(teacher, z, "teacher's results")
+    # in evaluations of a network, of which a step takes three: one forward, and a backward pass that costs two
+    total = (len(z) + len(judged)) * recipe.num_steps + len(judged) + 3 * BATCH * train_steps
+    progress = tqdm(total=total, desc="distilling", unit="evaluation", unit_scale=True)
+    target = _teach(teacher, z, progress)
     student = _initial(teacher, seed).to(device)
     optimizer = torch.optim.Adam(student.parameters(), lr=LEARNING_RATE, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, train_steps)
     entry = torch.tensor([recipe.start_timestep - 1], device=device)
     batches = torch.randint(len(z), (train_steps, BATCH), generator=generator(seed, "distillation"))
-    for chosen in tqdm(batches.to(device), desc="distilling", unit="step"):
+    for chosen in batches.to(device):
         loss = (1 - torch.cosine_similarity(student(z[chosen], entry), target[chosen])).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
+        progress.update(3 * BATCH)
     unseen = normalize(judged.to(device).float(), teacher.input_mean, recipe.scale_factor)[0]
     with torch.no_grad():
         found = student(unseen, entry)
     centred = F.normalize(text.to(device), dim=-1) - teacher.statistics.text_mean.to(device)
-    taught = _teach(teacher, unseen, "held-out features")
+    taught = _teach(teacher, unseen, progress)
     reached = fidelity(found, taught, centred)
     single = teacher.override(num_steps=1, spacing="linear", sampler="ddim")
-    baselines = {"identity": unseen, "single_evaluation": _teach(single, unseen, "one evaluation of the teacher")}
+    baselines = {"identity": unseen, "single_evaluation": _teach(single, unseen, progress)}
+    progress.close()
     config = replace(
         _student_config(teacher),
         recipe=replace(recipe, num_steps=1, spacing="linear", sampler="ddim"),
@@ -114,7 +121,7 @@ def distill(
     return bridge.to("cpu"), reached
 
 
-def _inputs(teacher: DiffusionBridge, features: Tensor, rng: torch.Generator) -> Tensor:
+def _inputs(teacher: DiffusionBridge, features: Tensor | StoredRows, rng: torch.Generator) -> Tensor:
     """Return inputs of the network [NUM_FEATURES, D]: features, and mixtures of two where there are too few."""
     scale_factor = teacher.config.recipe.scale_factor
     chosen = features[torch.randperm(len(features), generator=rng)[:NUM_FEATURES]].float()
@@ -126,9 +133,12 @@ def _inputs(teacher: DiffusionBridge, features: Tensor, rng: torch.Generator) ->
 
 
 @torch.no_grad()
-def _teach(teacher: DiffusionBridge, z: Tensor, what: str) -> Tensor:
-    blocks = tqdm(z.split(BLOCK), desc=what, unit="block")
-    return torch.cat([F.normalize(teacher.sample(block), dim=-1) for block in blocks])
+def _teach(teacher: DiffusionBridge, z: Tensor, progress: tqdm[Any]) -> Tensor:
+    found = []
+    for block in z.split(BLOCK):
+        found.append(F.normalize(teacher.sample(block), dim=-1))
+        progress.update(len(block) * teacher.config.recipe.num_steps)
+    return torch.cat(found)
 
 
 def _student_config(teacher: DiffusionBridge) -> BridgeConfig:

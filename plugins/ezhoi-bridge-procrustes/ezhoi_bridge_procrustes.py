@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ TABLE = {
 }
 PULL = 1e-6  # of |A||B|, towards the identity: it decides only where pairs say nothing
 PENALTIES = [10.0**power for power in range(-5, 4)]  # of ridge, in units of the mean eigenvalue of AᵀA
+BLOCK = 1024  # pairs at a time
 CHOOSING_FRACTION = 0.2  # of the images: the tenth held out from every fit, and another tenth that chooses the penalty
 
 
@@ -104,35 +107,57 @@ def fit(features: FeatureStore, mode: str = "orthogonal", blend: float = 1.0, me
     config: dict[str, Any] = {"mode": mode, "blend": checked_blend(blend), "mean": mean}
     statistics = features.statistics()
     pairs = seen_pairs(features)
-    visual, text = centred(pairs, statistics)
     if mode == "orthogonal":
-        weight = rotation(visual, text)
+        weight = rotation(Moments.of_pairs(pairs, statistics, torch.arange(len(pairs))))
     else:
         learned_from = torch.isin(pairs.image, seen_pairs(features, fraction=CHOOSING_FRACTION).image)
         if learned_from.all():
             raise BridgeError(
                 f"{features.folder} has too few images: none with annotated pairs is left to choose the penalty by"
             )
-        weight, facts = ridge(visual, text, learned_from)
+        weight, facts = ridge(pairs, statistics, learned_from)
         config |= facts
     tensors = {
         "visual_mean": statistics.visual_mean,
         "restored_mean": statistics.text_mean if mean == "text" else statistics.visual_mean.clone(),
         "weight": weight.float(),
     }
-    provenance = {"fingerprint": features.fingerprint, "pairs": len(visual)}
+    provenance = {"fingerprint": features.fingerprint, "pairs": len(pairs)}
     return Artifact(NAME, config, {TENSORS: tensors}, provenance)
 
 
-def centred(pairs: SeenPairs, statistics: ModalityStatistics) -> tuple[Tensor, Tensor]:
-    """[M, D] float64 each: unit features and unit texts of their classes, less the mean of their side."""
-    return (
-        normalize(pairs.visual.double(), dim=1) - statistics.visual_mean.double(),
-        normalize(pairs.text.double(), dim=1) - statistics.text_mean.double(),
-    )
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """What both maps need of a, b [M, D]: AᵀA and AᵀB [D, D], and the squares of |A| and |B|; all float64."""
+
+    aa: Tensor
+    ab: Tensor
+    a: float
+    b: float
+
+    @classmethod
+    def of_pairs(cls, pairs: SeenPairs, statistics: ModalityStatistics, rows: Tensor) -> Moments:
+        """Sum over the pairs at `rows` [m] int64."""
+        dim = pairs.visual.shape[1]
+        aa, ab = torch.zeros(2, dim, dim, dtype=torch.float64)
+        b = torch.zeros((), dtype=torch.float64)
+        for visual, text in centred(pairs, statistics, rows):
+            aa += visual.T @ visual
+            ab += visual.T @ text
+            b += text.square().sum()
+        return cls(aa, ab, float(aa.trace()), float(b))
 
 
-def rotation(a: Tensor, b: Tensor) -> Tensor:
+def centred(pairs: SeenPairs, statistics: ModalityStatistics, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Blocks [n, D] float64: unit features and unit texts of the pairs at `rows`, less the mean of their side."""
+    for block in rows.split(BLOCK):
+        yield (
+            normalize(pairs.visual[block].double(), dim=1) - statistics.visual_mean.double(),
+            normalize(pairs.text[block].double(), dim=1) - statistics.text_mean.double(),
+        )
+
+
+def rotation(of: Moments) -> Tensor:
     """R [D, D], orthogonal, with the least |a R − b|, and of those with the least |R − 1|.
 
     Texts of seen classes span fewer than D dimensions. In the others every rotation fits, and rounding would choose. A
@@ -140,30 +165,38 @@ def rotation(a: Tensor, b: Tensor) -> Tensor:
     """
     from scipy.linalg import orthogonal_procrustes  # here: every command imports this module
 
-    pull = (PULL * a.norm() * b.norm()).sqrt() * torch.eye(a.shape[1], dtype=a.dtype)
-    return torch.from_numpy(orthogonal_procrustes(torch.cat([a, pull]).numpy(), torch.cat([b, pull]).numpy())[0])
+    eye = torch.eye(len(of.ab), dtype=of.ab.dtype)
+    pulled = of.ab + PULL * math.sqrt(of.a * of.b) * eye
+    return torch.from_numpy(orthogonal_procrustes(pulled.T.numpy(), eye.numpy())[0])  # it takes AᵀB alone
 
 
-def ridge(a: Tensor, b: Tensor, learned_from: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """W [D, D] of min |a W − b|² + alpha |W|² over all rows of a, b [M, D]; alpha, and the curve that chose it.
+def ridge(pairs: SeenPairs, statistics: ModalityStatistics, learned_from: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """W [D, D] of min |a W − b|² + alpha |W|² over all pairs; alpha, and the curve that chose it.
 
-    A map learned from the rows `learned_from` [M] bool has the largest mean cosine on the others at this alpha.
+    A map learned from the pairs `learned_from` [M] bool has the largest mean cosine on the others at this alpha. One
+    eigendecomposition of AᵀA serves every alpha.
     """
-    from sklearn.linear_model import Ridge
-
-    def fitted(rows: Tensor, alpha: float) -> Tensor:
-        penalty = alpha * float(a[rows].square().sum() / a.shape[1])
-        model = Ridge(alpha=penalty, fit_intercept=False, solver="cholesky").fit(a[rows].numpy(), b[rows].numpy())
-        return torch.from_numpy(model.coef_.T.copy())
-
-    def cosine(alpha: float) -> float:
-        mapped = a[~learned_from] @ fitted(learned_from, alpha)
-        return float(torch.cosine_similarity(mapped, b[~learned_from]).mean())
-
-    curve = {alpha: cosine(alpha) for alpha in PENALTIES}
+    learned, others = (chosen.nonzero().squeeze(1) for chosen in (learned_from, ~learned_from))
+    known = Moments.of_pairs(pairs, statistics, learned)
+    maps = dict(zip(PENALTIES, solved(known, PENALTIES), strict=True))
+    total = dict.fromkeys(PENALTIES, 0.0)
+    for visual, text in centred(pairs, statistics, others):
+        for alpha, weight in maps.items():
+            total[alpha] += float(torch.cosine_similarity(visual @ weight, text).sum())
+    curve = {alpha: value / len(others) for alpha, value in total.items()}
     best = max(PENALTIES, key=lambda alpha: curve[alpha])
-    weight = fitted(torch.ones_like(learned_from), best)
+    rest = Moments.of_pairs(pairs, statistics, others)
+    every = Moments(known.aa + rest.aa, known.ab + rest.ab, known.a + rest.a, known.b + rest.b)
+    (weight,) = solved(every, [best])
     return weight, {"alpha": best, "curve": [{"alpha": alpha, "cosine": value} for alpha, value in curve.items()]}
+
+
+def solved(of: Moments, penalties: Sequence[float]) -> Iterator[Tensor]:
+    """(AᵀA + alpha·|A|²/D)⁻¹ AᵀB for each alpha."""
+    values, axes = torch.linalg.eigh(of.aa)
+    turned = axes.T @ of.ab
+    for alpha in penalties:
+        yield axes @ (turned / (values.clamp_min(0) + alpha * of.a / len(values)).unsqueeze(1))
 
 
 plugin = BridgePlugin(NAME, load, fit)

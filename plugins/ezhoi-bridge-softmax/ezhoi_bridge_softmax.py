@@ -24,6 +24,7 @@ NAME = "softmax"
 TENSORS = "softmax.safetensors"
 TABLE = {"matrix": TensorSpec(torch.float64, "D C"), "inverse": TensorSpec(torch.float64, "C D")}
 MAX_TEMPERATURE = 2000.0  # the fit looks up to e^7
+BLOCK = 1024  # pairs at a time
 TOLERANCE = 1e-3  # of a probability: a baseline that misses by more says nothing
 
 
@@ -92,11 +93,13 @@ def fit(features: FeatureStore) -> Artifact:
 
     features.require_all_texts(f"{NAME} is fitted with")
     score, pairs = EzHoiScore.from_store(features), seen_pairs(features)
-    matrix = score.logits(torch.eye(pairs.visual.shape[1])).double()  # the score is linear
-    logits = pairs.visual.double() @ matrix
+    visual, target = pairs.visual, pairs.target
+    del pairs  # with texts, which are as large as the features
+    matrix = score.logits(torch.eye(visual.shape[1])).double()  # the score is linear
+    logits = torch.cat([block.double() @ matrix for block in visual.split(BLOCK)])
 
     def loss(log_temperature: float) -> float:
-        return float(torch.nn.functional.cross_entropy(math.exp(log_temperature) * logits, pairs.target))
+        return float(torch.nn.functional.cross_entropy(math.exp(log_temperature) * logits, target))
 
     found = minimize_scalar(loss, bounds=(-7, 7), method="bounded", options={"xatol": 1e-6})
     temperature = math.exp(found.x)
@@ -106,13 +109,16 @@ def fit(features: FeatureStore) -> Artifact:
     }
     tensors = {"matrix": matrix, "inverse": torch.linalg.pinv(matrix)}
     bridge = Softmax(Artifact(NAME, config, {TENSORS: tensors}))
-    error = float((score.logits(bridge(pairs.visual)).sigmoid() - (temperature * logits).softmax(1)).abs().max())
+    error = max(
+        float((score.logits(bridge(block)).sigmoid() - (temperature * wanted).softmax(1)).abs().max())
+        for block, wanted in zip(visual.split(BLOCK), logits.split(BLOCK), strict=True)
+    )
     if not error <= TOLERANCE:
         raise BridgeError(
             f"{features.folder}: {matrix.shape[0]} dimensions cannot carry {matrix.shape[1]} logits one by one (a probability "
             f"is missed by {error:.3g}), so scores cannot be calibrated through these features"
         )
-    provenance = {"fingerprint": features.fingerprint, "pairs": len(pairs)}
+    provenance = {"fingerprint": features.fingerprint, "pairs": len(target)}
     return Artifact(NAME, {**config, "largest_error": error}, {TENSORS: tensors}, provenance)
 
 

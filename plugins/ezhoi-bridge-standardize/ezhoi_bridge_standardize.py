@@ -15,6 +15,7 @@ NAME = "standardize"
 TENSORS = "standardize.safetensors"
 MEANS = {name: TensorSpec(torch.float32, "D", -1, 1) for name in ("visual_mean", "restored_mean")}
 DEFAULT_SHRINKAGE = {"diagonal": 0.0, "coral": 0.1}
+BLOCK = 1024  # features at a time
 MIN_VARIANCE = 1e-9  # of the largest: below it a variance is rounding and has no inverse
 
 
@@ -79,10 +80,12 @@ def fit(
     if len(features.text) == 0:
         raise BridgeError(f"{features.folder} was imported without its texts, which {NAME} needs: capture the features")
     statistics = features.statistics()
-    visual = covariance((shard["adapter_feat"] for shard in features.shards()), statistics.visual_mean)
-    text = covariance([features.text], statistics.text_mean)
+    blocks = (block for shard in features.shards() for block in shard["adapter_feat"].split(BLOCK))
+    visual, text = (
+        covariance(some, mean, diagonal=mode == "diagonal")
+        for some, mean in ((blocks, statistics.visual_mean), ([features.text], statistics.text_mean))
+    )
     if mode == "diagonal":
-        visual, text = visual.diagonal(), text.diagonal()
         spread = root(shrunk(visual, shrinkage), inverse=True) * root(shrunk(text, shrinkage))
     else:
         eye = torch.eye(len(text), dtype=text.dtype)
@@ -97,12 +100,13 @@ def fit(
     return Artifact(NAME, config, {TENSORS: tensors}, {"fingerprint": features.fingerprint})
 
 
-def covariance(blocks: Iterable[Tensor], mean: Tensor) -> Tensor:
-    """[D, D] float64, of the unit rows of blocks [n, D] around their mean [D], divided by their number."""
-    total, count = torch.zeros(len(mean), len(mean), dtype=torch.float64), 0
+def covariance(blocks: Iterable[Tensor], mean: Tensor, *, diagonal: bool = False) -> Tensor:
+    """[D, D] float64, of the unit rows of blocks [n, D] around their mean [D], divided by their number; or its diagonal [D]."""
+    total = torch.zeros(len(mean), dtype=torch.float64) if diagonal else torch.zeros(len(mean), len(mean)).double()
+    count = 0
     for block in blocks:
         centred = normalize(block.double(), dim=1) - mean.double()
-        total += centred.T @ centred
+        total += centred.square().sum(0) if diagonal else centred.T @ centred
         count += len(block)
     return total / count
 

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from ezhoi_diffusion.cli import main
+from ezhoi_diffusion.cli import command, main
 from ezhoi_diffusion.cli.terminal import escaped_stdout, log_warnings, print_table
 from ezhoi_diffusion.errors import EzhoiDiffusionError, printable
 from ezhoi_diffusion.testing import synthetic_store
@@ -108,3 +108,24 @@ def test_our_warnings_are_not_printed_twice(capsys):
     logger = logging.getLogger("ezhoi_diffusion")
     log_warnings()
     assert len([handler for handler in logger.handlers if type(handler).__name__ == "_Warnings"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "set_by_user", "expected"),
+    [
+        (["train", "FEATURES"], None, "PASSIVE"),
+        (["train", "FEATURES"], "ACTIVE", "ACTIVE"),
+        (["run", "script.py"], None, None),
+    ],
+)
+def test_threads_that_wait_sleep_unless_the_user_or_ezhoi_decides(words, set_by_user, expected, monkeypatch):
+    environment = {} if set_by_user is None else {"OMP_WAIT_POLICY": set_by_user}
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(sys, "argv", ["ezhoi-diffusion", *words])
+    found = []
+    monkeypatch.setattr("ezhoi_diffusion.cli.main", lambda: found.append(environment.get("OMP_WAIT_POLICY")) or 0)
+    monkeypatch.setattr("ezhoi_diffusion.cli.GRACE", 0.0)
+    monkeypatch.setattr("ezhoi_diffusion.cli._end", lambda status: None)
+    with pytest.raises(SystemExit):
+        command()
+    assert found == [expected], "when the command begins, and torch is not imported yet"

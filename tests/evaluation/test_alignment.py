@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from ezhoi_diffusion.evaluation.alignment import Alignment, disagreements
 from ezhoi_diffusion.evaluation.effect import Effect
-from ezhoi_diffusion.features.statistics import ModalityStatistics, mean_resultant_length
+from ezhoi_diffusion.features.statistics import ModalityStatistics, mean_resultant_lengths
 
 D, C, TEXTS = 16, 9, 31  # an odd number of pairs of texts: their median distance is one of them
 COUNTED = ("recall_at_1", "recall_at_5", "top1")  # shares, which no order of summing changes
@@ -121,7 +121,7 @@ def test_measures_agree_with_those_of_a_store_and_of_an_effect():
     statistics = ModalityStatistics.compute([rows], text)
     assert found["centroid_gap"] == pytest.approx(statistics.gap, abs=1e-6)
     assert found["mean_resultant_length"] == pytest.approx(
-        mean_resultant_length([rows], statistics.text_mean), abs=1e-6
+        mean_resultant_lengths([rows], [statistics.text_mean])[0], abs=1e-6
     )
     effect = Effect(rows, rows, text, logits, -logits, possible, labels)
     reverse = measured((rows, -logits, labels, possible))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ezhoi_diffusion.evaluation.calibration import ObjectCalibration, object_names
-from ezhoi_diffusion.evaluation.headroom import headroom, perfect_scores
+from ezhoi_diffusion.evaluation.headroom import perfect_scores
 from ezhoi_diffusion.evaluation.protocols import Detections, hicodet
 from ezhoi_diffusion.evaluation.replay import replay
 from ezhoi_diffusion.testing.synthetic import synthetic_store
@@ -34,15 +34,16 @@ def test_each_oracle_changes_what_it_knows_and_nothing_else():
 
 
 def test_perfect_labels_are_above_every_other_score(test_store):
-    protocol = hicodet(test_store)
-    found = headroom(test_store, protocol, protocol.groups)
-    bare = replay(test_store, {})
-    for group in protocol.groups:
+    bare, measured = replay(test_store, {}), replay(test_store, {}, measured=True)
+    found = measured.headroom
+    assert list(found) == ["verbs", "interactiveness", "labels"]
+    for group in bare.groups:
         assert max(found["verbs"][group], found["interactiveness"][group]) <= found["labels"][group] + 1e-9
         assert bare.mean_ap("none", group) < found["labels"][group] <= 100 + 1e-9
-    measured = replay(test_store, {}, measured=True)
-    assert measured.headroom == found
-    assert headroom(test_store, protocol, protocol.groups, set(range(0, 48, 2))) != found
+    half = replay(test_store, {}, measured=True, chosen=set(range(0, 48, 2)))
+    assert half.headroom["verbs"] != found["verbs"]
+    known = replay(test_store, {}, measured=True, protocol=hicodet(test_store, setting="known-object"))
+    assert known.headroom["labels"]["full"] >= known.headroom["verbs"]["full"] > found["verbs"]["full"]
 
 
 def test_every_object_is_calibrated_under_its_name(test_store):

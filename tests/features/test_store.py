@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from ezhoi_diffusion.features import shard as shard_module
-from ezhoi_diffusion.features.statistics import ModalityStatistics, mean_resultant_length
+from ezhoi_diffusion.features.rows import StoredRows
+from ezhoi_diffusion.features.statistics import ModalityStatistics, mean_resultant_lengths
 from ezhoi_diffusion.features.store import FeatureStore, FeatureStoreError
 from ezhoi_diffusion.features.writer import FeatureWriter, finish_store, write_ezhoi_tensors
 from ezhoi_diffusion.files import json_bytes
+from ezhoi_diffusion.testing import synthetic_store
 from helpers.miniature import rewrite
 from helpers.stores import IMAGES, META, D, image, write
 
@@ -171,11 +173,11 @@ def test_no_store_is_no_store(tmp_path):
 def test_mean_resultant_length_is_what_remains_without_the_mean():
     a, b = 0.6, 0.8
     rows = torch.tensor([[a, b], [a, -b]]) * torch.tensor([[2.0], [5.0]])
-    assert mean_resultant_length([rows[:1], rows[1:]], torch.tensor([a, 0.0])) == pytest.approx(0, abs=1e-7)
-    assert mean_resultant_length([rows], torch.zeros(2)) == pytest.approx(a)
+    assert mean_resultant_lengths([rows[:1], rows[1:]], [torch.tensor([a, 0.0])])[0] == pytest.approx(0, abs=1e-7)
+    assert mean_resultant_lengths([rows], [torch.zeros(2)])[0] == pytest.approx(a)
     off = torch.tensor([0.0, 0.5])  # leaves (.6, .3) and (.6, -1.3)
     left = torch.stack([torch.tensor([0.6, 0.3]) / 0.45**0.5, torch.tensor([0.6, -1.3]) / 2.05**0.5])
-    assert mean_resultant_length([rows], off) == pytest.approx(float(left.mean(0).norm()))
+    assert mean_resultant_lengths([rows], [off])[0] == pytest.approx(float(left.mean(0).norm()))
 
 
 def test_what_could_not_be_read_back_is_not_written(tmp_path):
@@ -369,3 +371,15 @@ def test_json_is_readable_and_ends_with_its_checksum():
     found = json.loads(json_bytes(value))
     assert list(found) == ["a", "b", "checksum"]
     assert json_bytes(value) == (json.dumps(found, indent=2) + "\n").encode()
+
+
+def test_stored_rows_are_those_of_the_tensor_in_any_order(tmp_path):
+    store = synthetic_store(tmp_path / "f")
+    whole, rows = store.adapter_feat(), StoredRows(store)
+    chosen = torch.tensor([5, 100, 5, 0, len(whole) - 1, 77])
+    assert torch.equal(rows[chosen], whole[chosen])
+    part = torch.arange(3, len(whole), 2)
+    some = StoredRows(store, part)
+    assert len(some) == len(part)
+    assert torch.equal(some[torch.tensor([4, 1])], whole[part][[4, 1]])
+    assert rows[chosen[:0]].shape == (0, whole.shape[1])

@@ -29,6 +29,8 @@ from ezhoi_diffusion.testing import (
     Truth,
     check_bridge,
     check_fit,
+    hicodet_shape,
+    hicodet_store,
     synthetic_store,
 )
 from ezhoi_diffusion.testing.synthetic import INTERACTIONS
@@ -119,6 +121,35 @@ def test_ezhoi_is_right_sometimes_and_the_truth_more_often(tmp_path):
     comparison = replay(store, {"truth": known})
     assert 20 < comparison.mean_ap("none", "full") < 60
     assert comparison.difference("truth", "full") > 4
+
+
+def test_a_store_in_hicodets_shape_has_its_classes_and_is_as_hard_as_it(tmp_path):
+    from ezhoi_diffusion.evaluation.replay import replay
+
+    store = hicodet_store(tmp_path / "f", split="test", images=60)
+    score = EzHoiScore.from_store(store)
+    assert (score.label.shape, score.object_to_target.shape, store.text.shape) == ((600, 117), (80, 117), (600, 512))
+    assert [len(store.ezhoi[f"classes/{name}"]) for name in ("full", "unseen", "rare")] == [600, 120, 138]
+    assert score.inverse.shape == (512, 117), "so bridges on scores can be used"
+    pairs = sorted(image["rows"] for image in store.images if image["rows"])
+    assert pairs[0] == 15
+    assert pairs[-1] > 50
+    assert 24 < sum(pairs) / len(pairs) < 30
+    assert 0.08 < store.rows("labels").any(1).float().mean() < 0.15
+    assert 10 < replay(store, {}).mean_ap("none", "full") < 40
+
+
+def test_the_shape_of_a_store_can_be_chosen_and_the_seed_decides_the_rest(tmp_path):
+    shape = hicodet_shape(objects=6, verbs=8, interactions=20)
+    one, same, other = (
+        hicodet_store(tmp_path / name, images=20, dim=40, seed=seed, shape=shape)
+        for name, seed in (("one", 3), ("same", 3), ("other", 4))
+    )
+    assert one.text.shape == (20, 40)
+    assert one.index == same.index
+    assert one.fingerprint["weights"] != other.fingerprint["weights"]
+    with pytest.raises(ValueError, match="cannot have 50 interactions"):
+        hicodet_shape(objects=6, verbs=8, interactions=50)
 
 
 # -- rules for bridges -------------------------------------------------------------------------------------------

@@ -196,8 +196,8 @@ def test_the_command_learns_from_images_that_are_not_held_out(stores, tmp_path, 
     assert main(["train", str(folder / "train"), "--student-of", str(bridge), "--out", str(tmp_path / "x")]) == 2
     store = FeatureStore(folder / "train")
     apart = validation_mask(len(store.images))[store.image_index()]
-    assert torch.equal(given[0][0], store.adapter_feat()[~apart])
-    assert torch.equal(given[0][1], store.adapter_feat()[apart])
+    assert torch.equal(given[0][0][torch.arange(len(given[0][0]))], store.adapter_feat()[~apart])
+    assert torch.equal(given[0][1][torch.arange(len(given[0][1]))], store.adapter_feat()[apart])
 
 
 def test_steps_that_no_bridge_can_take_are_refused(stores, tmp_path, capsys):
@@ -252,3 +252,22 @@ def test_the_command_refuses_test_images_and_another_run(stores, tmp_path, capsy
     assert "training images only" in capsys.readouterr().err
     assert main(["train", str(folder / "other"), "--student-of", str(bridge), "--out", str(tmp_path / "b")]) == 2
     assert "another EZ-HOI run" in capsys.readouterr().err
+
+
+def test_one_bar_shows_the_whole_distillation(stores, tmp_path, capfd):
+    folder, bridge = stores
+    main(
+        [
+            "train",
+            str(folder / "train"),
+            "--student-of",
+            str(bridge),
+            "--out",
+            str(tmp_path / "x"),
+            "--train-steps",
+            "2",
+        ]
+    )
+    shown = [line for line in capfd.readouterr().err.replace("\r", "\n").splitlines() if "distilling" in line]
+    assert "100%" in shown[-1]
+    assert not any("100%" in line for line in shown[:-1])

@@ -34,6 +34,6 @@ def serve() -> Iterator[None]:
 
 def ended(process) -> int:
     """Wait for a process and return its exit code."""
-    process.join(120)
+    process.join(300)
     assert process.exitcode is not None, "a run hangs"
     return process.exitcode

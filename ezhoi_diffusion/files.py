@@ -245,7 +245,7 @@ def _opened(
         with open(path, "rb", opener=_open_nonblocking) as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
-                raise error(f"{path} is not a file; {remedy}")
+                raise error(f"{path} is not a regular file; {remedy}")
             if size not in (None, found.st_size):
                 raise error(f"{path} has {found.st_size} bytes where {size!r} were written; {remedy}")
             if found.st_size > limit:

@@ -93,7 +93,7 @@ def check_training(bridge: DiffusionBridge, folder: Path) -> Iterator[Finding]:
         return
     loss, baseline = float(facts["val_loss"]), float(facts["isotropic_val_loss"])
     found = f"validation loss {loss:.5f}, and {baseline:.5f} of an estimate that knows no data"
-    history, damage = _read_history(folder / FACTS)
+    history, damage = _read_history(folder)
     if damage:
         yield Finding("bridge.history", "warning", f"nothing is said of the training's curve: {damage}", TRAIN)
     validations = [record["val_loss"] for record in history if "val_loss" in record]
@@ -125,12 +125,12 @@ def _check_curve(losses: list[float], validations: list[float]) -> Iterator[Find
         yield Finding(name, "warning", f"the training loss does not fall: {losses[0]:.5f}, then {losses[-1]:.5f}", fix)
 
 
-def _read_history(path: Path) -> tuple[list[dict[str, float]], str]:
+def _read_history(folder: Path) -> tuple[list[dict[str, float]], str]:
     """The training's records, none where there are none beside the bridge; and what is wrong with the file, if anything."""
-    if not path.exists():
+    if not (folder / FACTS).exists():
         return [], ""
     try:
-        return read_facts(path.parent)["history"], ""
+        return read_facts(folder)["history"], ""
     except EzhoiDiffusionError as error:
         return [], str(error)
 

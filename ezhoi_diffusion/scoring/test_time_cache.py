@@ -30,6 +30,7 @@ TABLE = {
     "unit": TensorSpec(torch.float64, "", 0),
 }
 COUNT = 8
+BLOCK = 4096  # pairs
 SHARPNESS = 5.5  # β of Zhang et al.
 
 
@@ -120,7 +121,8 @@ def fit(features: FeatureStore, weight: float = 0.1, count: int = COUNT) -> Arti
     possible, logits = score.object_to_target[objects], x @ score.matrix.T
     mean = x.mean(0)
     cached = surest(x - mean, logits.sigmoid() * prior.unsqueeze(1) * possible, count)
-    similar = similarity(x - mean, cached)[possible]
+    # in blocks, because kernels of all pairs, classes and examples take gigabytes
+    similar = torch.cat([similarity(block, cached) for block in (x - mean).split(BLOCK)])[possible]
     unit = logits.std() / similar.std().clamp_min(1e-12) if len(similar) > 1 else torch.zeros(())
     tensors = {"mean": mean, "cached": cached, "unit": unit.double()}
     return Artifact(NAME, {"weight": weight, "count": count}, {**score_files(features), TENSORS: tensors})

@@ -30,7 +30,8 @@ class BridgePlugin:
         name: What `--plugin NAME`, `--compare none,NAME=DIR` and `train --bridge NAME` call it.
         load: `load(folder)` returns a Bridge, or a function on features [P, D]. `folder` is None where the user names none.
         fit: `fit(features, **options)` makes the Artifact that `load` reads from a FeatureStore of training images, or of
-            test images without annotations (see `features.unlabelled.learns_from_test_images`); None where there is nothing to fit. The hooks `register_bridges` and `register_fits` have both contracts.
+            test images without annotations (see `features.unlabelled.learns_from_test_images`). None where there is nothing
+            to fit. The hooks `register_bridges` and `register_fits` have both contracts.
     """
 
     def __init__(self, name: str, load: Load, fit: Fit | None = None) -> None:

@@ -180,7 +180,7 @@ class TrainingSet:
 
     @cached_property
     def positives(self) -> int:
-        """How many annotations the training part has, at least 1. Needs labels."""
+        """How many annotations `training` has, at least 1. Needs labels."""
         assert self.labelled is not None
         return max(1, int(self.labelled.target[self.training].sum()))
 

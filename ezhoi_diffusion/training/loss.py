@@ -93,7 +93,7 @@ def batch_loss(
     Args:
         model: The denoiser, as accelerate prepared it.
         accelerator: Where to compute, in which precision, and which share of the batch.
-        features: What to learn from: its training part.
+        features: What to learn from: its `training`.
         resident: `features.resident`.
         config: Objective, batch size and seed.
         schedule: The noise schedule.

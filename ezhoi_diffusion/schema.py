@@ -7,7 +7,8 @@ written, not that what wrote it was right: every number is checked before it siz
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from itertools import chain
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -61,9 +62,9 @@ def json_problem(value: object, schema: Any) -> str | None:
     return None
 
 
-def table_of(state: Mapping[str, Tensor], *, low: float = -LARGEST) -> dict[str, TensorSpec]:
+def table_of(state: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
     """The table of files that hold the same tensors as `state`, e.g. those of a network."""
-    return {name: TensorSpec(x.dtype, " ".join(map(str, x.shape)), low) for name, x in state.items()}
+    return {name: TensorSpec(x.dtype, " ".join(map(str, x.shape))) for name, x in state.items()}
 
 
 def tensors_problem(tensors: Mapping[str, Tensor], table: Table, sizes: dict[str, int] | None = None) -> str | None:
@@ -85,12 +86,7 @@ def tensors_problem(tensors: Mapping[str, Tensor], table: Table, sizes: dict[str
     of_shape = (_shape_problem(name, tensors[name], spec, sizes) for name, spec in present.items())
     # after all shapes, because a range may be a size
     of_values = (range_problem(name, tensors[name], spec, sizes) for name, spec in present.items())
-    return next(_problems(of_shape, of_values), None)
-
-
-def _problems(*sources: Iterator[str | None]) -> Iterator[str]:
-    for source in sources:
-        yield from filter(None, source)
+    return next(filter(None, chain(of_shape, of_values)), None)
 
 
 def _shape_problem(name: str, x: Tensor, spec: TensorSpec, sizes: dict[str, int]) -> str | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 import os
 import shutil
 import warnings
@@ -29,8 +28,10 @@ from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.chain import Member, save_chain
 from ezhoi_diffusion.evaluation.replay import replay
 from ezhoi_diffusion.evaluation.variants import Variant, load_bridge
+from ezhoi_diffusion.features.batch import FeatureBatch
 from ezhoi_diffusion.features.images import stored_images
 from ezhoi_diffusion.features.labels import labelled_pairs, seen_pairs
+from ezhoi_diffusion.features.score import NEEDED, EzHoiScore
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.features.unlabelled import split_of
 from ezhoi_diffusion.features.writer import FeatureWriter, finish_store
@@ -41,7 +42,7 @@ from ezhoi_diffusion.report.hub_card import model_card, read_report
 from ezhoi_diffusion.testing import synthetic_store, with_full_rank_texts
 from ezhoi_diffusion.training.fitted import fit_artifact, known_fits
 from helpers.packages import with_packages
-from helpers.resealed import Case, json_cases, outcome, tensor_cases
+from helpers.resealed import Case, content, json_cases, outcome, tensor_cases
 from helpers.trainings import weights
 
 QUICK = 30  # cases of each kind; all of them with EVERY_RESEALED_CASE=1 in the environment
@@ -63,12 +64,6 @@ class Kind:
 def facts(path: Path) -> dict[str, Any]:
     data = path.read_bytes()
     return {"file": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def content(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text())
-    found.pop("checksum")
-    return found
 
 
 def reseal_store(folder: Path, file: str) -> None:
@@ -159,15 +154,11 @@ def kinds(tmp_path_factory) -> dict[str, Kind]:
     store_folder = top / "store"
     # the texts of full rank that the score needs
     ezhoi = with_full_rank_texts(plain).ezhoi
-    from ezhoi_diffusion.features.score import NEEDED, EzHoiScore
-
     score = EzHoiScore(**{name: ezhoi[name] for name in NEEDED})
     META.clear()
     META.update({key: value for key, value in plain.meta.items() if key != "schema"})
 
     def written(folder: Path, *, finished: bool) -> None:
-        from ezhoi_diffusion.features.batch import FeatureBatch
-
         writer = FeatureWriter(folder, META, rows_per_shard=12)
         writer.keep_ezhoi_tensors(ezhoi)
         for index, image in enumerate(stored_images(plain)):

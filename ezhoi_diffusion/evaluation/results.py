@@ -16,12 +16,8 @@ from ezhoi_diffusion.features.contents import PARTITIONS
 from ezhoi_diffusion.files import read_json
 from ezhoi_diffusion.schema import Count, Share
 
-RANGES = (
-    ("low", -1e3, 1e3),
-    ("high", -1e3, 1e3),
-    ("p", 0, 1),
-    ("p_adjusted", 0, 1),
-)  # an interval may leave -100 to 100
+# of a difference: key, lowest and highest value; an interval may leave -100 to 100
+RANGES = (("low", -1e3, 1e3), ("high", -1e3, 1e3), ("p", 0, 1), ("p_adjusted", 0, 1))
 
 
 class DifferenceEntry(TypedDict):

@@ -144,9 +144,8 @@ def targets_of(store: FeatureStore) -> Tensor:
     """[K] int64, the target class of each interaction: its verb, or itself where EZ-HOI predicts interactions."""
     table = store.ezhoi["object_n_verb_to_interaction"]
     objects, verbs = (table >= 0).nonzero().unbind(1)
-    targets = torch.arange(
-        max(int(table.max()) + 1, len(store.ezhoi["classes/full"]))
-    )  # V-COCO has actions without object
+    # V-COCO has actions without object, which the table lacks
+    targets = torch.arange(max(int(table.max()) + 1, len(store.ezhoi["classes/full"])))
     if store.ezhoi["label"].shape[1] == table.shape[1]:
         targets[table[objects, verbs]] = verbs
     return targets

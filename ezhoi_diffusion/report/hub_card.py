@@ -184,7 +184,7 @@ def _own_variants(config: dict[str, Any], variants: list[dict[str, Any]]) -> tup
         SharingError: There is none.
     """
     called = re.compile(re.escape(config["bridge"]) + r"(?![\w-])")
-    origin = _origin(config.get("provenance", {}))
+    origin = _origin(config["provenance"])
     own = [v for v in variants if called.match(v["name"]) and _origin(v["provenance"]) in (None, origin)]
     if not own:
         raise SharingError(

@@ -45,7 +45,7 @@ class Compete(ScoreBridge):
 
     def __init__(self, artifact: Artifact) -> None:
         super().__init__(artifact)
-        self.alpha = checked_number(NAME, artifact.config, "alpha", 0.5)
+        self.alpha = float(artifact.config["alpha"])
         self.register_buffer("exclusion", artifact.files[TENSORS]["exclusion"], persistent=False)  # [C, C]
 
     def apply_settings(self, settings: Mapping[str, Any]) -> None:

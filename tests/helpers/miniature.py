@@ -77,10 +77,7 @@ def launch(*flags: str, **kwargs) -> subprocess.CompletedProcess[str]:
 def rewrite(path: Path, **changes) -> None:
     """Change entries of a JSON file and keep its checksum valid; None deletes an entry."""
     content = {**read_json(path, dict, EzhoiDiffusionError, ""), **changes}
-    write_json(
-        path,
-        {key: value for key, value in content.items() if changes.get(key, value) is not None or key not in changes},
-    )
+    write_json(path, {key: x for key, x in content.items() if x is not None or key not in changes})
 
 
 def dump(out: Path, how: str, *flags: str):

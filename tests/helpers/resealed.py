@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import resource
 import signal
 from collections.abc import Callable, Iterator
@@ -97,32 +98,28 @@ class Case:
     file: str
     what: str
     write: Callable[[Path], None]
-    legitimate: bool = False
-    """Another value of the kind that belongs there: the result may be another."""
 
 
 def json_cases(kind: str, folder: Path, file: str, reseal: Callable[[Path, str], None]) -> Iterator[Case]:
     """One case for each leaf of a JSON file and each of `VALUES`."""
-    content = read_json_file(folder / file)
-    for path in leaves(content):
+    found = content(folder / file)
+    for path in leaves(found):
         for name, value in VALUES.items():
-            if value is not DELETED and type(at(content, path)) is type(value) and at(content, path) == value:
+            if value is not DELETED and type(at(found, path)) is type(value) and at(found, path) == value:
                 continue
 
             def write(target: Path, path=path, value=value) -> None:
-                write_json(target / file, mutated_json(content, path, value))
+                write_json(target / file, mutated_json(found, path, value))
                 reseal(target, file)
 
             yield Case(kind, file, f"{'.'.join(map(str, path))} {name}", write)
 
 
-def read_json_file(path: Path) -> dict[str, Any]:
-    """The content without its checksum."""
-    import json
-
-    content = json.loads(path.read_text())
-    content.pop("checksum")
-    return content
+def content(path: Path) -> dict[str, Any]:
+    """A JSON object without its checksum."""
+    found = json.loads(path.read_text())
+    found.pop("checksum")
+    return found
 
 
 def at(value: Any, path: tuple[str | int, ...]) -> Any:

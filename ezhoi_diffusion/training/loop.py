@@ -255,7 +255,7 @@ class TrainingLoop:
     @property
     def steps_done(self) -> int:
         """Steps of both phases."""
-        return self.step + self.search.get("step", 0)
+        return self.step + int(self.search.get("step", 0))
 
     @property
     def _checkpoints(self) -> Path:

@@ -34,7 +34,7 @@ from ezhoi_diffusion.schema import json_problem
 
 STAGED, REPLACED = ".staged", ".replaced"
 COMMITTED = ".committed"
-CHECKSUM = "checksum"
+CHECKSUM, JSON_END = "checksum", b'"\n}\n'  # the last entry of a JSON file, and what follows its 64 digits
 UNKNOWN_TO_FILE_SYSTEM = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # SMB, folders shared with a virtual machine
 # Larger than anything this package writes: the index of ten times HICO-DET's images, a network of two billion weights.
 MAX_JSON_BYTES, MAX_TENSORS_BYTES = 1 << 26, 1 << 33
@@ -99,27 +99,18 @@ def write_json(path: Path, value: dict[str, Any]) -> dict[str, Any]:
 
 
 def json_bytes(value: dict[str, Any]) -> bytes:
-    """Return what `write_json` writes: the object, with its checksum as the last entry."""
+    """Return what `write_json` writes: the object, with the checksum of all bytes before it as the last entry."""
     data = io.BytesIO()
-    for piece in _json_pieces(value):
+    # word by word: an index has a million, and json.dumps would hold them all before it joins them
+    for piece in json.JSONEncoder(indent=2).iterencode({**value, CHECKSUM: ""}):
         data.write(piece.encode())
-    return data.getvalue()
+    head = data.getbuffer()[: 1 - len(JSON_END)]
+    return b"".join([head, hashlib.sha256(head).hexdigest().encode(), JSON_END])
 
 
-def _json_pieces(value: dict[str, Any]) -> Iterator[str]:
-    """Yield `json_bytes` word by word: an index has a million words, and json.dumps would hold them all before it joins them."""
-    checksum = hashlib.sha256(json.dumps(value).encode()).hexdigest()
-    yield from json.JSONEncoder(indent=2).iterencode({**value, CHECKSUM: checksum})
-    yield "\n"
-
-
-def _is_unchanged(text: str, value: dict[str, Any]) -> bool:
-    position = 0
-    for piece in _json_pieces(value):
-        if not text.startswith(piece, position):
-            return False
-        position += len(piece)
-    return position == len(text)
+def _is_unchanged(data: bytes) -> bool:
+    place = max(0, len(data) - 64 - len(JSON_END))
+    return data[place:] == hashlib.sha256(memoryview(data)[:place]).hexdigest().encode() + JSON_END
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -141,14 +132,12 @@ def read_json(path: Path, schema: Any, error: type[EzhoiDiffusionError], remedy:
     """
     data = read_whole(path, MAX_JSON_BYTES, None, error, remedy)
     try:
-        text = data.decode()
-        del data  # an index is large
-        value = json.loads(text)
+        value = json.loads(data.decode())
         if not isinstance(value, dict):
             raise error(f"{path} holds {type(value).__name__}, not a JSON object; {remedy}")
         if value.pop(CHECKSUM, None) is None:
             raise error(f"{path} has no checksum: an older version wrote it, or it was edited; {remedy}")
-        if not _is_unchanged(text, value):
+        if not _is_unchanged(data):
             raise error(f"{path} was changed after it was written; {remedy}")
         wrong = json_problem(value, schema)
     except (ValueError, RecursionError) as problem:

@@ -18,7 +18,7 @@ from ezhoi_diffusion.features.rows import StoredRows
 from ezhoi_diffusion.features.statistics import ModalityStatistics, mean_resultant_lengths
 from ezhoi_diffusion.features.store import FeatureStore, FeatureStoreError
 from ezhoi_diffusion.features.writer import FeatureWriter, finish_store, write_ezhoi_tensors
-from ezhoi_diffusion.files import json_bytes
+from ezhoi_diffusion.files import json_bytes, read_json, write_json
 from ezhoi_diffusion.testing import synthetic_store
 from helpers.miniature import rewrite
 from helpers.stores import IMAGES, META, D, image, write
@@ -383,3 +383,16 @@ def test_stored_rows_are_those_of_the_tensor_in_any_order(tmp_path):
     assert len(some) == len(part)
     assert torch.equal(some[torch.tensor([4, 1])], whole[part][[4, 1]])
     assert rows[chosen[:0]].shape == (0, whole.shape[1])
+
+
+def test_no_byte_of_a_json_may_change(tmp_path):
+    path = tmp_path / "file.json"
+    write_json(path, {"a": [1, 2.5, None, "ü"], "b": {}})
+    data = path.read_bytes()
+    changed = [data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :] for place in range(len(data))]
+    for content in (*changed, data + b"\n", data[:-1], b" " + data, b"{}", b'{"checksum": ""}'):
+        path.write_bytes(content)
+        with pytest.raises(FeatureStoreError, match=r"file\.json"):
+            read_json(path, dict, FeatureStoreError, "")
+    path.write_bytes(data)
+    assert read_json(path, dict, FeatureStoreError, "") == {"a": [1, 2.5, None, "ü"], "b": {}}

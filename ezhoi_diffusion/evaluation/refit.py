@@ -28,8 +28,8 @@ from ezhoi_diffusion.training.trainer import train
 
 Learn = Callable[[FeatureStore], Artifact]
 NOT_CANDIDATES = ("tuned", "chain")
-# Only on demand: bars for papers, each of which would be made many times, and what makes results transductive.
-BARS = ("eszsl", "gaussian_classes", "pseudo", "test_time_cache")
+# Only where `--bridges` names them: comparisons for papers, which would be made many times, and transductive bridges.
+ONLY_NAMED = ("eszsl", "gaussian_classes", "pseudo", "test_time_cache")
 
 
 class RefitError(EzhoiDiffusionError):

@@ -21,7 +21,7 @@ from ezhoi_diffusion.evaluation.bootstrap import REPLICATES
 from ezhoi_diffusion.evaluation.chain import own_settings
 from ezhoi_diffusion.evaluation.defaults import FOLDS, SEEDS
 from ezhoi_diffusion.evaluation.folds import Folds, TuneError, seen_classes
-from ezhoi_diffusion.evaluation.refit import BARS, NOT_CANDIDATES, Recipes, RefitError, grid_of, recipes_of
+from ezhoi_diffusion.evaluation.refit import NOT_CANDIDATES, ONLY_NAMED, Recipes, RefitError, grid_of, recipes_of
 from ezhoi_diffusion.evaluation.search import Choice, Lead, Space, choose, lead_of, search
 from ezhoi_diffusion.evaluation.trials import Chain, Step, Trial, Trials, joined
 from ezhoi_diffusion.evaluation.variants import Named, known_bridges, load_bridge, parse_bridges
@@ -174,7 +174,7 @@ def candidates_of(
     named = parse_bridges(spec, known.names())
     found = Candidates([], [], [], [], [], is_named=bool(spec))
     at: dict[Named, int] = {}
-    every = [[Named(name, "")] for name in known.names() if name not in (*NOT_CANDIDATES, *BARS)]
+    every = [[Named(name, "")] for name in known.names() if name not in (*NOT_CANDIDATES, *ONLY_NAMED)]
     for chain in named.values() if spec else every:
         item = []
         for one in chain:

@@ -43,15 +43,37 @@ BOOTSTRAP_SHARE = (
 )
 
 
+class _Column:
+    """A tensor [M] that grows by doubling. Many small ones, kept between large ones that go, would keep the memory of both."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._buffer, self._size = torch.empty(1 << 16, dtype=dtype), 0
+
+    def extend(self, values: Tensor) -> None:
+        """Append values [n]."""
+        end = self._size + len(values)
+        if end > len(self._buffer):
+            larger = self._buffer.new_empty(max(end, 2 * len(self._buffer)))
+            larger[: self._size] = self.tensor
+            self._buffer = larger
+        self._buffer[self._size : end] = values
+        self._size = end
+
+    @property
+    def tensor(self) -> Tensor:
+        """All values so far, not copied."""
+        return self._buffer[: self._size]
+
+
 @dataclass(eq=False)
 class _Scorecard:
     """Results that one variant has collected so far."""
 
     alignment: Alignment | None
     calibration: ObjectCalibration = field(default_factory=ObjectCalibration)
-    scores: list[Tensor] = field(default_factory=list)
-    labels: list[Tensor] = field(default_factory=list)
-    shown: list[Tensor] = field(default_factory=list)
+    scores: _Column = field(default_factory=lambda: _Column(torch.float32))
+    labels: _Column = field(default_factory=lambda: _Column(torch.bool))
+    shown: Tensor | None = None  # [R, D]
     seconds: list[float] = field(default_factory=list)
 
 
@@ -136,7 +158,7 @@ def replay(
             variants,
             added_ms={name: _milliseconds(cards[name].seconds, store, images) for name in variants},
             alignment={name: card.alignment.measures() for name, card in cards.items() if card.alignment is not None},
-            samples={name: torch.cat(card.shown) for name, card in cards.items()} if measured else None,
+            samples={name: card.shown for name, card in cards.items() if card.shown is not None} or None,
             sample_text=score.text if measured else None,
             algorithm=protocol.algorithm,
             replicates=replicates,
@@ -167,13 +189,12 @@ def _collect(
     """Detections of every variant, and annotations of each image and class [I, K] int64. Fills the cards and `perfect`."""
     shown = torch.randperm(num_pairs, generator=generator(0, "shown"))[:NUM_SHOWN].sort().values
     annotations: list[Tensor] = []
-    classes: list[Tensor] = []
-    where: list[Tensor] = []
+    classes, where = _Column(torch.int64), _Column(torch.int64)
     seen = 0
     for batch in _batches(images):
         detections = Detections.from_images(batch, protocol.match)
-        classes.append(detections.classes)
-        where.append(detections.image + len(annotations))
+        classes.extend(detections.classes)
+        where.extend(detections.image + len(annotations))
         annotations += [protocol.count(image) for image in batch]
         features = torch.cat([image.adapter_feat for image in batch])
         ezhoi_logits = torch.cat([image.logits for image in batch])
@@ -183,26 +204,27 @@ def _collect(
         right = torch.zeros(len(detections.row), dtype=torch.bool)
         right[detections.candidate] = True
         here = shown[(shown >= seen) & (shown < seen + len(features))] - seen
+        at = int((shown < seen).sum())
         seen += len(features)
         given = features.to(device)
         for name, card in cards.items():
             bridged = None if name == REFERENCE else _bridged(name, variants[name], given, batch, card.seconds, singly)
             after, logits = (features, ezhoi_logits) if bridged is None else (bridged, score.logits(bridged))
             scores = detections.scores(logits)
-            card.scores.append(scores)
-            card.labels.append(detections.labels(scores))
+            card.scores.extend(scores)
+            card.labels.extend(detections.labels(scores))
             if card.alignment is not None:
                 card.alignment.add(after, logits, labels, possible)
                 card.calibration.add(objects, logits[detections.row, detections.target].sigmoid(), right)
-                card.shown.append(after[here])
+                if card.shown is None:
+                    card.shown = after.new_empty(len(shown), after.shape[1])
+                card.shown[at : at + len(here)] = after[here]
         if perfect is not None:
             perfect.add(detections, ezhoi_logits)
         progress.update(len(batch))
     # the variants share classes and images, so that each adds five bytes for a detection
-    found, image, scored = torch.cat(classes), torch.cat(where), {}
-    for name, card in cards.items():
-        scored[name] = Scored(torch.cat(card.scores), found, torch.cat(card.labels), image)
-        card.scores, card.labels = [], []
+    found, image = classes.tensor, where.tensor
+    scored = {name: Scored(card.scores.tensor, found, card.labels.tensor, image) for name, card in cards.items()}
     return scored, torch.stack(annotations)
 
 

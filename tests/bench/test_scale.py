@@ -47,7 +47,7 @@ def test_growth_is_from_size_to_size_and_captures_are_kept(ran, tmp_path, capsys
         str(tmp_path),
     ]
     assert main(words) == 0
-    result = read_json(tmp_path / "scale.json", BenchError, "")
+    result = read_json(tmp_path / "scale.json", dict, BenchError, "")
     compare, statistics = result["commands"]
     assert [run["size"] for run in compare["runs"]] == [0.002, 0.02]
     assert compare["runs"][1]["pairs"] > 5 * compare["runs"][0]["pairs"]

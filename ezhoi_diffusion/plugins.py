@@ -22,7 +22,7 @@ import pluggy
 
 from ezhoi_diffusion import hookspecs
 from ezhoi_diffusion.defaults import kept_globals
-from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.errors import EzhoiDiffusionError, described
 from ezhoi_diffusion.hookspecs import HOOKS, PROJECT
 from ezhoi_diffusion.inputs import read_only
 from ezhoi_diffusion.registry import Registry
@@ -133,11 +133,10 @@ class PluginManager:
                 log.warning(
                     "%s sets torch's %s for all when it is imported; they are put back", info, " and ".join(changed)
                 )
-        except (
-            Exception,
-            SystemExit,
-        ) as error:  # a plugin may raise anything at import, and the others must still load
-            info.status, info.reason = "broken", f"{type(error).__name__}: {error}"
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a plugin may raise anything at import, and the others must still load
+            info.status, info.reason = "broken", described(error)
             self.found.setdefault(info.name, info)
             message = f"{info} could not be loaded: {info.reason}"
             if os.environ.get(ENV_STRICT, "") not in ("", "0"):
@@ -229,9 +228,10 @@ class PluginManager:
                 return impl.function(**given)
         except EzhoiDiffusionError as error:
             raise PluginError(self._blame(impl.plugin_name, hook, str(error))) from error
-        except (Exception, SystemExit) as error:  # status 0 would pass for a run that went well
-            problem = f"raised {type(error).__name__}: {error}"
-            raise PluginError(self._blame(impl.plugin_name, hook, problem)) from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit(0) would pass for a run that went well
+            raise PluginError(self._blame(impl.plugin_name, hook, f"raised {described(error)}")) from error
 
     def _blame(self, name: str, hook: str, problem: str) -> str:
         return f"{self.found[name]} in {hook}: {problem}"

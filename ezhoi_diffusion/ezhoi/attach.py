@@ -161,12 +161,13 @@ class Attachment:
         with self:
             self._waits_for_evaluation = False
             comparison = comparison_pass(run, loader, variants, REPLICATES if run.rank == 0 else 0)
+            bare = comparison.variants[REFERENCE].ap
             if run.rank == 0:
                 print(f"\n{comparison.table()}\n", flush=True)
                 if run.args.out:
                     write_report(comparison, Path(run.args.out))
                 run.plugins.notify("on_comparison", comparison=comparison)
-        return comparison.variants[REFERENCE].ap
+        return bare  # whatever a plugin has done to the comparison
 
     # -- capture -----------------------------------------------------------------------------------------
 

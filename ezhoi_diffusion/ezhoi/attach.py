@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ezhoi_diffusion.bridge import replacement_problem
-from ezhoi_diffusion.errors import EzhoiDiffusionError, Interrupted
+from ezhoi_diffusion.errors import EzhoiDiffusionError, Interrupted, printable
 from ezhoi_diffusion.evaluation.bootstrap import REPLICATES
 from ezhoi_diffusion.evaluation.comparison import REFERENCE
 from ezhoi_diffusion.evaluation.variants import Variant, parse_settings, parse_sweep, resolve_variants
@@ -163,7 +163,7 @@ class Attachment:
             comparison = comparison_pass(run, loader, variants, REPLICATES if run.rank == 0 else 0)
             bare = comparison.variants[REFERENCE].ap
             if run.rank == 0:
-                print(f"\n{comparison.table()}\n", flush=True)
+                print(f"\n{printable(comparison.table())}\n", flush=True)
                 if run.args.out:
                     write_report(comparison, Path(run.args.out))
                 run.plugins.notify("on_comparison", comparison=comparison)

@@ -16,10 +16,14 @@ import torch
 from torch import nn
 
 from ezhoi_diffusion import hookimpl, hookspecs, plugins
+from ezhoi_diffusion.artifact import Artifact
 from ezhoi_diffusion.bridge import BridgeError, as_bridge, replacement_problem
+from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.variants import Variant
 from ezhoi_diffusion.features.batch import Pairs
 from ezhoi_diffusion.plugins import PluginError, PluginManager
+from ezhoi_diffusion.testing import synthetic_store
+from ezhoi_diffusion.training.fitted import fit_artifact
 
 
 def accept(before, after):
@@ -370,3 +374,16 @@ ANSWERS = {
 @pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
 def test_a_replacement_is_a_plain_dense_tensor(answer):
     assert re.search(r"not a (plain tensor|dense one)", replacement_problem(torch.ones(2, 3), answer(torch.ones(2, 3))))
+
+
+def test_a_fit_that_writes_into_the_tables_of_ezhoi_is_named(tmp_path):
+    store = synthetic_store(tmp_path / "store", images=8)
+    text = store.ezhoi["text"].clone()
+
+    def fit(features):
+        features.ezhoi["text"].zero_()
+        return Artifact("careless", {})
+
+    with pytest.raises(EzhoiDiffusionError, match=r"fit 'careless' writes into ezhoi\['text'\]"):
+        fit_artifact("careless", fit, store, {})
+    assert torch.equal(store.ezhoi["text"], text)

@@ -133,6 +133,8 @@ def replacement_problem(before: Tensor, after: object) -> str | None:
     """The problem with `after` as a replacement of the pair features `before` [P, D], or None."""
     if type(after) is not Tensor:  # a subclass may compute anything from then on
         return f"returned {type(after).__name__}, not a plain tensor"
+    if after.layout != torch.strided or after.is_nested:
+        return f"returned a {'nested' if after.is_nested else after.layout} tensor, not a dense one"
     for what in ("shape", "dtype", "device"):
         if getattr(before, what) != getattr(after, what):
             return f"returned {what} {getattr(after, what)} for {what} {getattr(before, what)}"

@@ -17,8 +17,8 @@ def pick_device(name: str | None = None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA raises AssertionError
+        torch.ones(1, device=device).item()  # `meta` has shapes and no values
+    except (RuntimeError, AssertionError, ImportError) as error:  # PyTorch without CUDA raises AssertionError
         raise EzhoiDiffusionError(
             f"--device {name} cannot be used here ({str(error).splitlines()[0]}): give cpu, cuda or cuda:N, or leave it out"
         ) from error

@@ -41,7 +41,15 @@ def attributed_to(what: str, kind: type[EzhoiDiffusionError] = EzhoiDiffusionErr
     """Raise whatever third-party code raises as `kind`, with `what` in front. Errors of this package pass as they are."""
     try:
         yield
-    except EzhoiDiffusionError:
+    except (EzhoiDiffusionError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
-        raise kind(f"{what} raised {type(error).__name__}: {error}") from error
+    except BaseException as error:
+        raise kind(f"{what} raised {described(error)}") from error
+
+
+def described(error: BaseException) -> str:
+    """`Type: message` of what third-party code raised, whose own `__str__` may fail."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 class InputWrittenError(EzhoiDiffusionError):
-    """A bridge or plugin wrote into a tensor that others read too. It has its old values again."""
+    """A bridge or plugin wrote into something that others read too. Tensors have their old values again, models have not."""
 
 
 @contextmanager
@@ -27,7 +28,7 @@ def read_only(who: str, **values: object) -> Iterator[None]:
 
     Args:
         who: Whose code it is, for the message.
-        values: Tensors, or dataclasses of tensors.
+        values: Tensors and models; dataclasses, mappings and lists of them.
 
     Raises:
         InputWrittenError: The code inside wrote into one of them, and raised nothing itself.
@@ -37,18 +38,30 @@ def read_only(who: str, **values: object) -> Iterator[None]:
         return
     import torch
 
-    before = [(name, x, None if x.is_inference() else x._version, x.detach().clone()) for name, x in _tensors(values)]
+    tensors = [(name, x) for name, x in _leaves(values) if isinstance(x, torch.Tensor)]
+    before = [(name, x, _version(x), x.detach().clone()) for name, x in tensors]
+    models = [(name, x, _state_of(x)) for name, x in _leaves(values) if isinstance(x, torch.nn.Module)]
+    records = [(name, x, dict(vars(x))) for name, x in _leaves(values) if _is_frozen(x)]
     written = []
     try:
         yield
     finally:
+        for name, record, entries in records:
+            changed = [key for key, one in entries.items() if vars(record).get(key) is not one]
+            written += [f"{name}.{key}" for key in changed]
+            vars(record).update({key: entries[key] for key in changed})
         for name, x, version, copy in before:
             if _is_changed(x, version, copy):
                 written.append(name)
                 with torch.inference_mode(x.is_inference()), torch.no_grad():
+                    if x.dtype != copy.dtype:
+                        x.data = copy.clone()
                     if x.shape != copy.shape:
                         x.resize_(copy.shape)
                     x.copy_(copy)
+    for name, model, state in models:
+        now = _state_of(model)
+        written += [f"{name}.{part}" for part in {**state, **now} if state.get(part) != now.get(part)][:1]
     if written:
         raise InputWrittenError(
             f"{who} writes into {', '.join(written)}, which others read too: it has to leave what it gets, and return a new tensor"
@@ -59,10 +72,17 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors on the CPU have the same shape and the same bits, NaN included."""
     import torch
 
-    if one.shape != other.shape:
-        return False
-    a, b = (x.detach().contiguous().view(-1).view(torch.uint8) for x in (one, other))
-    return torch.equal(a, b)
+    return one.shape == other.shape and torch.equal(_bytes(one), _bytes(other))
+
+
+def _bytes(x: Tensor) -> Tensor:
+    import torch
+
+    return x.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def _version(x: Tensor) -> int | None:
+    return None if x.is_inference() else x._version
 
 
 def _is_changed(x: Tensor, version: int | None, copy: Tensor) -> bool:
@@ -71,12 +91,30 @@ def _is_changed(x: Tensor, version: int | None, copy: Tensor) -> bool:
     return x._version != version
 
 
-def _tensors(values: Mapping[str, object]) -> Iterator[tuple[str, Tensor]]:
-    from torch import Tensor
+def _state_of(model: nn.Module) -> dict[str, Any]:
+    """What tells whether somebody wrote into a model. Its tensors are too large to be copied."""
+    import torch
 
+    state: dict[str, Any] = {f"{name}.training".lstrip("."): part.training for name, part in model.named_modules()}
+    for name, x in model.state_dict(keep_vars=True).items():
+        if isinstance(x, torch.Tensor):
+            content = zlib.crc32(_bytes(x).numpy().data) if x.device.type == "cpu" else 0
+            state[name] = id(x), x.dtype, x.shape, _version(x), content
+    return state
+
+
+def _is_frozen(value: object) -> bool:
+    return bool(getattr(getattr(type(value), "__dataclass_params__", None), "frozen", False))
+
+
+def _leaves(values: Mapping[str, object]) -> Iterator[tuple[str, object]]:
     for name, value in values.items():
-        if isinstance(value, Tensor):
+        if is_dataclass(value) and not isinstance(value, type):
             yield name, value
-        elif is_dataclass(value) and not isinstance(value, type):
-            inner = {f"{name}.{one.name}": getattr(value, one.name) for one in fields(value)}
-            yield from _tensors(inner)
+            yield from _leaves({f"{name}.{one.name}": getattr(value, one.name) for one in fields(value)})
+        elif isinstance(value, Mapping):
+            yield from _leaves({f"{name}[{key!r}]": one for key, one in value.items()})
+        elif isinstance(value, (list, tuple)):
+            yield from _leaves({f"{name}[{position}]": one for position, one in enumerate(value)})
+        else:
+            yield name, value

@@ -22,7 +22,7 @@ import pluggy
 
 from ezhoi_diffusion import hookspecs
 from ezhoi_diffusion.defaults import kept_globals
-from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.errors import EzhoiDiffusionError, described
 from ezhoi_diffusion.hookspecs import HOOKS, PROJECT
 from ezhoi_diffusion.inputs import read_only
 from ezhoi_diffusion.registry import Registry
@@ -98,6 +98,7 @@ class PluginManager:
         self._manager.add_hookspecs(hookspecs)
         self._enabled: list[str] = []
         self._disabled: dict[str, str] = {}
+        self._warned: set[tuple[str, str]] = set()
         self.found: dict[str, PluginInfo] = {}
         self.raise_errors = True
         self._blocked = set(blocked) | _env_names(ENV_DISABLE)
@@ -129,20 +130,21 @@ class PluginManager:
                 raise PluginError(f"the name is taken by {self.found[info.name]}")
             with kept_globals() as changed:
                 self._register(info, load())
-            if changed:
-                log.warning(
-                    "%s sets torch's %s for all when it is imported; they are put back", info, " and ".join(changed)
-                )
-        except (
-            Exception,
-            SystemExit,
-        ) as error:  # a plugin may raise anything at import, and the others must still load
-            info.status, info.reason = "broken", f"{type(error).__name__}: {error}"
+            self._warn_of(info, changed, "when it is imported")
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a plugin may raise anything at import, and the others must still load
+            info.status, info.reason = "broken", described(error)
             self.found.setdefault(info.name, info)
             message = f"{info} could not be loaded: {info.reason}"
             if os.environ.get(ENV_STRICT, "") not in ("", "0"):
                 raise PluginError(message) from error
             log.warning("%s; the run goes on without it (--no-plugin %s silences this)", message, info.name)
+
+    def _warn_of(self, info: PluginInfo, changed: Sequence[str], when: str) -> None:
+        if changed and (info.name, when) not in self._warned:
+            self._warned.add((info.name, when))
+            log.warning("%s sets the %s for all %s; they are put back", info, " and ".join(changed), when)
 
     def register(self, plugin: object, name: str) -> None:
         """Register a plugin object that is not installed, for example from a notebook. Raises PluginError."""
@@ -225,13 +227,16 @@ class PluginManager:
         # pluggy would stop at the first exception without naming the plugin.
         given = {name: arguments[name] for name in impl.argnames}
         try:
-            with read_only("it", **given):
-                return impl.function(**given)
+            with kept_globals() as changed, read_only("it", **given):
+                answer = impl.function(**given)
         except EzhoiDiffusionError as error:
             raise PluginError(self._blame(impl.plugin_name, hook, str(error))) from error
-        except (Exception, SystemExit) as error:  # status 0 would pass for a run that went well
-            problem = f"raised {type(error).__name__}: {error}"
-            raise PluginError(self._blame(impl.plugin_name, hook, problem)) from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit(0) would pass for a run that went well
+            raise PluginError(self._blame(impl.plugin_name, hook, f"raised {described(error)}")) from error
+        self._warn_of(self.found[impl.plugin_name], changed, f"in {hook}")
+        return answer
 
     def _blame(self, name: str, hook: str, problem: str) -> str:
         return f"{self.found[name]} in {hook}: {problem}"

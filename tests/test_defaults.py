@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import os
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from ezhoi_diffusion import DiffusionBridge, FeatureStore
+from ezhoi_diffusion import DiffusionBridge, FeatureStore, hookimpl
 from ezhoi_diffusion.defaults import kept_globals, torch_defaults
 from ezhoi_diffusion.evaluation.replay import replay
 from ezhoi_diffusion.evaluation.variants import resolve_variants
+from ezhoi_diffusion.features.unlabelled import split_of
 from ezhoi_diffusion.plugins import PluginManager
 from ezhoi_diffusion.testing import synthetic_store, with_full_rank_texts
 from ezhoi_diffusion.training.fitted import fit_artifact, known_fits
@@ -34,6 +39,8 @@ OTHERS = {
     "float16": lambda: default_dtype(torch.float16),
     "meta": lambda: torch.device("meta"),
     "no_grad": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "inference": torch.inference_mode,
 }
 
 
@@ -81,7 +88,8 @@ def test_every_fit_and_its_comparison_are_the_same(stores, tmp_path, other):
         with context():
             for name in fits.names():
                 folders[name] = tmp_path / context.__name__ / name
-                fit_artifact(name, fits[name], train_store, {}).save(folders[name])
+                learned_from = test_store if split_of(fits[name]) == "test" else train_store
+                fit_artifact(name, fits[name], learned_from, {}).save(folders[name])
             spec = ",".join(["scale", *(f"{name}={folder}" for name, folder in folders.items())])
             variants = resolve_variants(spec, plugins, check=lambda bridge, name: None, device="cpu")
             store = FeatureStore(test_store.folder)
@@ -106,10 +114,12 @@ def test_what_a_plugin_sets_at_its_import_is_put_back_and_named(mocker, caplog):
         torch.set_default_dtype(torch.float64)
         torch.set_grad_enabled(False)
         torch.set_default_device("meta")
-        from ezhoi_diffusion import hookimpl
-
+        torch.autocast("cpu", dtype=torch.bfloat16).__enter__()
+        sys.stdout = io.StringIO()
+        os.chdir("/")
         return SimpleNamespace(on_attach=hookimpl(lambda run: None))
 
+    before = sys.stdout, Path.cwd()
     point = SimpleNamespace(name="selfish", value="selfish_module", dist=None, load=load)
     mocker.patch("ezhoi_diffusion.plugins.entry_points", return_value=[point])
     with kept_globals() as changed:  # for the other tests, where this one fails
@@ -117,6 +127,22 @@ def test_what_a_plugin_sets_at_its_import_is_put_back_and_named(mocker, caplog):
         assert torch.get_default_dtype() == torch.float32
         assert torch.is_grad_enabled()
         assert torch.empty(0).device.type == "cpu"
+        assert not torch.is_autocast_enabled("cpu")
+        assert (sys.stdout, Path.cwd()) == before
     assert not changed
     assert manager.found["selfish"].status == "loaded"
-    assert "sets torch's default dtype and default device and gradients for all" in caplog.text
+    what = "standard output and working folder and autocast and default dtype and default device and gradients"
+    assert f"sets the {what} for all when it is imported" in caplog.text
+
+
+def test_what_a_hook_sets_is_put_back_and_named_once(caplog):
+    manager = PluginManager(discover=False)
+    selfish = hookimpl(lambda adapter_feat: torch.set_default_dtype(torch.float64))
+    manager.register(SimpleNamespace(post_adapter_feat=selfish), "selfish")
+    manager.enable(["selfish"])
+    with kept_globals() as changed:
+        for _ in range(3):
+            manager.fold("post_adapter_feat", torch.ones(1), lambda before, after: None, pairs=None)
+            assert torch.get_default_dtype() == torch.float32
+    assert not changed
+    assert caplog.text.count("sets the default dtype for all in post_adapter_feat; they are put back") == 1

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 import subprocess
 import sys
 import types
+from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
 
 import pytest
+import torch
+from torch import nn
 
 from ezhoi_diffusion import hookimpl, hookspecs, plugins
+from ezhoi_diffusion.artifact import Artifact
+from ezhoi_diffusion.bridge import BridgeError, as_bridge, replacement_problem
+from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.evaluation.variants import Variant
+from ezhoi_diffusion.features.batch import Pairs
 from ezhoi_diffusion.plugins import PluginError, PluginManager
+from ezhoi_diffusion.testing import synthetic_store
+from ezhoi_diffusion.training.fitted import fit_artifact
 
 
 def accept(before, after):
@@ -264,3 +276,114 @@ def test_every_hook_says_all_that_an_author_needs(name):
         assert part in text, f"{name} does not say {part}"
     for argument in hook.__code__.co_varnames[: hook.__code__.co_argcount]:
         assert f"    {argument}: " in text, f"{name} does not document {argument}"
+
+
+# -- what plugins raise and write --------------------------------------------------------------------------
+
+
+class Own(BaseException):
+    pass
+
+
+class Mute(Exception):
+    def __str__(self):
+        raise ValueError("no words")
+
+
+@pytest.mark.parametrize(
+    "error", [GeneratorExit(), Own("hi"), Mute(), asyncio.CancelledError(), SystemExit(0)], ids=repr
+)
+def test_whatever_a_plugin_raises_is_an_error_of_that_plugin(manager, error):
+    def fail(*_):
+        raise error
+
+    manager.register(types.SimpleNamespace(on_attach=hookimpl(lambda run: fail())), "fails")
+    manager.enable(["fails"])
+    with pytest.raises(PluginError, match=rf"plugin 'fails'.*on_attach: raised {type(error).__name__}"):
+        manager.notify("on_attach", run=None)
+    with pytest.raises(BridgeError, match=rf"bridge 'fails' raised {type(error).__name__}"):
+        Variant("fails", as_bridge(fail)).apply(torch.ones(2, 3), None)
+
+
+def test_ctrl_c_in_a_hook_is_no_error_of_its_plugin(manager):
+    def interrupted(run):
+        raise KeyboardInterrupt
+
+    manager.register(types.SimpleNamespace(on_attach=hookimpl(interrupted)), "slow")
+    manager.enable(["slow"])
+    with pytest.raises(KeyboardInterrupt):
+        manager.notify("on_attach", run=None)
+
+
+@dataclass
+class Run:
+    model: nn.Module
+    results: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+
+
+WRITES = {
+    "run.results['none'][0]": lambda run: run.results["none"][0].zero_(),
+    "run.model.0.weight": lambda run: run.model[0].weight.data.numpy().fill(0),
+    "run.model.0.bias": lambda run: setattr(run.model[0], "bias", nn.Parameter(torch.zeros(2))),
+    "run.model.1.running_mean": lambda run: run.model[1].running_mean.add_(1),
+    "run.model.1.training": lambda run: run.model[1].eval(),
+}
+
+
+@pytest.mark.parametrize("part", WRITES)
+def test_a_hook_that_writes_into_results_or_into_the_model_is_named(manager, part):
+    run = Run(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), {"none": [torch.ones(2)]})
+    manager.register(types.SimpleNamespace(on_attach=hookimpl(lambda run: [WRITES[part](run), None][1])), "writes")
+    manager.enable(["writes"])
+    with pytest.raises(PluginError, match=rf"plugin 'writes'.*on_attach: it writes into {re.escape(part)}"):
+        manager.notify("on_attach", run=run)
+    assert torch.equal(run.results["none"][0], torch.ones(2))
+
+
+def test_a_hook_that_replaces_parts_of_what_is_frozen_is_named(manager):
+    pairs = made_up_pairs()
+    boxes = pairs.boxes
+
+    def forge(pairs):
+        object.__setattr__(pairs, "boxes", torch.zeros(3, 4))
+        vars(pairs)["image"] = "another.jpg"
+
+    manager.register(types.SimpleNamespace(post_adapter_feat=hookimpl(forge)), "forges")
+    manager.enable(["forges"])
+    with pytest.raises(PluginError, match=r"it writes into pairs\.image, pairs\.boxes"):
+        manager.fold("post_adapter_feat", torch.ones(2, 3), accept, pairs=pairs)
+    assert pairs.boxes is boxes
+    assert pairs.image == "one.jpg"
+
+
+def made_up_pairs():
+    pairing = torch.tensor([[0, 0], [1, 2]])
+    return Pairs("one.jpg", 0, torch.tensor([4, 5]), torch.ones(3, 4), torch.ones(3), torch.arange(3), pairing)
+
+
+ANSWERS = {
+    "sparse": lambda x: x.to_sparse(),
+    "csr": lambda x: x.to_sparse_csr(),
+    "nested": lambda x: torch.nested.nested_tensor([x], layout=torch.jagged),
+    "parameter": nn.Parameter,
+    "generator": lambda x: (x for _ in range(2)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested")
+@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
+def test_a_replacement_is_a_plain_dense_tensor(answer):
+    assert re.search(r"not a (plain tensor|dense one)", replacement_problem(torch.ones(2, 3), answer(torch.ones(2, 3))))
+
+
+def test_a_fit_that_writes_into_the_tables_of_ezhoi_is_named(tmp_path):
+    store = synthetic_store(tmp_path / "store", images=8)
+    text = store.ezhoi["text"].clone()
+
+    def fit(features):
+        features.ezhoi["text"].zero_()
+        return Artifact("careless", {})
+
+    with pytest.raises(EzhoiDiffusionError, match=r"fit 'careless' writes into ezhoi\['text'\]"):
+        fit_artifact("careless", fit, store, {})
+    assert torch.equal(store.ezhoi["text"], text)

@@ -63,12 +63,13 @@ typical workflow, in an EZ-HOI folder (… stands for the flags of your test scr
 def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """The parser of `ezhoi-diffusion`. Only the command in `argv` declares its flags, because that may be slow."""
     from ezhoi_diffusion.cli.arguments import accept_underscores
+    from ezhoi_diffusion.cli.terminal import Parser
 
     listed = [
         f"{title}:\n" + "\n".join(f"  {name:10} {summary}" for name, summary in group.items())
         for title, group in GROUPS.items()
     ]
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ezhoi-diffusion",
         usage="%(prog)s COMMAND …",
         description=DESCRIPTION,
@@ -102,10 +103,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     accept_all_characters()
     log_warnings()
     own, script_line = _split_script_line(list(sys.argv[1:] if argv is None else argv))
-    args = build_parser(own).parse_args(own)
-    args.script_line = script_line
+    runs_script = next(iter(own), None) in SCRIPTS
     try:
-        with nullcontext() if args.command in SCRIPTS else escaped_stdout():
+        with nullcontext() if runs_script else escaped_stdout():
+            args = build_parser(own).parse_args(own)
+            args.script_line = script_line
             status: int = args.run(args)
     except Interrupted as error:
         sys.stderr.write(f"ezhoi-diffusion: {error}\n")
@@ -116,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno in DISK_ERRORS:
             sys.stderr.write(f"ezhoi-diffusion: error: the disk refused ({error}): free space and try again\n")
-        elif error.filename is not None and args.command not in SCRIPTS:  # a script's error keeps its traceback
+        elif error.filename is not None and not runs_script:  # a script's error keeps its traceback
             sys.stderr.write(f"ezhoi-diffusion: error: {error}\n")
         else:
             raise

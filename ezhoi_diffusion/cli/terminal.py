@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import logging
 import os
-import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
@@ -20,21 +21,17 @@ def is_terminal() -> bool:
     return sys.stdout.isatty()
 
 
-COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")
-
-
 class _Escaped:
-    """A text stream whose writes are made printable, but for the colours of rich."""
+    """A text stream whose writes are made printable, colours included. `stream` is what it writes to."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+        self.stream = stream
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        pieces = COLOUR.split(text)  # text and colours in turns
-        return self._stream.write("".join(p if i % 2 else printable(p) for i, p in enumerate(pieces)))
+        return self.stream.write(printable(text))
 
     def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:
@@ -50,11 +47,25 @@ def accept_all_characters() -> None:
 
 @contextmanager
 def escaped_stdout() -> Iterator[None]:
-    """Print what files and plugins say with escapes for control characters."""
+    """Print what files and plugins say, on stdout and in Python's own warnings, with escapes for control characters."""
+    formatted = warnings.formatwarning
     with ExitStack() as undo:
         stream = sys.stdout or undo.enter_context(Path(os.devnull).open("w"))  # None where the shell has closed it
         undo.enter_context(redirect_stdout(_Escaped(stream)))
+        undo.callback(setattr, warnings, "formatwarning", formatted)
+        warnings.formatwarning = lambda *args, **kwargs: printable(formatted(*args, **kwargs))
         yield
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose help and errors are escaped: they have names of plugins, and of files that a shell lists."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.color = False  # of Python 3.14, which colours its help
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        super()._print_message(printable(message), file)
 
 
 class _Warnings(logging.Handler):
@@ -88,8 +99,9 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: 
         for position, title in enumerate(head):
             table.add_column(title, justify="right" if position in numbers else "left")
         for row in rows:
-            table.add_row(*row)
-        Console(markup=False, highlight=False).print(table)
+            table.add_row(*map(printable, row))
+        # past the escapes, for rich's own colours
+        Console(file=getattr(sys.stdout, "stream", sys.stdout), markup=False, highlight=False).print(table)
         return
     widths = [max(len(row[position]) for row in [head, *rows]) for position in range(len(head))]
     for row in [head, *rows]:

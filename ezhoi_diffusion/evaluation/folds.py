@@ -133,8 +133,9 @@ class HeldOut:
                 continue
             parts = self.groups if variant.bridge.row_by_row else self.singly
             after = torch.empty_like(x)
-            for rows, pairs in parts:
-                with read_only(f"bridge '{variant.name}'", pairs=pairs):  # the features are a copy
+            # around all calls, because a bridge may keep pairs and write in a later one; the features are copies
+            with read_only(f"bridge '{variant.name}'", pairs=[pairs for _, pairs in parts]):
+                for rows, pairs in parts:
                     after[rows] = variant.apply(x[rows], pairs)
             if variant.bridge.row_by_row:
                 self._check_rows(variant, x, after)

@@ -256,11 +256,18 @@ def _bridged(
     """
     if len(features) == 0:
         return None
+    # around all calls, because a bridge may keep what one gave it and write in the next
+    with read_only(f"bridge '{name}'", adapter_feat=features, pairs=[image.pairs for image in batch]):
+        return _bridged_at_once_or_singly(name, variant, features, batch, seconds, singly)
+
+
+def _bridged_at_once_or_singly(
+    name: str, variant: Variant, features: Tensor, batch: list[StoredImage], seconds: list[float], singly: int
+) -> Tensor | None:
     parts: list[Tensor] = list(features.split([len(image.pairs) for image in batch]))
     together = None
     if variant.takes_many_images:
-        with read_only(f"bridge '{name}'", adapter_feat=features):
-            together = variant.apply(features, None).cpu()
+        together = variant.apply(features, None).cpu()
     single: list[Tensor | None] = []
     for image, part in zip(batch, parts, strict=True):
         if together is not None and (len(seconds) >= singly or sum(seconds) >= TIMED_SECONDS):
@@ -269,7 +276,7 @@ def _bridged(
         if not len(image.pairs):
             single.append(None)
             continue
-        with read_only(f"bridge '{name}'", adapter_feat=alone, pairs=image.pairs):
+        with read_only(f"bridge '{name}'", adapter_feat=alone):
             begin = time.perf_counter()
             single.append(variant.apply(alone, image.pairs).cpu())  # waits for the device
             seconds.append(time.perf_counter() - begin)

@@ -61,7 +61,7 @@ class Variant:
         return self.bridge.row_by_row and not self.bridge.needs_pairs
 
     def apply(self, features: Tensor, pairs: Pairs | None) -> Tensor:
-        """Bridge features [P, D], those of one image with its pairs.
+        """Bridge features [P, D], those of one image with its pairs. The result is the caller's own.
 
         Raises:
             BridgeError: The bridge raises something, or returns no finite [P, D] of the same dtype and device.
@@ -71,7 +71,7 @@ class Variant:
         problem = replacement_problem(features, bridged)
         if problem:
             raise BridgeError(f"bridge '{self.name}' {problem}")
-        return bridged
+        return bridged.clone()  # it may be a buffer, which the next call overwrites
 
 
 class _PluginBridge(Bridge):

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ezhoi_diffusion.bridge import replacement_problem
-from ezhoi_diffusion.errors import EzhoiDiffusionError, Interrupted
+from ezhoi_diffusion.errors import EzhoiDiffusionError, Interrupted, printable
 from ezhoi_diffusion.evaluation.bootstrap import REPLICATES
 from ezhoi_diffusion.evaluation.comparison import REFERENCE
 from ezhoi_diffusion.evaluation.variants import Variant, parse_settings, parse_sweep, resolve_variants
@@ -161,12 +161,13 @@ class Attachment:
         with self:
             self._waits_for_evaluation = False
             comparison = comparison_pass(run, loader, variants, REPLICATES if run.rank == 0 else 0)
+            bare = comparison.variants[REFERENCE].ap
             if run.rank == 0:
-                print(f"\n{comparison.table()}\n", flush=True)
+                print(f"\n{printable(comparison.table())}\n", flush=True)
                 if run.args.out:
                     write_report(comparison, Path(run.args.out))
                 run.plugins.notify("on_comparison", comparison=comparison)
-        return comparison.variants[REFERENCE].ap
+        return bare  # whatever a plugin has done to the comparison
 
     # -- capture -----------------------------------------------------------------------------------------
 

@@ -86,7 +86,7 @@ def location_problem(found: object) -> str | None:
     """The problem with an answer of `locate_adapter_feat`, or None."""
     if isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], str) and isinstance(found[1], nn.Module):
         return None
-    return f"returned {found!r}, not a name and a module"
+    return f"returned {type(found).__name__}, not a name and a module"
 
 
 def _text_modules(model: nn.Module) -> list[nn.Module]:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ezhoi_diffusion.bridge import Bridge, fingerprint_mismatch
-from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.errors import EzhoiDiffusionError, printable
 from ezhoi_diffusion.ezhoi import fingerprint as fp
 from ezhoi_diffusion.ezhoi.feature_tap import HookPoint
 from ezhoi_diffusion.features.fingerprint import Fingerprint
@@ -99,7 +99,7 @@ class EzHoiRun:
         if self.args.force:
             self.forced.append(mismatch.message)
             if self.rank == 0:
-                print(f"FORCED: {mismatch.message}", flush=True)
+                print(f"FORCED: {printable(mismatch.message)}", flush=True)
             return
         if mismatch.fields != {"context"}:
             raise FingerprintError(

@@ -10,6 +10,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ezhoi_diffusion.errors import described, printable
 from ezhoi_diffusion.files import write_atomic
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def drawn(what: str, draw: Callable[[], object]) -> bool:
     try:
         draw()
     except Exception as error:  # of matplotlib, of its fonts, settings and cache
-        sys.stderr.write(f"note: {what} could not be drawn ({type(error).__name__}: {error})\n")
+        sys.stderr.write(f"note: {what} could not be drawn ({printable(described(error))})\n")
         return False
     return True
 

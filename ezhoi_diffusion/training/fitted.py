@@ -13,6 +13,7 @@ from ezhoi_diffusion.defaults import torch_defaults
 from ezhoi_diffusion.errors import EzhoiDiffusionError, attributed_to
 from ezhoi_diffusion.features.store import FeatureStore, FeatureStoreError
 from ezhoi_diffusion.features.unlabelled import Unlabelled, split_of
+from ezhoi_diffusion.inputs import read_only
 from ezhoi_diffusion.plugins import PluginManager
 from ezhoi_diffusion.registry import Registry
 
@@ -52,7 +53,9 @@ def fit_artifact(name: str, fit: Fit, store: FeatureStore, options: Mapping[str,
             f"bridge '{name}' has no option {', '.join(unknown)}; its options are {', '.join(known) or 'none'}"
         )
     learnable = learnable_features(name, fit, store)
-    with torch_defaults(), torch.enable_grad(), attributed_to(f"fit '{name}'", EzhoiDiffusionError):
+    # the tables of EZ-HOI's score are the store's own, and score what is fitted
+    unwritten = read_only(f"fit '{name}'", ezhoi=store.ezhoi)
+    with unwritten, torch_defaults(), torch.enable_grad(), attributed_to(f"fit '{name}'", EzhoiDiffusionError):
         artifact = fit(learnable, **options)
     return with_origin(artifact, store, name, options)
 

@@ -122,6 +122,8 @@ def _refuse_environment() -> None:
             raise TrainingError(
                 f"{name} asks accelerate to share the network out among processes; each process trains all of it here: unset it"
             )
+    if os.environ.get("ACCELERATE_TORCH_DEVICE", "").startswith("meta"):
+        raise TrainingError("ACCELERATE_TORCH_DEVICE=meta names a device without values: unset it")
     missing = sorted(name for name in LAUNCHED if name not in os.environ)
     if "LOCAL_RANK" in os.environ and missing:
         raise TrainingError(

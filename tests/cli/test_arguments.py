@@ -71,7 +71,7 @@ def test_a_device_is_checked_before_the_work(mocker):
     assert pick_device("cpu") == torch.device("cpu")
     mocker.patch.object(device.torch.cuda, "is_available", return_value=False)
     assert pick_device() == torch.device("cpu")
-    for wrong in ("gpu", "cuda:99"):
+    for wrong in ("gpu", "cuda:99", "meta", "hpu"):
         with pytest.raises(EzhoiDiffusionError, match=f"--device {wrong}"):
             pick_device(wrong)
 

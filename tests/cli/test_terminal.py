@@ -18,7 +18,7 @@ from ezhoi_diffusion.testing import synthetic_store
 ESCAPE, TURN = "\x1b[2J\x1b]0;title\x07", "\u202egnp.exe\u2066"
 
 
-@pytest.mark.parametrize("text", [ESCAPE, TURN, "\r", "\x9b", "\x00", "\ud800", "\u2028"])
+@pytest.mark.parametrize("text", [ESCAPE, TURN, "\x1b[31m", "\x1b[8m", "\r", "\x9b", "\x00", "\ud800", "\u2028"])
 def test_control_characters_and_those_that_turn_the_writing_are_escaped(text, capsys):
     assert printable(text).isprintable()
     assert printable(printable(text)) == printable(text)
@@ -39,11 +39,32 @@ def test_colours_reach_a_terminal_and_nothing_else_does(mocker):
     mocker.patch("sys.stdout", terminal)
     mocker.patch.dict("os.environ", {"TERM": "xterm-256color", "NO_COLOR": "", "COLORTERM": ""})
     with escaped_stdout():
-        print_table(["name"], [["\x1b[2Jevil"]])
+        print_table(["name"], [["\x1b[2J\x1b[8mevil"]])
+        print("\x1b[8mevil")
     found = terminal.getvalue()
     assert "\x1b[1m" in found
     assert "\x1b[2J" not in found
-    assert "evil" in found
+    assert "\x1b[8m" not in found
+    assert found.count("evil") == 2
+
+
+def test_help_errors_and_warnings_are_escaped_too(tmp_path, monkeypatch):
+    info = tmp_path / "odd-1.dist-info"
+    info.mkdir()
+    (tmp_path / "odd.py").write_text(
+        "import warnings; from ezhoi_diffusion import hookimpl; warnings.warn('warned \\x1b[32m')\n"
+        "@hookimpl\ndef register_fits(register): register('odd', lambda features: 0)\n"
+    )
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: odd\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[ezhoi_diffusion]\n\x1b[31modd = odd\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    said = b""
+    for words in (["train", "--help"], ["plugins"], ["compare", "folder", "listed by *: \x1b[33m"]):
+        line = [sys.executable, "-m", "ezhoi_diffusion", *words]
+        done = subprocess.run(line, capture_output=True, env=environment, check=False)
+        said += done.stdout + done.stderr
+    assert b"\x1b" not in said
+    assert all(rf"\x1b[{colour}m".encode() in said for colour in (31, 32, 33))
 
 
 def test_a_warning_of_a_plugin_is_escaped_and_the_root_logger_is_left_to_the_script():

@@ -95,7 +95,7 @@ def test_a_folder_of_seeds_is_one_bridge_with_a_variant_for_each(stores, bridges
     seed_group = report["seed_groups"]["diffusion[blend=1]"]
     assert seed_group["mean_ap"]["full"]["mean"] == pytest.approx(sum(full) / 3)
     assert seed_group["mean_ap"]["full"]["standard_deviation"] == pytest.approx(
-        torch.tensor(full).double().std().item()
+        torch.tensor(full, dtype=torch.float64).std().item()
     )
     weights = [DiffusionBridge.from_pretrained(bridges / f"seed-{k}").state_dict() for k in range(3)]
     assert not torch.equal(*(next(iter(w.values())) for w in weights[:2]))
@@ -204,6 +204,36 @@ def test_a_bridge_that_writes_into_its_input_is_caught_before_others_get_it(stor
     clamps = variant(lambda x: x.clamp_(min=0), "clamps")
     with pytest.raises(EzhoiDiffusionError, match="bridge 'clamps' writes into adapter_feat"):
         replay(store, {"clamps": clamps, "oracle": ORACLE})
+
+
+@pytest.mark.parametrize("needs_pairs", [True, False])
+def test_a_bridge_may_return_one_buffer_every_time(store, needs_pairs):
+    class Buffered(FunctionBridge):
+        def __init__(self):
+            super().__init__(torch.neg)
+            self.buffer, self.needs_pairs = torch.empty(4096, store.adapter_feat().shape[1]), needs_pairs
+
+        def forward(self, adapter_feat, pairs=None):
+            return torch.neg(adapter_feat, out=self.buffer[: len(adapter_feat)])
+
+    found = replay(store, {"fresh": variant(torch.neg, "fresh"), "buffered": Variant("buffered", Buffered())}).variants
+    assert torch.equal(found["fresh"].ap, found["buffered"].ap)
+
+
+@pytest.mark.parametrize("part", ["adapter_feat", "pairs"])
+def test_a_bridge_that_keeps_what_it_gets_and_writes_later_is_caught(store, part):
+    class Late(FunctionBridge):
+        row_by_row, needs_pairs = True, part == "pairs"
+        kept = None
+
+        def forward(self, adapter_feat, pairs=None):
+            if self.kept is not None:
+                self.kept.zero_()
+            self.kept = pairs.boxes if part == "pairs" else adapter_feat
+            return -adapter_feat
+
+    with pytest.raises(EzhoiDiffusionError, match=rf"bridge 'late' writes into {part}"):
+        replay(store, {"late": Variant("late", Late(None))})
 
 
 def test_images_without_a_class_that_counts_are_refused(store):

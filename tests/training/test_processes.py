@@ -39,6 +39,7 @@ def test_gradient_accumulation_and_compilation_of_the_environment_change_nothing
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
         ({"ACCELERATE_USE_FSDP": "true"}, "ACCELERATE_USE_FSDP asks"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED asks"),
+        ({"ACCELERATE_TORCH_DEVICE": "meta"}, "ACCELERATE_TORCH_DEVICE=meta names a device without values"),
     ],
 )
 def test_an_environment_that_would_change_the_training_is_refused(tmp_path, monkeypatch, variables, message):

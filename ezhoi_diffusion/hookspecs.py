@@ -149,10 +149,10 @@ def on_attach(run: EzHoiRun) -> None:
         run: `run.model`, `run.args`, `run.engine` (None under inference.py), `run.fingerprint`, `run.device`,
             `run.rank`, `run.world_size`. A plugin that stored part of a split before sets `run.images_done[NAME]` to the
             position of the first image it still needs. One that has nothing left to do sets `run.finished`: the run then
-            ends with status 0.
+            ends with status 0. The model is only read: its weights, buffers and mode stay as they are.
 
     Return: nothing.
-    Errors: an exception ends the run, and so does SystemExit.
+    Errors: an exception ends the run, and so do SystemExit and a write into the model.
     """
 
 

@@ -358,10 +358,19 @@ def _naming(label: str) -> Iterator[None]:
 
 
 def seed_folders(where: str) -> list[tuple[str, Path]]:
-    """(name, folder) of every seed of the training in a folder, or the folder itself with the name ""."""
+    """(name, folder) of every seed of the training in a folder, or the folder itself with the name "".
+
+    Raises:
+        EzhoiDiffusionError: What should be the folder of a seed is something else.
+    """
     path = resolve_path(where)
-    seeds = sorted(path.glob(f"{SEED_PREFIX}*/"), key=lambda seed: (len(seed.name), seed.name))
-    return [("", path)] if not seeds or current(path, CONFIG).exists() else [(seed.name, seed) for seed in seeds]
+    seeds = sorted(path.glob(f"{SEED_PREFIX}*"), key=lambda seed: (len(seed.name), seed.name))
+    if not seeds or current(path, CONFIG).exists():
+        return [("", path)]
+    for seed in seeds:
+        if not seed.is_dir():
+            raise EzhoiDiffusionError(f"{seed} is not the folder of a seed: remove it, or copy the training again")
+    return [(seed.name, seed) for seed in seeds]
 
 
 def _seeds(item: str, folders: Sequence[str]) -> list[tuple[str, list[Path | None]]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from ezhoi_diffusion.bridge import FunctionBridge
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.evaluation.protocols import hicodet
 from ezhoi_diffusion.evaluation.replay import replay
-from ezhoi_diffusion.evaluation.variants import Variant, parse_settings, parse_sweep, resolve_variants
+from ezhoi_diffusion.evaluation.variants import Variant, parse_settings, parse_sweep, resolve_variants, seed_folders
 from ezhoi_diffusion.plugins import PluginManager
 from ezhoi_diffusion.testing import Truth, synthetic_store
 
@@ -99,6 +101,14 @@ def test_a_folder_of_seeds_is_one_bridge_with_a_variant_for_each(stores, bridges
     )
     weights = [DiffusionBridge.from_pretrained(bridges / f"seed-{k}").state_dict() for k in range(3)]
     assert not torch.equal(*(next(iter(w.values())) for w in weights[:2]))
+
+
+@pytest.mark.parametrize("make", [Path.touch, os.mkfifo, lambda path: path.symlink_to(path)])
+def test_what_is_no_folder_of_a_seed_is_named(make, tmp_path):
+    (tmp_path / "seed-0").mkdir()
+    make(tmp_path / "seed-1")
+    with pytest.raises(EzhoiDiffusionError, match=r"seed-1 is not the folder of a seed"):
+        seed_folders(str(tmp_path))
 
 
 def resolved(spec, folder="", **options):

@@ -17,7 +17,7 @@ from ezhoi_diffusion.evaluation.average_precision import Scored
 from ezhoi_diffusion.evaluation.bootstrap import image_weights, nan_mean, resampled_ap
 from ezhoi_diffusion.evaluation.comparison import REFERENCE
 from ezhoi_diffusion.evaluation.folds import Folds, HeldOut, protocol_of, seen_classes
-from ezhoi_diffusion.evaluation.refit import Recipes
+from ezhoi_diffusion.evaluation.remake import Recipes
 from ezhoi_diffusion.evaluation.variants import Variant
 from ezhoi_diffusion.features.score import EzHoiScore
 from ezhoi_diffusion.features.store import FeatureStore

@@ -21,7 +21,7 @@ from ezhoi_diffusion.evaluation.bootstrap import REPLICATES
 from ezhoi_diffusion.evaluation.chain import own_settings
 from ezhoi_diffusion.evaluation.defaults import FOLDS, SEEDS
 from ezhoi_diffusion.evaluation.folds import Folds, TuneError, seen_classes
-from ezhoi_diffusion.evaluation.refit import NOT_CANDIDATES, ONLY_NAMED, Recipes, RefitError, grid_of, recipes_of
+from ezhoi_diffusion.evaluation.remake import NOT_CANDIDATES, ONLY_NAMED, Recipes, RemakeError, grid_of, recipes_of
 from ezhoi_diffusion.evaluation.search import Choice, Lead, Space, choose, lead_of, search
 from ezhoi_diffusion.evaluation.trials import Chain, Step, Trial, Trials, joined
 from ezhoi_diffusion.evaluation.variants import Named, known_bridges, load_bridge, parse_bridges
@@ -162,7 +162,7 @@ def candidates_of(
 
     Raises:
         TuneError: The store holds test images, there is no candidate, or no candidate has a setting.
-        RefitError: A named bridge cannot be made from a part of the features.
+        RemakeError: A named bridge cannot be made from a part of the features.
         EzhoiDiffusionError: A name is unknown or comes twice.
     """
     if store.split != "train":
@@ -264,7 +264,7 @@ def tune(
     Raises:
         TuneError: There are too few images.
         ScoreError: EZ-HOI's logits cannot be computed from the features.
-        RefitError: A bridge cannot be made without one of the folds.
+        RemakeError: A bridge cannot be made without one of the folds.
     """
     require_replayable(store, EzHoiScore.from_store(store))
     dealt = Folds.of_store(store, folds)
@@ -290,7 +290,7 @@ def tune(
                 progress.update()
                 try:
                     return trials.run(chain, outer)
-                except RefitError as error:
+                except RemakeError as error:
                     if candidates.is_named:
                         raise
                     left_out.add(str(error))
@@ -321,7 +321,7 @@ def _cost(candidates: Candidates, trials: Trials, expected: Sequence[int]) -> st
     making, applying, parts = 0.0, [], range(len(candidates.recipes))
     for part in parts:
         seeds = max(1, len(candidates.recipes[part].learn))
-        with suppress(RefitError):  # the search says so
+        with suppress(RemakeError):  # the search says so
             begin = time.perf_counter()
             for hidden in (None, *range(ways - 1)):
                 trials.made(part, 0, frozenset({0}), hidden)

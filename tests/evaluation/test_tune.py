@@ -23,7 +23,7 @@ from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.evaluation.chain import with_members
 from ezhoi_diffusion.evaluation.choice import load_choice, write_choice
 from ezhoi_diffusion.evaluation.folds import Folds
-from ezhoi_diffusion.evaluation.refit import RefitError, recipes_of
+from ezhoi_diffusion.evaluation.remake import RemakeError, recipes_of
 from ezhoi_diffusion.evaluation.search import Space, choose, search
 from ezhoi_diffusion.evaluation.trials import Step, Trial, Trials
 from ezhoi_diffusion.evaluation.tune import TuneError, candidates_of, seen_classes, tune
@@ -466,10 +466,10 @@ def test_a_fit_is_repeated_with_its_options(stores, store, tmp_path, monkeypatch
 def test_what_cannot_be_made_again_is_refused(store, bridge, tmp_path):
     unknown = Artifact("known", {}, fit_known(store).files, {"fingerprint": store.fingerprint})
     unknown.save(tmp_path / "unknown")
-    with pytest.raises(RefitError, match="cannot be made again without the held-out images"):
+    with pytest.raises(RemakeError, match="cannot be made again without the held-out images"):
         made_again(tmp_path / "unknown", store, "known")
     for name in ("tuned", "chain"):
-        with pytest.raises(RefitError, match="made of other bridges"):
+        with pytest.raises(RemakeError, match="made of other bridges"):
             made_again(tmp_path, store, name)
 
 

@@ -9,7 +9,7 @@ import pytest
 from ezhoi_diffusion import Artifact, Bridge, BridgePlugin
 from ezhoi_diffusion.bridge import BridgeError
 from ezhoi_diffusion.errors import EzhoiDiffusionError
-from ezhoi_diffusion.evaluation.refit import RefitError, recipes_of
+from ezhoi_diffusion.evaluation.remake import RemakeError, recipes_of
 from ezhoi_diffusion.evaluation.variants import Named, load_bridge
 from ezhoi_diffusion.features.labels import LabelsError, seen_pairs
 from ezhoi_diffusion.features.store import FeatureStoreError
@@ -99,5 +99,5 @@ def test_its_bridge_has_to_say_that_it_is_test_transductive(kind, stores, tmp_pa
 
 
 def test_tune_does_not_choose_it_on_training_images():
-    with pytest.raises(RefitError, match="'test_time_cache' learns from test images"):
+    with pytest.raises(RemakeError, match="'test_time_cache' learns from test images"):
         recipes_of(Named("test_time_cache", ""), PluginManager(), {}, 1, lambda *_: None)

@@ -32,7 +32,7 @@ NOT_CANDIDATES = ("tuned", "chain")
 ONLY_NAMED = ("eszsl", "gaussian_classes", "pseudo", "test_time_cache")
 
 
-class RefitError(EzhoiDiffusionError):
+class RemakeError(EzhoiDiffusionError):
     """A bridge cannot be made again from a part of the features."""
 
 
@@ -56,7 +56,7 @@ class Recipes:
         """Make the bridge from features. `seed` counts modulo the number of seeds.
 
         Raises:
-            RefitError: It cannot be made from these.
+            RemakeError: It cannot be made from these.
         """
         try:
             if not self.learn:
@@ -67,7 +67,7 @@ class Recipes:
                 bridge = load_bridge(plugins, self.name, Path(folder))
             return self._applied(bridge), artifact
         except EzhoiDiffusionError as error:
-            raise RefitError(f"'{self.label}' cannot be made from {len(store.images)} images: {error}") from error
+            raise RemakeError(f"'{self.label}' cannot be made from {len(store.images)} images: {error}") from error
 
     def _applied(self, bridge: Bridge) -> Bridge:
         own = own_settings(self.name, bridge, self.settings)
@@ -90,17 +90,17 @@ def recipes_of(
         check: Called as check(bridge, name) for each bridge in DIR; raises where it does not fit the run.
 
     Raises:
-        RefitError: Nobody can say how it was made.
+        RemakeError: Nobody can say how it was made.
     """
     name, label = named.name, f"{named.name}={named.folder}" if named.folder else named.name
     if name in NOT_CANDIDATES:
-        raise RefitError(f"'{label}' is made of other bridges: name these, joined by + for a chain")
+        raise RemakeError(f"'{label}' is made of other bridges: name these, joined by + for a chain")
     if not named.folder:
         fits = known_fits(plugins)
         if name not in fits.names():
             return Recipes(name, label, settings=dict(settings))
         if split_of(fits[name]) == "test":
-            raise RefitError(
+            raise RemakeError(
                 f"'{label}' learns from test images, so it cannot be chosen on training images: compare it"
             )
         has_seeds = seeds > 1 and "seed" in fit_options(fits[name])
@@ -138,7 +138,7 @@ def _learn_again(artifact: Artifact, name: str, label: str, plugins: PluginManag
     if not provenance:
         return lambda store: artifact
     why = "it was distilled" if "distilled" in provenance else "its files do not say how"
-    raise RefitError(
+    raise RemakeError(
         f"'{label}' cannot be made again without the held-out images: {why}. Only then is its score on them fair; name a bridge "
         f"that `ezhoi-diffusion train` made"
     )
@@ -148,7 +148,7 @@ def _train_config(stored: Mapping[str, Any], label: str) -> TrainConfig:
     try:
         return msgspec.convert(stored, TrainConfig)
     except (EzhoiDiffusionError, ValueError) as error:
-        raise RefitError(f"'{label}' does not say how it was trained ({error}): train it again") from error
+        raise RemakeError(f"'{label}' does not say how it was trained ({error}): train it again") from error
 
 
 def _trained(config: TrainConfig, store: FeatureStore, plugins: PluginManager) -> Artifact:

@@ -159,7 +159,7 @@ class FeatureStore:
         """
         text, unseen, options = self.ezhoi["text"], self.ezhoi.get("classes/unseen"), self.fingerprint.get("options")
         if unseen is None or not isinstance(options, dict) or not options.get("without_unseen_name"):
-            return torch.ones(len(text), dtype=torch.bool)
+            return torch.ones(len(text), dtype=torch.bool, device=text.device)
         interaction = self.ezhoi.get("text_interaction")
         if interaction is None:
             raise FeatureStoreError(

@@ -86,7 +86,7 @@ def _groups_problem(tensors: Mapping[str, Tensor]) -> str | None:
     if full is None:
         return "it has groups of classes without classes/full"
     last = int(table.max()) if table is not None and table.numel() else -1
-    if not torch.equal(full, torch.arange(len(full))) or len(full) <= last:
+    if not torch.equal(full, torch.arange(len(full), device=full.device)) or len(full) <= last:
         return f"classes/full has {len(full)} classes, and is not 0, 1, 2, … with the last interaction, {last}, in it"
     for parts in PARTITIONS:
         found = [groups[part] for part in parts if part in groups]
@@ -121,8 +121,8 @@ def shard_problem(
         if problem is None and name in tensors:
             problem = box_problem(name, tensors[name])
     if problem is None and "pairing" in tensors:
-        of_image = torch.tensor([image["boxes"] for image in images])
-        limit = of_image.repeat_interleave(torch.tensor([image["rows"] for image in images]))
+        boxes, rows = (torch.tensor([image[key] for image in images], device="cpu") for key in ("boxes", "rows"))
+        limit = boxes.repeat_interleave(rows)
         if (tensors["pairing"] >= limit[:, None]).any():
             problem = "pairing names boxes that do not exist"
     return problem

@@ -74,6 +74,24 @@ class ScoreBridge(Bridge):
             return moved.to(adapter_feat.dtype)
 
 
+class WeightedBridge(ScoreBridge):
+    """A bridge on the score with a weight. The tensors of `file` become buffers of the same names."""
+
+    file: str
+    settings = ("weight",)
+
+    def __init__(self, artifact: Artifact) -> None:
+        super().__init__(artifact)
+        self.name = artifact.bridge
+        self.weight = float(artifact.config["weight"])
+        for name, tensor in artifact.files[self.file].items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def apply_settings(self, settings: Mapping[str, Any]) -> None:
+        """Take over a weight of at least 0. Raises BridgeError for another value."""
+        self.weight = checked_number(self.name, settings, "weight", self.weight)
+
+
 def score_files(store: FeatureStore) -> dict[str, dict[str, Tensor]]:
     """The files that `ScoreBridge` reads.
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from ezhoi_diffusion.features.labels import labelled_pairs, seen_targets
 from ezhoi_diffusion.features.score import EzHoiScore
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.schema import TensorSpec
-from ezhoi_diffusion.scoring.bridge import ScoreBridge, checked_number, load_artifact, score_files
+from ezhoi_diffusion.scoring.bridge import WeightedBridge, checked_number, load_artifact, score_files
 from ezhoi_diffusion.scoring.geometry import GEOMETRY, pair_geometry
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ TABLE = {
 GRID = {"weight": (0.5, 1.0, 1.5)}
 
 
-class Interactive(ScoreBridge):
+class Interactive(WeightedBridge):
     """z -> z + λ·log P(annotated | geometry), for all verbs of a pair, with a logistic P on `GEOMETRY`.
 
     Source: the interactiveness of Li et al., "Transferable interactiveness knowledge for human-object interaction detection",
@@ -40,21 +39,11 @@ class Interactive(ScoreBridge):
     """
 
     needs_pairs = True
-    settings = ("weight",)
+    file = TENSORS
     grid = GRID
-    mean: Tensor
-    spread: Tensor
-    coefficient: Tensor
-
-    def __init__(self, artifact: Artifact) -> None:
-        super().__init__(artifact)
-        self.weight = float(artifact.config["weight"])
-        for name in ("mean", "spread", "coefficient"):
-            self.register_buffer(name, artifact.files[TENSORS][name], persistent=False)  # [G], [G], [G + 1]
-
-    def apply_settings(self, settings: Mapping[str, Any]) -> None:
-        """Take over a weight of at least 0. Raises BridgeError for another value."""
-        self.weight = checked_number(NAME, settings, "weight", self.weight)
+    mean: Tensor  # [G]
+    spread: Tensor  # [G]
+    coefficient: Tensor  # [G + 1]
 
     def moved_logits(self, x: Tensor, logits: Tensor, pairs: Pairs | None) -> Tensor:
         """Add λ·log P to all logits [P, C]."""

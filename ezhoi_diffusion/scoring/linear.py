@@ -5,9 +5,9 @@ Both learn a linear map from features to classes by way of the texts, without an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from ezhoi_diffusion.features.score import EzHoiScore
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.rng import generator
 from ezhoi_diffusion.schema import TensorSpec
-from ezhoi_diffusion.scoring.bridge import ScoreBridge, WeightConfig, checked_number, load_artifact, score_files
+from ezhoi_diffusion.scoring.bridge import WeightConfig, WeightedBridge, checked_number, load_artifact, score_files
 
 if TYPE_CHECKING:
     from ezhoi_diffusion.features.batch import Pairs
@@ -39,25 +39,17 @@ class LinearConfig(WeightConfig):
     permute_texts: bool
 
 
-class LinearScore(ScoreBridge):
+class LinearScore(WeightedBridge):
     """z -> z + weight · (x − centre)·M, with M [D, C] in units that make both terms vary equally at weight 1."""
 
-    settings = ("weight",)
+    file = TENSORS
     grid = GRID
     centre: Tensor
     map: Tensor
 
     def __init__(self, artifact: Artifact) -> None:
         super().__init__(artifact)
-        self.weight = float(artifact.config["weight"])
-        self.name = artifact.bridge
         self.baseline = artifact.config["permute_texts"]
-        for name in ("centre", "map"):
-            self.register_buffer(name, artifact.files[TENSORS][name], persistent=False)
-
-    def apply_settings(self, settings: Mapping[str, Any]) -> None:
-        """Take over a weight of at least 0. Raises BridgeError for another value."""
-        self.weight = checked_number(self.name, settings, "weight", self.weight)
 
     def moved_logits(self, x: Tensor, logits: Tensor, pairs: Pairs | None) -> Tensor:
         """Add the linear term to logits [P, C]."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from ezhoi_diffusion.features.labels import labelled_pairs, seen_targets
 from ezhoi_diffusion.features.score import EzHoiScore
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.schema import TensorSpec
-from ezhoi_diffusion.scoring.bridge import ScoreBridge, checked_number, load_artifact, score_files
+from ezhoi_diffusion.scoring.bridge import WeightedBridge, checked_number, load_artifact, score_files
 from ezhoi_diffusion.scoring.linear import shrunk
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ COUNT = 20
 SHARE = 0.25  # of the pairs that may show a hidden interaction, the most that count as showing it
 
 
-class PseudoPositives(ScoreBridge):
+class PseudoPositives(WeightedBridge):
     """z -> z + weight·(x·M − b) for interactions that the split hides; others stay.
 
     Source: pseudo-labels (Lee, "Pseudo-label", ICML workshop 2013), as positives of a linear discriminant.
@@ -42,21 +41,11 @@ class PseudoPositives(ScoreBridge):
 
     needs_pairs = True
     protocol = "train-transductive"
-    settings = ("weight",)
+    file = TENSORS
     grid = GRID
-    map: Tensor
-    bias: Tensor
-    hidden: Tensor
-
-    def __init__(self, artifact: Artifact) -> None:
-        super().__init__(artifact)
-        self.weight = float(artifact.config["weight"])
-        for name in ("map", "bias", "hidden"):
-            self.register_buffer(name, artifact.files[TENSORS][name], persistent=False)  # [D, C], [C], [O, C]
-
-    def apply_settings(self, settings: Mapping[str, Any]) -> None:
-        """Take over a weight of at least 0. Raises BridgeError for another value."""
-        self.weight = checked_number(NAME, settings, "weight", self.weight)
+    map: Tensor  # [D, C]
+    bias: Tensor  # [C]
+    hidden: Tensor  # [O, C]
 
     def moved_logits(self, x: Tensor, logits: Tensor, pairs: Pairs | None) -> Tensor:
         """Add the linear term to the logits of hidden interactions, [P, C]."""

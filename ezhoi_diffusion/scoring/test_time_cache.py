@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from ezhoi_diffusion.features.score import EzHoiScore
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.features.unlabelled import learns_from_test_images
 from ezhoi_diffusion.schema import TensorSpec
-from ezhoi_diffusion.scoring.bridge import ScoreBridge, checked_number, load_artifact, score_files
+from ezhoi_diffusion.scoring.bridge import WeightedBridge, checked_number, load_artifact, score_files
 
 if TYPE_CHECKING:
     from ezhoi_diffusion.features.batch import Pairs
@@ -34,7 +33,7 @@ BLOCK = 4096  # pairs
 SHARPNESS = 5.5  # β of Zhang et al.
 
 
-class TestTimeCache(ScoreBridge):
+class TestTimeCache(WeightedBridge):
     """z -> z + weight·unit·(similarity to the cached pairs of a class), for the classes of the pair's object.
 
     Source: the cache model of Zhang et al., "Tip-Adapter" (ECCV 2022), filled from test images as in Karmanov et al.,
@@ -45,20 +44,10 @@ class TestTimeCache(ScoreBridge):
     __test__ = False  # no test case, whatever its name says
     needs_pairs = True
     protocol = "test-transductive"
-    settings = ("weight",)
-    mean: Tensor
-    cached: Tensor
-    unit: Tensor
-
-    def __init__(self, artifact: Artifact) -> None:
-        super().__init__(artifact)
-        self.weight = float(artifact.config["weight"])
-        for name in ("mean", "cached", "unit"):
-            self.register_buffer(name, artifact.files[TENSORS][name], persistent=False)  # [D], [C, K, D], []
-
-    def apply_settings(self, settings: Mapping[str, Any]) -> None:
-        """Take over a weight of at least 0. Raises BridgeError for another value."""
-        self.weight = checked_number(NAME, settings, "weight", self.weight)
+    file = TENSORS
+    mean: Tensor  # [D]
+    cached: Tensor  # [C, K, D]
+    unit: Tensor  # []
 
     def moved_logits(self, x: Tensor, logits: Tensor, pairs: Pairs | None) -> Tensor:
         """Add the similarities to the logits of classes that the object allows, [P, C]."""

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from ezhoi_diffusion.evaluation.bootstrap import LEVEL
 from ezhoi_diffusion.evaluation.comparison import REFERENCE
-from ezhoi_diffusion.evaluation.trials import Chain, Samples, Step, Trial
+from ezhoi_diffusion.evaluation.trials import Chain, Samples, Step, Trial, distinct
 
 MAX_MEMBERS = 3  # of a chain that the search builds
 Grid = Mapping[str, Sequence[Any]]
-Run = Callable[[Chain], Trial | None]  # None where a bridge of the chain cannot be made
+Run = Callable[[Sequence[Chain]], list[Trial | None]]  # None where a bridge of the chain cannot be made
 
 
 @dataclass(frozen=True)
@@ -63,18 +63,15 @@ def search(space: Space, run: Run) -> dict[str, Trial]:
     done: list[tuple[Chain, Trial | None]] = []  # no dictionary: values of settings may be lists
 
     def tried(chains: Iterable[Chain]) -> list[Trial]:
-        found = []
-        for chain in chains:
-            known = [trial for other, trial in done if other == chain]
-            if not known:
-                known = [run(chain)]
-                done.append((chain, known[0]))
-            found += [trial for trial in known if trial is not None]
-        return found
+        wanted = list(chains)
+        new = [chain for chain in distinct(wanted) if not any(other == chain for other, _ in done)]
+        done.extend(zip(new, run(new) if new else [], strict=True))
+        found = [next(trial for other, trial in done if other == chain) for chain in wanted]
+        return [trial for trial in found if trial is not None]
 
     (best,) = tried([()])
-    tried(chain for part in space.baselines for chain in _variations((Step(part),), space))
-    alone = [tried(_variations(tuple(Step(part) for part in item), space)) for item in space.items]
+    tried(chain for part in space.baselines for chain in variations((Step(part),), space))
+    alone = [tried(variations(tuple(Step(part) for part in item), space)) for item in space.items]
     items = [max(trials, key=_value).chain for trials in alone if trials]
     for _ in range(MAX_MEMBERS):
         used = {space.names[step.part] for step in best.chain}
@@ -89,8 +86,8 @@ def search(space: Space, run: Run) -> dict[str, Trial]:
         best = leader
         for number, step in enumerate(best.chain):
             for key, values in space.grids[step.part].items():
-                for value in values:
-                    best = max([best, *tried([_changed(best.chain, number, key, value, space)])], key=_value)
+                changed = [_changed(best.chain, number, key, value, space) for value in values]
+                best = max([best, *tried(changed)], key=_value)
     return {trial.name: trial for _, trial in done if trial is not None}
 
 
@@ -107,7 +104,7 @@ def _grown(chain: Chain, item: Chain, space: Space) -> Chain:
     return chain[:first] + item + chain[first:]
 
 
-def _variations(chain: Chain, space: Space) -> Iterator[Chain]:
+def variations(chain: Chain, space: Space) -> Iterator[Chain]:
     """The chain as it is, and with one setting changed."""
     yield chain
     for number, step in enumerate(chain):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,14 +17,16 @@ from ezhoi_diffusion.bridge import Bridge
 from ezhoi_diffusion.evaluation.average_precision import Scored
 from ezhoi_diffusion.evaluation.bootstrap import image_weights, nan_mean, resampled_ap
 from ezhoi_diffusion.evaluation.comparison import REFERENCE
-from ezhoi_diffusion.evaluation.folds import Folds, HeldOut, protocol_of, seen_classes
-from ezhoi_diffusion.evaluation.remake import Recipes
+from ezhoi_diffusion.evaluation.folds import Folds, protocol_of, seen_classes
+from ezhoi_diffusion.evaluation.held_out import Block, blocks_of
+from ezhoi_diffusion.evaluation.protocols import Detections
+from ezhoi_diffusion.evaluation.remake import Recipes, RemakeError
 from ezhoi_diffusion.evaluation.variants import Variant
 from ezhoi_diffusion.features.score import EzHoiScore
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.plugins import PluginManager
 
-MAX_SHARED = 1 << 30
+T = TypeVar("T")
 Samples = NDArray[np.float64]  # [1 + B], what was found and then the replicates
 Settings = tuple[tuple[str, Any], ...]
 
@@ -37,6 +40,17 @@ class Step:
 
 
 Chain = tuple[Step, ...]
+
+
+Key = tuple[int, int | None]  # number of a chain, and of the fold of verbs whose labels its bridges do not know
+
+
+@dataclass(frozen=True, eq=False)
+class _Node:
+    """Chains that begin alike: those that end here, and the next bridges of the others."""
+
+    ending: list[Key]
+    following: list[tuple[Variant, _Node]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +83,6 @@ class Trials:
         store: A capture of the train split.
         parts: How the bridges are made.
         bridges: Each of them, made from all data: what it says of itself counts.
-        grids: Setting -> values that are tried, for each.
         folds: The folds.
         replicates: B, resamplings of the images of a trial.
         plugins: The plugin manager.
@@ -81,19 +94,18 @@ class Trials:
         store: FeatureStore,
         parts: Sequence[Recipes],
         bridges: Sequence[Bridge],
-        grids: Sequence[Mapping[str, Sequence[Any]]],
         folds: Folds,
         *,
         replicates: int,
         plugins: PluginManager,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.store, self.parts, self.bridges, self.grids, self.folds = store, parts, bridges, grids, folds
+        self.store, self.parts, self.bridges, self.folds = store, parts, bridges, folds
         self.replicates, self.plugins, self.device = replicates, plugins, device
         self.score = EzHoiScore.from_store(store)
         self.seen = seen_classes(store)
-        protocol = protocol_of(store)
-        self.held_out = [HeldOut.of_images(store, fold, protocol, self.seen, device) for fold in folds.images]
+        self.blocks = blocks_of(store, folds.images, protocol_of(store), self.seen)
+        self.features, self.logits = store.rows("adapter_feat"), store.rows("logits")
         num_classes = int(store.ezhoi["object_n_verb_to_interaction"].max()) + 1
         counts = torch.zeros(len(store.images), num_classes, dtype=torch.long)
         number = torch.tensor([image["annotations"] for image in store.images])
@@ -103,7 +115,6 @@ class Trials:
         counts.index_put_((image, hoi[usable]), torch.tensor(1), accumulate=True)
         self.annotations = counts.numpy().astype(np.int32)
         self._made: dict[tuple[int, int, frozenset[int], int | None], tuple[Bridge, Artifact | None]] = {}
-        self._swept: tuple[int, dict[Bridge, list[tuple[Settings, Bridge]]]] = 0, {}
         self._resampled: dict[tuple[int | None, int], tuple[NDArray[np.int32], NDArray[np.int32]]] = {}
 
     def name(self, chain: Chain) -> str:
@@ -118,43 +129,123 @@ class Trials:
         """How many bridges the chain stands for."""
         return max((len(self.parts[step.part].learn) for step in chain), default=1) or 1
 
-    def run(self, chain: Chain, outer: int | None = None) -> Trial:
-        """Score a chain; of several seeds, each, and the mean counts.
+    def run(self, chains: Sequence[Chain], outer: int | None = None) -> list[Trial]:
+        """Score chains in one pass: what they have in common is computed once. Of several seeds the mean counts.
 
         Args:
-            chain: The bridges.
+            chains: The bridges of each.
             outer: A fold of images that neither fits nor scores may know.
         """
         folds = [fold for fold in range(len(self.folds.images)) if fold != outer]
-        found = [self.scored(chain, seed, folds, outer) for seed in range(self.seeds(chain))]
-        values = np.mean([self.criterion(seen, hidden, outer) for seen, hidden, _ in found], axis=0)
-        change = float(np.mean([change for _, _, change in found]))
-        baseline = all(self.bridges[step.part].baseline for step in chain)
-        return Trial(chain, self.name(chain), values[0], values[1], values[2], change, baseline)
+        seeds = [(chain, seed) for chain in chains for seed in range(self.seeds(chain))]
+        scored = iter(self.scored(seeds, folds, outer))
+        found = []
+        for chain in chains:
+            of_seeds = [next(scored) for _ in range(self.seeds(chain))]
+            values = np.mean([self.criterion(seen, hidden, outer) for seen, hidden, _ in of_seeds], axis=0)
+            change = float(np.mean([change for _, _, change in of_seeds]))
+            baseline = all(self.bridges[step.part].baseline for step in chain)
+            found.append(Trial(chain, self.name(chain), values[0], values[1], values[2], change, baseline))
+        return found
 
     def scored(
-        self, chain: Chain, seed: int, folds: Sequence[int], outer: int | None = None
-    ) -> tuple[Scored, Scored, float]:
+        self, chains: Sequence[tuple[Chain, int]], folds: Sequence[int], outer: int | None = None
+    ) -> list[tuple[Scored, Scored, float]]:
         """Detections on the images of some folds by bridges that know neither the fold nor `outer`.
 
+        Args:
+            chains: Bridges, and the seed that they are made with.
+            folds: Folds of images.
+            outer: As for `run`.
+
         Returns:
-            Those of seen classes, those of classes whose labels were hidden, and the mean square change of the logits.
+            For each chain the detections of seen classes, those of classes whose labels were hidden, and the root mean square
+            change of the logits.
         """
-        seen, hidden, squares, size, differs = [], [], 0.0, 0, False
+        parts = range(len(self.folds.classes))
+        made = {
+            fold: [
+                {hidden: self._made_for(chain, seed, fold, outer, hidden) for hidden in (None, *parts)}
+                for chain, seed in chains
+            ]
+            for fold in folds
+        }
+        differs = [
+            any(one != of[n][None] for of in made.values() for one in of[n].values()) for n in range(len(chains))
+        ]
+        seen, hidden = _Found(len(chains)), _Found(len(chains))
+        squares, size = [0.0] * len(chains), 0
         for fold in folds:
-            held_out, without = self.held_out[fold], frozenset({fold} if outer is None else {fold, outer})
-            bridges = [self.made(step.part, seed, without) for step in chain]
-            logits = self._logits(chain, bridges, fold)
-            seen.append(held_out.scored(logits))
-            squares += float((logits - held_out.logits).double().square().sum())
-            size += logits.numel()
-            for number, classes in enumerate(self.folds.classes):
-                others = [self.made(step.part, seed, without, number) for step in chain]
-                is_same = all(one is other for one, other in zip(bridges, others, strict=True))
-                differs |= not is_same
-                hidden.append(held_out.scored(logits if is_same else self._logits(chain, others, fold), classes))
-        of_seen = joined(seen)
-        return of_seen, joined(hidden) if differs else of_seen, (squares / size) ** 0.5
+            tree = self._tree(
+                [
+                    ((number, part), chain, bridges)
+                    for number, (chain, _) in enumerate(chains)
+                    for part, bridges in made[fold][number].items()
+                    if part is None or bridges != made[fold][number][None]
+                ]
+            )
+            for block in self.blocks[fold]:
+                x, before, detections = self.features[block.rows], self.logits[block.rows], block.detections
+                found: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = {}
+                for (number, part), after in _bridged(tree, x.to(self.device), block):
+                    logits = self.score.logits(after.cpu()) if chains[number][0] else before
+                    scores = detections.scores(logits)
+                    found[number, part] = scores, detections.labels(scores)
+                    if part is None:
+                        squares[number] += float((logits - before).double().square().sum())
+                size += before.numel()
+                every = torch.ones(len(detections.classes), dtype=torch.bool)
+                seen.add(detections, every, [found[number, None] for number in range(len(chains))])
+                for part, classes in enumerate(self.folds.classes):
+                    here = [found.get((number, part), found[number, None]) for number in range(len(chains))]
+                    hidden.add(detections, torch.isin(detections.classes, classes), here)
+        of_seen, of_hidden = seen.scored(), hidden.scored() if any(differs) else []
+        return [
+            (one, of_hidden[number] if differs[number] else one, (squares[number] / size) ** 0.5)
+            for number, one in enumerate(of_seen)
+        ]
+
+    def _made_for(self, chain: Chain, seed: int, fold: int, outer: int | None, hidden: int | None) -> list[Bridge]:
+        without = frozenset({fold} if outer is None else {fold, outer})
+        return [self.made(step.part, seed, without, hidden) for step in chain]
+
+    def _tree(self, chains: Sequence[tuple[Key, Chain, Sequence[Bridge]]]) -> _Node:
+        """Chains as a tree in which each bridge comes once, and points of a bridge's settings as one sweep."""
+        following: list[tuple[Variant, _Node]] = []
+        alike: dict[Bridge, list[tuple[Key, Chain, Sequence[Bridge]]]] = {}
+        for key, chain, bridges in chains:
+            if chain:
+                alike.setdefault(bridges[0], []).append((key, chain, bridges))
+        for bridge, some in alike.items():
+            points = distinct([chain[0].settings for _, chain, _ in some])
+            for point, swept in zip(points, bridge.sweep([dict(point) for point in points]), strict=True):
+                here = [(key, chain, bridges) for key, chain, bridges in some if chain[0].settings == point]
+                variant = Variant(self.parts[here[0][1][0].part].label, swept)
+                following.append((variant, self._tree([(key, chain[1:], bridges[1:]) for key, chain, bridges in here])))
+        return _Node([key for key, chain, _ in chains if not chain], following)
+
+    def problem(self, chain: Chain, outer: int | None) -> RemakeError | None:
+        """Why a chain cannot be made from the data that it may know, or None. What can be made is kept."""
+        try:
+            for fold in range(len(self.folds.images)):
+                for seed in range(self.seeds(chain)) if fold != outer else ():
+                    for hidden in (None, *range(len(self.folds.classes))):
+                        self._made_for(chain, seed, fold, outer, hidden)
+        except RemakeError as error:
+            return error
+        return None
+
+    def seconds_a_pair(self, chains: Sequence[Chain]) -> float:
+        """What applying chains together takes for one pair, on the first images of the first fold."""
+        block, without = self.blocks[0][0], frozenset({0})
+        tree = self._tree(
+            [((n, None), chain, [self.made(step.part, 0, without) for step in chain]) for n, chain in enumerate(chains)]
+        )
+        x = self.features[block.rows].to(self.device)
+        begin = time.perf_counter()
+        for _, after in _bridged(tree, x, block):
+            self.score.logits(after.cpu())
+        return (time.perf_counter() - begin) / len(x)
 
     def criterion(
         self, seen: Scored, hidden: Scored, outer: int | None, replicates: int | None = None
@@ -181,34 +272,6 @@ class Trials:
             annotated = np.stack([n[n > 0] @ weights[n > 0] for n in self.annotations.T])
             self._resampled[outer, replicates] = weights, annotated
         return self._resampled[outer, replicates]
-
-    def _logits(self, chain: Chain, bridges: Sequence[Bridge], fold: int) -> Tensor:
-        if not chain:
-            return self.held_out[fold].logits
-        first = self._first(chain[0], bridges[0], self.held_out[fold].features.nbytes)
-        others = [bridge.override(**dict(step.settings)) for step, bridge in zip(chain[1:], bridges[1:], strict=True)]
-        variants = [
-            Variant(self.parts[step.part].label, bridge) for step, bridge in zip(chain, (first, *others), strict=True)
-        ]
-        return self.score.logits(self.held_out[fold].bridged(variants))
-
-    def _first(self, step: Step, bridge: Bridge, size: int) -> Bridge:
-        """The first bridge of a chain, with the settings of its step. `size`: bytes of the features that it gets.
-
-        They are the same ones each time, so what its settings have in common is computed once. As many copies of the features as
-        there are values may be held for that: up to MAX_SHARED bytes, and for one bridge at a time.
-        """
-        if self._swept[0] != step.part:
-            self._swept = step.part, {}
-        known, grid = self._swept[1], self.grids[step.part]
-        if bridge not in known:
-            count = 1 + sum(map(len, grid.values()))
-            if (1 + len(known)) * count * size > MAX_SHARED:
-                return bridge.override(**dict(step.settings))
-            points: list[Settings] = [(), *(((key, value),) for key, values in grid.items() for value in values)]
-            known[bridge] = list(zip(points, bridge.sweep([dict(point) for point in points]), strict=True))
-        found = [one for point, one in known[bridge] if point == step.settings]
-        return found[0] if found else bridge.override(**dict(step.settings))
 
     def made(self, part: int, seed: int, without: frozenset[int], hidden: int | None = None) -> Bridge:
         """A bridge made without some folds of images, and without the labels of one fold of classes.
@@ -242,6 +305,45 @@ def _equal(one: Artifact | None, other: Artifact | None) -> bool:
         for name, tensors in one.files.items()
     )
     return one.config == other.config and files
+
+
+def _bridged(node: _Node, x: Tensor, block: Block) -> Iterator[tuple[Key, Tensor]]:
+    """Yield the features [n, D] of a block after each chain of a tree."""
+    for key in node.ending:
+        yield key, x
+    for variant, rest in node.following:
+        yield from _bridged(rest, block.bridged(variant, x), block)
+
+
+class _Found:
+    """Detections of several chains on the same pairs, block by block."""
+
+    def __init__(self, chains: int) -> None:
+        self._shared: list[tuple[Tensor, Tensor]] = []
+        self._own: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(chains)]
+
+    def add(self, detections: Detections, kept: Tensor, found: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Add some detections of a block, kept [M] bool, with scores [M] and labels [M] of each chain."""
+        self._shared.append((detections.classes[kept], detections.image[kept]))
+        for own, (scores, labels) in zip(self._own, found, strict=True):
+            own.append((scores[kept], labels[kept]))
+
+    def scored(self) -> list[Scored]:
+        """Those of each chain."""
+        classes, image = (torch.cat(column) for column in zip(*self._shared, strict=True))
+        return [
+            Scored(torch.cat(scores), classes, torch.cat(labels), image)
+            for scores, labels in (zip(*own, strict=True) for own in self._own)
+        ]
+
+
+def distinct(items: Iterable[T]) -> list[T]:
+    """Each item once, in order. They need not be hashable: values of settings may be lists."""
+    found: list[T] = []
+    for item in items:
+        if item not in found:
+            found.append(item)
+    return found
 
 
 def joined(parts: Sequence[Scored]) -> Scored:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,7 +21,7 @@ from ezhoi_diffusion.evaluation.chain import own_settings
 from ezhoi_diffusion.evaluation.defaults import FOLDS, SEEDS
 from ezhoi_diffusion.evaluation.folds import Folds, TuneError, seen_classes
 from ezhoi_diffusion.evaluation.remake import NOT_CANDIDATES, ONLY_NAMED, Recipes, RemakeError, grid_of, recipes_of
-from ezhoi_diffusion.evaluation.search import Choice, Lead, Space, choose, lead_of, search
+from ezhoi_diffusion.evaluation.search import Choice, Lead, Space, choose, lead_of, search, variations
 from ezhoi_diffusion.evaluation.trials import Chain, Step, Trial, Trials, joined
 from ezhoi_diffusion.evaluation.variants import Named, known_bridges, load_bridge, parse_bridges
 from ezhoi_diffusion.features.score import EzHoiScore, require_replayable
@@ -272,29 +271,29 @@ def tune(
         store,
         candidates.recipes,
         candidates.bridges,
-        candidates.grids,
         dealt,
         replicates=SEARCH_REPLICATES,
         plugins=plugins,
         device=device,
     )
     space = candidates.space
-    expected = space.expected_trials()
-    most = sum(expected)
-    say(_cost(candidates, trials, expected))
+    most = sum(space.expected_trials())
+    say(_cost(candidates, trials, space))
     left_out: set[str] = set()
     with tqdm(total=most * (1 + folds), desc="tune", unit="trial", file=sys.stderr) as progress:
 
         def searched(outer: int | None) -> dict[str, Trial]:
-            def run(chain: Chain) -> Trial | None:
-                progress.update()
-                try:
-                    return trials.run(chain, outer)
-                except RemakeError as error:
+            def run(chains: Sequence[Chain]) -> list[Trial | None]:
+                problems = [trials.problem(chain, outer) for chain in chains]
+                for problem in filter(None, problems):
                     if candidates.is_named:
-                        raise
-                    left_out.add(str(error))
-                    return None
+                        raise problem
+                    left_out.add(str(problem))
+                made = iter(
+                    trials.run([chain for chain, no in zip(chains, problems, strict=True) if no is None], outer)
+                )
+                progress.update(len(chains))
+                return [next(made) if no is None else None for no in problems]
 
             before = progress.n
             found = search(space, run)
@@ -309,36 +308,42 @@ def tune(
     return Tuning(choose(found), found, gain, [one.name for one in choices], dealt, list(forced))
 
 
-def _cost(candidates: Candidates, trials: Trials, expected: Sequence[int]) -> str:
-    """One line about the time to expect, from the first fits and the first trials. What they made is used again.
+def _cost(candidates: Candidates, trials: Trials, space: Space) -> str:
+    """One line about the time to expect, from the first fits and the first images. What was fitted is used again.
 
     Every bridge that learns is made without one and without two folds of images, with all labels and without each fold of
-    verbs. Chains of r bridges take r times as long to apply as one.
+    verbs. Each pass of a search goes over all images, and each of the `count` passes of the outer loop over all folds but one:
+    `count` times all of them.
     """
     count, ways = len(trials.folds.images), 1 + len(trials.folds.classes)
     without_one, without_two = ways * count, ways * (count * (count - 1) // 2)
     smaller = (count - 2) / (count - 1)  # features that are left without two folds, as a share of those without one
-    making, applying, parts = 0.0, [], range(len(candidates.recipes))
-    for part in parts:
-        seeds = max(1, len(candidates.recipes[part].learn))
-        with suppress(RemakeError):  # the search says so
-            begin = time.perf_counter()
-            for hidden in (None, *range(ways - 1)):
-                trials.made(part, 0, frozenset({0}), hidden)
-            made = time.perf_counter()
-            trials.scored((Step(part),), 0, [0])
-            making += (made - begin) / ways * seeds * (without_one + smaller * without_two)
-            applying.append((time.perf_counter() - made) * seeds)
+    making, alone, as_is, parts = 0.0, [0.0], [0.0], range(len(candidates.recipes))
+    for part in tqdm(parts, desc="estimate", unit="bridge", leave=False, file=sys.stderr):
+        seeds, chain = max(1, len(candidates.recipes[part].learn)), (Step(part),)
+        hidden = [None, 0] if trials.folds.classes else [None]
+        begin = time.perf_counter()
+        try:
+            made = {trials.made(part, 0, frozenset({0}), one) for one in hidden}
+        except RemakeError:  # the search says so
+            continue
+        seconds = (time.perf_counter() - begin) / len(hidden)
+        making += seconds * seeds * (without_one + smaller * without_two)
+        times = seeds * (ways if len(made) > 1 else 1)  # with all labels, and without those of each fold of verbs
+        alone.append(times * trials.seconds_a_pair(list(variations(chain, space))))
+        as_is.append(times * trials.seconds_a_pair([chain]))
     begin = time.perf_counter()
-    trials.run(())
+    trials.run([()])
     scoring = 2 * (time.perf_counter() - begin)  # of seen classes, and of hidden ones
-    mean = sum(applying) / max(1, len(applying))
-    # the search takes all folds, and each outer one all folds but its own: count² in all
-    trying = sum(n * (mean * max(1, r) * count**2 + scoring * (1 + count)) for r, n in enumerate(expected))
+    expected = space.expected_trials()
+    # In later rounds every bridge is tried at the end of the best chain, whose own settings are then improved.
+    rounds = range(2, len(expected))
+    passes = sum(alone) + sum(sum(as_is) + r * sum(alone) / len(parts) for r in rounds)
+    seconds = making + passes * len(trials.store) * count + scoring * sum(expected) * (1 + count)
     return (
         f"{len(candidates.recipes)} bridges, {count} folds of images and {ways - 1} of verbs: each bridge that learns is made "
         f"{without_one + without_two} times, and about {sum(expected) * (1 + count)} chains are scored. Estimate: about "
-        f"{(making + trying) / 60:.1f} minutes"
+        f"{seconds / 60:.1f} minutes"
     )
 
 
@@ -348,7 +353,7 @@ def _gain(trials: Trials, chains: Sequence[Chain]) -> dict[str, Lead]:
     def pooled(chosen: Sequence[Chain]) -> list[Any]:
         values = []
         for seed in range(max(map(trials.seeds, chosen))):
-            parts = [trials.scored(chain, seed, [fold])[:2] for fold, chain in enumerate(chosen)]
+            parts = [trials.scored([(chain, seed)], [fold])[0][:2] for fold, chain in enumerate(chosen)]
             seen, hidden = (joined([part[side] for part in parts]) for side in (0, 1))
             values.append(trials.criterion(seen, hidden, None, REPLICATES))
         return list(np.mean(values, axis=0))

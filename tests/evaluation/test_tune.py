@@ -285,10 +285,13 @@ def searched(space, value_of):
     """The trials of a search, and the chains that it ran."""
     ran = []
 
-    def run(chain):
-        ran.append(chain)
-        value = np.array([value_of(chain)])
-        return Trial(chain, str(chain), value, value, value, 0.0, not chain)
+    def run(chains):
+        ran.extend(chains)
+        values = [np.array([value_of(chain)]) for chain in chains]
+        return [
+            Trial(chain, str(chain), value, value, value, 0.0, not chain)
+            for chain, value in zip(chains, values, strict=True)
+        ]
 
     return search(space, run), ran
 
@@ -331,17 +334,16 @@ def test_settings_of_one_bridge_share_what_it_samples(store, bridge, mocker):
     plugins = PluginManager()
     candidates = candidates_of(store, f"diffusion={bridge}", plugins, check=lambda *_: None)
     folds = Folds.of_store(store, 3)
-    trials = Trials(
-        store, candidates.recipes, candidates.bridges, candidates.grids, folds, replicates=20, plugins=plugins
-    )
-    sample = mocker.spy(DiffusionBridge, "sample")
-    blends = [trials.run((Step(0, (("blend", blend),)),)) for blend in (0.1, 0.3, 1.0)]
-    assert sample.call_count == len(folds.images)
+    trials = Trials(store, candidates.recipes, candidates.bridges, folds, replicates=20, plugins=plugins)
+    sampled = []
+    sample = DiffusionBridge.sample
+    mocker.patch.object(DiffusionBridge, "sample", lambda self, z: sampled.append(len(z)) or sample(self, z))
+    blends = trials.run([(Step(0, (("blend", blend),)),) for blend in (0.1, 0.3, 1.0)])
+    checked = len(folds.images) * len(blends) * max(image["rows"] for image in store.images)
+    assert sum(sampled) <= len(store) + checked, "each pair once, and an image of each fold alone"
     assert len({float(trial.change) for trial in blends}) == 3
     for trial in blends:
-        alone = Trials(store, candidates.recipes, candidates.bridges, [{}], folds, replicates=20, plugins=plugins).run(
-            trial.chain
-        )
+        (alone,) = trials.run([trial.chain])
         assert np.array_equal(alone.value, trial.value)
         assert alone.change == trial.change
 
@@ -371,15 +373,13 @@ def test_no_label_of_a_held_out_image_or_class_reaches_a_fit_or_the_choice(store
     results = []
     for one in (store, poisoned):
         candidates = candidates_of(one, "known,part", plugins, check=lambda *_: None)
-        trials = Trials(
-            one, candidates.recipes, candidates.bridges, candidates.grids, folds, replicates=20, plugins=plugins
-        )
-        results.append((trials, trials.run((), outer=1), [trials.run(chain, outer=1) for chain in chains(candidates)]))
+        trials = Trials(one, candidates.recipes, candidates.bridges, folds, replicates=20, plugins=plugins)
+        results.append((trials, *trials.run([()], outer=1), trials.run(chains(candidates), outer=1)))
     (trials, none, found), (others, other_none, other_found) = results
     assert np.array_equal(none.value, other_none.value)
     for one, other in zip(found, other_found, strict=True):
         assert np.array_equal(one.value, other.value, equal_nan=True)
-    assert not np.array_equal(trials.run(()).value, others.run(()).value)
+    assert not np.array_equal(trials.run([()])[0].value, others.run([()])[0].value)
     for hidden, classes in enumerate(folds.classes):
         (known,) = (trials.made(0, 0, frozenset({0}), hidden).known for _ in range(1))
         verbs = store.ezhoi["object_n_verb_to_interaction"]

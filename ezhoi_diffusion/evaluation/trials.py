@@ -115,7 +115,7 @@ class Trials:
         counts.index_put_((image, hoi[usable]), torch.tensor(1), accumulate=True)
         self.annotations = counts.numpy().astype(np.int32)
         self._made: dict[tuple[int, int, frozenset[int], int | None], tuple[Bridge, Artifact | None]] = {}
-        self._resampled: dict[tuple[int | None, int], tuple[NDArray[np.int32], NDArray[np.int32]]] = {}
+        self._resampled: dict[tuple[tuple[int, ...], int], tuple[NDArray[np.int32], NDArray[np.int32]]] = {}
 
     def name(self, chain: Chain) -> str:
         """`a[key=value]+b`, or `none`."""
@@ -142,7 +142,7 @@ class Trials:
         found = []
         for chain in chains:
             of_seeds = [next(scored) for _ in range(self.seeds(chain))]
-            values = np.mean([self.criterion(seen, hidden, outer) for seen, hidden, _ in of_seeds], axis=0)
+            values = np.mean([self.criterion(seen, hidden, folds) for seen, hidden, _ in of_seeds], axis=0)
             change = float(np.mean([change for _, _, change in of_seeds]))
             baseline = all(self.bridges[step.part].baseline for step in chain)
             found.append(Trial(chain, self.name(chain), values[0], values[1], values[2], change, baseline))
@@ -248,10 +248,10 @@ class Trials:
         return (time.perf_counter() - begin) / len(x)
 
     def criterion(
-        self, seen: Scored, hidden: Scored, outer: int | None, replicates: int | None = None
+        self, seen: Scored, hidden: Scored, folds: Sequence[int], replicates: int | None = None
     ) -> tuple[Samples, Samples, Samples]:
-        """Criterion, mean AP of seen classes, and of hidden ones, each [1 + B] in percent."""
-        weights, annotated = self._resampling(outer, self.replicates if replicates is None else replicates)
+        """Criterion, mean AP of seen classes, and of hidden ones, on the images of some folds, each [1 + B] in percent."""
+        weights, annotated = self._resampling(tuple(folds), self.replicates if replicates is None else replicates)
         counts = np.flatnonzero(annotated[:, 0] > 0)
         of_seen = 100 * nan_mean(resampled_ap(seen, weights, annotated, "11P")[counts])
         if not self.folds.classes:
@@ -262,16 +262,15 @@ class Trials:
         share = self.folds.class_weight
         return (1 - share) * of_seen + share * of_hidden, of_seen, of_hidden
 
-    def _resampling(self, outer: int | None, replicates: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Counts of each image, [I, 1 + B], and annotated pairs of each class, [K, 1 + B]. Images of `outer` count nothing."""
-        if (outer, replicates) not in self._resampled:
-            folds = [images for fold, images in enumerate(self.folds.images) if fold != outer]
-            counted = sorted(position for images in folds for position in images)
+    def _resampling(self, folds: tuple[int, ...], replicates: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Counts of each image, [I, 1 + B], and annotated pairs of each class, [K, 1 + B]. Other folds count nothing."""
+        if (folds, replicates) not in self._resampled:
+            counted = sorted(position for fold in folds for position in self.folds.images[fold])
             weights = np.zeros((len(self.annotations), 1 + replicates), np.int32)
             weights[counted] = image_weights(len(counted), replicates, 0)
             annotated = np.stack([n[n > 0] @ weights[n > 0] for n in self.annotations.T])
-            self._resampled[outer, replicates] = weights, annotated
-        return self._resampled[outer, replicates]
+            self._resampled[folds, replicates] = weights, annotated
+        return self._resampled[folds, replicates]
 
     def made(self, part: int, seed: int, without: frozenset[int], hidden: int | None = None) -> Bridge:
         """A bridge made without some folds of images, and without the labels of one fold of classes.
@@ -344,10 +343,3 @@ def distinct(items: Iterable[T]) -> list[T]:
         if item not in found:
             found.append(item)
     return found
-
-
-def joined(parts: Sequence[Scored]) -> Scored:
-    """Detections of several folds together."""
-    return Scored(
-        *(torch.cat([getattr(part, name) for part in parts]) for name in ("scores", "classes", "labels", "image"))
-    )

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ezhoi_diffusion.artifact import Artifact
@@ -22,7 +23,7 @@ from ezhoi_diffusion.evaluation.defaults import FOLDS, SEEDS
 from ezhoi_diffusion.evaluation.folds import Folds, TuneError, seen_classes
 from ezhoi_diffusion.evaluation.remake import NOT_CANDIDATES, ONLY_NAMED, Recipes, RemakeError, grid_of, recipes_of
 from ezhoi_diffusion.evaluation.search import Choice, Lead, Space, choose, lead_of, search, variations
-from ezhoi_diffusion.evaluation.trials import Chain, Step, Trial, Trials, joined
+from ezhoi_diffusion.evaluation.trials import Chain, Step, Trial, Trials
 from ezhoi_diffusion.evaluation.variants import Named, known_bridges, load_bridge, parse_bridges
 from ezhoi_diffusion.features.score import EzHoiScore, require_replayable
 from ezhoi_diffusion.features.store import FeatureStore
@@ -304,7 +305,7 @@ def tune(
         choices = [choose(searched(outer)).trial for outer in range(folds)]
     for reason in sorted(left_out):
         say(f"no candidate everywhere: {reason}")
-    gain = _gain(trials, [choice.chain for choice in choices])
+    gain = gain_of_choices(trials, [choice.chain for choice in choices])
     return Tuning(choose(found), found, gain, [one.name for one in choices], dealt, list(forced))
 
 
@@ -347,17 +348,20 @@ def _cost(candidates: Candidates, trials: Trials, space: Space) -> str:
     )
 
 
-def _gain(trials: Trials, chains: Sequence[Chain]) -> dict[str, Lead]:
-    """What the choices of the outer folds gain over `none`, each on its own fold."""
+def gain_of_choices(trials: Trials, chains: Sequence[Chain]) -> dict[str, Lead]:
+    """What the choices of the outer folds gain over `none`: the mean over folds of what each gains on its own.
 
-    def pooled(chosen: Sequence[Chain]) -> list[Any]:
+    Folds are not ranked together, because scores of one chain mean little beside those of another (Forman & Scholz 2010,
+    "Apples-to-apples in cross-validation studies").
+    """
+
+    def on_own_folds(chosen: Sequence[Chain]) -> NDArray[np.float64]:
         values = []
-        for seed in range(max(map(trials.seeds, chosen))):
-            parts = [trials.scored([(chain, seed)], [fold])[0][:2] for fold, chain in enumerate(chosen)]
-            seen, hidden = (joined([part[side] for part in parts]) for side in (0, 1))
-            values.append(trials.criterion(seen, hidden, None, REPLICATES))
-        return list(np.mean(values, axis=0))
+        for fold, chain in enumerate(chosen):
+            found = trials.scored([(chain, seed) for seed in range(trials.seeds(chain))], [fold])
+            values.append(np.mean([trials.criterion(*one[:2], [fold], REPLICATES) for one in found], axis=0))
+        return np.asarray(np.mean(values, axis=0))
 
-    tuned, none = pooled(chains), pooled([()] * len(chains))
+    tuned, none = on_own_folds(chains), on_own_folds([()] * len(chains))
     names = ("criterion", "seen", "hidden") if trials.folds.classes else ("criterion", "seen")
     return {name: lead_of(one, other) for name, one, other in zip(names, tuned, none, strict=False)}

@@ -26,7 +26,7 @@ from ezhoi_diffusion.evaluation.folds import Folds
 from ezhoi_diffusion.evaluation.remake import RemakeError, recipes_of
 from ezhoi_diffusion.evaluation.search import Space, choose, search
 from ezhoi_diffusion.evaluation.trials import Step, Trial, Trials
-from ezhoi_diffusion.evaluation.tune import TuneError, candidates_of, seen_classes, tune
+from ezhoi_diffusion.evaluation.tune import TuneError, candidates_of, gain_of_choices, seen_classes, tune
 from ezhoi_diffusion.evaluation.variants import Named
 from ezhoi_diffusion.features.labels import seen_pairs
 from ezhoi_diffusion.features.score import EzHoiScore
@@ -236,6 +236,21 @@ def test_chains_grow_and_a_named_chain_is_tried_as_it_is(store):
     assert {"part+other", "other+part"} & set(found.trials)
     named, _ = tuned(store, plugins, "other+part", folds=3, sweep={"other.share": [0.3]})
     assert set(named.trials) == {"none", "other+part", "other[share=0.3]+part"}
+
+
+def test_folds_whose_choices_score_on_other_scales_are_not_ranked_together(tmp_path):
+    def sure(batch):
+        return replace(batch, pairs=replace(batch.pairs, scores=torch.ones_like(batch.pairs.scores)))
+
+    store = synthetic_store(tmp_path / "sure", images=100, alter=sure)
+    plugins = plugins_with(part=Part, half=lambda: Scale(0.25))
+    candidates = candidates_of(store, "half", plugins, check=lambda *_: None, sweep={})
+    trials = Trials(
+        store, candidates.recipes, candidates.bridges, Folds.of_store(store, 3), replicates=20, plugins=plugins
+    )
+    gain = gain_of_choices(trials, [(Step(0),), (), ()])["criterion"]
+    assert abs(gain.difference) < 0.01, "without priors a scale changes no order"
+    assert -0.01 < gain.low <= gain.high < 0.01
 
 
 # the rule

@@ -63,6 +63,14 @@ def add_device(parser: Container) -> None:
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
 
 
+def add_jobs(parser: Container) -> None:
+    """--jobs."""
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N",
+        help="processes that apply bridges on the CPU, with the same results (1, with all threads)",
+    )  # fmt: skip
+
+
 def add_force(parser: Container) -> None:
     """--force, which `fingerprint_check` reads."""
     parser.add_argument(

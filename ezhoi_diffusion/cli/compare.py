@@ -88,6 +88,7 @@ def add_flags(parser: argparse.ArgumentParser, *, bridges: str, num_images: int 
     )  # fmt: skip
     group = parser.add_argument_group("how to run")
     arguments.add_device(group)
+    arguments.add_jobs(group)
     arguments.add_force(group)
     arguments.add_no_plugin(group)
 
@@ -97,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
     from ezhoi_diffusion.device import pick_device
     from ezhoi_diffusion.evaluation.alignment import disagreements
     from ezhoi_diffusion.evaluation.drawing import draw_images
+    from ezhoi_diffusion.evaluation.processes import check_jobs
     from ezhoi_diffusion.evaluation.variants import parse_settings, parse_sweep, resolve_variants
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.files import check_writable
@@ -111,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
     store = FeatureStore(args.features)
     forced: list[str] = []
     device = pick_device(args.device)
+    check_jobs(args.jobs, device)
     variants = resolve_variants(
         args.bridges,
         PluginManager(args.no_plugin),
@@ -173,7 +176,14 @@ def _score(
         protocol = hicodet(store, algorithm=args.ap, setting=args.setting)
     replicates = REPLICATES if args.replicates is None else args.replicates
     comparison = replay(
-        store, variants, protocol=protocol, chosen=chosen, replicates=replicates, measured=True, device=device
+        store,
+        variants,
+        protocol=protocol,
+        chosen=chosen,
+        replicates=replicates,
+        measured=True,
+        device=device,
+        jobs=args.jobs,
     )
     comparison.forced += forced
     parts = (

@@ -63,7 +63,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("how to run")
     group.add_argument("--folds", type=int, default=FOLDS, metavar="K", help=f"folds of images and of verbs ({FOLDS})")
+    group.add_argument("--num-images", type=int, metavar="N", help="choose on N images, drawn at random (default: all)")
     arguments.add_device(group)
+    arguments.add_jobs(group)
     arguments.add_force(group)
     arguments.add_no_plugin(group)
 
@@ -74,8 +76,9 @@ def run(args: argparse.Namespace) -> int:
     from ezhoi_diffusion.features.store import FeatureStore
     from ezhoi_diffusion.files import new_result
 
-    for flag, least, value in (("--seeds", 1, args.seeds), ("--folds", MIN_FOLDS, args.folds)):
-        if value < least:
+    least_of = (("--seeds", 1, args.seeds), ("--folds", MIN_FOLDS, args.folds), ("--num-images", 1, args.num_images))
+    for flag, least, value in least_of:
+        if value is not None and value < least:
             raise EzhoiDiffusionError(f"{flag} must be at least {least}, not {value}")
     store = FeatureStore(args.features)
     with new_result(args.out, EzhoiDiffusionError) as staged:
@@ -91,12 +94,14 @@ def run(args: argparse.Namespace) -> int:
 def _tune(args: argparse.Namespace, store: FeatureStore, staged: Path) -> None:
     from ezhoi_diffusion.device import pick_device
     from ezhoi_diffusion.evaluation.choice import write_choice
+    from ezhoi_diffusion.evaluation.processes import check_jobs
     from ezhoi_diffusion.evaluation.tune import candidates_of, tune
     from ezhoi_diffusion.evaluation.variants import parse_settings, parse_sweep
     from ezhoi_diffusion.plugins import PluginManager
 
     forced: list[str] = []
     plugins, device = PluginManager(args.no_plugin), pick_device(args.device)
+    check_jobs(args.jobs, device)
     candidates = candidates_of(
         store,
         args.bridges,
@@ -115,7 +120,9 @@ def _tune(args: argparse.Namespace, store: FeatureStore, staged: Path) -> None:
         candidates,
         plugins,
         folds=args.folds,
+        num_images=args.num_images,
         device=device,
+        jobs=args.jobs,
         forced=forced,
         say=lambda line: print(line, flush=True),
     )
@@ -128,8 +135,7 @@ def _print(tuning: Tuning) -> None:
     ranked = sorted(tuning.trials.values(), key=lambda trial: -trial.value[0])
     named = {choice.baseline.name, chosen.name, "none"}
     shown = [*ranked[:NUM_SHOWN], *(trial for trial in ranked[NUM_SHOWN:] if trial.name in named)]
-    images = sum(map(len, tuning.folds.images))
-    print(f"\n{len(ranked)} candidates on {images} held-out training images, best first. Mean AP in percent:")
+    print(f"\n{len(ranked)} candidates on {tuning.images} held-out training images, best first. Mean AP in percent:")
     print_table(
         ("criterion", "seen", "hidden", "candidate", ""),
         [

@@ -35,8 +35,12 @@ GRID: Mapping[str, Sequence[Any]] = {"blend": (0.1, 0.3, 1.0), "start_timestep":
 STUDENT_SETTINGS = ("blend", "output")  # a student has learned one result of its teacher's sampler
 __all__ = ["BridgeConfig", "BridgeError", "DiffusionBridge", "build_denoiser"]
 
-_Samples = WeakTensorKeyDictionary
-"""Features, while they are in use -> (start_timestep, num_steps, spacing, sampler) -> their sample."""
+
+class _Samples(WeakTensorKeyDictionary):
+    """Features, while they are in use -> (start_timestep, num_steps, spacing, sampler) -> their sample."""
+
+    def __reduce__(self) -> tuple[type[_Samples], tuple[()]]:
+        return _Samples, ()  # samples stay in their process
 
 
 def build_denoiser(config: BridgeConfig, registry: Components | None = None) -> nn.Module:
@@ -189,7 +193,7 @@ class DiffusionBridge(Bridge):
             return self._in_chunks(z)
         recipe = self.config.recipe
         key = (recipe.start_timestep, recipe.num_steps, recipe.spacing, recipe.sampler)
-        held: dict[tuple[int, int, str, str], Tensor] = self._samples.setdefault(x, {})
+        held: dict[tuple[int, int, str, str], Tensor] = self._samples.setdefault(x, {})  # type: ignore[no-untyped-call]
         if key not in held:
             held[key] = self._in_chunks(z)
         return held[key]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,30 +13,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ezhoi_diffusion.defaults import torch_defaults
-from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.alignment import Alignment
+from ezhoi_diffusion.evaluation.application import bridged
 from ezhoi_diffusion.evaluation.average_precision import Scored, known_object
 from ezhoi_diffusion.evaluation.calibration import ObjectCalibration, object_names
 from ezhoi_diffusion.evaluation.comparison import FULL, REFERENCE, Comparison
 from ezhoi_diffusion.evaluation.effect import Effect
 from ezhoi_diffusion.evaluation.headroom import Headroom, mean_ap
-from ezhoi_diffusion.evaluation.protocols import (
-    Detections,
-    EvalProtocol,
-    annotated_objects,
-    hicodet,
-)
+from ezhoi_diffusion.evaluation.processes import in_processes
+from ezhoi_diffusion.evaluation.protocols import Detections, EvalProtocol, annotated_objects, hicodet
 from ezhoi_diffusion.evaluation.variants import Variant
 from ezhoi_diffusion.features.batch import Pairs
 from ezhoi_diffusion.features.images import StoredImage, stored_images
 from ezhoi_diffusion.features.score import EzHoiScore, ScoreError, names_of_interactions, require_replayable
 from ezhoi_diffusion.features.store import FeatureStore
-from ezhoi_diffusion.inputs import read_only
 from ezhoi_diffusion.rng import generator
 
 MAX_PAIRS = 2048  # in one call, if a bridge takes many images: enough for a processor, and little memory
-NUM_TIMED = 8  # images on which the cost of a bridge is measured, one at a time, as at eval …
-TIMED_SECONDS = 1.0  # … or fewer, if they take this long
+NUM_TIMED = 8  # images on which the cost of a bridge is measured, one at a time, as at eval
 NUM_SHOWN = 500  # pairs in the pictures
 BOOTSTRAP_SHARE = (
     0.1  # steps of the progress bar for the bootstrap, per image: at HICO-DET's size it takes this share of the time
@@ -87,6 +81,7 @@ def replay(
     replicates: int = 0,
     measured: bool = False,
     device: torch.device | str = "cpu",
+    jobs: int = 1,
 ) -> Comparison:
     """Make the comparison that `--compare` makes in EZ-HOI, from the features of a split.
 
@@ -101,12 +96,13 @@ def replay(
         measured: Also measure alignment, calibration, headroom and the cost of the bridges, and keep a sample of the features. Otherwise
             `added_ms` is that of one image.
         device: Where the bridges get their features.
+        jobs: Number of processes that apply bridges.
 
     Raises:
         ScoreError: The features cannot be scored, or no image has a pair or an annotation that counts.
         FeatureStoreError: The store is damaged.
         InputWrittenError: A bridge writes into what it gets.
-        EzhoiDiffusionError: A bridge depends on other features although it says row_by_row.
+        EzhoiDiffusionError: A bridge depends on other features although it says row_by_row, or cannot be sent to another process.
     """
     score = EzHoiScore.from_store(store)
     protocol = protocol or hicodet(store)
@@ -130,7 +126,17 @@ def replay(
     with torch.no_grad(), tqdm(total=total, desc="compare", unit="step", file=sys.stderr) as progress:
         stored = stored_images(store, chosen)
         scored, annotations = _collect(
-            protocol, score, stored, variants, cards, num_pairs, NUM_TIMED if measured else 1, device, progress, perfect
+            protocol,
+            score,
+            stored,
+            variants,
+            cards,
+            num_pairs,
+            NUM_TIMED if measured else 1,
+            device,
+            jobs,
+            progress,
+            perfect,
         )
         oracles = {} if perfect is None else perfect.scored(scored[REFERENCE])
         part = chosen is not None or protocol.partial or store.meta.get("max_images") is not None
@@ -183,6 +189,7 @@ def _collect(
     num_pairs: int,
     singly: int,
     device: torch.device | str,
+    jobs: int,
     progress: Any,
     perfect: Headroom | None,
 ) -> tuple[dict[str, Scored], Tensor]:
@@ -191,12 +198,22 @@ def _collect(
     annotations: list[Tensor] = []
     classes, where = _Column(torch.int64), _Column(torch.int64)
     seen = 0
-    for batch in _batches(images):
+    batches: deque[tuple[list[StoredImage], Tensor]] = deque()
+
+    def tasks() -> Iterator[tuple[Any, ...]]:
+        timed = singly
+        for batch in _batches(images):
+            features = torch.cat([image.adapter_feat for image in batch])
+            batches.append((batch, features))
+            yield variants, features, [image.pairs for image in batch], timed, device
+            timed = 0 if len(features) else timed  # those of the first batch that has some
+
+    for after_each in in_processes(bridged, tasks(), jobs):
+        batch, features = batches.popleft()
         detections = Detections.from_images(batch, protocol.match)
         classes.extend(detections.classes)
         where.extend(detections.image + len(annotations))
         annotations += [protocol.count(image) for image in batch]
-        features = torch.cat([image.adapter_feat for image in batch])
         ezhoi_logits = torch.cat([image.logits for image in batch])
         labels = torch.cat([image.labels for image in batch])
         of_pair = torch.cat([image.pairs.objects for image in batch])
@@ -206,10 +223,10 @@ def _collect(
         here = shown[(shown >= seen) & (shown < seen + len(features))] - seen
         at = int((shown < seen).sum())
         seen += len(features)
-        given = features.to(device)
         for name, card in cards.items():
-            bridged = None if name == REFERENCE else _bridged(name, variants[name], given, batch, card.seconds, singly)
-            after, logits = (features, ezhoi_logits) if bridged is None else (bridged, score.logits(bridged))
+            own, seconds = after_each.get(name, (None, []))
+            card.seconds += seconds
+            after, logits = (features, ezhoi_logits) if own is None else (own, score.logits(own))
             scores = detections.scores(logits)
             card.scores.extend(scores)
             card.labels.extend(detections.labels(scores))
@@ -239,58 +256,6 @@ def _batches(images: Iterable[StoredImage]) -> Iterator[list[StoredImage]]:
         num_pairs += len(image.pairs)
     if batch:
         yield batch
-
-
-def _bridged(
-    name: str, variant: Variant, features: Tensor, batch: list[StoredImage], seconds: list[float], singly: int
-) -> Tensor | None:
-    """Apply a variant to the features of some images, and add its times to `seconds`.
-
-    A bridge that takes many images gets all features at once. It also gets the first `singly` images alone, to be timed.
-
-    Returns:
-        Features on the CPU, or None if nothing changes.
-
-    Raises:
-        EzhoiDiffusionError: The bridge returns something else for an image alone.
-    """
-    if len(features) == 0:
-        return None
-    # around all calls, because a bridge may keep what one gave it and write in the next
-    with read_only(f"bridge '{name}'", adapter_feat=features, pairs=[image.pairs for image in batch]):
-        return _bridged_at_once_or_singly(name, variant, features, batch, seconds, singly)
-
-
-def _bridged_at_once_or_singly(
-    name: str, variant: Variant, features: Tensor, batch: list[StoredImage], seconds: list[float], singly: int
-) -> Tensor | None:
-    parts: list[Tensor] = list(features.split([len(image.pairs) for image in batch]))
-    together = None
-    if variant.takes_many_images:
-        together = variant.apply(features, None).cpu()
-    single: list[Tensor | None] = []
-    for image, part in zip(batch, parts, strict=True):
-        if together is not None and (len(seconds) >= singly or sum(seconds) >= TIMED_SECONDS):
-            break
-        alone = part.clone()  # a new tensor, so that no bridge can have cached it
-        if not len(image.pairs):
-            single.append(None)
-            continue
-        with read_only(f"bridge '{name}'", adapter_feat=alone):
-            begin = time.perf_counter()
-            single.append(variant.apply(alone, image.pairs).cpu())  # waits for the device
-            seconds.append(time.perf_counter() - begin)
-    if together is None:
-        if all(one is None for one in single):
-            return None
-        return torch.cat([part.cpu() if one is None else one for part, one in zip(parts, single, strict=True)])
-    for image, one, expected in zip(batch, single, together.split([len(p) for p in parts]), strict=False):
-        if one is not None and not torch.allclose(one, expected, rtol=1e-3, atol=1e-4 * float(one.abs().max())):
-            raise EzhoiDiffusionError(
-                f"bridge '{name}' says row_by_row, but its result for image {image.name} changes if other images are in the "
-                f"same call: compute each feature by itself, or set row_by_row = False"
-            )
-    return together
 
 
 def _milliseconds(seconds: list[float], store: FeatureStore, images: list[int]) -> float:

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from ezhoi_diffusion.evaluation.bootstrap import LEVEL
 from ezhoi_diffusion.evaluation.comparison import REFERENCE
-from ezhoi_diffusion.evaluation.trials import Chain, Samples, Step, Trial, distinct
+from ezhoi_diffusion.evaluation.passes import distinct
+from ezhoi_diffusion.evaluation.trials import Chain, Samples, Step, Trial
 
 MAX_MEMBERS = 3  # of a chain that the search builds
 Grid = Mapping[str, Sequence[Any]]

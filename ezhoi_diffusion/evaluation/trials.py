@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ezhoi_diffusion.artifact import Artifact
 from ezhoi_diffusion.bridge import Bridge
@@ -18,17 +16,15 @@ from ezhoi_diffusion.evaluation.average_precision import Scored
 from ezhoi_diffusion.evaluation.bootstrap import image_weights, nan_mean, resampled_ap
 from ezhoi_diffusion.evaluation.comparison import REFERENCE
 from ezhoi_diffusion.evaluation.folds import Folds, protocol_of, seen_classes
-from ezhoi_diffusion.evaluation.held_out import Block, blocks_of
-from ezhoi_diffusion.evaluation.protocols import Detections
+from ezhoi_diffusion.evaluation.held_out import blocks_of
+from ezhoi_diffusion.evaluation.passes import Found, Settings, scored_block, tree_of
+from ezhoi_diffusion.evaluation.processes import in_processes
 from ezhoi_diffusion.evaluation.remake import Recipes, RemakeError
-from ezhoi_diffusion.evaluation.variants import Variant
 from ezhoi_diffusion.features.score import EzHoiScore
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.plugins import PluginManager
 
-T = TypeVar("T")
 Samples = NDArray[np.float64]  # [1 + B], what was found and then the replicates
-Settings = tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -40,17 +36,6 @@ class Step:
 
 
 Chain = tuple[Step, ...]
-
-
-Key = tuple[int, int | None]  # number of a chain, and of the fold of verbs whose labels its bridges do not know
-
-
-@dataclass(frozen=True, eq=False)
-class _Node:
-    """Chains that begin alike: those that end here, and the next bridges of the others."""
-
-    ending: list[Key]
-    following: list[tuple[Variant, _Node]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +72,7 @@ class Trials:
         replicates: B, resamplings of the images of a trial.
         plugins: The plugin manager.
         device: Where the bridges get their features.
+        jobs: Number of processes that apply bridges.
     """
 
     def __init__(
@@ -99,9 +85,10 @@ class Trials:
         replicates: int,
         plugins: PluginManager,
         device: torch.device | str = "cpu",
+        jobs: int = 1,
     ) -> None:
         self.store, self.parts, self.bridges, self.folds = store, parts, bridges, folds
-        self.replicates, self.plugins, self.device = replicates, plugins, device
+        self.replicates, self.plugins, self.device, self.jobs = replicates, plugins, device, jobs
         self.score = EzHoiScore.from_store(store)
         self.seen = seen_classes(store)
         self.blocks = blocks_of(store, folds.images, protocol_of(store), self.seen)
@@ -173,32 +160,34 @@ class Trials:
         differs = [
             any(one != of[n][None] for of in made.values() for one in of[n].values()) for n in range(len(chains))
         ]
-        seen, hidden = _Found(len(chains)), _Found(len(chains))
-        squares, size = [0.0] * len(chains), 0
-        for fold in folds:
-            tree = self._tree(
+        trees = {
+            fold: tree_of(
                 [
-                    ((number, part), chain, bridges)
+                    ((number, part), self._steps(chain), bridges)
                     for number, (chain, _) in enumerate(chains)
                     for part, bridges in made[fold][number].items()
                     if part is None or bridges != made[fold][number][None]
                 ]
             )
-            for block in self.blocks[fold]:
-                x, before, detections = self.features[block.rows], self.logits[block.rows], block.detections
-                found: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = {}
-                for (number, part), after in _bridged(tree, x.to(self.device), block):
-                    logits = self.score.logits(after.cpu()) if chains[number][0] else before
-                    scores = detections.scores(logits)
-                    found[number, part] = scores, detections.labels(scores)
-                    if part is None:
-                        squares[number] += float((logits - before).double().square().sum())
-                size += before.numel()
-                every = torch.ones(len(detections.classes), dtype=torch.bool)
-                seen.add(detections, every, [found[number, None] for number in range(len(chains))])
-                for part, classes in enumerate(self.folds.classes):
-                    here = [found.get((number, part), found[number, None]) for number in range(len(chains))]
-                    hidden.add(detections, torch.isin(detections.classes, classes), here)
+            for fold in folds
+        }
+        blocks = [(fold, block) for fold in folds for block in self.blocks[fold]]
+        tasks = (
+            (self.score, trees[fold], self.features[block.rows], self.logits[block.rows], block, self.device)
+            for fold, block in blocks
+        )
+        seen, hidden = Found(len(chains)), Found(len(chains))
+        squares, size = [0.0] * len(chains), 0
+        for (_, block), (found, of_block) in zip(blocks, in_processes(scored_block, tasks, self.jobs), strict=True):
+            detections = block.detections
+            size += len(block.rows) * self.logits.shape[1]
+            for number, square in of_block.items():
+                squares[number] += square
+            every = torch.ones(len(detections.classes), dtype=torch.bool)
+            seen.add(detections, every, [found[number, None] for number in range(len(chains))])
+            for part, classes in enumerate(self.folds.classes):
+                here = [found.get((number, part), found[number, None]) for number in range(len(chains))]
+                hidden.add(detections, torch.isin(detections.classes, classes), here)
         of_seen, of_hidden = seen.scored(), hidden.scored() if any(differs) else []
         return [
             (one, of_hidden[number] if differs[number] else one, (squares[number] / size) ** 0.5)
@@ -209,20 +198,8 @@ class Trials:
         without = frozenset({fold} if outer is None else {fold, outer})
         return [self.made(step.part, seed, without, hidden) for step in chain]
 
-    def _tree(self, chains: Sequence[tuple[Key, Chain, Sequence[Bridge]]]) -> _Node:
-        """Chains as a tree in which each bridge comes once, and points of a bridge's settings as one sweep."""
-        following: list[tuple[Variant, _Node]] = []
-        alike: dict[Bridge, list[tuple[Key, Chain, Sequence[Bridge]]]] = {}
-        for key, chain, bridges in chains:
-            if chain:
-                alike.setdefault(bridges[0], []).append((key, chain, bridges))
-        for bridge, some in alike.items():
-            points = distinct([chain[0].settings for _, chain, _ in some])
-            for point, swept in zip(points, bridge.sweep([dict(point) for point in points]), strict=True):
-                here = [(key, chain, bridges) for key, chain, bridges in some if chain[0].settings == point]
-                variant = Variant(self.parts[here[0][1][0].part].label, swept)
-                following.append((variant, self._tree([(key, chain[1:], bridges[1:]) for key, chain, bridges in here])))
-        return _Node([key for key, chain, _ in chains if not chain], following)
+    def _steps(self, chain: Chain) -> list[tuple[str, Settings]]:
+        return [(self.parts[step.part].label, step.settings) for step in chain]
 
     def problem(self, chain: Chain, outer: int | None) -> RemakeError | None:
         """Why a chain cannot be made from the data that it may know, or None. What can be made is kept."""
@@ -238,13 +215,15 @@ class Trials:
     def seconds_a_pair(self, chains: Sequence[Chain]) -> float:
         """What applying chains together takes for one pair, on the first images of the first fold."""
         block, without = self.blocks[0][0], frozenset({0})
-        tree = self._tree(
-            [((n, None), chain, [self.made(step.part, 0, without) for step in chain]) for n, chain in enumerate(chains)]
+        tree = tree_of(
+            [
+                ((number, None), self._steps(chain), [self.made(step.part, 0, without) for step in chain])
+                for number, chain in enumerate(chains)
+            ]
         )
-        x = self.features[block.rows].to(self.device)
+        x, before = self.features[block.rows], self.logits[block.rows]
         begin = time.perf_counter()
-        for _, after in _bridged(tree, x, block):
-            self.score.logits(after.cpu())
+        scored_block(self.score, tree, x, before, block, self.device)
         return (time.perf_counter() - begin) / len(x)
 
     def criterion(
@@ -304,42 +283,3 @@ def _equal(one: Artifact | None, other: Artifact | None) -> bool:
         for name, tensors in one.files.items()
     )
     return one.config == other.config and files
-
-
-def _bridged(node: _Node, x: Tensor, block: Block) -> Iterator[tuple[Key, Tensor]]:
-    """Yield the features [n, D] of a block after each chain of a tree."""
-    for key in node.ending:
-        yield key, x
-    for variant, rest in node.following:
-        yield from _bridged(rest, block.bridged(variant, x), block)
-
-
-class _Found:
-    """Detections of several chains on the same pairs, block by block."""
-
-    def __init__(self, chains: int) -> None:
-        self._shared: list[tuple[Tensor, Tensor]] = []
-        self._own: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(chains)]
-
-    def add(self, detections: Detections, kept: Tensor, found: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Add some detections of a block, kept [M] bool, with scores [M] and labels [M] of each chain."""
-        self._shared.append((detections.classes[kept], detections.image[kept]))
-        for own, (scores, labels) in zip(self._own, found, strict=True):
-            own.append((scores[kept], labels[kept]))
-
-    def scored(self) -> list[Scored]:
-        """Those of each chain."""
-        classes, image = (torch.cat(column) for column in zip(*self._shared, strict=True))
-        return [
-            Scored(torch.cat(scores), classes, torch.cat(labels), image)
-            for scores, labels in (zip(*own, strict=True) for own in self._own)
-        ]
-
-
-def distinct(items: Iterable[T]) -> list[T]:
-    """Each item once, in order. They need not be hashable: values of settings may be lists."""
-    found: list[T] = []
-    for item in items:
-        if item not in found:
-            found.append(item)
-    return found

@@ -20,6 +20,7 @@ from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.bootstrap import REPLICATES
 from ezhoi_diffusion.evaluation.chain import own_settings
 from ezhoi_diffusion.evaluation.defaults import FOLDS, SEEDS
+from ezhoi_diffusion.evaluation.drawing import draw_images
 from ezhoi_diffusion.evaluation.folds import Folds, TuneError, seen_classes
 from ezhoi_diffusion.evaluation.remake import NOT_CANDIDATES, ONLY_NAMED, Recipes, RemakeError, grid_of, recipes_of
 from ezhoi_diffusion.evaluation.search import Choice, Lead, Space, choose, lead_of, search, variations
@@ -92,6 +93,7 @@ class Tuning:
         gain: Criterion, `seen` and `hidden` -> what choosing gains over `none` on images that took no part in it.
         chosen_by_fold: What each outer fold would have chosen.
         folds: The folds.
+        captured: Number of images in the capture, from which those in the folds were drawn.
         forced: Fingerprint checks that were forced.
     """
 
@@ -100,17 +102,29 @@ class Tuning:
     gain: dict[str, Lead]
     chosen_by_fold: list[str]
     folds: Folds
+    captured: int
     forced: list[str]
+
+    @property
+    def images(self) -> int:
+        """Number of images that took part in the choice."""
+        return sum(map(len, self.folds.images))
 
     def caveats(self) -> list[str]:
         """What these figures do not say."""
         other = "" if not self.folds.classes else " The folds of verbs are the same in choosing and in this estimate."
-        return [CAVEAT + other, *(f"FORCED: {message}" for message in self.forced)]
+        part = f"The choice was made on {self.images} of {self.captured} images, drawn at random."
+        return [
+            CAVEAT + other,
+            *([part] if self.images < self.captured else []),
+            *(f"FORCED: {message}" for message in self.forced),
+        ]
 
     def evidence(self) -> dict[str, Any]:
         """The evidence, as JSON."""
         return {
-            "images": sum(map(len, self.folds.images)),
+            "images": self.images,
+            "captured": self.captured,
             "folds": len(self.folds.images),
             "class_folds": len(self.folds.classes),
             "class_weight": self.folds.class_weight,
@@ -238,7 +252,9 @@ def tune(
     plugins: PluginManager,
     *,
     folds: int = FOLDS,
+    num_images: int | None = None,
     device: torch.device | str = "cpu",
+    jobs: int = 1,
     forced: Sequence[str] = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> Tuning:
@@ -257,7 +273,9 @@ def tune(
         candidates: What `candidates_of` returned.
         plugins: The plugin manager.
         folds: Number of folds.
+        num_images: Choose on so many images, drawn at random; by default on all.
         device: Where the bridges get their features.
+        jobs: Number of processes that apply bridges.
         forced: Messages of fingerprint checks that were forced.
         say: Gets a line about the cost before the work begins.
 
@@ -266,6 +284,9 @@ def tune(
         ScoreError: EZ-HOI's logits cannot be computed from the features.
         RemakeError: A bridge cannot be made without one of the folds.
     """
+    whole = store
+    if num_images is not None and num_images < len(whole.images):
+        store = whole.subset(draw_images(whole.images, num_images, 0))
     require_replayable(store, EzHoiScore.from_store(store))
     dealt = Folds.of_store(store, folds)
     trials = Trials(
@@ -276,6 +297,7 @@ def tune(
         replicates=SEARCH_REPLICATES,
         plugins=plugins,
         device=device,
+        jobs=jobs,
     )
     space = candidates.space
     most = sum(space.expected_trials())
@@ -306,7 +328,7 @@ def tune(
     for reason in sorted(left_out):
         say(f"no candidate everywhere: {reason}")
     gain = gain_of_choices(trials, [choice.chain for choice in choices])
-    return Tuning(choose(found), found, gain, [one.name for one in choices], dealt, list(forced))
+    return Tuning(choose(found), found, gain, [one.name for one in choices], dealt, len(whole.images), list(forced))
 
 
 def _cost(candidates: Candidates, trials: Trials, space: Space) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import pickle
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -82,6 +83,9 @@ class _PluginBridge(Bridge):
     def __init__(self, plugins: PluginManager, name: str) -> None:
         super().__init__()
         self._plugins, self._name = plugins, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise pickle.PicklingError(f"plugin '{self._name}' registers no bridge, and may keep what it sees")
 
     def forward(self, adapter_feat: Tensor, pairs: Pairs | None = None) -> Tensor:
         return self._plugins.fold("post_adapter_feat", adapter_feat, replacement_problem, only=self._name, pairs=pairs)

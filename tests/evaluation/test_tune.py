@@ -491,6 +491,23 @@ def test_what_cannot_be_made_again_is_refused(store, bridge, tmp_path):
 # the command
 
 
+def test_a_choice_on_some_images_says_so_and_is_made_from_all(larger, tmp_path):
+    plugins = plugins_with(part=Part)
+    candidates = candidates_of(larger, "known,part", plugins, check=lambda *_: None, sweep={})
+    found = tune(larger, candidates, plugins, folds=3, num_images=60)
+    assert (found.images, found.captured) == (60, 100)
+    assert "The choice was made on 60 of 100 images, drawn at random." in found.caveats()
+    assert found.evidence()["captured"] == 100
+    known = replace(found, choice=replace(found.choice, trial=found.trials["known"]))
+    write_choice(tmp_path / "choice", known, candidates, larger)
+    assert Artifact.load(tmp_path / "choice", "tuned").provenance["features"]["images"] == 100
+    every = tune(larger, candidates, plugins, folds=3, num_images=1000)
+    assert every.images == 100
+    assert not any("drawn at random" in line for line in every.caveats())
+    with pytest.raises(TuneError, match="too few for 3 folds"):
+        tune(larger, candidates, plugins, folds=3, num_images=2)
+
+
 def test_the_choice_is_a_bridge_of_its_own(stores, bridge, tmp_path, capsys):
     out = tmp_path / "choice"
     line = ["tune", str(stores / "train"), "--bridges", f"identity,mean_shift,diffusion={bridge}", "--folds", "3"]

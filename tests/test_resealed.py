@@ -30,7 +30,7 @@ from ezhoi_diffusion.evaluation.replay import replay
 from ezhoi_diffusion.evaluation.variants import Variant, load_bridge
 from ezhoi_diffusion.features.batch import FeatureBatch
 from ezhoi_diffusion.features.images import stored_images
-from ezhoi_diffusion.features.labels import labelled_pairs, seen_pairs
+from ezhoi_diffusion.features.labels import pair_labels, seen_pairs
 from ezhoi_diffusion.features.score import NEEDED, EzHoiScore
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.features.unlabelled import split_of
@@ -109,9 +109,16 @@ def keep(folder: Path, file: str) -> None:
 
 def read_store(folder: Path) -> Any:
     store = FeatureStore(folder)
-    learned, seen, score = labelled_pairs(store), seen_pairs(store, held_out=None), replay(store, {})
+    learned, seen, score = pair_labels(store), seen_pairs(store, held_out=None), replay(store, {})
     return (
-        [learned.visual, learned.target, learned.valid, learned.prior, seen.target, store.statistics().visual_mean],
+        [
+            store.adapter_feat(),
+            learned.target,
+            learned.valid,
+            learned.prior,
+            seen.target,
+            store.statistics().visual_mean,
+        ],
         score.to_dict()["variants"][0]["mean_ap"],
         store.split,
     )

@@ -24,6 +24,7 @@ from ezhoi_diffusion.bench.measure import BenchError, busy, machine
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, build_denoiser
 from ezhoi_diffusion.diffusion.recipes import DEFAULT_RECIPE
 from ezhoi_diffusion.features.store import INDEX, FeatureStore
+from ezhoi_diffusion.features.unlabelled import split_of
 from ezhoi_diffusion.plugins import PluginManager
 from ezhoi_diffusion.testing import hicodet_store
 from ezhoi_diffusion.testing.synthetic import NUM_IMAGES
@@ -83,16 +84,23 @@ COMMANDS = {
     "distill": Command("train {train} --student-of {bridge} --train-steps 200 --min-cosine 0 --out {out}"),
     "train gentle": _training("gentle"),
     "train guide": _training("guide"),
+    "train paired": _training("paired"),
     "train scored": Command(f"train {{train}} --recipe scored --train-steps {TRAIN_STEPS} --out {{out}}"),
 }
-FITS = ("procrustes", "softmax", "standardize", "interactive", "eszsl", "residual")
+FITS = (
+    "procrustes", "softmax", "standardize", "interactive", "compete", "eszsl", "gaussian_classes", "pseudo", "test_time_cache",
+    "residual",
+)  # fmt: skip
 
 
 def commands(plugins: PluginManager) -> dict[str, Command]:
     """What can be measured, by name. Fits of packages are there where these are installed."""
-    fits = [name for name in FITS if name in known_fits(plugins).names()]
-    of_fits = {f"fit {name}": Command(f"train {{train}} --bridge {name} --out {{out}}") for name in fits}
-    return COMMANDS | of_fits
+    known = known_fits(plugins)
+    splits = {name: split_of(known[name]) for name in FITS if name in known.names()}
+    return COMMANDS | {
+        f"fit {name}": Command(f"train {{{split}}} --bridge {name} --out {{out}}", split)
+        for name, split in splits.items()
+    }
 
 
 def measure_scale(

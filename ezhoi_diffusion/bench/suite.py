@@ -72,12 +72,13 @@ def measure(
             bridge, gaussian, closed_form = trained(data, config.train_steps, registry, device)
             origin = f"{bridge.config.denoiser}, trained on the texts for {config.train_steps} steps"
         cases = sampling.bridge_cases(bridge.to(device), config.evaluations, registry, gaussian)
+        visual = data.visual[torch.arange(len(data.visual))]
         ms: dict[str, list[dict[str, float | int]]] = {}
         for pairs in config.sizes:
             part(f"bridging {pairs} pairs")
-            ms[str(pairs)] = sampling.cost(cases, data.visual, pairs, seconds=config.seconds, rounds=config.rounds)
+            ms[str(pairs)] = sampling.cost(cases, visual, pairs, seconds=config.seconds, rounds=config.rounds)
         part("comparing few and all evaluations")
-        features = data.visual[: config.features]
+        features = visual[: config.features]
         near = sampling.nearness(cases, features, data.text)
         part("steps of training")
         rates = training.speed(

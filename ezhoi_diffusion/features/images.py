@@ -1,10 +1,12 @@
-"""The images of a feature store, one at a time."""
+"""The images of a feature store, one at a time, or those of a shard together."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from ezhoi_diffusion.features.batch import Pairs
@@ -53,3 +55,21 @@ def stored_images(store: FeatureStore, chosen: set[int] | None = None) -> Iterat
                     tensors["gt_boxes"][annotations], tensors["gt_hoi"][annotations].long(),
                 )  # fmt: skip
             position += 1
+
+
+def shard_pairs(entry: dict[str, Any], shard: dict[str, Tensor]) -> Pairs:
+    """All pairs of a shard, as if they were of one image.
+
+    Args:
+        entry: The shard in the index.
+        shard: Its tensors.
+    """
+    first_box = torch.tensor([0, *(image["boxes"] for image in entry["images"][:-1])]).cumsum(0)
+    pairing = shard["pairing"].long() + first_box[image_of(entry, "rows")].unsqueeze(1)
+    return Pairs(None, 0, shard["sizes"], shard["boxes"], shard["scores"], shard["classes"].long(), pairing.T)
+
+
+def image_of(entry: dict[str, Any], what: Literal["rows", "boxes", "annotations"]) -> Tensor:
+    """[n] int64, the position within a shard of the image of each of its pairs, boxes or annotations."""
+    counts = torch.tensor([image[what] for image in entry["images"]])
+    return torch.arange(len(counts)).repeat_interleave(counts)

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.features.images import image_of, shard_pairs
+from ezhoi_diffusion.features.rows import StoredRows
 from ezhoi_diffusion.features.score import EzHoiScore, interaction_classes, targets_of
 from ezhoi_diffusion.features.split import FRACTION, validation_mask
 from ezhoi_diffusion.features.store import FeatureStore
+
+PER_PAIR = ("target", "valid", "prior", "image")
 
 
 class LabelsError(EzhoiDiffusionError):
@@ -43,12 +47,27 @@ class SeenPairs:
         return len(self.target)
 
 
-@dataclass(frozen=True, eq=False)
-class LabelledPairs:
-    """N pairs with or without an annotation, and what may be learned from each (pair, target class), on the CPU.
+class SeenLabels(NamedTuple):
+    """M annotated (pair, target class), on the CPU, without features.
 
     Attributes:
-        visual: [N, D] float32, adapter_feat as captured.
+        pair: [M] int64, position of the pair in the store.
+        target: [M] int64, target class.
+        image: [M] int64, position of the image in the store.
+        class_text: [C, D] float32, the text of each target class.
+    """
+
+    pair: Tensor
+    target: Tensor
+    image: Tensor
+    class_text: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PairLabels:
+    """What may be learned from each (pair, target class) of N pairs with or without an annotation, on the CPU.
+
+    Attributes:
         target: [N, C] bool, whether the class is annotated. It is False where `valid` is.
         valid: [N, C] bool, whether the class counts: the pair can have it, and no hidden annotation may be meant.
         prior: [N] float32, the detector's scores of human and object, multiplied.
@@ -56,7 +75,6 @@ class LabelledPairs:
         class_weight: [C, D] float32, the vectors whose product with a feature is EZ-HOI's logit.
     """
 
-    visual: Tensor
     target: Tensor
     valid: Tensor
     prior: Tensor
@@ -64,20 +82,19 @@ class LabelledPairs:
     class_weight: Tensor
 
     def __len__(self) -> int:
-        return len(self.visual)
+        return len(self.target)
 
-    def __getitem__(self, indices: Tensor) -> LabelledPairs:
-        """The pairs at these positions, on their device."""
+    def __getitem__(self, indices: Tensor) -> PairLabels:
+        """The labels of the pairs at these positions, on their device."""
         return self._each(lambda x: x[indices])
 
-    def to(self, device: torch.device | str) -> LabelledPairs:
-        """The same pairs on a device."""
+    def to(self, device: torch.device | str) -> PairLabels:
+        """The same labels on a device."""
         return replace(self._each(lambda x: x.to(device)), class_weight=self.class_weight.to(device))
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> LabelledPairs:
+    def _each(self, change: Callable[[Tensor], Tensor]) -> PairLabels:
         """Change every tensor that has a row for each pair."""
-        rows = {name: change(getattr(self, name)) for name in ("visual", "target", "valid", "prior", "image")}
-        return replace(self, **rows)
+        return replace(self, **{name: change(getattr(self, name)) for name in PER_PAIR})
 
 
 def seen_pairs(store: FeatureStore, *, held_out: bool | None = False, fraction: float = FRACTION) -> SeenPairs:
@@ -97,43 +114,61 @@ def seen_pairs(store: FeatureStore, *, held_out: bool | None = False, fraction: 
         FeatureStoreError: The store was imported without labels.
         ScoreError: The store lacks a constant of EZ-HOI's score.
     """
+    found = seen_labels(store, held_out=held_out, fraction=fraction)
+    return SeenPairs(StoredRows(store)[found.pair], found.class_text[found.target], found.target, found.image)
+
+
+def seen_labels(store: FeatureStore, *, held_out: bool | None = False, fraction: float = FRACTION) -> SeenLabels:
+    """What `seen_pairs` collects, without the features. Takes and raises the same."""
     score = _require_labels(store)
     chosen = _chosen_images(store, held_out, fraction)
-    visual, targets, images = [], [], []
+    parts, begin = [], 0
     for _, shard, image, valid in _valid_labels(store, score):
         row, target = (shard["labels"] & valid & chosen[image].unsqueeze(1)).nonzero().unbind(1)
-        visual.append(shard["adapter_feat"][row])
-        targets.append(target)
-        images.append(image[row])
-    target = _joined(targets)
+        parts.append((begin + row, target, image[row]))
+        begin += len(image)
+    pair, target, image = (torch.cat(part) for part in zip(*parts, strict=True))
     _require_some(store, len(target))
-    class_text = score.of_texts(store.learnable_texts()).class_text
-    return SeenPairs(_joined(visual), class_text[target], target, _joined(images))
+    return SeenLabels(pair, target, image, score.of_texts(store.learnable_texts()).class_text)
 
 
-def labelled_pairs(store: FeatureStore) -> LabelledPairs:
-    """Collect all pairs, background included, with the labels that EZ-HOI's training loss uses.
+def pair_labels(store: FeatureStore) -> PairLabels:
+    """Collect the labels of all pairs. Raises what `labelled_shards` raises."""
+    found, begin = None, 0
+    for _, _, labels in labelled_shards(store):
+        if found is None:  # room for all at once, as in FeatureStore.rows
+            found = labels._each(lambda x: x.new_empty(len(store), *x.shape[1:]))
+        for name in PER_PAIR:
+            getattr(found, name)[begin : begin + len(labels)] = getattr(labels, name)
+        begin += len(labels)
+    assert found is not None
+    return found
+
+
+def labelled_shards(store: FeatureStore) -> Iterator[tuple[dict[str, Any], dict[str, Tensor], PairLabels]]:
+    """Yield each shard, background included, with the labels that EZ-HOI's training loss uses.
 
     The loss counts a target class of a pair where the object has such an interaction and the split does not hide it. As in
     `seen_pairs`, a verb does not count in an image that has an annotation of a hidden interaction with that verb.
 
+    Yields:
+        The shard's entry in the index, its tensors, and the labels of its pairs.
+
     Raises:
-        LabelsError: The store holds test images, or has no annotated pair of a seen class.
+        LabelsError: The store holds test images, or at the end, no pair of a seen class was annotated.
         FeatureStoreError: The store was imported without labels.
         ScoreError: The store lacks a constant of EZ-HOI's score.
     """
     score = _require_labels(store)
-    parts: dict[str, list[Tensor]] = {name: [] for name in ("visual", "target", "valid", "prior", "image")}
+    class_weight = score.of_texts(store.learnable_texts()).class_text * score.logit_scale / 2
+    count = 0
     for entry, shard, image, known in _valid_labels(store, score):
         prior = pair_priors(entry, shard)
         valid = known & (prior > 0).unsqueeze(1)
-        columns = (shard["adapter_feat"], shard["labels"] & valid, valid, prior, image)
-        for part, column in zip(parts.values(), columns, strict=True):
-            part.append(column)
-    found = {name: _joined(part) for name, part in parts.items()}
-    _require_some(store, int(found["target"].sum()))
-    class_text = score.of_texts(store.learnable_texts()).class_text
-    return LabelledPairs(**found, class_weight=class_text * score.logit_scale / 2)
+        target = shard["labels"] & valid
+        count += int(target.count_nonzero())
+        yield entry, shard, PairLabels(target, valid, prior, image, class_weight)
+    _require_some(store, count)
 
 
 def seen_targets(store: FeatureStore, score: EzHoiScore) -> Tensor:
@@ -168,17 +203,6 @@ def _require_some(store: FeatureStore, count: int) -> None:
         )
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    """The parts as one tensor; each is let go once it is copied, so that they are not in memory twice."""
-    found = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
-    end = len(found)
-    while parts:
-        part = parts.pop()
-        found[end - len(part) : end] = part
-        end -= len(part)
-    return found
-
-
 def _chosen_images(store: FeatureStore, held_out: bool | None, fraction: float) -> Tensor:
     """[I] bool. Raises LabelsError for too few images."""
     try:
@@ -195,20 +219,15 @@ def _valid_labels(
     unseen, seen = _unseen(store), seen_targets(store, score)
     target_of, begin = targets_of(store), 0
     for entry, shard in zip(store.index["shards"], store.shards(), strict=True):
-        positions = torch.arange(len(entry["images"]))
-        image, annotated_in = (
-            positions.repeat_interleave(torch.tensor([one[count] for one in entry["images"]]))
-            for count in ("rows", "annotations")
-        )
+        image, annotated_in = image_of(entry, "rows"), image_of(entry, "annotations")
         is_hidden = torch.isin(shard["gt_hoi"], unseen)
-        hidden = torch.zeros(len(positions), seen.shape[1], dtype=torch.bool)
+        hidden = torch.zeros(len(entry["images"]), seen.shape[1], dtype=torch.bool)
         hidden[annotated_in[is_hidden], target_of[shard["gt_hoi"][is_hidden].long()]] = True
         yield entry, shard, begin + image, seen[shard["objects"].long()] & ~hidden[image]
-        begin += len(positions)
+        begin += len(entry["images"])
 
 
 def pair_priors(entry: dict[str, Any], shard: dict[str, Tensor]) -> Tensor:
     """[n], the detector's scores of human and object, multiplied: the prior of EZ-HOI's training, whose exponent is 1."""
-    boxes, rows = (torch.tensor([one[count] for one in entry["images"]]) for count in ("boxes", "rows"))
-    first_box = (boxes.cumsum(0) - boxes).repeat_interleave(rows)
-    return shard["scores"][shard["pairing"].long() + first_box.unsqueeze(1)].prod(1)
+    pairs = shard_pairs(entry, shard)
+    return pairs.scores[pairs.pairing].prod(0)

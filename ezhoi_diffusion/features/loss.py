@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ezhoi_diffusion.features.labels import LabelledPairs
+from ezhoi_diffusion.features.labels import PairLabels
 
 ALPHA, GAMMA = 0.5, 0.2  # EZ-HOI's defaults, which all of its scripts use
 KEEP = 2.0  # the squared change of logits counts as much as this many annotations
@@ -37,7 +37,7 @@ def interaction_loss(logits: Tensor, prior: Tensor, target: Tensor, valid: Tenso
     return torch.where(valid, loss, 0.0).sum() / positives
 
 
-def bridge_loss(bridged: Tensor, pairs: LabelledPairs, positives: float, keep: float) -> Tensor:
+def bridge_loss(bridged: Tensor, visual: Tensor, labels: PairLabels, positives: float, keep: float) -> Tensor:
     """EZ-HOI's training loss of what bridged features score, plus `keep` times the squared change of all logits, per positive.
 
     The second term counts every class of every pair. Classes without a loss, such as those that the split hides, are held where
@@ -46,14 +46,15 @@ def bridge_loss(bridged: Tensor, pairs: LabelledPairs, positives: float, keep: f
 
     Args:
         bridged: [N, D], differentiable.
-        pairs: The N pairs before the bridge, on the same device.
+        visual: [N, D], the features before the bridge.
+        labels: Those of the N pairs, on the same device.
         positives: As in `interaction_loss`.
         keep: The weight of the change.
 
     Returns:
         [].
     """
-    logits = bridged @ pairs.class_weight.T
-    change = logits - pairs.visual @ pairs.class_weight.T
-    loss = interaction_loss(logits, pairs.prior, pairs.target, pairs.valid, positives)
+    logits = bridged @ labels.class_weight.T
+    change = logits - visual @ labels.class_weight.T
+    loss = interaction_loss(logits, labels.prior, labels.target, labels.valid, positives)
     return loss + keep * change.square().sum() / positives

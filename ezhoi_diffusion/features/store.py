@@ -94,6 +94,7 @@ class FeatureStore:
     """A finished store. Raises FeatureStoreError where it is missing, unfinished or damaged."""
 
     _is_to_learn_from = False
+    _whole: FeatureStore | None = None  # what a view is a part of
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
@@ -197,13 +198,28 @@ class FeatureStore:
 
     def shards(self) -> Iterator[dict[str, Tensor]]:
         """Yield the tensors of each shard in order. Raises FeatureStoreError where one was changed."""
-        for shard in self.index["shards"]:
-            path = self.folder / shard["file"]
-            tensors = read_tensors(path, shard, FeatureStoreError, AGAIN)
-            problem = shard_problem(tensors, shard["images"], self.ezhoi, imported=self.imported is not None)
-            if problem:
-                raise FeatureStoreError(f"{path}: {problem}; {AGAIN}")
-            yield tensors
+        for number in range(len(self.index["shards"])):
+            yield self.read_shard(number)
+
+    def read_shard(self, number: int) -> dict[str, Tensor]:
+        """Read the file of a shard of `root`, whole. Raises FeatureStoreError where it was changed."""
+        root = self.root
+        shard = root.index["shards"][number]
+        path = self.folder / shard["file"]
+        tensors = read_tensors(path, shard, FeatureStoreError, AGAIN)
+        problem = shard_problem(tensors, shard["images"], root.ezhoi, imported=root.imported is not None)
+        if problem:
+            raise FeatureStoreError(f"{path}: {problem}; {AGAIN}")
+        return tensors
+
+    @property
+    def root(self) -> FeatureStore:
+        """The store with the files: itself, unless it is a view."""
+        return self if self._whole is None else self._whole.root
+
+    def positions(self) -> Tensor:
+        """[N] int64, the position of each pair among all pairs of `root`."""
+        return torch.arange(len(self)) if self._whole is None else self._whole.positions()
 
     def adapter_feat(self) -> Tensor:
         """[N, D] float32, all pair features."""
@@ -283,7 +299,8 @@ class _Subset(FeatureStore):
     """What `subset` returns. It reads the shards of `whole`, and keeps the rows of its own images."""
 
     def __init__(self, whole: FeatureStore, images: set[int], hidden: Tensor) -> None:
-        self.folder, self._whole, self._is_to_learn_from = whole.folder, whole, whole._is_to_learn_from
+        self.folder, self._is_to_learn_from = whole.folder, whole._is_to_learn_from
+        self._whole: FeatureStore = whole
         self._masks: list[Tensor] = []  # [n] bool for each shard of `whole`: the images that stay
         shards, position, number = [], 0, 0
         for shard in whole.index["shards"]:
@@ -314,6 +331,9 @@ class _Subset(FeatureStore):
             of_image = {key: torch.tensor([image[key] for image in shard["images"]]) for key in counts}
             masks = {key: stays.repeat_interleave(count) for key, count in of_image.items()} | {"images": stays}
             yield {name: tensor[masks[COUNTED_BY.get(name, "rows")]] for name, tensor in tensors.items()}
+
+    def positions(self) -> Tensor:
+        return self._whole.positions()[torch.cat(self._masks)[self._whole.image_index()]]
 
 
 def read_ezhoi_tensors(folder: Path, facts: dict[str, Any], *, imported: bool) -> dict[str, Tensor]:

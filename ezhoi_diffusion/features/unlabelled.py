@@ -18,7 +18,8 @@ class Unlabelled(FeatureStore):
     """A view of a capture as if its images had never been annotated. Its shards lack `ANNOTATIONS`."""
 
     def __init__(self, whole: FeatureStore) -> None:
-        self.folder, self.meta, self.ezhoi, self._whole = whole.folder, whole.meta, whole.ezhoi, whole
+        self.folder, self.meta, self.ezhoi = whole.folder, whole.meta, whole.ezhoi
+        self._whole: FeatureStore = whole
         shards = [
             {**shard, "images": [{**image, "annotations": 0} for image in shard["images"]]}
             for shard in whole.index["shards"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ezhoi_diffusion.artifact import Artifact, ArtifactConfig
-from ezhoi_diffusion.features.labels import LabelledPairs, labelled_pairs
+from ezhoi_diffusion.features.labels import PairLabels, labelled_shards
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.schema import LARGEST, TensorSpec
 from ezhoi_diffusion.scoring.bridge import ScoreBridge, checked_number, load_artifact, score_files
@@ -73,20 +74,26 @@ def rivals(logits: Tensor, allowed: Tensor, exclusion: Tensor) -> Tensor:
     return torch.maximum(total, logits)  # e_vv = 1, so the sum is no less; it may underflow
 
 
-def exclusion_of(pairs: LabelledPairs) -> Tensor:
+def exclusion_of(blocks: Iterable[PairLabels]) -> Tensor:
     """e [C, C] in 0..1: 1 for verbs that exclude each other, 0 for verbs that come together as often as chance has it.
 
     e_vw = 1 − (n_vw + r) / (E_vw + 1), at least 0. Among annotated pairs in which both verbs count, n_vw have both, and E_vw =
     n_v·n_w / n would have both by chance. r = Σ n / Σ E stands for what is not known: verbs that were hardly compared, hidden
     ones among them, exclude each other as verbs of these labels do on the whole.
     """
-    annotated = pairs.target.any(1)
-    target, valid = (part[annotated].double() for part in (pairs.target, pairs.valid))
-    both, own, number = target.T @ target, target.T @ valid, valid.T @ valid
+    both, own, number = reduce(torch.add, map(_counts, blocks))
     expected = own * own.T / number.clamp_min(1)
     others = ~torch.eye(len(both), dtype=torch.bool)
     overall = both[others].sum() / expected[others].sum().clamp_min(1e-6)
-    return (1 - (both + overall) / (expected + 1)).clamp(0, 1).fill_diagonal_(1)
+    exclusion: Tensor = (1 - (both + overall) / (expected + 1)).clamp(0, 1).fill_diagonal_(1)
+    return exclusion
+
+
+def _counts(labels: PairLabels) -> Tensor:
+    """[3, C, C]: n_vw, n_v and n among pairs in which v and w count."""
+    annotated = labels.target.any(1)
+    target, valid = (part[annotated].double() for part in (labels.target, labels.valid))
+    return torch.stack([target.T @ target, target.T @ valid, valid.T @ valid])
 
 
 def load(folder: Path | None) -> Compete:
@@ -102,5 +109,5 @@ def fit(features: FeatureStore, alpha: float = 0.5) -> Artifact:
         alpha: Weight of the competition.
     """
     alpha = checked_number(NAME, {}, "alpha", alpha)
-    tensors = {"exclusion": exclusion_of(labelled_pairs(features))}
+    tensors = {"exclusion": exclusion_of(labels for _, _, labels in labelled_shards(features))}
     return Artifact(NAME, {"alpha": alpha}, {**score_files(features), TENSORS: tensors})

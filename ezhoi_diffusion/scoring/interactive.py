@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ezhoi_diffusion.artifact import Artifact
-from ezhoi_diffusion.features.images import stored_images
-from ezhoi_diffusion.features.labels import labelled_pairs, seen_targets
+from ezhoi_diffusion.features.images import image_of, shard_pairs
+from ezhoi_diffusion.features.labels import labelled_shards, seen_targets
 from ezhoi_diffusion.features.score import EzHoiScore
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.schema import TensorSpec
@@ -72,18 +72,21 @@ def fit(features: FeatureStore, weight: float = 1.0) -> Artifact:
     from sklearn.linear_model import LogisticRegression
 
     weight = checked_number(NAME, {}, "weight", weight)
-    score, pairs = EzHoiScore.from_store(features).of_texts(features.learnable_texts()), labelled_pairs(features)
+    score = EzHoiScore.from_store(features).of_texts(features.learnable_texts())
     unseen = features.ezhoi.get("classes/unseen", torch.zeros(0, dtype=torch.long))
     seen = seen_targets(features, score)
-    geometry, seen_share = [], []
-    for image in stored_images(features):
-        logits, objects = image.adapter_feat.double() @ score.matrix.T, image.pairs.objects
+    geometry, are_annotated, seen_share = [], [], []
+    for entry, shard, labels in labelled_shards(features):
+        pairs = shard_pairs(entry, shard)
+        logits, objects = shard["adapter_feat"].double() @ score.matrix.T, pairs.objects
         softmax = logits.masked_fill(~score.object_to_target[objects], float("-inf")).softmax(1).nan_to_num()
-        geometry.append(pair_geometry(image.pairs))
-        used = not torch.isin(image.gt_hoi, unseen).all()
+        used = torch.zeros(len(entry["images"]), dtype=torch.bool)
+        used[image_of(entry, "annotations")[~torch.isin(shard["gt_hoi"], unseen)]] = True
+        geometry.append(pair_geometry(pairs))
+        are_annotated.append(labels.target.any(1))
         # 0 where the object has no verb: such a pair is not scored
-        seen_share.append(used * (softmax * seen[objects]).sum(1))
-    x, annotated = torch.cat(geometry), pairs.target.any(1)
+        seen_share.append(used[image_of(entry, "rows")] * (softmax * seen[objects]).sum(1))
+    x, annotated = torch.cat(geometry), torch.cat(are_annotated)
     mean, spread = x.mean(0), x.std(0).clamp_min(1e-6)
     counts = torch.where(annotated, 1.0, torch.cat(seen_share))
     model = LogisticRegression(max_iter=1000)

@@ -6,6 +6,8 @@ Both learn a linear map from features to classes by way of the texts, without an
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +17,13 @@ from torch.nn.functional import normalize
 
 from ezhoi_diffusion.artifact import Artifact
 from ezhoi_diffusion.bridge import BridgeError
-from ezhoi_diffusion.features.labels import LabelledPairs, labelled_pairs
+from ezhoi_diffusion.features.labels import labelled_shards
 from ezhoi_diffusion.features.score import EzHoiScore
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.rng import generator
 from ezhoi_diffusion.schema import TensorSpec
 from ezhoi_diffusion.scoring.bridge import WeightConfig, WeightedBridge, checked_number, load_artifact, score_files
+from ezhoi_diffusion.scoring.moments import LabelMoments
 
 if TYPE_CHECKING:
     from ezhoi_diffusion.features.batch import Pairs
@@ -56,43 +59,40 @@ class LinearScore(WeightedBridge):
         return logits + self.weight * (x - self.centre) @ self.map
 
 
-def eszsl_map(pairs: LabelledPairs, texts: Tensor) -> tuple[Tensor, Tensor]:
+def eszsl_map(moments: LabelMoments, texts: Tensor) -> tuple[Tensor, Tensor]:
     """Centre [D] and map [D, C] of Romera-Paredes & Torr, "An embarrassingly simple approach to zero-shot learning", ICML 2015.
 
     V = (XᵀX + γI)⁻¹ XᵀY S (SᵀS + λI)⁻¹ and M = V Sᵀ, for centred features X [N, D], labels Y [N, C'], and texts S [C', D] of
     the seen classes. A label has mean 0 and variance 1 over the pairs that know it, and is 0 for the others.
 
     Args:
-        pairs: Labels of N pairs.
+        moments: Those of N pairs.
         texts: [C, D] float64, of all classes.
     """
-    seen = pairs.target.any(0)
-    valid, label = (part[:, seen].double() for part in (pairs.valid, pairs.target))
-    share = label.sum(0) / valid.sum(0)
-    label = (label - share) * valid / (share * (1 - share)).clamp_min(1e-6).sqrt()
-    x = pairs.visual.double()
-    centre = x.mean(0)
-    half = torch.linalg.solve(penalized((x - centre).T @ (x - centre)), (x - centre).T @ label @ texts[seen])
-    return centre, torch.linalg.solve(penalized(texts[seen].T @ texts[seen]), half.T).T @ texts.T
+    everything, seen = moments.background + moments.annotated, moments.positives > 0
+    share = moments.positives[seen] / moments.known[seen]
+    spread = (share * (1 - share)).clamp_min(1e-6).sqrt()
+    # XᵀY; features need not be centred for it, as each label has the sum 0
+    product = (moments.of_positives[seen].T - share * moments.of_known[seen].T) / spread
+    half = torch.linalg.solve(penalized(everything.products), product @ texts[seen])
+    return everything.mean, torch.linalg.solve(penalized(texts[seen].T @ texts[seen]), half.T).T @ texts.T
 
 
-def gaussian_map(pairs: LabelledPairs, texts: Tensor) -> tuple[Tensor, Tensor]:
+def gaussian_map(moments: LabelMoments, texts: Tensor) -> tuple[Tensor, Tensor]:
     """Centre [D] and map [D, C]: log-odds of each class against background, for Gaussians with a shared covariance Σ.
 
     M = Σ⁻¹(μ − μ_background) as in linear discriminant analysis (Hastie et al., "The elements of statistical learning", 4.3). The
     mean of a class without labels is predicted from its text, by ridge regression over the classes with labels.
 
     Args:
-        pairs: Labels of N pairs.
+        moments: Those of N pairs.
         texts: [C, D] float64, of all classes.
     """
-    x, label = pairs.visual.double(), pairs.target.double()
-    background = x[~pairs.target.any(1)]
-    centre, count = background.mean(0), label.sum(0)
-    mean = label.T @ x / count.clamp_min(1).unsqueeze(1)
-    row, target = pairs.target.nonzero().unbind(1)
-    within = torch.cat([background - centre, x[row] - mean[target]])
-    covariance = shrunk(within.T @ within / len(within))
+    background, labelled, count = moments.background, moments.labelled, moments.positives
+    mean = moments.of_positives / count.clamp_min(1).unsqueeze(1)
+    between = (mean - labelled.mean) * count.sqrt().unsqueeze(1)
+    within = background.products + labelled.products - between.T @ between
+    covariance = shrunk(within / (background.count + labelled.count))
 
     share = (count / count.sum()).unsqueeze(1)
     middle_text, middle = (share * texts).sum(0), (share * mean).sum(0)
@@ -100,7 +100,7 @@ def gaussian_map(pairs: LabelledPairs, texts: Tensor) -> tuple[Tensor, Tensor]:
     moment = from_text.T @ (share * from_text)
     predicted = middle + from_text @ torch.linalg.solve(penalized(moment), from_text.T @ (share * (mean - middle)))
     mean = torch.where(count.unsqueeze(1) > 0, mean, predicted)
-    return centre, torch.linalg.solve(covariance, (mean - centre).T)
+    return background.mean, torch.linalg.solve(covariance, (mean - background.mean).T)
 
 
 def shrunk(covariance: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ def fit_gaussian_classes(features: FeatureStore, weight: float = 0.1, permute_te
 
 def _fit(
     name: str,
-    closed_form: Callable[[LabelledPairs, Tensor], tuple[Tensor, Tensor]],
+    closed_form: Callable[[LabelMoments, Tensor], tuple[Tensor, Tensor]],
     features: FeatureStore,
     weight: float,
     permute_texts: bool,
@@ -147,13 +147,15 @@ def _fit(
         raise BridgeError(f"{name}: permute_texts is true or false, not {permute_texts!r:.60}")
     config = {"weight": checked_number(name, {}, "weight", weight), "permute_texts": permute_texts}
     features.require_all_texts(f"{name} is fitted with")
-    score, pairs, files = EzHoiScore.from_store(features), labelled_pairs(features), score_files(features)
+    score, files = EzHoiScore.from_store(features), score_files(features)
     texts = normalize(score.matrix - score.matrix.mean(0))
     if permute_texts:
         texts = texts[torch.randperm(len(texts), generator=generator(0, "permuted texts"))]
-    centre, linear = closed_form(pairs, texts)
-    x = pairs.visual.double()
-    unit = (x @ score.matrix.T).std() / ((x - centre) @ linear).std().clamp_min(1e-12)
+    parts = (LabelMoments.of(shard["adapter_feat"], labels) for _, shard, labels in labelled_shards(features))
+    moments = reduce(add, parts)
+    centre, linear = closed_form(moments, texts)
+    everything = moments.background + moments.annotated
+    unit = everything.std_of(score.matrix.T) / everything.std_of(linear, centre).clamp_min(1e-12)
     return Artifact(name, config, {**files, TENSORS: {"centre": centre, "map": unit * linear}})
 
 

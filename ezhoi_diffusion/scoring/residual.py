@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ezhoi_diffusion.artifact import Artifact, ArtifactConfig
 from ezhoi_diffusion.bridge import Bridge, BridgeError
 from ezhoi_diffusion.features.batch import Pairs
-from ezhoi_diffusion.features.labels import LabelledPairs, labelled_pairs
+from ezhoi_diffusion.features.labels import PairLabels, pair_labels
 from ezhoi_diffusion.features.loss import KEEP, bridge_loss
+from ezhoi_diffusion.features.rows import StoredRows
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.rng import generator
 from ezhoi_diffusion.schema import Share, TensorSpec
@@ -36,6 +38,7 @@ TABLE = {
 WIDTH = 128
 MAX_WIDTH = 4096
 BATCH_SIZE = 512
+BLOCK = 4096  # features that are read together
 # The first step's learning rate is this divided by D; it falls to 0. A neuron sums over D inputs, so a step moves the sum by the
 # same amount whatever D is (Yang et al. 2021, "Tensor programs V").
 LEARNING_RATE = 0.5
@@ -133,29 +136,31 @@ def fit(features: FeatureStore, blend: float = 1.0, keep: float = KEEP, epochs: 
         )
     if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 <= keep < math.inf:
         raise BridgeError(f"{NAME}: keep is a number of at least 0, not {keep!r}")
-    pairs = labelled_pairs(features)
+    visual, labels = StoredRows(features), pair_labels(features)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed other devices too
-        bridge = Residual(pairs.visual.shape[1], blend=blend)
-        train(bridge, pairs, keep, epochs, seed)
-    provenance = {"fingerprint": features.fingerprint, "pairs": len(pairs)}
+        bridge = Residual(visual.shape[1], blend=blend)
+        train(bridge, visual, labels, keep, epochs, seed)
+    provenance = {"fingerprint": features.fingerprint, "pairs": len(labels)}
     config = {"blend": bridge.blend, "keep": keep, "epochs": epochs, "seed": seed}
     return Artifact(NAME, config, {TENSORS: bridge.state_dict()}, provenance)
 
 
-def train(bridge: Residual, pairs: LabelledPairs, keep: float, epochs: int, seed: int) -> None:
-    """Train the network of `bridge` on the pairs."""
-    bridge.mean.copy_(pairs.visual.mean(0))
-    bridge.scale.copy_((pairs.visual - bridge.mean).square().mean().sqrt().clamp_min(1e-12))
-    positives = int(pairs.target.sum())
-    steps = min(MAX_STEPS, epochs * math.ceil(len(pairs) / BATCH_SIZE))
-    optimizer = torch.optim.Adam(bridge.parameters(), lr=LEARNING_RATE / pairs.visual.shape[1], fused=True)
+def train(bridge: Residual, visual: StoredRows, labels: PairLabels, keep: float, epochs: int, seed: int) -> None:
+    """Train the network of `bridge` on features [N, D] and their labels."""
+    count, dim = visual.shape
+    mean = sum((block.double().sum(0) for block in visual.split(BLOCK)), torch.zeros(dim, dtype=torch.float64)) / count
+    bridge.mean.copy_(mean)
+    squares = sum(float((block.double() - mean).square().sum()) for block in visual.split(BLOCK))
+    bridge.scale.fill_(max(1e-12, math.sqrt(squares / (count * dim))))
+    positives = int(labels.target.count_nonzero())
+    steps = min(MAX_STEPS, epochs * math.ceil(count / BATCH_SIZE))
+    optimizer = torch.optim.Adam(bridge.parameters(), lr=LEARNING_RATE / dim, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
-    for rows in itertools.islice(_batches(len(pairs), epochs, seed), steps):
-        batch = pairs[rows]
-        loss = bridge_loss(
-            batch.visual + bridge.change(batch.visual), batch, positives * len(rows) / len(pairs), keep / positives
-        )
+    batches = itertools.islice(_batches(count, epochs, seed), steps)
+    for rows in tqdm(batches, f"training {NAME}", steps, unit="step", delay=2, leave=False, disable=None):
+        x, share = visual[rows], len(rows) / count
+        loss = bridge_loss(x + bridge.change(x), x, labels[rows], positives * share, keep / positives)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +13,14 @@ from torch.nn.functional import normalize
 from ezhoi_diffusion.artifact import Artifact
 from ezhoi_diffusion.bridge import BridgeError
 from ezhoi_diffusion.features.labels import pair_priors
+from ezhoi_diffusion.features.rows import StoredRows
 from ezhoi_diffusion.features.score import EzHoiScore
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.features.unlabelled import learns_from_test_images
 from ezhoi_diffusion.schema import TensorSpec
 from ezhoi_diffusion.scoring.bridge import WeightedBridge, checked_number, load_artifact, score_files
+from ezhoi_diffusion.scoring.moments import Scatter, std_of
+from ezhoi_diffusion.scoring.surest import Surest
 
 if TYPE_CHECKING:
     from ezhoi_diffusion.features.batch import Pairs
@@ -29,7 +33,6 @@ TABLE = {
     "unit": TensorSpec(torch.float64, "", 0),
 }
 COUNT = 8
-BLOCK = 4096  # pairs
 SHARPNESS = 5.5  # β of Zhang et al.
 
 
@@ -72,14 +75,6 @@ def similarity(x: Tensor, cached: Tensor) -> Tensor:
     return mean
 
 
-def surest(x: Tensor, confidence: Tensor, count: int) -> Tensor:
-    """[C, K, D], directions of the `count` features x [N, D] with the highest confidence [N, C] above 0 of each class."""
-    count = min(count, len(x))
-    order = confidence.argsort(dim=0, descending=True, stable=True)[:count].T  # [C, K]
-    is_possible = confidence.gather(0, order.T).T > 0
-    return normalize(x)[order] * is_possible.unsqueeze(2)
-
-
 def load(folder: Path | None) -> TestTimeCache:
     """Load the bridge in `folder`. Raises BridgeError."""
     return TestTimeCache(load_artifact(folder, NAME, {TENSORS: TABLE}))
@@ -103,15 +98,32 @@ def fit(features: FeatureStore, weight: float = 0.1, count: int = COUNT) -> Arti
     weight = checked_number(NAME, {}, "weight", weight)
     if type(count) is not int or count < 1:
         raise BridgeError(f"{NAME}: count is a whole number from 1, not {count!r:.60}")
-    score, parts = EzHoiScore.from_store(features), []
-    for entry, shard in zip(features.index["shards"], features.shards(), strict=True):
-        parts.append((shard["adapter_feat"].double(), shard["objects"].long(), pair_priors(entry, shard)))
-    x, objects, prior = (torch.cat(part) for part in zip(*parts, strict=True))
-    possible, logits = score.object_to_target[objects], x @ score.matrix.T
-    mean = x.mean(0)
-    cached = surest(x - mean, logits.sigmoid() * prior.unsqueeze(1) * possible, count)
-    # in blocks, because kernels of all pairs, classes and examples take gigabytes
-    similar = torch.cat([similarity(block, cached) for block in (x - mean).split(BLOCK)])[possible]
-    unit = logits.std() / similar.std().clamp_min(1e-12) if len(similar) > 1 else torch.zeros(())
+    score = EzHoiScore.from_store(features)
+    total, spread, seen = torch.zeros(features.text.shape[1], dtype=torch.float64), Scatter.of(torch.zeros(0, 1)), 0
+    surest = Surest.none(len(score.matrix))
+    for x, possible, prior in _blocks(features, score):
+        logits = x @ score.matrix.T
+        total, spread = total + x.sum(0), spread + Scatter.of(logits.reshape(-1, 1))
+        confidence = logits.sigmoid() * prior.unsqueeze(1) * possible
+        surest, seen = surest.among(seen + torch.arange(len(x)), confidence, count), seen + len(x)
+    mean = total / seen
+    cached = examples(surest, StoredRows(features), mean)
+    similar = std_of(similarity(x - mean, cached)[possible] for x, possible, _ in _blocks(features, score))
+    unit = spread.std / similar if similar > 0 else torch.zeros(())
     tensors = {"mean": mean, "cached": cached, "unit": unit.double()}
     return Artifact(NAME, {"weight": weight, "count": count}, {**score_files(features), TENSORS: tensors})
+
+
+def _blocks(features: FeatureStore, score: EzHoiScore) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield features [n, D] float64, the classes that the pairs may have [n, C], and their priors [n]."""
+    for entry, shard in zip(features.index["shards"], features.shards(), strict=True):
+        possible = score.object_to_target[shard["objects"].long()]
+        yield shard["adapter_feat"].double(), possible, pair_priors(entry, shard)
+
+
+def examples(surest: Surest, features: Tensor | StoredRows, mean: Tensor) -> Tensor:
+    """[C, K, D] float64, directions from the mean [D] of the surest features of each class; 0 for those of confidence 0."""
+    classes_first = surest.rows.T
+    directions = normalize(features[classes_first.flatten()].double() - mean)
+    found: Tensor = directions.unflatten(0, classes_first.shape) * (surest.confidence.T > 0).unsqueeze(2)
+    return found

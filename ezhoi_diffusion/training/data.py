@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,21 +14,23 @@ from torch import Tensor
 
 from ezhoi_diffusion.diffusion.normalization import normalize, rescale
 from ezhoi_diffusion.diffusion.recipes import Source
-from ezhoi_diffusion.features.labels import LabelledPairs, labelled_pairs, seen_pairs
+from ezhoi_diffusion.features.labels import PairLabels, pair_labels, seen_labels
+from ezhoi_diffusion.features.rows import RepeatedRows, Rows, StoredRows
 from ezhoi_diffusion.features.split import validation_mask
 from ezhoi_diffusion.features.statistics import ModalityStatistics
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.training.config import TrainConfig, TrainingError
 
 BLOCK = 65536
+PART = 4096  # features that are read together: 8 MB at D = 512
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingData:
     """Captured features as they are, not normalised, on the CPU."""
 
-    visual: Tensor
-    """[N, D]. It may be mapped from disk: only a batch of it is in memory at a time."""
+    visual: Rows
+    """[N, D]. Those of a store stay on disk, and only a batch of them is in memory at a time."""
     image: Tensor
     """[N] int64, the image of each visual feature."""
     text: Tensor
@@ -37,10 +40,10 @@ class TrainingData:
     """JSON; it goes into the artefact."""
     context: Mapping[str, Tensor] = field(default_factory=dict)
     """EZ-HOI's context vectors; they go into the artefact."""
-    own_text: Tensor | None = None
+    own_text: Rows | None = None
     """[N, D], the text of each visual feature's own class, for training on pairs."""
-    labelled: LabelledPairs | None = None
-    """`visual` and `image` with their labels, for training on the score."""
+    labelled: PairLabels | None = None
+    """The labels of each visual feature, for training on the score."""
     images: int | None = None
     """Number of captured images, with those that have no pair."""
 
@@ -54,15 +57,17 @@ class TrainingData:
         store.require_training_images("a bridge is trained on")
         store = store.to_learn_from()
         provenance = {"fingerprint": store.fingerprint, "features": {"rows": len(store), "images": len(store.images)}}
-        visual, image, own_text, labelled = store.text[:0], torch.zeros(0, dtype=torch.long), None, None
+        visual: Rows = store.text[:0]
+        image, own_text, labelled = torch.zeros(0, dtype=torch.long), None, None
         if trained_on == "visual":
-            visual, image = store.adapter_feat(), store.image_index()
+            visual, image = StoredRows(store), store.image_index()
         elif trained_on == "pairs":
-            pairs = seen_pairs(store, held_out=None)
-            visual, image, own_text = pairs.visual, pairs.image, pairs.text
+            found = seen_labels(store, held_out=None)
+            visual, image = StoredRows(store, found.pair), found.image
+            own_text = RepeatedRows(found.class_text, found.target)
         elif trained_on == "score":
-            labelled = labelled_pairs(store)
-            visual, image = labelled.visual, labelled.image
+            labelled = pair_labels(store)
+            visual, image = StoredRows(store), labelled.image
         return cls(
             visual,
             image,
@@ -80,7 +85,7 @@ class TrainingData:
 class TrainingSet:
     """The features that a network learns to return, their mean, and their split."""
 
-    source: Tensor
+    source: Rows
     mean: Tensor
     scale_factor: float
     training: Tensor
@@ -89,12 +94,12 @@ class TrainingSet:
     """Indices of the held-out part."""
     fingerprint: str
     """SHA-256 of the features, the means and the labels."""
-    endpoint: tuple[Tensor, Tensor] | None = None
+    endpoint: tuple[Rows, Tensor] | None = None
     """Replaces Gaussian noise at the last timestep: for pairs, visual features [N, D] and their mean [D]."""
     noise_scale: float = 0.0
     """Norm of the Gaussian noise added to the endpoint, as a share of the endpoint's norm. With labels: share of the noise."""
-    labelled: LabelledPairs | None = None
-    """`source` with its labels, for training on the score."""
+    labelled: PairLabels | None = None
+    """The labels of `source`, for training on the score."""
     num_timesteps: int = 1000
     """Timesteps from this one on are not learned."""
 
@@ -107,6 +112,7 @@ class TrainingSet:
         """
         recipe, statistics = config.recipe, data.statistics
         endpoint, labelled = None, None
+        source: Rows
         if recipe.trained_on == "text":
             source, mean, what = data.text, statistics.text_mean, "text features"
             groups, count, seed = torch.arange(len(data.text)), len(data.text), config.seed
@@ -126,20 +132,20 @@ class TrainingSet:
                 labelled = data.labelled
                 if labelled is None:
                     raise TrainingError(f"recipe {recipe.name!r} learns from labels, and the data hold none")
-        if source.ndim != 2 or source.shape[1] != statistics.dim or groups.shape != source.shape[:1]:
+        if len(source.shape) != 2 or source.shape[1] != statistics.dim or groups.shape != source.shape[:1]:
             raise TrainingError(
                 f"{recipe.trained_on} features must be [N, {statistics.dim}] with one group each, "
                 f"not {list(source.shape)} with {list(groups.shape)}"
             )
         digest = hashlib.sha256()
         for part in (source, *(endpoint or ())):
-            for block in (*part.split(BLOCK), mean):
+            for block in chain(part.split(PART), [mean]):
                 if not torch.isfinite(block).all():
                     raise TrainingError(f"{recipe.trained_on} features hold NaN or infinity: capture them again")
-                digest.update(block.contiguous().numpy().tobytes())
+                digest.update(block.contiguous().numpy().data)
         if labelled is not None:
             for labels in (labelled.target, labelled.valid, labelled.prior, labelled.class_weight):
-                digest.update(labels.contiguous().numpy().tobytes())
+                digest.update(labels.contiguous().numpy().data)
         try:
             held_out = validation_mask(count, config.val_fraction, seed)[groups]
         except ValueError as error:
@@ -182,12 +188,12 @@ class TrainingSet:
     def positives(self) -> int:
         """How many annotations `training` has, at least 1. Needs labels."""
         assert self.labelled is not None
-        return max(1, int(self.labelled.target[self.training].sum()))
+        return max(1, int(self.labelled.target[self.training].count_nonzero()))
 
     def resident(self, device: torch.device) -> Tensor | None:
         """Return all normalised features [N, D] on the device, or None where batches are taken one by one.
 
-        Those are pairs, features with labels, and many features on a CPU: they may be mapped from disk and larger than its memory.
+        Those are pairs, features with labels, and many features on a CPU: they may be on disk and larger than its memory.
         """
         if self.paired or self.labelled is not None or (device.type == "cpu" and len(self.source) > BLOCK):
             return None

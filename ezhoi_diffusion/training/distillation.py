@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ezhoi_diffusion.defaults import torch_defaults
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge, build_denoiser
 from ezhoi_diffusion.diffusion.normalization import normalize, rescale
-from ezhoi_diffusion.features.rows import StoredRows
+from ezhoi_diffusion.features.rows import Rows
 from ezhoi_diffusion.rng import generator
 from ezhoi_diffusion.training.config import TrainingError
 from ezhoi_diffusion.training.fidelity import Fidelity, fidelity
@@ -31,8 +31,8 @@ BLOCK = 256
 @torch.enable_grad()
 def distill(
     teacher: DiffusionBridge,
-    training: Tensor | StoredRows,
-    held_out: Tensor | StoredRows,
+    training: Rows,
+    held_out: Rows,
     text: Tensor,
     *,
     train_steps: int = 2000,
@@ -121,7 +121,7 @@ def distill(
     return bridge.to("cpu"), reached
 
 
-def _inputs(teacher: DiffusionBridge, features: Tensor | StoredRows, rng: torch.Generator) -> Tensor:
+def _inputs(teacher: DiffusionBridge, features: Rows, rng: torch.Generator) -> Tensor:
     """Return inputs of the network [NUM_FEATURES, D]: features, and mixtures of two where there are too few."""
     scale_factor = teacher.config.recipe.scale_factor
     chosen = features[torch.randperm(len(features), generator=rng)[:NUM_FEATURES]].float()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from ezhoi_diffusion.artifact import CONTEXT, Artifact
 from ezhoi_diffusion.defaults import torch_defaults
@@ -18,6 +20,7 @@ from ezhoi_diffusion.plugins import PluginManager
 from ezhoi_diffusion.registry import Registry
 
 Fit = Callable[..., Artifact]
+SHOWN_AFTER = 2.0  # seconds
 
 
 def known_fits(plugins: PluginManager) -> Registry[Fit]:
@@ -56,8 +59,21 @@ def fit_artifact(name: str, fit: Fit, store: FeatureStore, options: Mapping[str,
     # the tables of EZ-HOI's score are the store's own, and score what is fitted
     unwritten = read_only(f"fit '{name}'", ezhoi=store.ezhoi)
     with unwritten, torch_defaults(), torch.enable_grad(), attributed_to(f"fit '{name}'", EzhoiDiffusionError):
-        artifact = fit(learnable, **options)
+        artifact = fit(_Watched(learnable, name), **options)
     return with_origin(artifact, store, name, options)
+
+
+class _Watched(FeatureStore):
+    """A view of features for a fit. A pass over them that takes longer than `SHOWN_AFTER` shows how far it is."""
+
+    def __init__(self, whole: FeatureStore, name: str) -> None:
+        vars(self).update(vars(whole))
+        self._whole: FeatureStore = whole
+        self._name = name
+
+    def shards(self) -> Iterator[dict[str, Tensor]]:
+        shards, total = self._whole.shards(), len(self.index["shards"])
+        yield from tqdm(shards, f"fit {self._name}", total, unit="shard", delay=SHOWN_AFTER, leave=False, disable=None)
 
 
 def learnable_features(name: str, fit: Fit, store: FeatureStore) -> FeatureStore:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ezhoi_diffusion.diffusion.normalization import normalize, rescale, shift
 from ezhoi_diffusion.diffusion.recipes import Objective
 from ezhoi_diffusion.diffusion.schedule import Schedule
-from ezhoi_diffusion.features.labels import LabelledPairs
+from ezhoi_diffusion.features.labels import PairLabels
 from ezhoi_diffusion.features.loss import KEEP, bridge_loss
 from ezhoi_diffusion.training.batches import batch_indices, timesteps_and_noise
 from ezhoi_diffusion.training.config import TrainConfig
@@ -55,7 +55,13 @@ def denoising_loss(
 
 
 def scored_loss(
-    predict: Predict, pairs: LabelledPairs, t: Tensor, noise: Tensor, schedule: Schedule, features: TrainingSet
+    predict: Predict,
+    visual: Tensor,
+    labels: PairLabels,
+    t: Tensor,
+    noise: Tensor,
+    schedule: Schedule,
+    features: TrainingSet,
 ) -> Tensor:
     """Return `bridge_loss` of the features that the denoiser's estimates stand for, in output "free_norm".
 
@@ -63,20 +69,21 @@ def scored_loss(
 
     Args:
         predict: The denoiser, of objective pred_x0.
-        pairs: N pairs on the network's device.
+        visual: Features of N pairs [N, D], on the network's device.
+        labels: Their labels, on the same device.
         t: Timesteps [N] on the CPU.
         noise: What the centred features are mixed with [N, D], on the network's device.
         schedule: The noise schedule.
         features: The training set of the pairs.
     """
     mean = features.mean.to(noise)
-    z, _ = normalize(pairs.visual, mean, features.scale_factor)
+    z, _ = normalize(visual, mean, features.scale_factor)
     x = rescale(schedule.q_sample(z, t, noise), features.scale_factor)
     estimate = predict(x, t.to(z.device, non_blocking=True)).float()
     with torch.autocast(z.device.type, enabled=False):  # logits and their logarithms in float32
-        bridged = shift(pairs.visual, mean, z, estimate)
-        expected = features.positives * len(pairs) / len(features.training)
-        return bridge_loss(bridged, pairs, expected, KEEP / features.positives)
+        bridged = shift(visual, mean, z, estimate)
+        expected = features.positives * len(labels) / len(features.training)
+        return bridge_loss(bridged, visual, labels, expected, KEEP / features.positives)
 
 
 def batch_loss(
@@ -107,9 +114,9 @@ def batch_loss(
     chosen = features.training[indices[own]]
     noise = _to_device(features.noise(chosen, noise[own]), device)
     if features.labelled is not None:
-        pairs = features.labelled[chosen].to(device)
+        visual, labels = features.source[chosen].to(device), features.labelled[chosen].to(device)
         with accelerator.autocast():
-            return scored_loss(model, pairs, t[own], noise, schedule, features)
+            return scored_loss(model, visual, labels, t[own], noise, schedule, features)
     z = (features[chosen] if resident is None else resident[_to_device(chosen, device)]).to(device)
     objective, scale_factor = config.objective, config.recipe.scale_factor
     with accelerator.autocast():

@@ -66,8 +66,8 @@ class Validation:
 
     def _loss(self, predict: Predict, z: Tensor, t: Tensor, noise: Tensor, indices: Tensor) -> Tensor:
         if self.features.labelled is not None:
-            pairs = self.features.labelled[indices].to(z.device)
-            return scored_loss(predict, pairs, t, noise, self.schedule, self.features)
+            visual, labels = self.features.source[indices].to(z.device), self.features.labelled[indices].to(z.device)
+            return scored_loss(predict, visual, labels, t, noise, self.schedule, self.features)
         return denoising_loss(
             predict, z, t, noise, self.schedule, self.objective, self.scale_factor, paired=self.features.paired
         )

@@ -65,6 +65,13 @@ def test_growth_is_from_size_to_size_and_captures_are_kept(ran, tmp_path, capsys
     assert (tmp_path / "features" / "train-0.02" / "index.json").stat().st_mtime_ns == made
 
 
+def test_a_fit_gets_the_split_that_it_learns_from():
+    commands = scale.commands(PluginManager())
+    words = {name: commands[f"fit {name}"] for name in ("eszsl", "test_time_cache")}
+    assert (words["eszsl"].split, words["test_time_cache"].split) == ("train", "test")
+    assert words["test_time_cache"].words == "train {test} --bridge test_time_cache --out {out}"
+
+
 def test_every_command_can_be_named_and_no_other(tmp_path):
     with pytest.raises(BenchError, match="there is no command nothing; known are compare, sweep, tune"):
         scale.measure_scale([0.01], ["nothing"], PluginManager(), tmp_path)

@@ -14,12 +14,10 @@ import pytest
 import torch
 
 from ezhoi_diffusion.features import shard as shard_module
-from ezhoi_diffusion.features.rows import StoredRows
 from ezhoi_diffusion.features.statistics import ModalityStatistics, mean_resultant_lengths
 from ezhoi_diffusion.features.store import FeatureStore, FeatureStoreError
 from ezhoi_diffusion.features.writer import FeatureWriter, finish_store, write_ezhoi_tensors
 from ezhoi_diffusion.files import json_bytes, read_json, write_json
-from ezhoi_diffusion.testing import synthetic_store
 from helpers.miniature import rewrite
 from helpers.stores import IMAGES, META, D, image, write
 
@@ -371,18 +369,6 @@ def test_json_is_readable_and_ends_with_its_checksum():
     found = json.loads(json_bytes(value))
     assert list(found) == ["a", "b", "checksum"]
     assert json_bytes(value) == (json.dumps(found, indent=2) + "\n").encode()
-
-
-def test_stored_rows_are_those_of_the_tensor_in_any_order(tmp_path):
-    store = synthetic_store(tmp_path / "f")
-    whole, rows = store.adapter_feat(), StoredRows(store)
-    chosen = torch.tensor([5, 100, 5, 0, len(whole) - 1, 77])
-    assert torch.equal(rows[chosen], whole[chosen])
-    part = torch.arange(3, len(whole), 2)
-    some = StoredRows(store, part)
-    assert len(some) == len(part)
-    assert torch.equal(some[torch.tensor([4, 1])], whole[part][[4, 1]])
-    assert rows[chosen[:0]].shape == (0, whole.shape[1])
 
 
 def test_no_byte_of_a_json_may_change(tmp_path):

@@ -118,9 +118,9 @@ def test_training_data_come_from_the_subset_alone(store, source):
     hidden = hidden_verb(store)
     view, poison = store.subset(CHOSEN, hidden), poisoned(store, CHOSEN, hidden)
     one, other = (TrainingData.from_store(each, source) for each in (view, poison))
-    assert torch.equal(one.visual, other.visual)
+    assert torch.equal(*(torch.cat([data.text[:0], *data.visual.split(64)]) for data in (one, other)))
     assert torch.equal(one.image, other.image)
-    assert one.own_text is None or torch.equal(one.own_text, other.own_text)
+    assert one.own_text is None or torch.equal(*(torch.cat([*data.own_text.split(64)]) for data in (one, other)))
     assert one.images == len(CHOSEN)
     assert one.provenance["features"] == {"rows": len(view), "images": len(CHOSEN)}
 

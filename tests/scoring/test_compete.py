@@ -9,16 +9,18 @@ import torch
 
 from ezhoi_diffusion import EzHoiScore
 from ezhoi_diffusion.features.images import stored_images
-from ezhoi_diffusion.features.labels import LabelledPairs, labelled_pairs
+from ezhoi_diffusion.features.labels import PairLabels, pair_labels
 from ezhoi_diffusion.scoring.compete import TENSORS, exclusion_of, fit, load, rivals
 from ezhoi_diffusion.testing import reloaded
 
 
 def pairs_of(target, valid=None):
-    """Labels without features."""
-    none = torch.zeros(len(target), 1)
+    """Labels in two blocks."""
+    none = torch.zeros(len(target))
     valid = torch.ones_like(target) if valid is None else valid
-    return LabelledPairs(none, target & valid, valid, none[:, 0], none[:, 0].long(), none)
+    labels = PairLabels(target & valid, valid, none, none.long(), none)
+    rows = torch.arange(len(target))
+    return [labels[rows[: len(rows) // 3]], labels[rows[len(rows) // 3 :]]]
 
 
 def test_where_all_exclude_each_other_it_is_a_softmax_over_allowed_verbs(store):
@@ -84,4 +86,4 @@ def test_expected_pairs_are_counted_where_both_verbs_count():
 
 def test_the_fit_is_of_all_labels_that_may_be_seen(store):
     artifact = fit(store)
-    assert torch.equal(artifact.files[TENSORS]["exclusion"], exclusion_of(labelled_pairs(store)))
+    assert torch.equal(artifact.files[TENSORS]["exclusion"], exclusion_of([pair_labels(store)]))

@@ -10,7 +10,7 @@ import torch
 from ezhoi_diffusion import EzHoiScore
 from ezhoi_diffusion.features.batch import Pairs
 from ezhoi_diffusion.features.images import stored_images
-from ezhoi_diffusion.features.labels import labelled_pairs
+from ezhoi_diffusion.features.labels import pair_labels
 from ezhoi_diffusion.scoring.geometry import GEOMETRY, pair_geometry
 from ezhoi_diffusion.scoring.interactive import TENSORS, fit, load
 from ezhoi_diffusion.testing import reloaded, synthetic_store, with_full_rank_texts
@@ -66,7 +66,7 @@ def with_useless_pairs(batch):
 
 def test_the_fit_is_the_optimum_of_a_weighted_logistic_regression(tmp_path):
     store = with_full_rank_texts(synthetic_store(tmp_path / "f", images=60, alter=with_useless_pairs))
-    score, pairs = EzHoiScore.from_store(store), labelled_pairs(store)
+    score, pairs = EzHoiScore.from_store(store), pair_labels(store)
     unseen = store.ezhoi["classes/unseen"]
     table = store.ezhoi["object_n_verb_to_interaction"]
     images = list(stored_images(store))

@@ -12,8 +12,13 @@ from ezhoi_diffusion.bridge import BridgeError
 from ezhoi_diffusion.features.images import stored_images
 from ezhoi_diffusion.features.labels import seen_targets
 from ezhoi_diffusion.scoring.linear import SHRINKAGE
-from ezhoi_diffusion.scoring.pseudo import SHARE, TENSORS, fit, load, mined
+from ezhoi_diffusion.scoring.pseudo import SHARE, TENSORS, Candidates, fit, load, mined
 from ezhoi_diffusion.testing import reloaded, synthetic_store, with_full_rank_texts
+
+
+def blocks_of(x, confidence, possible):
+    rows = torch.arange(len(x))
+    return [Candidates(part, x[part], confidence[part], possible[part]) for part in rows.split([1, 0, len(x) - 1])]
 
 
 def test_the_discriminant_of_a_class_by_hand():
@@ -22,18 +27,19 @@ def test_the_discriminant_of_a_class_by_hand():
     confidence = torch.tensor([[0.9, 0.9], [0.2, 0], [0.1, 0], [0.3, 0], [1.0, 0], [1.0, 0]], dtype=torch.float64)
     possible = torch.tensor([[1, 0], [1, 0], [1, 0], [1, 0], [0, 0], [0, 0]]).bool()
     assert int(SHARE * 4) == 1
-    linear, bias = mined(x, confidence, possible, 10)
+    linear, bias, total = mined(blocks_of(x, confidence, possible), x, 2, 10)
     covariance = torch.diag(torch.tensor([24.0 / 6, 72.0 / 6], dtype=torch.float64))
     shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * 8 * torch.eye(2, dtype=torch.float64)
     expected = torch.linalg.inv(shrunk) @ torch.tensor([4.0, 0], dtype=torch.float64)  # the mean of the four is 0
     torch.testing.assert_close(linear, torch.stack([expected, torch.zeros(2, dtype=torch.float64)], 1))
     assert bias.tolist() == [0, 0]
+    torch.testing.assert_close(total.products, 6 * covariance)
 
 
 def test_examples_count_as_much_as_ezhoi_is_sure_of_them():
     x = torch.tensor([[1.0], [3.0], *[[0.0]] * 6], dtype=torch.float64)
     confidence = torch.tensor([[0.75], [0.25], *[[0.0]] * 6], dtype=torch.float64)
-    linear, bias = mined(x, confidence, torch.ones(8, 1, dtype=torch.bool), 2)
+    linear, bias, _ = mined(blocks_of(x, confidence, torch.ones(8, 1, dtype=torch.bool)), x, 1, 2)
     middle = 0.5
     variance = float(((x - middle) ** 2).mean())
     assert linear.item() == pytest.approx((0.75 * 1 + 0.25 * 3 - middle) / variance)

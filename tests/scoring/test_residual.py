@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import silu
 
 from ezhoi_diffusion import BridgeError, EzHoiScore
-from ezhoi_diffusion.features.labels import labelled_pairs
+from ezhoi_diffusion.features.labels import pair_labels
 from ezhoi_diffusion.features.loss import bridge_loss
 from ezhoi_diffusion.scoring.residual import TENSORS, fit, load
 from ezhoi_diffusion.testing import check_bridge, check_fit, reloaded, synthetic_store
@@ -40,9 +40,10 @@ def test_it_adds_a_network_of_one_hidden_layer(store, fitted):
 def test_it_learns_what_ez_hoi_is_trained_for_and_this_holds_on_other_images(store, fitted, tmp_path):
     bridge = reloaded(fitted, load)
     other = synthetic_store(tmp_path / "other", images=160)
-    for pairs in (labelled_pairs(store), labelled_pairs(other)[480:]):
-        positives = int(pairs.target.sum())
-        before, after = (float(bridge_loss(x, pairs, positives, keep=0)) for x in (pairs.visual, bridge(pairs.visual)))
+    for captured, some in ((store, slice(None)), (other, slice(480, None))):
+        x, labels = captured.adapter_feat()[some], pair_labels(captured)[torch.arange(len(captured))[some]]
+        positives = int(labels.target.sum())
+        before, after = (float(bridge_loss(each, x, labels, positives, keep=0)) for each in (x, bridge(x)))
         assert after < 0.95 * before
 
 

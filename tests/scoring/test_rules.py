@@ -11,8 +11,11 @@ from ezhoi_diffusion.bridge import BridgeError
 from ezhoi_diffusion.builtin import scoring
 from ezhoi_diffusion.builtin.bridge_plugin import BridgePlugin
 from ezhoi_diffusion.features.images import stored_images
+from ezhoi_diffusion.features.unlabelled import split_of
+from ezhoi_diffusion.scoring import residual
 from ezhoi_diffusion.scoring.bridge import SCORE
-from ezhoi_diffusion.testing import check_bridge, check_fit, with_full_rank_texts
+from ezhoi_diffusion.testing import check_bridge, check_fit, synthetic, synthetic_store, with_full_rank_texts
+from helpers.memory import LargestStorage
 
 PLUGINS = {plugin.name: plugin for plugin in vars(scoring).values() if isinstance(plugin, BridgePlugin)}
 FITTED = {name: plugin for name, plugin in PLUGINS.items() if plugin.fit is not None}
@@ -30,6 +33,18 @@ def test_fits_and_their_bridges_keep_the_rules(name, tmp_path):
     check_bridge(plugin.load, folder, dim=32)
     with pytest.raises(BridgeError, match="needs its folder"):
         plugin.load(None)
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_no_fit_holds_all_features(name, tmp_path, monkeypatch):
+    fit = FITTED[name].fit
+    monkeypatch.setattr(synthetic, "ROWS_PER_SHARD", 40)
+    monkeypatch.setattr(residual, "BLOCK", 40)
+    monkeypatch.setattr(residual, "BATCH_SIZE", 40)
+    store = with_full_rank_texts(synthetic_store(tmp_path / "f", split=split_of(fit), images=120))
+    with LargestStorage() as largest:
+        fit(store, **({"epochs": 1} if name == "residual" else {}))
+    assert 0 < largest.bytes < 4 * len(store) * store.text.shape[1] / 2
 
 
 @pytest.mark.parametrize("name", sorted(PLUGINS.keys() - FITTED.keys()))

@@ -10,7 +10,8 @@ import torch
 from ezhoi_diffusion import EzHoiScore
 from ezhoi_diffusion.bridge import BridgeError
 from ezhoi_diffusion.features.images import stored_images
-from ezhoi_diffusion.scoring.test_time_cache import SHARPNESS, TENSORS, fit, load, similarity, surest
+from ezhoi_diffusion.scoring.surest import Surest
+from ezhoi_diffusion.scoring.test_time_cache import SHARPNESS, TENSORS, examples, fit, load, similarity
 from ezhoi_diffusion.testing import reloaded, synthetic_store, with_full_rank_texts
 
 
@@ -23,9 +24,23 @@ def captured(tmp_path_factory):
 def test_the_surest_pairs_by_hand():
     x = torch.tensor([[3.0, 4.0], [0.0, 2.0], [5.0, 0.0]], dtype=torch.float64)
     confidence = torch.tensor([[0.2, 0.0, 0], [0.5, 0.3, 0], [0.9, 0.0, 0]], dtype=torch.float64)
-    cached = surest(x, confidence, 2)
+    surest = Surest.none(3)
+    for rows in torch.arange(3).split([1, 0, 2]):
+        surest = surest.among(rows, confidence[rows], 2)
+    cached = examples(surest, x, torch.zeros(2, dtype=torch.float64))
     expected = [[[1, 0], [0, 1]], [[0, 1], [0, 0]], [[0, 0], [0, 0]]]  # an impossible pair leaves its place empty
     torch.testing.assert_close(cached, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_the_surest_of_blocks_are_the_first_of_a_stable_sort():
+    draw = torch.Generator().manual_seed(0)
+    confidence = torch.randint(20, (500, 4), generator=draw).double()  # many are equal
+    surest = Surest.none(4)
+    for rows in torch.arange(500).split(37):
+        surest = surest.among(rows, confidence[rows], 9)
+    order = confidence.argsort(dim=0, descending=True, stable=True)[:9]
+    assert torch.equal(surest.rows, order)
+    assert torch.equal(surest.confidence, confidence.gather(0, order))
 
 
 def test_the_similarity_by_hand():

@@ -13,7 +13,7 @@ from ezhoi_diffusion.cli.train import train_config
 from ezhoi_diffusion.diffusion.bridge import DiffusionBridge, build_denoiser
 from ezhoi_diffusion.diffusion.recipes import RECIPES
 from ezhoi_diffusion.diffusion.schedule import Schedule
-from ezhoi_diffusion.features.labels import labelled_pairs
+from ezhoi_diffusion.features.labels import pair_labels
 from ezhoi_diffusion.features.loss import KEEP, bridge_loss
 from ezhoi_diffusion.testing import check_bridge, synthetic_store
 from ezhoi_diffusion.training.data import TrainingSet
@@ -50,18 +50,20 @@ def out(data, tmp_path_factory):
 
 
 def loss_at(predict, data, features, t, noise=0.0, rows=slice(None)):
-    pairs = data.labelled[torch.arange(len(data.labelled))[rows]]
+    chosen = torch.arange(len(data.visual))[rows]
+    x = data.visual[chosen]
     return scored_loss(
         predict,
-        pairs,
-        torch.full((len(pairs),), t),
-        torch.full_like(pairs.visual, noise),
+        x,
+        data.labelled[chosen],
+        torch.full((len(x),), t),
+        torch.full_like(x, noise),
         Schedule.cosine(),
         features,
     )
 
 
-def test_the_loss_is_that_of_what_the_bridge_returns(data):
+def test_the_loss_is_that_of_what_the_bridge_returns(store, data):
     """Where no noise is added, an estimate in training is the bridge's single evaluation at that timestep."""
     recipe = replace(RECIPES["scored"], start_timestep=41)
     config = replace(SCORED, recipe=recipe)
@@ -69,18 +71,20 @@ def test_the_loss_is_that_of_what_the_bridge_returns(data):
     torch.nn.init.normal_(denoiser.leave.weight, std=0.5, generator=torch.Generator().manual_seed(0))
     bridge = DiffusionBridge(config.bridge_config(data.statistics.dim), denoiser, data.statistics)
     features = TrainingSet.from_data(data, config)
-    bridged = bridge(data.visual)
-    assert (bridged - data.visual).norm() > 0.1 * data.visual.norm()
+    x = store.adapter_feat()
+    bridged = bridge(x)
+    assert (bridged - x).norm() > 0.1 * x.norm()
     count = features.positives * len(bridged) / len(features.training)
-    expected = bridge_loss(bridged, data.labelled, count, KEEP / features.positives)
+    expected = bridge_loss(bridged, x, data.labelled, count, KEEP / features.positives)
     with torch.no_grad():
         torch.testing.assert_close(loss_at(denoiser, data, features, 40), expected)
 
 
-def test_an_estimate_that_is_the_input_has_the_loss_of_ez_hoi(data):
+def test_an_estimate_that_is_the_input_has_the_loss_of_ez_hoi(store, data):
     features = TrainingSet.from_data(data, SCORED)
     count = features.positives * len(data.visual) / len(features.training)
-    expected = bridge_loss(data.visual, data.labelled, count, keep=0)
+    x = store.adapter_feat()
+    expected = bridge_loss(x, x, data.labelled, count, keep=0)
     for t in (0, 99, 900):
         torch.testing.assert_close(loss_at(lambda x, t: x, data, features, t), expected)
     assert loss_at(lambda x, t: x, data, features, 99, noise=1.0) > expected, "noise costs, also where it is not scored"
@@ -97,9 +101,10 @@ def test_processes_that_share_a_batch_have_its_loss_as_their_mean(data):
 
 def test_it_learns_what_holds_on_other_images(out, tmp_path):
     bridge = DiffusionBridge.from_pretrained(out)
-    pairs = labelled_pairs(synthetic_store(tmp_path / "other", images=160))[480:]
-    positives = int(pairs.target.sum())
-    before, after = (float(bridge_loss(x, pairs, positives, keep=0)) for x in (pairs.visual, bridge(pairs.visual)))
+    other = synthetic_store(tmp_path / "other", images=160)
+    x, labels = other.adapter_feat()[480:], pair_labels(other)[torch.arange(480, len(other))]
+    positives = int(labels.target.sum())
+    before, after = (float(bridge_loss(each, x, labels, positives, keep=0)) for each in (x, bridge(x)))
     assert after < 0.97 * before
     assert facts(out)["best_val_loss"] < facts(out)["isotropic_val_loss"]
 
@@ -139,11 +144,12 @@ def test_annotations_of_hidden_classes_have_no_effect(out, tmp_path):
     assert equal(weights(one), weights(other))
 
 
-def test_it_keeps_the_rules_of_bridges_and_at_blend_0_it_is_the_identity(data, out):
+def test_it_keeps_the_rules_of_bridges_and_at_blend_0_it_is_the_identity(store, out):
     check_bridge(load, out, dim=32)
     bridge = DiffusionBridge.from_pretrained(out)
-    assert not torch.allclose(bridge(data.visual), data.visual, rtol=1e-3)
-    torch.testing.assert_close(bridge.override(blend=0.0)(data.visual), data.visual)
+    x = store.adapter_feat()
+    assert not torch.allclose(bridge(x), x, rtol=1e-3)
+    torch.testing.assert_close(bridge.override(blend=0.0)(x), x)
 
 
 def test_the_flag_gives_a_training_of_seconds(capsys):

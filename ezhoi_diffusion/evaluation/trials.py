@@ -20,6 +20,7 @@ from ezhoi_diffusion.evaluation.held_out import blocks_of
 from ezhoi_diffusion.evaluation.passes import Found, Settings, scored_block, tree_of
 from ezhoi_diffusion.evaluation.processes import in_processes
 from ezhoi_diffusion.evaluation.remake import Recipes, RemakeError
+from ezhoi_diffusion.features.rows import StoredRows
 from ezhoi_diffusion.features.score import EzHoiScore
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.plugins import PluginManager
@@ -92,7 +93,7 @@ class Trials:
         self.score = EzHoiScore.from_store(store)
         self.seen = seen_classes(store)
         self.blocks = blocks_of(store, folds.images, protocol_of(store), self.seen)
-        self.features, self.logits = store.rows("adapter_feat"), store.rows("logits")
+        self.features, self.logits = StoredRows(store), StoredRows(store, name="logits")
         num_classes = int(store.ezhoi["object_n_verb_to_interaction"].max()) + 1
         counts = torch.zeros(len(store.images), num_classes, dtype=torch.long)
         number = torch.tensor([image["annotations"] for image in store.images])

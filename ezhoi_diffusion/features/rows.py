@@ -10,7 +10,7 @@ from contextlib import suppress
 from itertools import groupby
 from operator import itemgetter
 from resource import RLIMIT_NOFILE, getrlimit
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from torch import Tensor
 from ezhoi_diffusion.checksums import checksum_of
 from ezhoi_diffusion.features.store import FeatureStore
 
-NAME = "adapter_feat"
 MAX_OPEN = getrlimit(RLIMIT_NOFILE)[0] // 4  # files at a time; on Linux 256, and HICO-DET has 219 shards
 
 
@@ -60,7 +59,7 @@ class RepeatedRows:
 
 
 class StoredRows:
-    """Pair features [N, D] of a store, indexed like a tensor.
+    """Pair features [N, D] of a store, or EZ-HOI's logits [N, C], indexed like a tensor.
 
     A shard is read whole the first time, and with it checked as `FeatureStore.shards` does. From then on features are read from
     their place in the open file: mapped memory would count as that of the process, and the system lets go of it late. After every
@@ -69,18 +68,25 @@ class StoredRows:
     Args:
         store: Where they are.
         positions: Those that count [N] int64, in the store's order of pairs; all by default.
+        name: Which of the two.
     """
 
-    def __init__(self, store: FeatureStore, positions: Tensor | None = None) -> None:
-        self._root, shards = store.root, store.root.index["shards"]
+    def __init__(
+        self,
+        store: FeatureStore,
+        positions: Tensor | None = None,
+        name: Literal["adapter_feat", "logits"] = "adapter_feat",
+    ) -> None:
+        self._root, self._name, shards = store.root, name, store.root.index["shards"]
         self._rows: NDArray[np.int64] = store.positions().numpy()
         if positions is not None:
             self._rows = self._rows[positions.numpy()]
         self._ends: NDArray[np.int64] = np.cumsum([shard["rows"] for shard in shards])
         self._paths = [self._root.folder / shard["file"] for shard in shards]
         self._digests = [shard["sha256"] for shard in shards]
-        self.shape = torch.Size([len(self._rows), store.text.shape[1]])
-        self._places: dict[int, int] = {}  # number of a shard that was checked -> where its features begin in the file
+        width = store.ezhoi["text" if name == "adapter_feat" else "label"].shape[1]
+        self.shape = torch.Size([len(self._rows), width])
+        self._places: dict[int, int] = {}  # number of a shard that was checked -> where its values begin in the file
         self._files: dict[int, int] = {}  # number of a shard -> descriptor
         weakref.finalize(self, _close, self._files)
 
@@ -129,7 +135,7 @@ class StoredRows:
         with suppress(OSError):  # what is wrong with a file is said where it is read whole
             if number in self._places and self._read_in_place(number, runs, found):
                 return
-        whole = self._root.read_shard(number)[NAME].numpy()
+        whole = self._root.read_shard(number)[self._name].numpy()
         for _, first, begin, end in runs:
             found[begin:end] = whole[first : first + end - begin]
         with suppress(OSError):
@@ -150,7 +156,7 @@ class StoredRows:
         file = self._file(number)
         if checksum_of(os.fstat(file)) == self._digests[number]:
             length = int.from_bytes(os.pread(file, 8, 0), "little")  # https://github.com/huggingface/safetensors#format
-            self._places[number] = 8 + length + json.loads(os.pread(file, length, 8))[NAME]["data_offsets"][0]
+            self._places[number] = 8 + length + json.loads(os.pread(file, length, 8))[self._name]["data_offsets"][0]
         else:  # replaced meanwhile, or touched in this very tick of the clock
             self._places.pop(number, None)
             os.close(self._files.pop(number))

@@ -41,6 +41,13 @@ def overwrite(path, data):
         file.write(data)
 
 
+def test_logits_are_read_the_same_way(tmp_path):
+    store = synthetic_store(tmp_path / "f")
+    wanted = torch.tensor(CHOSEN) % len(store)
+    assert torch.equal(StoredRows(store, name="logits")[wanted], store.rows("logits")[wanted])
+    assert StoredRows(store, name="logits").shape == store.rows("logits").shape
+
+
 @pytest.mark.parametrize("files", [1, 128])
 @pytest.mark.parametrize("view_of", [lambda s: s, lambda s: s.subset([0, 2, 5]).subset([1, 2]), Unlabelled])
 def test_they_are_those_of_the_tensor_in_any_order(store, view_of, files, monkeypatch):

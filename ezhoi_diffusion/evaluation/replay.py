@@ -256,9 +256,15 @@ def _bridged(
     """
     if len(features) == 0:
         return None
+    gets_pairs = not variant.takes_many_images or _is_timed(seconds, singly)
     # around all calls, because a bridge may keep what one gave it and write in the next
-    with read_only(f"bridge '{name}'", adapter_feat=features, pairs=[image.pairs for image in batch]):
+    with read_only(f"bridge '{name}'", adapter_feat=features, pairs=[image.pairs for image in batch if gets_pairs]):
         return _bridged_at_once_or_singly(name, variant, features, batch, seconds, singly)
+
+
+def _is_timed(seconds: list[float], singly: int) -> bool:
+    """Whether a bridge that takes many images gets the next one alone too."""
+    return len(seconds) < singly and sum(seconds) < TIMED_SECONDS
 
 
 def _bridged_at_once_or_singly(
@@ -270,7 +276,7 @@ def _bridged_at_once_or_singly(
         together = variant.apply(features, None).cpu()
     single: list[Tensor | None] = []
     for image, part in zip(batch, parts, strict=True):
-        if together is not None and (len(seconds) >= singly or sum(seconds) >= TIMED_SECONDS):
+        if together is not None and not _is_timed(seconds, singly):
             break
         alone = part.clone()  # a new tensor, so that no bridge can have cached it
         if not len(image.pairs):

@@ -90,7 +90,8 @@ def replay(
 ) -> Comparison:
     """Make the comparison that `--compare` makes in EZ-HOI, from the features of a split.
 
-    `none` has EZ-HOI's own logits. A bridge is scored by EZ-HOI's formula on what it returns for the [P, D] of an image.
+    `none` has EZ-HOI's own logits. A bridge is scored by EZ-HOI's formula, to rounding, on what it returns for the [P, D] of an
+    image.
 
     Args:
         store: Features of the split.
@@ -209,7 +210,10 @@ def _collect(
         given = features.to(device)
         for name, card in cards.items():
             bridged = None if name == REFERENCE else _bridged(name, variants[name], given, batch, card.seconds, singly)
-            after, logits = (features, ezhoi_logits) if bridged is None else (bridged, score.logits(bridged))
+            if bridged is None or torch.equal(bridged, features):
+                after, logits = features, ezhoi_logits
+            else:
+                after, logits = bridged, score.class_logits(bridged)
             scores = detections.scores(logits)
             card.scores.extend(scores)
             card.labels.extend(detections.labels(scores))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 Algorithm = Literal["11P", "AUC", "VOC"]
 IntArray = NDArray[np.integer[Any]]
+MIN_IOU = 0.5  # a detection overlaps an annotation enough above this
 RECALLS = torch.linspace(0, 1, 11, dtype=torch.float64).tolist()  # where "11P" reads the curve
 
 
@@ -42,7 +43,9 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
     return inter / (area_a[:, None] + area_b[None] - inter)
 
 
-def matches(gt: tuple[Tensor, Tensor], detected: tuple[Tensor, Tensor], min_iou: float = 0.5) -> tuple[Tensor, Tensor]:
+def matches(
+    gt: tuple[Tensor, Tensor], detected: tuple[Tensor, Tensor], min_iou: float = MIN_IOU
+) -> tuple[Tensor, Tensor]:
     """Match the detections of one interaction class to its annotations (Chao et al., WACV 2018).
 
     A detection belongs to the annotation with which the smaller of its two IoUs is largest. It overlaps enough if that IoU
@@ -56,12 +59,17 @@ def matches(gt: tuple[Tensor, Tensor], detected: tuple[Tensor, Tensor], min_iou:
     Returns:
         The annotation of each detection [M] int64, and whether it overlaps enough [M] bool.
     """
-    iou, belongs = torch.minimum(box_iou(gt[0], detected[0]), box_iou(gt[1], detected[1])).max(0)
+    iou, belongs = overlap(gt, detected).max(0)
     return belongs, iou > min_iou
 
 
+def overlap(gt: tuple[Tensor, Tensor], detected: tuple[Tensor, Tensor]) -> Tensor:
+    """The smaller of the IoUs of humans and of objects [G, M], of boxes [G, 4] and [M, 4] each."""
+    return torch.minimum(box_iou(gt[0], detected[0]), box_iou(gt[1], detected[1]))
+
+
 def associate_pairs(
-    gt: tuple[Tensor, Tensor], detected: tuple[Tensor, Tensor], scores: Tensor, min_iou: float = 0.5
+    gt: tuple[Tensor, Tensor], detected: tuple[Tensor, Tensor], scores: Tensor, min_iou: float = MIN_IOU
 ) -> Tensor:
     """Label the detections of one interaction class: float [M], 1 for a true positive.
 

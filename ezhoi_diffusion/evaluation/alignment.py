@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ezhoi_diffusion.evaluation.bootstrap import REFERENCE
-from ezhoi_diffusion.features.statistics import unit_parts
+from ezhoi_diffusion.features.statistics import unit_sums
 from ezhoi_diffusion.rng import generator
 
 NUM_SAMPLED = 1000  # pairs for MMD, whose cost grows with their square
@@ -77,9 +77,9 @@ class Alignment:
             labels: Annotations [n, C] bool.
             possible: Targets that the pair's object class admits, [n, C] bool.
         """
-        for unit in unit_parts([features]):
-            self._sum += unit.sum(0)
-            self._sum_centred += F.normalize(unit - self._text_mean, dim=-1).sum(0)
+        total, centred = unit_sums(features, self._text_mean[None])
+        self._sum += total
+        self._sum_centred += centred[0]
         begin, end = torch.searchsorted(
             self._positions, torch.tensor([self._seen, self._seen + len(features)])
         ).tolist()

@@ -39,8 +39,9 @@ def bridged(
     given = features.to(device)
     found: dict[str, tuple[Tensor | None, list[float]]] = {}
     for name, variant in variants.items() if len(features) else ():
+        gets_pairs = timed > 0 or not variant.takes_many_images
         # around all calls, because a bridge may keep what one gave it and write in the next
-        with read_only(f"bridge '{name}'", adapter_feat=given, pairs=[*images]):
+        with read_only(f"bridge '{name}'", adapter_feat=given, pairs=[*images] if gets_pairs else []):
             found[name] = _at_once_or_singly(name, variant, given, images, timed)
     return found
 

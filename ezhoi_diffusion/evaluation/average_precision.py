@@ -13,6 +13,7 @@ from torch import Tensor
 
 Algorithm = Literal["11P", "AUC", "VOC"]
 IntArray = NDArray[np.integer[Any]]
+MIN_IOU = 0.5  # a detection overlaps an annotation enough above this
 RECALLS = torch.linspace(0, 1, 11, dtype=torch.float64).tolist()  # where "11P" reads the curve
 
 
@@ -42,7 +43,9 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
     return inter / (area_a[:, None] + area_b[None] - inter)
 
 
-def matches(gt: tuple[Tensor, Tensor], detected: tuple[Tensor, Tensor], min_iou: float = 0.5) -> tuple[Tensor, Tensor]:
+def matches(
+    gt: tuple[Tensor, Tensor], detected: tuple[Tensor, Tensor], min_iou: float = MIN_IOU
+) -> tuple[Tensor, Tensor]:
     """Match the detections of one interaction class to its annotations (Chao et al., WACV 2018).
 
     A detection belongs to the annotation with which the smaller of its two IoUs is largest. It overlaps enough if that IoU
@@ -56,12 +59,17 @@ def matches(gt: tuple[Tensor, Tensor], detected: tuple[Tensor, Tensor], min_iou:
     Returns:
         The annotation of each detection [M] int64, and whether it overlaps enough [M] bool.
     """
-    iou, belongs = torch.minimum(box_iou(gt[0], detected[0]), box_iou(gt[1], detected[1])).max(0)
+    iou, belongs = overlap(gt, detected).max(0)
     return belongs, iou > min_iou
 
 
+def overlap(gt: tuple[Tensor, Tensor], detected: tuple[Tensor, Tensor]) -> Tensor:
+    """The smaller of the IoUs of humans and of objects [G, M], of boxes [G, 4] and [M, 4] each."""
+    return torch.minimum(box_iou(gt[0], detected[0]), box_iou(gt[1], detected[1]))
+
+
 def associate_pairs(
-    gt: tuple[Tensor, Tensor], detected: tuple[Tensor, Tensor], scores: Tensor, min_iou: float = 0.5
+    gt: tuple[Tensor, Tensor], detected: tuple[Tensor, Tensor], scores: Tensor, min_iou: float = MIN_IOU
 ) -> Tensor:
     """Label the detections of one interaction class: float [M], 1 for a true positive.
 
@@ -129,21 +137,32 @@ def area(copies: IntArray, detections: IntArray, annotated: IntArray, algorithm:
 
 
 def _eleven_point(copies: IntArray, detections: IntArray, annotated: IntArray) -> NDArray[np.float64]:
-    best = _best_precision(copies, detections)
-    recall = np.cumsum(copies, axis=0, dtype=np.int32) / annotated
-    at = np.stack([(recall < threshold).sum(0) for threshold in RECALLS])
+    true = np.cumsum(copies, axis=0, dtype=np.int32)
+    best = _best_precision(true, detections)
+    # where each recall is reached [11, R]: to compare every true positive with every recall takes longer
+    by_sample = [torch.from_numpy(np.ascontiguousarray(x.T)) for x in (true, _needed(annotated))]
+    at = np.ascontiguousarray(torch.searchsorted(*by_sample).numpy().T)
     precision = np.take_along_axis(best, np.minimum(at, len(best) - 1), axis=0)
     return np.asarray(np.where(at < len(best), precision, 0.0).sum(0) / len(RECALLS))
 
 
+def _needed(annotated: IntArray) -> IntArray:
+    """True positives [11, R] that each recall takes: the smallest t with t / annotated >= recall, as floats have it."""
+    recalls = np.array(RECALLS)[:, None]
+    needed = np.ceil(recalls * annotated)
+    needed -= (needed - 1) / annotated >= recalls
+    needed += needed / annotated < recalls
+    return needed.astype(np.int32)
+
+
 def _interpolated(copies: IntArray, detections: IntArray, annotated: IntArray) -> NDArray[np.float64]:
     # over copies of a true positive precision rises, so the last copy's is the highest of them
-    return np.asarray((copies * _best_precision(copies, detections)).sum(0) / annotated)
-
-
-def _best_precision(copies: IntArray, detections: IntArray) -> NDArray[np.float64]:
-    """The highest precision from the last copy of each true positive on, [T, R]."""
     true = np.cumsum(copies, axis=0, dtype=np.int32)
+    return np.asarray((copies * _best_precision(true, detections)).sum(0) / annotated)
+
+
+def _best_precision(true: IntArray, detections: IntArray) -> NDArray[np.float64]:
+    """The highest precision from the last copy of each true positive on, [T, R], given their number down to there."""
     return np.maximum.accumulate((true / np.maximum(detections, 1))[::-1])[::-1]
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ezhoi_diffusion.evaluation.average_precision import Algorithm, matches
+from ezhoi_diffusion.evaluation.average_precision import MIN_IOU, Algorithm, overlap
 from ezhoi_diffusion.features.batch import Pairs
 from ezhoi_diffusion.features.images import StoredImage
 from ezhoi_diffusion.features.score import EzHoiScore, ScoreError, interaction_classes, names_of_interactions
@@ -160,14 +160,13 @@ def _detections(store: FeatureStore, score: EzHoiScore, image: StoredImage) -> t
     row, target, prior = scored_pairs(score, pairs)
     classes = interaction_classes(store, pairs.objects[row], target)
     humans, others = pairs.boxes[pairs.pairing]
-    candidate, annotation = [row.new_zeros(0)], [row.new_zeros(0)]
-    for hoi in image.gt_hoi.unique():
-        found, annotated = (classes == hoi).nonzero().squeeze(1), (image.gt_hoi == hoi).nonzero().squeeze(1)
-        gt = image.gt_boxes[annotated]
-        belongs, enough = matches((gt[:, 0], gt[:, 1]), (humans[row[found]], others[row[found]]))
-        candidate.append(found[enough])
-        annotation.append(annotated[belongs[enough]])
-    return row, target, classes, prior, torch.cat(candidate), torch.cat(annotation)
+    if len(image.gt_hoi) == 0:
+        return row, target, classes, prior, row.new_zeros(0), row.new_zeros(0)
+    # `matches` for all classes at once: only annotations of a detection's own class count
+    iou = overlap((image.gt_boxes[:, 0], image.gt_boxes[:, 1]), (humans, others))[:, row]
+    best, belongs = iou.masked_fill(image.gt_hoi.unsqueeze(1) != classes, -1).max(0)
+    candidate = (best > MIN_IOU).nonzero().squeeze(1)
+    return row, target, classes, prior, candidate, belongs[candidate]
 
 
 def annotated_objects(store: FeatureStore, annotations: Tensor) -> tuple[Tensor, Tensor]:

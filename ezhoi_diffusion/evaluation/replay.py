@@ -85,7 +85,8 @@ def replay(
 ) -> Comparison:
     """Make the comparison that `--compare` makes in EZ-HOI, from the features of a split.
 
-    `none` has EZ-HOI's own logits. A bridge is scored by EZ-HOI's formula on what it returns for the [P, D] of an image.
+    `none` has EZ-HOI's own logits. A bridge is scored by EZ-HOI's formula, to rounding, on what it returns for the [P, D] of an
+    image.
 
     Args:
         store: Features of the split.
@@ -157,6 +158,8 @@ def replay(
             raise ScoreError(
                 f"{store.folder}: none of these {len(images)} images has an annotation of a class that counts: capture more images"
             )
+        headroom = {name: mean_ap(one, num_gt, groups, protocol.algorithm) for name, one in oracles.items()}
+        del oracles  # the bootstrap needs their memory
         return Comparison.from_detections(
             scored,
             annotations,
@@ -176,7 +179,7 @@ def replay(
             calibration={name: card.calibration.entries(object_names(store)) for name, card in cards.items()}
             if measured
             else {},
-            headroom={name: mean_ap(one, num_gt, groups, protocol.algorithm) for name, one in oracles.items()},
+            headroom=headroom,
         )
 
 
@@ -195,9 +198,8 @@ def _collect(
 ) -> tuple[dict[str, Scored], Tensor]:
     """Detections of every variant, and annotations of each image and class [I, K] int64. Fills the cards and `perfect`."""
     shown = torch.randperm(num_pairs, generator=generator(0, "shown"))[:NUM_SHOWN].sort().values
-    annotations: list[Tensor] = []
-    classes, where = _Column(torch.int64), _Column(torch.int64)
-    seen = 0
+    classes, where, annotations = (_Column(torch.int64) for _ in range(3))
+    seen = number = 0
     batches: deque[tuple[list[StoredImage], Tensor]] = deque()
 
     def tasks() -> Iterator[tuple[Any, ...]]:
@@ -212,8 +214,9 @@ def _collect(
         batch, features = batches.popleft()
         detections = Detections.from_images(batch, protocol.match)
         classes.extend(detections.classes)
-        where.extend(detections.image + len(annotations))
-        annotations += [protocol.count(image) for image in batch]
+        where.extend(detections.image + number)
+        annotations.extend(torch.cat([protocol.count(image) for image in batch]))
+        number += len(batch)
         ezhoi_logits = torch.cat([image.logits for image in batch])
         labels = torch.cat([image.labels for image in batch])
         of_pair = torch.cat([image.pairs.objects for image in batch])
@@ -226,7 +229,10 @@ def _collect(
         for name, card in cards.items():
             own, seconds = after_each.get(name, (None, []))
             card.seconds += seconds
-            after, logits = (features, ezhoi_logits) if own is None else (own, score.logits(own))
+            if own is None or torch.equal(own, features):
+                after, logits = features, ezhoi_logits
+            else:
+                after, logits = own, score.class_logits(own)
             scores = detections.scores(logits)
             card.scores.extend(scores)
             card.labels.extend(detections.labels(scores))
@@ -242,7 +248,7 @@ def _collect(
     # the variants share classes and images, so that each adds five bytes for a detection
     found, image = classes.tensor, where.tensor
     scored = {name: Scored(card.scores.tensor, found, card.labels.tensor, image) for name, card in cards.items()}
-    return scored, torch.stack(annotations)
+    return scored, annotations.tensor.view(number, -1)
 
 
 def _batches(images: Iterable[StoredImage]) -> Iterator[list[StoredImage]]:

@@ -66,6 +66,10 @@ class EzHoiScore:
         """Logits [P, C] of features x [P, D]: ½·logit_scale·((x·Tᵀ)·label / sample_lens), without normalization."""
         return x @ self.text.T @ self.label / self.sample_lens / 2 * self.logit_scale
 
+    def class_logits(self, x: Tensor) -> Tensor:
+        """The same logits [P, C] to rounding: x [P, D] times the texts of C classes, a sixth of the work of N_sel texts and labels."""
+        return x @ self.class_text.T * (self.logit_scale / 2)
+
     @cached_property
     def matrix(self) -> Tensor:
         """[C, D] float64, the W of the logits x·Wᵀ: the class texts times half the logit scale."""

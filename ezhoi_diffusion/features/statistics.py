@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ TABLE = {  # of statistics.safetensors
     "rows": TensorSpec(torch.int64, "2", 0, 2**53),
 }
 PART = 512  # features: 2 MB at D = 512
+EPS = 1e-12  # smallest norm that is divided by, as torch's `normalize` has it
 
 
 def unit_mean(text: Tensor) -> Tensor:
@@ -37,19 +38,36 @@ def mean_resultant_lengths(blocks: Iterable[Tensor], means: Sequence[Tensor]) ->
     Returns:
         0 to 1 each: about 0 where features spread evenly around the mean, large where a cone is left.
     """
-    totals, count = torch.zeros(len(means), len(means[0]), dtype=torch.float64), 0
-    for unit in unit_parts(blocks):
-        for total, mean in zip(totals, means, strict=True):
-            total += normalize(unit - mean.double(), dim=-1).sum(0)
-        count += len(unit)
+    around = torch.stack([*means]).double()
+    totals, count = torch.zeros_like(around), 0
+    for block in blocks:
+        totals += unit_sums(block, around)[1]
+        count += len(block)
     return [float(total.norm()) for total in totals / count]
 
 
-def unit_parts(blocks: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Unit features [n, D] float64 in parts that stay in the processor's cache: of larger ones, every operation waits for memory."""
-    for block in blocks:
-        for part in block.split(PART):
-            yield normalize(part.double(), dim=-1)
+def unit_sums(features: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over features x [n, D] of u = unit(x), and of unit(u − mean) for each of K means, in float64.
+
+    They are weighted sums of x and mean: |u − mean|² is |u|² − 2·u·mean + |mean|². No unit feature is written down.
+
+    Args:
+        features: [n, D].
+        means: [K, D] float64.
+
+    Returns:
+        [D] and [K, D].
+    """
+    total, around = means.new_zeros(means.shape[1]), torch.zeros_like(means)
+    for part in features.split(PART):  # stays in the processor's cache
+        x = part.double()
+        norm = torch.linalg.vector_norm(x, dim=1)
+        scale = norm.clamp_min(EPS).reciprocal()
+        total += scale @ x
+        distance = (norm * scale).square().unsqueeze(1) - 2 * scale.unsqueeze(1) * (x @ means.T) + means.square().sum(1)
+        weight = distance.clamp_min(0).sqrt().clamp_min(EPS).reciprocal()
+        around += (weight * scale.unsqueeze(1)).T @ x - weight.sum(0).unsqueeze(1) * means
+    return total, around
 
 
 @dataclass(frozen=True)
@@ -87,10 +105,10 @@ class ModalityStatistics:
     def compute_with_text_mean(cls, visual: Iterable[Tensor], text_mean: Tensor, text_rows: int) -> ModalityStatistics:
         """Compute the visual mean where the text mean [D] is known. Raises ValueError without pair features."""
         total = torch.zeros(len(text_mean), dtype=torch.float64)
-        count = 0
-        for unit in unit_parts(visual):
-            total += unit.sum(0)
-            count += len(unit)
+        no_mean, count = total.new_zeros(0, len(total)), 0
+        for block in visual:
+            total += unit_sums(block, no_mean)[0]
+            count += len(block)
         if count == 0:
             raise ValueError("statistics need features on both sides, found no pair feature")
         return cls((total / count).float(), text_mean, count, text_rows)

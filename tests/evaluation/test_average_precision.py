@@ -7,11 +7,14 @@ import io
 import os
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from ezhoi_diffusion.evaluation.average_precision import (
+    RECALLS,
     Scored,
+    _needed,
     associate_pairs,
     average_precision,
     box_iou,
@@ -183,6 +186,13 @@ def test_labels_of_single_precision_count_as_those_of_double():
     for dtype in (torch.float32, torch.float64):
         scored = Scored(torch.arange(7).flip(0).to(dtype), classes, torch.ones(7, dtype=dtype), classes)
         assert average_precision(scored, [10]).item() == pytest.approx(8 / 11, abs=1e-15)
+
+
+def test_a_recall_is_reached_where_a_division_of_floats_reaches_it():
+    """3 of 10 do not reach the fourth of them, which is 0.30000000000000004."""
+    for annotated in [*range(1, 400), 9999, 29010]:
+        expected = [next(t for t in range(annotated + 1) if t / annotated >= recall) for recall in RECALLS]
+        assert _needed(np.array([annotated])).squeeze(1).tolist() == expected
 
 
 def test_box_iou():

@@ -12,9 +12,11 @@ import torch
 from ezhoi_diffusion import Artifact, Bridge, BridgeError, BridgePlugin, DiffusionBridge, EzhoiDiffusionError
 from ezhoi_diffusion.bridge import FunctionBridge
 from ezhoi_diffusion.cli import main
+from ezhoi_diffusion.evaluation.average_precision import matches
 from ezhoi_diffusion.evaluation.protocols import hicodet
 from ezhoi_diffusion.evaluation.replay import replay
 from ezhoi_diffusion.evaluation.variants import Variant, parse_settings, parse_sweep, resolve_variants, seed_folders
+from ezhoi_diffusion.features.images import stored_images
 from ezhoi_diffusion.plugins import PluginManager
 from ezhoi_diffusion.testing import Truth, synthetic_store
 
@@ -214,6 +216,30 @@ def test_a_bridge_that_writes_into_its_input_is_caught_before_others_get_it(stor
     clamps = variant(lambda x: x.clamp_(min=0), "clamps")
     with pytest.raises(EzhoiDiffusionError, match="bridge 'clamps' writes into adapter_feat"):
         replay(store, {"clamps": clamps, "oracle": ORACLE})
+
+
+def test_a_bridge_that_changes_nothing_has_the_logits_of_ezhoi_to_the_last_bit(store, mocker):
+    """Those of another processor differ from what is computed here, and a rank that changes by rounding is no effect."""
+    mocker.patch.dict(store.ezhoi, logit_scale=store.ezhoi["logit_scale"] * (1 + 5e-5))
+    found = replay(store, {"same": variant(torch.clone, "same")}, measured=True)
+    assert found.variants["same"].alignment == found.variants["none"].alignment
+    assert found.calibration["same"] == found.calibration["none"]
+
+
+def test_candidates_are_those_that_match_annotations_of_their_class(store):
+    protocol, seen = hicodet(store), 0
+    for image in stored_images(store):
+        row, _, classes, _, candidate, annotation = protocol.match(image)
+        humans, others = image.pairs.boxes[image.pairs.pairing]
+        expected = {}
+        for hoi in image.gt_hoi.unique():
+            found, annotated = (classes == hoi).nonzero().flatten(), (image.gt_hoi == hoi).nonzero().flatten()
+            gt = image.gt_boxes[annotated]
+            belongs, enough = matches((gt[:, 0], gt[:, 1]), (humans[row[found]], others[row[found]]))
+            expected |= dict(zip(found[enough].tolist(), annotated[belongs[enough]].tolist(), strict=True))
+        assert dict(zip(candidate.tolist(), annotation.tolist(), strict=True)) == expected
+        seen += len(expected)
+    assert seen > 0
 
 
 @pytest.mark.parametrize("needs_pairs", [True, False])

@@ -55,6 +55,12 @@ def test_the_matrix_gives_the_logits(score, x):
     torch.testing.assert_close((x.double() @ score.matrix.T).float(), score.logits(x), rtol=1e-5, atol=1e-5)
 
 
+def test_logits_of_class_texts_are_the_published_ones_to_rounding(score, x):
+    published = score.logits(x)
+    difference = (score.class_logits(x) - published).abs().max()
+    assert difference < 1e-6 * published.abs().max()
+
+
 def test_the_change_is_measured_against_x(score, x):
     assert relative_change(x, 1.5 * x).tolist() == pytest.approx([0.5] * len(x), abs=1e-5)
     assert relative_change(torch.zeros(2, 3), torch.zeros(2, 3)).tolist() == [0, 0]

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 from ezhoi_diffusion.features import shard as shard_module
-from ezhoi_diffusion.features.statistics import ModalityStatistics, mean_resultant_lengths
+from ezhoi_diffusion.features.statistics import ModalityStatistics, mean_resultant_lengths, unit_sums
 from ezhoi_diffusion.features.store import FeatureStore, FeatureStoreError
 from ezhoi_diffusion.features.writer import FeatureWriter, finish_store, write_ezhoi_tensors
 from ezhoi_diffusion.files import json_bytes, read_json, write_json
@@ -176,6 +177,19 @@ def test_mean_resultant_length_is_what_remains_without_the_mean():
     off = torch.tensor([0.0, 0.5])  # leaves (.6, .3) and (.6, -1.3)
     left = torch.stack([torch.tensor([0.6, 0.3]) / 0.45**0.5, torch.tensor([0.6, -1.3]) / 2.05**0.5])
     assert mean_resultant_lengths([rows], [off])[0] == pytest.approx(float(left.mean(0).norm()))
+
+
+def test_sums_of_unit_features_are_those_of_features_that_were_made_unit():
+    draw = torch.Generator().manual_seed(0)
+    features = torch.randn(1500, 16, generator=draw) * torch.rand(1500, 1, generator=draw) * 9
+    features[7] = 0  # has no direction
+    features[8] *= 1e-20
+    means = torch.stack([torch.zeros(16), normalize(features, dim=1).mean(0), torch.rand(16, generator=draw)]).double()
+    total, around = unit_sums(features, means)
+    unit = normalize(features.double(), dim=1)
+    torch.testing.assert_close(total, unit.sum(0), rtol=1e-12, atol=1e-11)
+    for mean, found in zip(means, around, strict=True):
+        torch.testing.assert_close(found, normalize(unit - mean, dim=1).sum(0), rtol=1e-12, atol=1e-11)
 
 
 def test_what_could_not_be_read_back_is_not_written(tmp_path):

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from io import BytesIO
 from itertools import pairwise
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from ezhoi_diffusion.evaluation.changes import changes
 from ezhoi_diffusion.evaluation.comparison import FULL, REFERENCE, Comparison
-from ezhoi_diffusion.report.png import new_figure, png_bytes
+from ezhoi_diffusion.report.png import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,16 +85,20 @@ def _colors(comparison: Comparison) -> dict[str, str]:
 
 def render(panel: Panel) -> Image.Image:
     """The panel, drawn without a display and without pyplot's global state."""
+    figure = new_figure(figsize=(WIDTH, panel.height), layout="constrained", dpi=DPI)
+    # only now, because new_figure guards matplotlib's import
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
-    figure = new_figure(figsize=(WIDTH, panel.height), layout="constrained")
     axes = figure.subplots()
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
     panel.draw(axes)
     figure.suptitle(panel.title, x=0.01, ha="left", fontsize=9)
-    return Image.open(BytesIO(png_bytes(figure, DPI))).convert("RGB")
+    canvas: Any = FigureCanvasAgg(figure)  # untyped
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def joined(drawn: Sequence[Image.Image]) -> Image.Image:

@@ -44,13 +44,8 @@ def drawn(what: str, draw: Callable[[], object]) -> bool:
     return True
 
 
-def png_bytes(figure: Figure, dpi: int = DPI) -> bytes:
-    """Draw a figure as PNG. The same figure gives the same bytes."""
-    picture = BytesIO()
-    figure.savefig(picture, format="png", dpi=dpi, metadata={"Software": None})
-    return picture.getvalue()
-
-
 def save_png(figure: Figure, path: Path) -> None:
-    """Draw a figure into the file `path`, which is replaced in one step."""
-    write_atomic(path, png_bytes(figure))
+    """Draw a figure into the file `path`, which is replaced in one step. The same figure gives the same bytes."""
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=DPI, metadata={"Software": None})
+    write_atomic(path, picture.getvalue())

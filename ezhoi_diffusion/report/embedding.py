@@ -12,6 +12,9 @@ from torch import Tensor
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 
 SEED = 0
+STEPS = (
+    500  # of t-SNE. Of its own 1000, the second half took half of the time, and moved trustworthiness from .916 to .926
+)
 
 
 class EmbeddingError(EzhoiDiffusionError):
@@ -45,5 +48,6 @@ def embed(parts: Sequence[Tensor], method: str) -> list[Tensor]:
     else:
         from sklearn.manifold import TSNE
 
-        reducer = TSNE(metric="cosine", init="random", random_state=SEED, perplexity=min(30.0, (len(features) - 1) / 3))
+        perplexity = min(30.0, (len(features) - 1) / 3)
+        reducer = TSNE(metric="cosine", init="random", max_iter=STEPS, random_state=SEED, perplexity=perplexity)
     return list(torch.from_numpy(reducer.fit_transform(features)).float().split([len(part) for part in parts]))

@@ -39,9 +39,9 @@ class Headroom:
             self._labels[name].append(detections.labels(weighed))
 
     def scored(self, bare: Scored) -> dict[str, Scored]:
-        """What is perfect -> the detections of `bare`, with the scores that they get."""
+        """What is perfect -> the detections of `bare`, with the scores that they get. Nothing of them is kept here."""
         return {
-            name: Scored(torch.cat(self._scores[name]), bare.classes, torch.cat(self._labels[name]), bare.image)
+            name: Scored(torch.cat(self._scores.pop(name)), bare.classes, torch.cat(self._labels.pop(name)), bare.image)
             for name in PERFECT
         }
 

@@ -152,6 +152,8 @@ def replay(
             raise ScoreError(
                 f"{store.folder}: none of these {len(images)} images has an annotation of a class that counts: capture more images"
             )
+        headroom = {name: mean_ap(one, num_gt, groups, protocol.algorithm) for name, one in oracles.items()}
+        del oracles  # the bootstrap needs their memory
         return Comparison.from_detections(
             scored,
             annotations,
@@ -171,7 +173,7 @@ def replay(
             calibration={name: card.calibration.entries(object_names(store)) for name, card in cards.items()}
             if measured
             else {},
-            headroom={name: mean_ap(one, num_gt, groups, protocol.algorithm) for name, one in oracles.items()},
+            headroom=headroom,
         )
 
 
@@ -189,14 +191,14 @@ def _collect(
 ) -> tuple[dict[str, Scored], Tensor]:
     """Detections of every variant, and annotations of each image and class [I, K] int64. Fills the cards and `perfect`."""
     shown = torch.randperm(num_pairs, generator=generator(0, "shown"))[:NUM_SHOWN].sort().values
-    annotations: list[Tensor] = []
-    classes, where = _Column(torch.int64), _Column(torch.int64)
-    seen = 0
+    classes, where, annotations = (_Column(torch.int64) for _ in range(3))
+    seen = number = 0
     for batch in _batches(images):
         detections = Detections.from_images(batch, protocol.match)
         classes.extend(detections.classes)
-        where.extend(detections.image + len(annotations))
-        annotations += [protocol.count(image) for image in batch]
+        where.extend(detections.image + number)
+        annotations.extend(torch.cat([protocol.count(image) for image in batch]))
+        number += len(batch)
         features = torch.cat([image.adapter_feat for image in batch])
         ezhoi_logits = torch.cat([image.logits for image in batch])
         labels = torch.cat([image.labels for image in batch])
@@ -229,7 +231,7 @@ def _collect(
     # the variants share classes and images, so that each adds five bytes for a detection
     found, image = classes.tensor, where.tensor
     scored = {name: Scored(card.scores.tensor, found, card.labels.tensor, image) for name, card in cards.items()}
-    return scored, torch.stack(annotations)
+    return scored, annotations.tensor.view(number, -1)
 
 
 def _batches(images: Iterable[StoredImage]) -> Iterator[list[StoredImage]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ezhoi_diffusion.errors import EzhoiDiffusionError
+from ezhoi_diffusion.schema import all_finite
 
 if TYPE_CHECKING:
     from ezhoi_diffusion.features.batch import Pairs
@@ -138,7 +139,7 @@ def replacement_problem(before: Tensor, after: object) -> str | None:
     for what in ("shape", "dtype", "device"):
         if getattr(before, what) != getattr(after, what):
             return f"returned {what} {getattr(after, what)} for {what} {getattr(before, what)}"
-    if not torch.isfinite(after).all():
+    if not all_finite(after):
         return f"returned {int((~torch.isfinite(after)).sum())} values that are not finite"
     return None
 

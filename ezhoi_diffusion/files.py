@@ -13,7 +13,6 @@ import errno
 import hashlib
 import io
 import json
-import math
 import os
 import shutil
 import stat
@@ -30,7 +29,7 @@ from torch import Tensor
 from ezhoi_diffusion.checksums import checksum_of, remember_checksum
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.locks import LOCK, locked
-from ezhoi_diffusion.schema import json_problem
+from ezhoi_diffusion.schema import all_finite, json_problem
 
 STAGED, REPLACED = ".staged", ".replaced"
 COMMITTED = ".committed"
@@ -177,8 +176,7 @@ def read_tensors(path: Path, facts: dict[str, Any], error: type[EzhoiDiffusionEr
     data = read_bytes(path, facts, error, remedy)
     try:
         tensors = load(data)
-        real = {name: x for name, x in tensors.items() if x.is_floating_point() and x.numel()}
-        broken = [name for name, x in real.items() if not all(map(math.isfinite, x.aminmax()))]  # NaN is an extreme too
+        broken = [name for name, x in tensors.items() if x.is_floating_point() and not all_finite(x)]
     except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as problem:
         raise error(f"{path} cannot be read ({problem}); {remedy}") from problem
     if broken:

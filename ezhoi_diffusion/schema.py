@@ -111,6 +111,11 @@ def range_problem(name: str, x: Tensor, spec: TensorSpec, sizes: Mapping[str, in
     return f"{name} has values from {low:.6g} to {high:.6g} instead of {spec.low:.6g} to {limit:.6g}"
 
 
+def all_finite(x: Tensor) -> bool:
+    """Whether no value of a floating-point tensor is NaN or infinite. Its extremes tell: NaN is one too."""
+    return x.numel() == 0 or bool(torch.stack(x.detach().aminmax()).isfinite().all())
+
+
 def box_problem(name: str, boxes: Tensor) -> str | None:
     """The problem with boxes [..., 4], xyxy, of which one ends before it begins, or None."""
     if (boxes[..., :2] <= boxes[..., 2:]).all():

@@ -25,7 +25,7 @@ from ezhoi_diffusion.diffusion.timesteps import make_timesteps
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.features.statistics import ModalityStatistics
 from ezhoi_diffusion.hub import resolve_path
-from ezhoi_diffusion.schema import table_of, tensors_problem
+from ezhoi_diffusion.schema import all_finite, table_of, tensors_problem
 
 if TYPE_CHECKING:
     from ezhoi_diffusion.features.batch import Pairs
@@ -174,7 +174,7 @@ class DiffusionBridge(Bridge):
             raise BridgeError(
                 f"the bridge takes floating-point features [N, {self.config.dim}], not {x.dtype} of shape {list(x.shape)}"
             )
-        if x.device.type == "cpu" and not torch.isfinite(x).all():
+        if x.device.type == "cpu" and not all_finite(x):
             bad = int((~torch.isfinite(x)).any(dim=1).sum())
             raise BridgeError(f"{bad} of {len(x)} features hold NaN or infinity: what computed them is broken")
         if len(x) == 0:

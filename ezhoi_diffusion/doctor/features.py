@@ -60,7 +60,8 @@ def read_contents(store: FeatureStore) -> Contents:
     What features share beyond their mean takes the mean, and so a second pass.
     """
     norms: list[Tensor] = []
-    hashes: list[NDArray[np.int64]] = []
+    hashes: list[NDArray[np.uint64]] = []  # weighted sums of a feature's bits, modulo 2^64 (Dietzfelbinger, STACS 1996)
+    weights = np.random.default_rng(0).integers(0, 2**64, store.text.shape[1], dtype=np.uint64)
     labelled: set[int] = set()
     number = len(store.index["shards"])
     with tqdm(total=2 * number, desc="reading features", unit="shard", file=sys.stderr, disable=None) as progress:
@@ -69,8 +70,7 @@ def read_contents(store: FeatureStore) -> Contents:
             for shard in store.shards():
                 features = shard["adapter_feat"]
                 norms.append(features.norm(dim=1))
-                bits = (hash(feature.tobytes()) for feature in features.numpy())
-                hashes.append(np.fromiter(bits, np.int64, len(features)))
+                hashes.append(np.einsum("nd,d->n", features.numpy().view(np.uint32), weights))
                 labelled.update(_labelled_classes(store, shard))
                 progress.update()
                 yield features

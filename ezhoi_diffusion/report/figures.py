@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from itertools import pairwise
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -86,6 +86,7 @@ def _colors(comparison: Comparison) -> dict[str, str]:
 def render(panel: Panel) -> Image.Image:
     """The panel, drawn without a display and without pyplot's global state."""
     figure = new_figure(figsize=(WIDTH, panel.height), layout="constrained", dpi=DPI)
+    # only now, because new_figure guards matplotlib's import
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
@@ -95,7 +96,7 @@ def render(panel: Panel) -> Image.Image:
     axes.set_axisbelow(True)
     panel.draw(axes)
     figure.suptitle(panel.title, x=0.01, ha="left", fontsize=9)
-    canvas = FigureCanvasAgg(figure)
+    canvas: Any = FigureCanvasAgg(figure)  # untyped
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ BLOCK = 4096  # features that are read together
 # The first step's learning rate is this divided by D; it falls to 0. A neuron sums over D inputs, so a step moves the sum by the
 # same amount whatever D is (Yang et al. 2021, "Tensor programs V").
 LEARNING_RATE = 0.5
+PROGRESS_SECONDS = 30.0  # between updates of the progress bar in a log
 MAX_STEPS = 4000  # of a large capture the last epochs are left out: a minute or two on a CPU core
 GRID = {"blend": (0.5, 1.0)}
 
@@ -158,7 +160,8 @@ def train(bridge: Residual, visual: StoredRows, labels: PairLabels, keep: float,
     optimizer = torch.optim.Adam(bridge.parameters(), lr=LEARNING_RATE / dim, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     batches = itertools.islice(_batches(count, epochs, seed), steps)
-    for rows in tqdm(batches, f"training {NAME}", steps, unit="step", delay=2, leave=False, disable=None):
+    interval = 0.1 if sys.stderr.isatty() else PROGRESS_SECONDS
+    for rows in tqdm(batches, f"fit {NAME}", steps, unit="step", delay=2, mininterval=interval, leave=False):
         x, share = visual[rows], len(rows) / count
         loss = bridge_loss(x + bridge.change(x), x, labels[rows], positives * share, keep / positives)
         optimizer.zero_grad()

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
+import torch
 
 from ezhoi_diffusion.artifact import Artifact
 from ezhoi_diffusion.bridge import Bridge, BridgeError
@@ -17,6 +18,8 @@ from ezhoi_diffusion.diffusion.artifact import STATISTICS
 from ezhoi_diffusion.diffusion.components import components
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.chain import own_settings
+from ezhoi_diffusion.evaluation.folds import Folds
+from ezhoi_diffusion.evaluation.processes import in_processes
 from ezhoi_diffusion.evaluation.variants import Named, load_bridge, seed_folders
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.features.unlabelled import split_of
@@ -162,6 +165,97 @@ def _with_means_of(artifact: Artifact, store: FeatureStore) -> Artifact:
     files = {**artifact.files, STATISTICS: store.to_learn_from().statistics().tensors()}
     provenance = {**artifact.provenance, "features": {"rows": len(store), "images": len(store.images)}}
     return Artifact(artifact.bridge, artifact.config, files, provenance)
+
+
+Known = tuple[int, int, frozenset[int], int | None]
+"""A part of the data, and who knows it: position of the recipes, seed, the folds of images that are left out, and the fold of
+classes whose labels are."""
+
+
+class Remade:
+    """Bridges made for every part of the data that they may know, each once.
+
+    Args:
+        store: A capture of the train split.
+        recipes: How the bridges are made.
+        bridges: Each of them made from all data, which stands for those that learn nothing.
+        folds: The folds.
+        plugins: The plugin manager.
+        device: Where the bridges go.
+    """
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        recipes: Sequence[Recipes],
+        bridges: Sequence[Bridge],
+        folds: Folds,
+        plugins: PluginManager,
+        device: torch.device | str,
+    ) -> None:
+        self._store, self._recipes, self._bridges = store, recipes, bridges
+        self._folds, self._plugins, self._device = folds, plugins, device
+        self._made: dict[Known, tuple[Bridge, Artifact | None] | RemakeError] = {}
+
+    def __getitem__(self, known: Known) -> Bridge:
+        """The bridge. Where the labels make no difference it is the one that was made with them. Raises RemakeError."""
+        if not self._recipes[known[0]].learn:
+            return self._bridges[known[0]]
+        self.prepare([known], 1)
+        found = self._made[self._key(known)]
+        if isinstance(found, RemakeError):
+            raise found
+        return found[0]
+
+    def problem(self, known: Known) -> RemakeError | None:
+        """Why a bridge that was prepared could not be made, or None."""
+        found = self._made.get(self._key(known))
+        return found if isinstance(found, RemakeError) else None
+
+    def prepare(self, wanted: Sequence[Known], jobs: int) -> None:
+        """Make those that are not there yet, in several processes."""
+        keys = [self._key(known) for known in wanted if self._recipes[known[0]].learn]
+        with_labels = [(*key[:3], None) for key in keys]  # the others are compared with these
+        new = [key for key in dict.fromkeys([*with_labels, *keys]) if key not in self._made]
+        for key, found in zip(new, in_processes(_made_or_problem, map(self._task, new), jobs), strict=True):
+            if isinstance(found, RemakeError):
+                self._made[key] = found
+                continue
+            bridge, artifact = found
+            with_them = self._made.get((key[0], key[1], key[2], None))
+            is_same = isinstance(with_them, tuple) and _equal(artifact, with_them[1])
+            self._made[key] = with_them if with_them and is_same else (bridge.to(self._device), artifact)
+
+    def _key(self, known: Known) -> Known:
+        part, seed, without, hidden = known
+        return part, seed % max(1, len(self._recipes[part].learn)), without, hidden
+
+    def _task(self, key: Known) -> tuple[Recipes, FeatureStore, PluginManager, int]:
+        part, seed, without, hidden = key
+        left = {position for fold in without for position in self._folds.images[fold]}
+        kept = [position for position in range(len(self._store.images)) if position not in left]
+        known = self._store.subset(kept, None if hidden is None else self._folds.classes[hidden])
+        return self._recipes[part], known, self._plugins, seed
+
+
+def _made_or_problem(
+    recipes: Recipes, store: FeatureStore, plugins: PluginManager, seed: int
+) -> tuple[Bridge, Artifact | None] | RemakeError:
+    try:
+        return recipes.make(store, plugins, seed)
+    except RemakeError as error:
+        return error
+
+
+def _equal(one: Artifact | None, other: Artifact | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    files = one.files.keys() == other.files.keys() and all(
+        tensors.keys() == other.files[name].keys()
+        and all(torch.equal(tensor, other.files[name][key]) for key, tensor in tensors.items())
+        for name, tensors in one.files.items()
+    )
+    return one.config == other.config and files
 
 
 def grid_of(bridge: Bridge, name: str, sweep: Mapping[str, Sequence[Any]] | None) -> dict[str, list[Any]]:

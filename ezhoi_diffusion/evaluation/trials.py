@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ezhoi_diffusion.artifact import Artifact
 from ezhoi_diffusion.bridge import Bridge
 from ezhoi_diffusion.evaluation.average_precision import Scored
 from ezhoi_diffusion.evaluation.bootstrap import image_weights, nan_mean, resampled_ap
@@ -19,7 +18,7 @@ from ezhoi_diffusion.evaluation.folds import Folds, protocol_of, seen_classes
 from ezhoi_diffusion.evaluation.held_out import blocks_of
 from ezhoi_diffusion.evaluation.passes import Found, Settings, scored_block, tree_of
 from ezhoi_diffusion.evaluation.processes import in_processes
-from ezhoi_diffusion.evaluation.remake import Recipes, RemakeError
+from ezhoi_diffusion.evaluation.remake import Recipes, Remade, RemakeError
 from ezhoi_diffusion.features.rows import StoredRows
 from ezhoi_diffusion.features.score import EzHoiScore
 from ezhoi_diffusion.features.store import FeatureStore
@@ -89,7 +88,7 @@ class Trials:
         jobs: int = 1,
     ) -> None:
         self.store, self.parts, self.bridges, self.folds = store, parts, bridges, folds
-        self.replicates, self.plugins, self.device, self.jobs = replicates, plugins, device, jobs
+        self.replicates, self.device, self.jobs = replicates, device, jobs
         self.score = EzHoiScore.from_store(store)
         self.seen = seen_classes(store)
         self.blocks = blocks_of(store, folds.images, protocol_of(store), self.seen)
@@ -102,7 +101,7 @@ class Trials:
         image = torch.arange(len(number)).repeat_interleave(number)[usable]
         counts.index_put_((image, hoi[usable]), torch.tensor(1), accumulate=True)
         self.annotations = counts.numpy().astype(np.int32)
-        self._made: dict[tuple[int, int, frozenset[int], int | None], tuple[Bridge, Artifact | None]] = {}
+        self.made = Remade(store, parts, bridges, folds, plugins, device)
         self._resampled: dict[tuple[tuple[int, ...], int], tuple[NDArray[np.int32], NDArray[np.int32]]] = {}
 
     def name(self, chain: Chain) -> str:
@@ -196,29 +195,33 @@ class Trials:
         ]
 
     def _made_for(self, chain: Chain, seed: int, fold: int, outer: int | None, hidden: int | None) -> list[Bridge]:
-        without = frozenset({fold} if outer is None else {fold, outer})
-        return [self.made(step.part, seed, without, hidden) for step in chain]
+        return [self.made[step.part, seed, without_of(fold, outer), hidden] for step in chain]
 
     def _steps(self, chain: Chain) -> list[tuple[str, Settings]]:
         return [(self.parts[step.part].label, step.settings) for step in chain]
 
-    def problem(self, chain: Chain, outer: int | None) -> RemakeError | None:
-        """Why a chain cannot be made from the data that it may know, or None. What can be made is kept."""
-        try:
-            for fold in range(len(self.folds.images)):
-                for seed in range(self.seeds(chain)) if fold != outer else ():
-                    for hidden in (None, *range(len(self.folds.classes))):
-                        self._made_for(chain, seed, fold, outer, hidden)
-        except RemakeError as error:
-            return error
-        return None
+    def problems(self, chains: Sequence[Chain], outer: int | None) -> list[RemakeError | None]:
+        """Why each chain cannot be made from the data that it may know, or None. What can be made is kept."""
+        wanted = [
+            [
+                (step.part, seed, without_of(fold, outer), hidden)
+                for fold in range(len(self.folds.images))
+                for seed in range(self.seeds(chain))
+                for hidden in (None, *range(len(self.folds.classes)))
+                for step in chain
+                if fold != outer
+            ]
+            for chain in chains
+        ]
+        self.made.prepare([key for keys in wanted for key in keys], self.jobs)
+        return [next(filter(None, map(self.made.problem, keys)), None) for keys in wanted]
 
     def seconds_a_pair(self, chains: Sequence[Chain]) -> float:
         """What applying chains together takes for one pair, on the first images of the first fold."""
         block, without = self.blocks[0][0], frozenset({0})
         tree = tree_of(
             [
-                ((number, None), self._steps(chain), [self.made(step.part, 0, without) for step in chain])
+                ((number, None), self._steps(chain), [self.made[step.part, 0, without, None] for step in chain])
                 for number, chain in enumerate(chains)
             ]
         )
@@ -252,35 +255,7 @@ class Trials:
             self._resampled[folds, replicates] = weights, annotated
         return self._resampled[folds, replicates]
 
-    def made(self, part: int, seed: int, without: frozenset[int], hidden: int | None = None) -> Bridge:
-        """A bridge made without some folds of images, and without the labels of one fold of classes.
 
-        Each is made once. Where the labels make no difference it is the bridge that was made with them.
-        """
-        recipes = self.parts[part]
-        if not recipes.learn:
-            return self.bridges[part]
-        key = (part, seed % len(recipes.learn), without, hidden)
-        if key not in self._made:
-            left = {position for fold in without for position in self.folds.images[fold]}
-            kept = [position for position in range(len(self.store.images)) if position not in left]
-            known = self.store.subset(kept, None if hidden is None else self.folds.classes[hidden])
-            bridge, artifact = recipes.make(known, self.plugins, seed)
-            if hidden is not None:
-                same = self.made(part, seed, without)
-                _, with_labels = self._made[part, key[1], without, None]
-                if _equal(artifact, with_labels):
-                    bridge = same
-            self._made[key] = bridge.to(self.device), artifact
-        return self._made[key][0]
-
-
-def _equal(one: Artifact | None, other: Artifact | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    files = one.files.keys() == other.files.keys() and all(
-        tensors.keys() == other.files[name].keys()
-        and all(torch.equal(tensor, other.files[name][key]) for key, tensor in tensors.items())
-        for name, tensors in one.files.items()
-    )
-    return one.config == other.config and files
+def without_of(fold: int, outer: int | None) -> frozenset[int]:
+    """The folds of images that a bridge must not know to be scored on `fold`."""
+    return frozenset({fold} if outer is None else {fold, outer})

@@ -307,7 +307,7 @@ def tune(
 
         def searched(outer: int | None) -> dict[str, Trial]:
             def run(chains: Sequence[Chain]) -> list[Trial | None]:
-                problems = [trials.problem(chain, outer) for chain in chains]
+                problems = trials.problems(chains, outer)
                 for problem in filter(None, problems):
                     if candidates.is_named:
                         raise problem
@@ -347,7 +347,7 @@ def _cost(candidates: Candidates, trials: Trials, space: Space) -> str:
         hidden = [None, 0] if trials.folds.classes else [None]
         begin = time.perf_counter()
         try:
-            made = {trials.made(part, 0, frozenset({0}), one) for one in hidden}
+            made = {trials.made[part, 0, frozenset({0}), one] for one in hidden}
         except RemakeError:  # the search says so
             continue
         seconds = (time.perf_counter() - begin) / len(hidden)

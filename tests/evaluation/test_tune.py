@@ -396,7 +396,7 @@ def test_no_label_of_a_held_out_image_or_class_reaches_a_fit_or_the_choice(store
         assert np.array_equal(one.value, other.value, equal_nan=True)
     assert not np.array_equal(trials.run([()])[0].value, others.run([()])[0].value)
     for hidden, classes in enumerate(folds.classes):
-        (known,) = (trials.made(0, 0, frozenset({0}), hidden).known for _ in range(1))
+        (known,) = (trials.made[0, 0, frozenset({0}), hidden].known for _ in range(1))
         verbs = store.ezhoi["object_n_verb_to_interaction"]
         for verb in range(verbs.shape[1]):
             if set(verbs[:, verb][verbs[:, verb] >= 0].tolist()) <= {

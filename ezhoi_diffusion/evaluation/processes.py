@@ -72,7 +72,16 @@ def _executor(jobs: int) -> Any:
 
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    return loky.get_reusable_executor(max_workers=jobs, timeout=IDLE_SECONDS, env=dict.fromkeys(names, threads))
+    return loky.get_reusable_executor(
+        max_workers=jobs, timeout=IDLE_SECONDS, env=dict.fromkeys(names, threads), initializer=_stay
+    )
+
+
+def _stay() -> None:
+    """Let this process stay when it needs more memory than for its first task: loky takes that for a leak, and starts another."""
+    from loky import process_executor
+
+    process_executor._USE_PSUTIL = False
 
 
 def _killed() -> type[Exception]:

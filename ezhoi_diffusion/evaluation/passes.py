@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -93,22 +93,27 @@ def _bridged(tree: Tree, x: Tensor, block: Block) -> Iterator[tuple[Key, Tensor]
 
 
 class Found:
-    """Detections of several chains on the same pairs, block by block."""
+    """Detections of several chains, by their numbers, on the same pairs: block by block, until `scored` takes them out."""
 
-    def __init__(self, chains: int) -> None:
+    def __init__(self, numbers: Iterable[int]) -> None:
         self._shared: list[tuple[Tensor, Tensor]] = []
-        self._own: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(chains)]
+        self._own: dict[int, list[tuple[Tensor, Tensor]]] = {number: [] for number in numbers}
 
-    def add(self, detections: Detections, kept: Tensor, found: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def add(self, detections: Detections, kept: Tensor | slice, found: Mapping[int, tuple[Tensor, Tensor]]) -> None:
         """Add some detections of a block, kept [M] bool, with scores [M] and labels [M] of each chain."""
-        self._shared.append((detections.classes[kept], detections.image[kept]))
-        for own, (scores, labels) in zip(self._own, found, strict=True):
+        if self._own:
+            self._shared.append((detections.classes[kept], detections.image[kept]))
+        for number, own in self._own.items():
+            scores, labels = found[number]
             own.append((scores[kept], labels[kept]))
 
-    def scored(self) -> list[Scored]:
-        """Those of each chain."""
+    def scored(self) -> dict[int, Scored]:
+        """Those of each chain. Nothing of them is kept here."""
+        if not self._own:
+            return {}
         classes, image = (torch.cat(column) for column in zip(*self._shared, strict=True))
-        return [
-            Scored(torch.cat(scores), classes, torch.cat(labels), image)
-            for scores, labels in (zip(*own, strict=True) for own in self._own)
-        ]
+        found = {}
+        for number in [*self._own]:
+            scores, labels = (torch.cat(column) for column in zip(*self._own.pop(number), strict=True))
+            found[number] = Scored(scores, classes, labels, image)
+        return found

@@ -224,7 +224,8 @@ class Remade:
             bridge, artifact = found
             with_them = self._made.get((key[0], key[1], key[2], None))
             is_same = isinstance(with_them, tuple) and _equal(artifact, with_them[1])
-            self._made[key] = with_them if with_them and is_same else (bridge.to(self._device), artifact)
+            own = bridge.to(self._device), artifact if key[3] is None else None  # to compare others with
+            self._made[key] = with_them if with_them and is_same else own
 
     def _key(self, known: Known) -> Known:
         part, seed, without, hidden = known

@@ -102,7 +102,7 @@ class Trials:
         counts.index_put_((image, hoi[usable]), torch.tensor(1), accumulate=True)
         self.annotations = counts.numpy().astype(np.int32)
         self.made = Remade(store, parts, bridges, folds, plugins, device)
-        self._resampled: dict[tuple[tuple[int, ...], int], tuple[NDArray[np.int32], NDArray[np.int32]]] = {}
+        self._resampled: tuple[tuple[tuple[int, ...], int], NDArray[np.int32], NDArray[np.int32]] | None = None
 
     def name(self, chain: Chain) -> str:
         """`a[key=value]+b`, or `none`."""
@@ -176,23 +176,20 @@ class Trials:
             (self.score, trees[fold], self.features[block.rows], self.logits[block.rows], block, self.device)
             for fold, block in blocks
         )
-        seen, hidden = Found(len(chains)), Found(len(chains))
+        numbers = range(len(chains))
+        seen, hidden = Found(numbers), Found([number for number in numbers if differs[number]])
         squares, size = [0.0] * len(chains), 0
         for (_, block), (found, of_block) in zip(blocks, in_processes(scored_block, tasks, self.jobs), strict=True):
             detections = block.detections
             size += len(block.rows) * self.logits.shape[1]
             for number, square in of_block.items():
                 squares[number] += square
-            every = torch.ones(len(detections.classes), dtype=torch.bool)
-            seen.add(detections, every, [found[number, None] for number in range(len(chains))])
+            seen.add(detections, slice(None), {number: found[number, None] for number in numbers})
             for part, classes in enumerate(self.folds.classes):
-                here = [found.get((number, part), found[number, None]) for number in range(len(chains))]
+                here = {number: found.get((number, part), found[number, None]) for number in numbers}
                 hidden.add(detections, torch.isin(detections.classes, classes), here)
-        of_seen, of_hidden = seen.scored(), hidden.scored() if any(differs) else []
-        return [
-            (one, of_hidden[number] if differs[number] else one, (squares[number] / size) ** 0.5)
-            for number, one in enumerate(of_seen)
-        ]
+        of_seen, of_hidden = seen.scored(), hidden.scored()
+        return [(one, of_hidden.get(number, one), (squares[number] / size) ** 0.5) for number, one in of_seen.items()]
 
     def _made_for(self, chain: Chain, seed: int, fold: int, outer: int | None, hidden: int | None) -> list[Bridge]:
         return [self.made[step.part, seed, without_of(fold, outer), hidden] for step in chain]
@@ -247,13 +244,16 @@ class Trials:
 
     def _resampling(self, folds: tuple[int, ...], replicates: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Counts of each image, [I, 1 + B], and annotated pairs of each class, [K, 1 + B]. Other folds count nothing."""
-        if (folds, replicates) not in self._resampled:
+        if self._resampled is None or self._resampled[0] != (
+            folds,
+            replicates,
+        ):  # one is held: of many images it is large
             counted = sorted(position for fold in folds for position in self.folds.images[fold])
             weights = np.zeros((len(self.annotations), 1 + replicates), np.int32)
             weights[counted] = image_weights(len(counted), replicates, 0)
             annotated = np.stack([n[n > 0] @ weights[n > 0] for n in self.annotations.T])
-            self._resampled[folds, replicates] = weights, annotated
-        return self._resampled[folds, replicates]
+            self._resampled = (folds, replicates), weights, annotated
+        return self._resampled[1:]
 
 
 def without_of(fold: int, outer: int | None) -> frozenset[int]:

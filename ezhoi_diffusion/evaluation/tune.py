@@ -41,6 +41,8 @@ __all__ = [
 ]
 
 SEARCH_REPLICATES = 200  # of the bootstrap of a trial; the estimate of what choosing gains has REPLICATES
+LONG = 600  # seconds, from which on the estimate says what makes it shorter
+SHORTER = "Fewer --num-images, --folds 3, fewer --bridges or more --jobs make it shorter"
 CAVEAT = (
     "EZ-HOI itself was trained on these images and these classes. Scores here are higher than on a test split, for every row; the "
     "held-out part is new to the bridges alone."
@@ -366,7 +368,7 @@ def _cost(candidates: Candidates, trials: Trials, space: Space) -> str:
     return (
         f"{len(candidates.recipes)} bridges, {count} folds of images and {ways - 1} of verbs: each bridge that learns is made "
         f"{without_one + without_two} times, and about {sum(expected) * (1 + count)} chains are scored. Estimate: about "
-        f"{seconds / 60:.1f} minutes"
+        f"{seconds / 60:.1f} minutes in one process" + (f". {SHORTER}" if seconds > LONG else "")
     )
 
 

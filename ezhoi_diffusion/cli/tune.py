@@ -63,7 +63,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("how to run")
     group.add_argument("--folds", type=int, default=FOLDS, metavar="K", help=f"folds of images and of verbs ({FOLDS})")
-    group.add_argument("--num-images", type=int, metavar="N", help="choose on N images, drawn at random (default: all)")
+    group.add_argument(
+        "--num-images", type=int, metavar="N", help="choose on N images that have pairs, drawn at random (default: all)"
+    )
     arguments.add_device(group)
     arguments.add_jobs(group)
     arguments.add_force(group)

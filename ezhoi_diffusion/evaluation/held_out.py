@@ -9,7 +9,7 @@ from itertools import accumulate, groupby
 import torch
 from torch import Tensor
 
-from ezhoi_diffusion.evaluation.folds import TuneError
+from ezhoi_diffusion.evaluation.application import check_row_by_row
 from ezhoi_diffusion.evaluation.protocols import Detections, EvalProtocol
 from ezhoi_diffusion.evaluation.replay import MAX_PAIRS
 from ezhoi_diffusion.evaluation.variants import Variant
@@ -54,7 +54,7 @@ class Block:
         return cls(torch.cat(rows), groups, counts, _of_classes(replace(found, image=position[found.image]), classes))
 
     def bridged(self, variant: Variant, x: Tensor) -> Tensor:
-        """Features [n, D] after a bridge. Raises TuneError where it depends on other images although it says row_by_row."""
+        """Features [n, D] after a bridge. Raises EzhoiDiffusionError where it depends on other images and says row_by_row."""
         if not variant.bridge.row_by_row:
             return _in_parts(variant, x, list(self._singly()))
         if variant.takes_many_images:
@@ -63,12 +63,7 @@ class Block:
         else:
             after = _in_parts(variant, x, self.groups)
         rows, pairs = next(self._singly())
-        alone = variant.apply(x[rows].clone(), pairs)
-        if not torch.allclose(alone, after[rows], rtol=1e-3, atol=1e-4 * float(alone.abs().max())):
-            raise TuneError(
-                f"bridge '{variant.name}' says row_by_row, but its result for an image changes with pairs of other images in the "
-                f"same call: compute each feature by itself, or set row_by_row = False"
-            )
+        check_row_by_row(variant.name, pairs.image, _in_parts(variant, x[rows], [(slice(None), pairs)]), after[rows])
         return after
 
     def _singly(self) -> Iterator[tuple[slice, Pairs]]:

@@ -76,7 +76,7 @@ def scored_block(
     squares: dict[int, float] = {}
     given = x.to(device)
     for (number, part), after in _bridged(tree, given, block):
-        logits = before if after is given else score.class_logits(after.cpu())
+        logits = before if torch.equal(after, given) else score.class_logits(after.cpu())
         scores = block.detections.scores(logits)
         found[number, part] = scores, block.detections.labels(scores)
         if part is None:

@@ -182,6 +182,7 @@ class Remade:
         folds: The folds.
         plugins: The plugin manager.
         device: Where the bridges go.
+        jobs: Number of processes that make them.
     """
 
     def __init__(
@@ -192,16 +193,17 @@ class Remade:
         folds: Folds,
         plugins: PluginManager,
         device: torch.device | str,
+        jobs: int,
     ) -> None:
         self._store, self._recipes, self._bridges = store, recipes, bridges
-        self._folds, self._plugins, self._device = folds, plugins, device
+        self._folds, self._plugins, self._device, self._jobs = folds, plugins, device, jobs
         self._made: dict[Known, tuple[Bridge, Artifact | None] | RemakeError] = {}
 
     def __getitem__(self, known: Known) -> Bridge:
         """The bridge. Where the labels make no difference it is the one that was made with them. Raises RemakeError."""
         if not self._recipes[known[0]].learn:
             return self._bridges[known[0]]
-        self.prepare([known], 1)
+        self.prepare([known])
         found = self._made[self._key(known)]
         if isinstance(found, RemakeError):
             raise found
@@ -212,12 +214,21 @@ class Remade:
         found = self._made.get(self._key(known))
         return found if isinstance(found, RemakeError) else None
 
-    def prepare(self, wanted: Sequence[Known], jobs: int) -> None:
-        """Make those that are not there yet, in several processes."""
+    def prepare(self, wanted: Sequence[Known]) -> None:
+        """Make those that are not there yet.
+
+        All are made with the same number of threads, on which rounding depends: with and without labels, the same numbers must
+        give the same bits.
+
+        Raises:
+            EzhoiDiffusionError: A bridge cannot come from another process.
+        """
         keys = [self._key(known) for known in wanted if self._recipes[known[0]].learn]
         with_labels = [(*key[:3], None) for key in keys]  # the others are compared with these
         new = [key for key in dict.fromkeys([*with_labels, *keys]) if key not in self._made]
-        for key, found in zip(new, in_processes(_made_or_problem, map(self._task, new), jobs), strict=True):
+        for key, found in zip(
+            new, in_processes(_made_or_problem, map(self._task, new), self._jobs, here=0), strict=True
+        ):
             if isinstance(found, RemakeError):
                 self._made[key] = found
                 continue

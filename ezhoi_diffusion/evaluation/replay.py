@@ -32,9 +32,8 @@ from ezhoi_diffusion.rng import generator
 MAX_PAIRS = 2048  # in one call, if a bridge takes many images: enough for a processor, and little memory
 NUM_TIMED = 8  # images on which the cost of a bridge is measured, one at a time, as at eval
 NUM_SHOWN = 500  # pairs in the pictures
-BOOTSTRAP_SHARE = (
-    0.1  # steps of the progress bar for the bootstrap, per image: at HICO-DET's size it takes this share of the time
-)
+# Steps of the progress bar for the bootstrap, per image: at HICO-DET's size it takes this share of the time.
+BOOTSTRAP_SHARE = 0.1
 
 
 class _Column:

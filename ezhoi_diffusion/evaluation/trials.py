@@ -14,7 +14,7 @@ from ezhoi_diffusion.bridge import Bridge
 from ezhoi_diffusion.evaluation.average_precision import Scored
 from ezhoi_diffusion.evaluation.bootstrap import image_weights, nan_mean, resampled_ap
 from ezhoi_diffusion.evaluation.comparison import REFERENCE
-from ezhoi_diffusion.evaluation.folds import Folds, protocol_of, seen_classes
+from ezhoi_diffusion.evaluation.folds import Folds, TuneError, protocol_of, seen_classes
 from ezhoi_diffusion.evaluation.held_out import blocks_of
 from ezhoi_diffusion.evaluation.passes import Found, Settings, scored_block, tree_of
 from ezhoi_diffusion.evaluation.processes import in_processes
@@ -72,7 +72,7 @@ class Trials:
         replicates: B, resamplings of the images of a trial.
         plugins: The plugin manager.
         device: Where the bridges get their features.
-        jobs: Number of processes that apply bridges.
+        jobs: Number of processes that fit and apply bridges.
     """
 
     def __init__(
@@ -101,8 +101,13 @@ class Trials:
         image = torch.arange(len(number)).repeat_interleave(number)[usable]
         counts.index_put_((image, hoi[usable]), torch.tensor(1), accumulate=True)
         self.annotations = counts.numpy().astype(np.int32)
-        self.made = Remade(store, parts, bridges, folds, plugins, device)
-        self._resampled: tuple[tuple[tuple[int, ...], int], NDArray[np.int32], NDArray[np.int32]] | None = None
+        if not all(self.annotations[fold].any() for fold in folds.images):
+            raise TuneError(
+                f"{store.folder}: one of {len(folds.images)} folds has no annotation of a seen class in its {len(folds.images[-1])} "
+                f"images: choose on more images, or with fewer folds"
+            )
+        self.made = Remade(store, parts, bridges, folds, plugins, device, jobs)
+        self._resampled: tuple[tuple[tuple[int, ...], int, int], NDArray[np.int32], NDArray[np.int32]] | None = None
 
     def name(self, chain: Chain) -> str:
         """`a[key=value]+b`, or `none`."""
@@ -148,6 +153,9 @@ class Trials:
         Returns:
             For each chain the detections of seen classes, those of classes whose labels were hidden, and the root mean square
             change of the logits.
+
+        Raises:
+            EzhoiDiffusionError: A bridge cannot be made, breaks a rule, or cannot be sent to another process.
         """
         parts = range(len(self.folds.classes))
         made = {
@@ -210,7 +218,7 @@ class Trials:
             ]
             for chain in chains
         ]
-        self.made.prepare([key for keys in wanted for key in keys], self.jobs)
+        self.made.prepare([key for keys in wanted for key in keys])
         return [next(filter(None, map(self.made.problem, keys)), None) for keys in wanted]
 
     def seconds_a_pair(self, chains: Sequence[Chain]) -> float:
@@ -228,10 +236,10 @@ class Trials:
         return (time.perf_counter() - begin) / len(x)
 
     def criterion(
-        self, seen: Scored, hidden: Scored, folds: Sequence[int], replicates: int | None = None
+        self, seen: Scored, hidden: Scored, folds: Sequence[int], replicates: int | None = None, seed: int = 0
     ) -> tuple[Samples, Samples, Samples]:
         """Criterion, mean AP of seen classes, and of hidden ones, on the images of some folds, each [1 + B] in percent."""
-        weights, annotated = self._resampling(tuple(folds), self.replicates if replicates is None else replicates)
+        weights, annotated = self._resampling(tuple(folds), self.replicates if replicates is None else replicates, seed)
         counts = np.flatnonzero(annotated[:, 0] > 0)
         of_seen = 100 * nan_mean(resampled_ap(seen, weights, annotated, "11P")[counts])
         if not self.folds.classes:
@@ -242,17 +250,17 @@ class Trials:
         share = self.folds.class_weight
         return (1 - share) * of_seen + share * of_hidden, of_seen, of_hidden
 
-    def _resampling(self, folds: tuple[int, ...], replicates: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    def _resampling(
+        self, folds: tuple[int, ...], replicates: int, seed: int
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Counts of each image, [I, 1 + B], and annotated pairs of each class, [K, 1 + B]. Other folds count nothing."""
-        if self._resampled is None or self._resampled[0] != (
-            folds,
-            replicates,
-        ):  # one is held: of many images it is large
+        key = folds, replicates, seed
+        if self._resampled is None or self._resampled[0] != key:  # one is held: of many images it is large
             counted = sorted(position for fold in folds for position in self.folds.images[fold])
             weights = np.zeros((len(self.annotations), 1 + replicates), np.int32)
-            weights[counted] = image_weights(len(counted), replicates, 0)
+            weights[counted] = image_weights(len(counted), replicates, seed)
             annotated = np.stack([n[n > 0] @ weights[n > 0] for n in self.annotations.T])
-            self._resampled = (folds, replicates), weights, annotated
+            self._resampled = key, weights, annotated
         return self._resampled[1:]
 
 

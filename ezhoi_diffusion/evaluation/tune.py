@@ -115,7 +115,7 @@ class Tuning:
     def caveats(self) -> list[str]:
         """What these figures do not say."""
         other = "" if not self.folds.classes else " The folds of verbs are the same in choosing and in this estimate."
-        part = f"The choice was made on {self.images} of {self.captured} images, drawn at random."
+        part = f"The choice was made on {self.images} of {self.captured} images, drawn at random from those with pairs."
         return [
             CAVEAT + other,
             *([part] if self.images < self.captured else []),
@@ -277,7 +277,7 @@ def tune(
         folds: Number of folds.
         num_images: Choose on so many images, drawn at random; by default on all.
         device: Where the bridges get their features.
-        jobs: Number of processes that apply bridges.
+        jobs: Number of processes that fit and apply bridges.
         forced: Messages of fingerprint checks that were forced.
         say: Gets a line about the cost before the work begins.
 
@@ -376,14 +376,14 @@ def gain_of_choices(trials: Trials, chains: Sequence[Chain]) -> dict[str, Lead]:
     """What the choices of the outer folds gain over `none`: the mean over folds of what each gains on its own.
 
     Folds are not ranked together, because scores of one chain mean little beside those of another (Forman & Scholz 2010,
-    "Apples-to-apples in cross-validation studies").
+    "Apples-to-apples in cross-validation studies"). Each is resampled with draws of its own.
     """
 
     def on_own_folds(chosen: Sequence[Chain]) -> NDArray[np.float64]:
         values = []
         for fold, chain in enumerate(chosen):
             found = trials.scored([(chain, seed) for seed in range(trials.seeds(chain))], [fold])
-            values.append(np.mean([trials.criterion(*one[:2], [fold], REPLICATES) for one in found], axis=0))
+            values.append(np.mean([trials.criterion(*one[:2], [fold], REPLICATES, fold) for one in found], axis=0))
         return np.asarray(np.mean(values, axis=0))
 
     tuned, none = on_own_folds(chains), on_own_folds([()] * len(chains))

@@ -84,7 +84,10 @@ class _PluginBridge(Bridge):
         super().__init__()
         self._plugins, self._name = plugins, name
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __copy__(self) -> _PluginBridge:
+        return _PluginBridge(self._plugins, self._name)
+
+    def __reduce__(self) -> Any:
         raise pickle.PicklingError(f"plugin '{self._name}' registers no bridge, and may keep what it sees")
 
     def forward(self, adapter_feat: Tensor, pairs: Pairs | None = None) -> Tensor:

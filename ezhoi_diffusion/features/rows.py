@@ -10,7 +10,7 @@ from contextlib import suppress
 from itertools import groupby
 from operator import itemgetter
 from resource import RLIMIT_NOFILE, getrlimit
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -77,7 +77,7 @@ class StoredRows:
         positions: Tensor | None = None,
         name: Literal["adapter_feat", "logits"] = "adapter_feat",
     ) -> None:
-        self._root, self._name, shards = store.root, name, store.root.index["shards"]
+        self._root, self._name, shards = store._root, name, store._root.index["shards"]
         self._rows: NDArray[np.int64] = store.positions().numpy()
         if positions is not None:
             self._rows = self._rows[positions.numpy()]
@@ -89,6 +89,9 @@ class StoredRows:
         self._places: dict[int, int] = {}  # number of a shard that was checked -> where its values begin in the file
         self._files: dict[int, int] = {}  # number of a shard -> descriptor
         weakref.finalize(self, _close, self._files)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("open files stay in their process")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -135,7 +138,7 @@ class StoredRows:
         with suppress(OSError):  # what is wrong with a file is said where it is read whole
             if number in self._places and self._read_in_place(number, runs, found):
                 return
-        whole = self._root.read_shard(number)[self._name].numpy()
+        whole = self._root._read_shard(number)[self._name].numpy()
         for _, first, begin, end in runs:
             found[begin:end] = whole[first : first + end - begin]
         with suppress(OSError):

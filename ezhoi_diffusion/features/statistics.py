@@ -18,6 +18,7 @@ TABLE = {  # of statistics.safetensors
     "rows": TensorSpec(torch.int64, "2", 0, 2**53),
 }
 PART = 512  # features: 2 MB at D = 512
+CANCELLED = 1e-6  # squared distance below which a difference of squares has lost more than half of its digits
 EPS = 1e-12  # smallest norm that is divided by, as torch's `normalize` has it
 
 
@@ -64,8 +65,12 @@ def unit_sums(features: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
         norm = torch.linalg.vector_norm(x, dim=1)
         scale = norm.clamp_min(EPS).reciprocal()
         total += scale @ x
-        distance = (norm * scale).square().unsqueeze(1) - 2 * scale.unsqueeze(1) * (x @ means.T) + means.square().sum(1)
-        weight = distance.clamp_min(0).sqrt().clamp_min(EPS).reciprocal()
+        square = (norm * scale).square().unsqueeze(1) - 2 * scale.unsqueeze(1) * (x @ means.T) + means.square().sum(1)
+        if (square < CANCELLED).any():  # nothing is left of the digits of this difference
+            unit = scale.unsqueeze(1) * x
+            around += torch.stack([normalize(unit - mean, dim=1).sum(0) for mean in means])
+            continue
+        weight = square.sqrt().reciprocal()
         around += (weight * scale.unsqueeze(1)).T @ x - weight.sum(0).unsqueeze(1) * means
     return total, around
 

@@ -199,11 +199,11 @@ class FeatureStore:
     def shards(self) -> Iterator[dict[str, Tensor]]:
         """Yield the tensors of each shard in order. Raises FeatureStoreError where one was changed."""
         for number in range(len(self.index["shards"])):
-            yield self.read_shard(number)
+            yield self._read_shard(number)
 
-    def read_shard(self, number: int) -> dict[str, Tensor]:
+    def _read_shard(self, number: int) -> dict[str, Tensor]:
         """Read the file of a shard of `root`, whole. Raises FeatureStoreError where it was changed."""
-        root = self.root
+        root = self._root
         shard = root.index["shards"][number]
         path = self.folder / shard["file"]
         tensors = read_tensors(path, shard, FeatureStoreError, AGAIN)
@@ -213,9 +213,9 @@ class FeatureStore:
         return tensors
 
     @property
-    def root(self) -> FeatureStore:
+    def _root(self) -> FeatureStore:
         """The store with the files: itself, unless it is a view."""
-        return self if self._whole is None else self._whole.root
+        return self if self._whole is None else self._whole._root
 
     def positions(self) -> Tensor:
         """[N] int64, the position of each pair among all pairs of `root`."""

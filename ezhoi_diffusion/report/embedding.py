@@ -12,9 +12,8 @@ from torch import Tensor
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 
 SEED = 0
-STEPS = (
-    500  # of t-SNE. Of its own 1000, the second half took half of the time, and moved trustworthiness from .916 to .926
-)
+# Of t-SNE. Of its own 1000, the second half took half of the time, and moved trustworthiness from .916 to .926.
+STEPS = 500
 
 
 class EmbeddingError(EzhoiDiffusionError):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ezhoi_diffusion import Bridge, BridgePlugin
 from ezhoi_diffusion.diffusion.bridge import BridgeConfig, DiffusionBridge, build_denoiser
 from ezhoi_diffusion.diffusion.recipes import DEFAULT_RECIPE
+from ezhoi_diffusion.evaluation import replay as replay_module
 from ezhoi_diffusion.evaluation.comparison import Comparison
 from ezhoi_diffusion.evaluation.replay import NUM_TIMED, replay
 from ezhoi_diffusion.evaluation.variants import resolve_variants
@@ -67,3 +69,21 @@ def test_one_bar_shows_the_whole_comparison(store, variants, capfd):
     assert "bootstrap" not in shown
     total = 24 + 8 * 1  # steps: images, and at least one for the bootstrap of each variant
     assert f"100%|██████████| {total}/{total}" in shown
+
+
+class WithPairs(Bridge):
+    """Gets one image at a time."""
+
+    needs_pairs = True
+
+    def forward(self, adapter_feat, pairs=None):
+        return adapter_feat
+
+
+def test_a_bridge_that_gets_single_images_is_timed_on_the_first_alone(store, mocker):
+    plugins = PluginManager()
+    plugins.register(BridgePlugin("with_pairs", lambda folder: WithPairs()), "with_pairs")
+    milliseconds = mocker.spy(replay_module, "_milliseconds")
+    mocker.patch.object(replay_module, "MAX_PAIRS", 64)
+    replay(store, resolve_variants("none,with_pairs", plugins, check=lambda *_: None, device="cpu"), measured=True)
+    assert 1 <= len(milliseconds.call_args.args[0]) <= NUM_TIMED < len(store.images)

@@ -496,7 +496,7 @@ def test_a_choice_on_some_images_says_so_and_is_made_from_all(larger, tmp_path):
     candidates = candidates_of(larger, "known,part", plugins, check=lambda *_: None, sweep={})
     found = tune(larger, candidates, plugins, folds=3, num_images=60)
     assert (found.images, found.captured) == (60, 100)
-    assert "The choice was made on 60 of 100 images, drawn at random." in found.caveats()
+    assert "The choice was made on 60 of 100 images, drawn at random from those with pairs." in found.caveats()
     assert found.evidence()["captured"] == 100
     known = replace(found, choice=replace(found.choice, trial=found.trials["known"]))
     write_choice(tmp_path / "choice", known, candidates, larger)
@@ -506,6 +506,25 @@ def test_a_choice_on_some_images_says_so_and_is_made_from_all(larger, tmp_path):
     assert not any("drawn at random" in line for line in every.caveats())
     with pytest.raises(TuneError, match="too few for 3 folds"):
         tune(larger, candidates, plugins, folds=3, num_images=2)
+
+
+def test_a_fold_without_annotations_is_refused_before_the_work_begins(tmp_path):
+    secret = []
+
+    def strip(batch):
+        if batch.index not in secret:
+            return batch
+        return replace(batch, gt_hoi=batch.gt_hoi[:0], gt_boxes=batch.gt_boxes[:, :0])
+
+    secret += Folds.of_store(synthetic_store(tmp_path / "plain", images=30), 3).images[2]
+    store = synthetic_store(tmp_path / "stripped", images=30, alter=strip)
+    with pytest.raises(TuneError, match="one of 3 folds has no annotation of a seen class in its 10 images"):
+        tuned(store, plugins_with(part=Part), "part")
+
+
+def test_a_bridge_that_returns_its_input_changes_nothing(store):
+    found, _ = tuned(store, plugins_with(), "identity")
+    assert found.trials["identity"].change == 0.0
 
 
 def test_the_choice_is_a_bridge_of_its_own(stores, bridge, tmp_path, capsys):

@@ -72,7 +72,7 @@ def test_a_shard_is_read_whole_once(tmp_path, monkeypatch):
     time.sleep(0.02)
     whole, rows = store.adapter_feat(), StoredRows(store)
     everything(rows)
-    monkeypatch.setattr(FeatureStore, "read_shard", lambda *_: pytest.fail("a shard is read whole again"))
+    monkeypatch.setattr(FeatureStore, "_read_shard", lambda *_: pytest.fail("a shard is read whole again"))
     chosen = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
     assert torch.equal(rows[chosen], whole[chosen])
 

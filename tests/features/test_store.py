@@ -192,6 +192,18 @@ def test_sums_of_unit_features_are_those_of_features_that_were_made_unit():
         torch.testing.assert_close(found, normalize(unit - mean, dim=1).sum(0), rtol=1e-12, atol=1e-11)
 
 
+@pytest.mark.parametrize("spread", [0.0, 1e-8, 1e-4])
+def test_the_cone_around_the_mean_of_collapsed_features_is_no_rounding(spread):
+    draw = torch.Generator().manual_seed(0)
+    one, noise = torch.rand(1, 16, generator=draw).double(), torch.randn(600, 16, generator=draw).double()
+    features = normalize(one, dim=1) + spread * noise
+    mean = normalize(features, dim=1).mean(0)
+    expected = normalize(normalize(features, dim=1) - mean, dim=1).mean(0).norm()
+    (found,) = mean_resultant_lengths([features], [mean])
+    assert found <= 1 + 1e-9
+    assert found == pytest.approx(float(expected), abs=1e-6)
+
+
 def test_what_could_not_be_read_back_is_not_written(tmp_path):
     writer = FeatureWriter(tmp_path, META)
     broken = replace(IMAGES[0], logits=IMAGES[0].logits.clone().fill_(float("inf")))

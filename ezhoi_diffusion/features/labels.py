@@ -33,18 +33,23 @@ class SeenPairs:
 
     Attributes:
         visual: [M, D] float32, adapter_feat as captured.
-        text: [M, D] float32, the text of the target class (`EzHoiScore.class_text`, of texts that may be learned from).
         target: [M] int64, target class; for HICO-DET the verb.
         image: [M] int64, position of the image in the store.
+        class_text: [C, D] float32, the text of each target class (`EzHoiScore.class_text`, of texts that may be learned from).
     """
 
     visual: Tensor
-    text: Tensor
     target: Tensor
     image: Tensor
+    class_text: Tensor
 
     def __len__(self) -> int:
         return len(self.target)
+
+    @property
+    def text(self) -> Tensor:
+        """[M, D] float32, the text of each target class: as large as `visual`, and made at every access."""
+        return self.class_text[self.target]
 
 
 class SeenLabels(NamedTuple):
@@ -115,7 +120,7 @@ def seen_pairs(store: FeatureStore, *, held_out: bool | None = False, fraction: 
         ScoreError: The store lacks a constant of EZ-HOI's score.
     """
     found = seen_labels(store, held_out=held_out, fraction=fraction)
-    return SeenPairs(StoredRows(store)[found.pair], found.class_text[found.target], found.target, found.image)
+    return SeenPairs(StoredRows(store)[found.pair], found.target, found.image, found.class_text)
 
 
 def seen_labels(store: FeatureStore, *, held_out: bool | None = False, fraction: float = FRACTION) -> SeenLabels:

@@ -153,7 +153,7 @@ def centred(pairs: SeenPairs, statistics: ModalityStatistics, rows: Tensor) -> I
     for block in rows.split(BLOCK):
         yield (
             normalize(pairs.visual[block].double(), dim=1) - statistics.visual_mean.double(),
-            normalize(pairs.text[block].double(), dim=1) - statistics.text_mean.double(),
+            normalize(pairs.class_text[pairs.target[block]].double(), dim=1) - statistics.text_mean.double(),
         )
 
 

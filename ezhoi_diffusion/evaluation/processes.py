@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -16,7 +16,6 @@ from ezhoi_diffusion.errors import EzhoiDiffusionError
 T = TypeVar("T")
 WAITING = 2  # tasks for each process that are made ahead: enough to keep it busy, and little memory
 IDLE_SECONDS = 60  # after which a process ends
-UNSENT = "a bridge cannot be sent to another process, or back ({}): give --jobs 1"
 
 
 def check_jobs(jobs: int, device: torch.device) -> None:
@@ -44,10 +43,10 @@ def in_processes(work: Callable[..., T], tasks: Iterable[tuple[Any, ...]], jobs:
     remaining = iter(tasks)
     for task in remaining if jobs == 1 else islice(remaining, here):
         yield work(*task)
-    waiting: deque[Future[bytes]] = deque()
+    waiting: deque[Future[Any]] = deque()
     try:
         for task in remaining:
-            waiting.append(_executor(jobs).submit(_pickled, work, *task))
+            waiting.append(_executor(jobs).submit(_outcome, work, *task))
             if len(waiting) > WAITING * jobs:
                 yield _result(waiting.popleft(), jobs)
         while waiting:
@@ -60,31 +59,31 @@ def in_processes(work: Callable[..., T], tasks: Iterable[tuple[Any, ...]], jobs:
             future.cancel()
 
 
-def _pickled(work: Callable[..., object], *task: Any) -> bytes:
-    """The result as bytes. That it cannot be pickled is an error of the task, and not of the process."""
-    import cloudpickle
-
-    result = work(*task)
+def _outcome(work: Callable[..., T], *task: Any) -> tuple[T | None, Exception | None, str]:
+    """The result, or what was raised and its traceback: what a future raises is then the way between the processes."""
     try:
-        return bytes(cloudpickle.dumps(result))
-    except Exception as error:  # a bridge may hold anything
-        raise EzhoiDiffusionError(UNSENT.format(error)) from error
+        return work(*task), None, ""
+    except Exception as error:  # raised again where the result is wanted
+        return None, error, traceback.format_exc()
 
 
-def _result(future: Future[bytes], jobs: int) -> Any:
-    from concurrent.futures.process import BrokenProcessPool
-
+def _result(future: Future[Any], jobs: int) -> Any:
     from loky.process_executor import TerminatedWorkerError
 
     try:
-        return pickle.loads(future.result())  # of a process that this one started
-    except TerminatedWorkerError as error:
+        found, error, where = future.result()
+    except TerminatedWorkerError as problem:
         raise EzhoiDiffusionError(
-            f"one of {jobs} processes was killed ({str(error).splitlines()[0]}): if memory was short, give fewer --jobs"
-        ) from error
-    except (pickle.PicklingError, BrokenProcessPool) as error:
-        why = str(error.__cause__ or error).strip('" \n').splitlines()[-1]  # the last line of a traceback
-        raise EzhoiDiffusionError(UNSENT.format(why)) from error
+            f"one of {jobs} processes was killed ({str(problem).splitlines()[0]}): if memory was short, give fewer --jobs"
+        ) from problem
+    except Exception as problem:  # pickling may raise anything
+        why = str(problem.__cause__ or problem).strip('" \n').splitlines()[-1]  # the last line of a traceback
+        raise EzhoiDiffusionError(
+            f"a bridge cannot be sent to another process, or back ({why}): give --jobs 1"
+        ) from problem
+    if error is not None:
+        raise error from RuntimeError(f"in another process:\n{where}")
+    return found
 
 
 def _executor(jobs: int) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import pickle
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from ezhoi_diffusion.defaults import torch_defaults
 from ezhoi_diffusion.errors import EzhoiDiffusionError, attributed_to
 from ezhoi_diffusion.evaluation.chain import ChainBridge, own_settings, with_members
 from ezhoi_diffusion.evaluation.comparison import REFERENCE
+from ezhoi_diffusion.evaluation.plugin_bridge import PluginBridge
 from ezhoi_diffusion.features.batch import Pairs
 from ezhoi_diffusion.files import current
 from ezhoi_diffusion.hub import resolve_path
@@ -73,25 +73,6 @@ class Variant:
         if problem:
             raise BridgeError(f"bridge '{self.name}' {problem}")
         return bridged.clone()  # it may be a buffer, which the next call overwrites
-
-
-class _PluginBridge(Bridge):
-    """An enabled plugin that has `post_adapter_feat` and registers no bridge."""
-
-    needs_pairs = True
-
-    def __init__(self, plugins: PluginManager, name: str) -> None:
-        super().__init__()
-        self._plugins, self._name = plugins, name
-
-    def __copy__(self) -> _PluginBridge:
-        return _PluginBridge(self._plugins, self._name)
-
-    def __reduce__(self) -> Any:
-        raise pickle.PicklingError(f"plugin '{self._name}' registers no bridge, and may keep what it sees")
-
-    def forward(self, adapter_feat: Tensor, pairs: Pairs | None = None) -> Tensor:
-        return self._plugins.fold("post_adapter_feat", adapter_feat, replacement_problem, only=self._name, pairs=pairs)
 
 
 def known_bridges(plugins: PluginManager) -> Registry[Load]:
@@ -283,7 +264,7 @@ def resolve_variants(
                     f"also plugins with post_adapter_feat that --plugin enables. `ezhoi-diffusion plugins` lists what is installed"
                 )
         if len(named) == 1 and named[0].name in functions:
-            variants[item] = Variant(item, _PluginBridge(plugins, named[0].name))
+            variants[item] = Variant(item, PluginBridge(plugins, named[0].name))
             continue
         for variant in _loaded(item, named, folder, plugins, settings, sweep, check):
             variant.bridge.to(device)
@@ -309,7 +290,7 @@ def _loaded(
     bridges = known_bridges(plugins).names()
     for seed, paths in _seeds(item, [one.folder or default_folder for one in named]):
         members = {
-            one.name: load_bridge(plugins, one.name, path) if one.name in bridges else _PluginBridge(plugins, one.name)
+            one.name: load_bridge(plugins, one.name, path) if one.name in bridges else PluginBridge(plugins, one.name)
             for one, path in zip(named, paths, strict=True)
         }
         bridge = ChainBridge(members) if len(members) > 1 else members[named[0].name]

@@ -143,7 +143,7 @@ def _eleven_point(copies: IntArray, detections: IntArray, annotated: IntArray) -
     by_sample = [torch.from_numpy(np.ascontiguousarray(x.T)) for x in (true, _needed(annotated))]
     at = np.ascontiguousarray(torch.searchsorted(*by_sample).numpy().T)
     precision = np.take_along_axis(best, np.minimum(at, len(best) - 1), axis=0)
-    return np.asarray(np.where(at < len(best), precision, 0.0).sum(0) / len(RECALLS))
+    return _total(np.where(at < len(best), precision, 0.0)) / len(RECALLS)
 
 
 def _needed(annotated: IntArray) -> IntArray:
@@ -158,7 +158,7 @@ def _needed(annotated: IntArray) -> IntArray:
 def _interpolated(copies: IntArray, detections: IntArray, annotated: IntArray) -> NDArray[np.float64]:
     # over copies of a true positive precision rises, so the last copy's is the highest of them
     true = np.cumsum(copies, axis=0, dtype=np.int32)
-    return np.asarray((copies * _best_precision(true, detections)).sum(0) / annotated)
+    return _total(copies * _best_precision(true, detections)) / annotated
 
 
 def _best_precision(true: IntArray, detections: IntArray) -> NDArray[np.float64]:
@@ -181,7 +181,12 @@ def _under_curve(copies: IntArray, detections: IntArray, annotated: IntArray) ->
     heights = copies - (detections - true) * (harmonic[detections] - harmonic[before])  # j = 1..c
     start = np.divide(true - copies, before, out=np.ones(true.shape), where=before > 0)  # j = 0
     end = np.divide(true, detections, out=np.ones(true.shape), where=detections > 0)  # j = c
-    return np.asarray((heights + (start - end) / 2).sum(0) / annotated)
+    return _total(heights + (start - end) / 2) / annotated
+
+
+def _total(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The sum [R] of [T, R] over T, in order: of one column `sum` adds otherwise than of many, and gives other last digits."""
+    return np.asarray(np.cumsum(values, axis=0)[-1])
 
 
 def known_object(scored: Scored, annotated_objects: Tensor, object_of_class: Tensor) -> Scored:

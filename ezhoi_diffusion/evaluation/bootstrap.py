@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ezhoi_diffusion.evaluation.average_precision import Algorithm, Scored, area, ranked
+from ezhoi_diffusion.evaluation.processes import in_processes
 from ezhoi_diffusion.evaluation.seeds import (
     degrees_of_freedom,
     normal_equivalent,
@@ -74,6 +75,7 @@ class BootstrapResult:
     """Results of a paired bootstrap for one bridge and K classes.
 
     Attributes:
+        seed_ap: AP of each of n seeds and K classes on the images as they are, [n, K] float64 in 0..1.
         mean_ap: Group -> interval of mean AP, in percent.
         over: `none` or a baseline -> group -> difference to it; without the bridge itself.
         per_class: Interval of each class's difference to `none`, [K, 2] in points. NaN for a class annotated in fewer than
@@ -81,6 +83,7 @@ class BootstrapResult:
         per_class_p: Two-sided p-value of each class, [K]; NaN and None as in `per_class`.
     """
 
+    seed_ap: Tensor
     mean_ap: dict[str, tuple[float, float]]
     over: dict[str, dict[str, Difference]]
     per_class: Tensor | None = None
@@ -116,6 +119,7 @@ def paired_bootstrap(
     replicates: int = REPLICATES,
     level: float = LEVEL,
     seed: int = 0,
+    jobs: int = 1,
     advance: Callable[[], object] | None = None,
 ) -> dict[str, BootstrapResult]:
     """Estimate the uncertainty of mean AP and of its differences from the choice of the I images and of the training seeds.
@@ -154,6 +158,7 @@ def paired_bootstrap(
         replicates: Number of resamplings.
         level: Of the intervals.
         seed: Of the draws.
+        jobs: Number of processes, for the variants.
         advance: Called after each variant, for a caller that shows the progress; by default it is shown here.
 
     Returns:
@@ -171,26 +176,38 @@ def paired_bootstrap(
     names = list(bridges)
     means = np.empty((len(groups), len(names), 1 + replicates))
     seed_variance = np.zeros((len(groups), len(names)))
+    seed_ap: dict[str, Tensor] = {}
     per_class: dict[str, tuple[Tensor, Tensor]] = {}
     progress = tqdm(total=len(scored), desc="bootstrap", unit="variant", file=sys.stderr, disable=advance is not None)
     advance = advance or progress.update
+    # a variant that changes no score, such as `identity`, is resampled as bare EZ-HOI is
+    moves = {name: name == REFERENCE or not _equal(scored[name], scored[REFERENCE]) for name in scored}
+    tasks = (
+        (scored[variant], weights, annotated, algorithm)
+        for variants in bridges.values()
+        for variant in variants
+        if moves[variant]
+    )
+    resampled = in_processes(resampled_ap, tasks, jobs)
+    bare = np.zeros(annotated.shape)  # until it is known: bare EZ-HOI comes first
     for number, (name, variants) in enumerate(bridges.items()):
         shares = seed_weights(len(variants), replicates, seed)
         ap, found = np.zeros(annotated.shape), []
         for variant, share in zip(variants, shares, strict=True):
-            own = 100 * resampled_ap(scored[variant], weights, annotated, algorithm)
+            own = next(resampled) if moves[variant] else bare
             ap += share * own
             found.append(own[:, 0])
             advance()
-        means[:, number] = [nan_mean(ap[index.numpy()]) for index in groups.values()]
         single = np.stack(found)  # [n, K]
+        seed_ap[name] = torch.from_numpy(single)
+        means[:, number] = [100 * nan_mean(ap[index.numpy()]) for index in groups.values()]
         if len(variants) > 1:
-            of_group = [single[:, index.numpy()].mean(1) for index in groups.values()]
+            of_group = [100 * single[:, index.numpy()].mean(1) for index in groups.values()]
             seed_variance[:, number] = np.var(of_group, axis=1, ddof=1) / len(variants)
         if name == REFERENCE:
             bare = ap
         else:
-            per_class[name] = _per_class(ap - bare, single, images_of, level)
+            per_class[name] = _per_class(100 * (ap - bare), 100 * single, images_of, level)
     progress.close()
     freedom = np.array([len(variants) - 1 if len(variants) > 1 else np.inf for variants in bridges.values()])
     mean_ap: dict[str, dict[str, tuple[float, float]]] = {name: {} for name in names}
@@ -218,7 +235,15 @@ def paired_bootstrap(
         ]
         for number, *differences in zip(others, *columns, strict=True):
             over[names[number]][base] = dict(zip(groups, differences, strict=True))
-    return {name: BootstrapResult(mean_ap[name], over[name], *per_class.get(name, (None, None))) for name in names}
+    return {
+        name: BootstrapResult(seed_ap[name], mean_ap[name], over[name], *per_class.get(name, (None, None)))
+        for name in names
+    }
+
+
+def _equal(a: Scored, b: Scored) -> bool:
+    """Whether two variants have the same scores."""
+    return torch.equal(a.scores, b.scores) and torch.equal(a.labels, b.labels)
 
 
 def _bridges(variants: Sequence[str], seed_groups: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

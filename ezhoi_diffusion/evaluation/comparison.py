@@ -120,9 +120,10 @@ class Comparison:
         num_gt: Tensor | None = None,
         alignment: Mapping[str, Mapping[str, float | None]] | None = None,
         samples: Mapping[str, Tensor] | None = None,
-        measure: Callable[[Scored, Tensor, Algorithm], Tensor] = average_precision,
+        measure: Callable[[Scored, Tensor, Algorithm], Tensor] | None = None,
         algorithm: Algorithm = "11P",
         replicates: int = 0,
+        jobs: int = 1,
         advance: Callable[[], object] | None = None,
         **facts: Any,
     ) -> Comparison:
@@ -137,30 +138,37 @@ class Comparison:
             num_gt: Annotated pairs of each class [K], where they are not the sum of `annotations`.
             alignment: Variant -> measure -> value.
             samples: Variant -> its features [R, D] of the sampled pairs.
-            measure: AP of each class [K] from detections, counts of annotations [K] and algorithm.
+            measure: AP of each class [K] from detections, counts of annotations [K] and algorithm; `average_precision` by default.
             algorithm: Of average precision.
             replicates: Of the bootstrap over images; 0 for none.
+            jobs: As for `paired_bootstrap`.
             advance: As for `paired_bootstrap`.
             facts: The other attributes.
         """
         num_gt = annotations.sum(0) if num_gt is None else num_gt
-        bootstrap: dict[str, BootstrapResult] = {}
         seeds: dict[str, list[str]] = {}
         for name, one in variants.items():
             if one.seed_group is not None:
                 seeds.setdefault(one.seed_group, []).append(name)
+        bootstrap: dict[str, BootstrapResult] = {}
+        ap: dict[str, Tensor] = {}
         if replicates:
             baselines = dict.fromkeys(v.seed_group or name for name, v in variants.items() if v.bridge.baseline)
             bootstrap = paired_bootstrap(
                 detections, annotations, groups, baselines=[*baselines], seed_groups=seeds, algorithm=algorithm,
-                replicates=replicates, advance=advance,
+                replicates=replicates, jobs=jobs, advance=advance,
             )  # fmt: skip
+            for bridge, result in bootstrap.items():
+                ap |= zip(seeds.get(bridge, [bridge]), result.seed_ap, strict=True)
+        if measure is not None or not replicates:
+            measure = measure or average_precision
+            ap = {name: measure(scored, num_gt, algorithm) for name, scored in detections.items()}
         results = {}
-        for name, scored in detections.items():
+        for name in detections:
             variant = variants.get(name)
             results[name] = VariantResult(
                 name,
-                measure(scored, num_gt, algorithm),
+                ap[name],
                 added_ms=added_ms.get(name, 0.0),
                 baseline=variant is not None and variant.bridge.baseline,
                 seed_group=variant.seed_group if variant is not None else None,

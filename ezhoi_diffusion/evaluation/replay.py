@@ -25,7 +25,7 @@ from ezhoi_diffusion.evaluation.protocols import Detections, EvalProtocol, annot
 from ezhoi_diffusion.evaluation.variants import Variant
 from ezhoi_diffusion.features.batch import Pairs
 from ezhoi_diffusion.features.images import StoredImage, stored_images
-from ezhoi_diffusion.features.score import EzHoiScore, ScoreError, names_of_interactions, require_replayable
+from ezhoi_diffusion.features.score import EzHoiScore, LogitCheck, ScoreError, names_of_interactions
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.rng import generator
 
@@ -96,7 +96,7 @@ def replay(
         measured: Also measure alignment, calibration, headroom and the cost of the bridges, and keep a sample of the features. Otherwise
             `added_ms` is that of one image.
         device: Where the bridges get their features.
-        jobs: Number of processes that apply bridges.
+        jobs: Number of processes that apply bridges, and resample.
 
     Raises:
         ScoreError: The features cannot be scored, or no image has a pair or an annotation that counts.
@@ -106,7 +106,6 @@ def replay(
     """
     score = EzHoiScore.from_store(store)
     protocol = protocol or hicodet(store)
-    require_replayable(store, score)
     images = [position for position in range(len(store.images)) if chosen is None or position in chosen]
     num_pairs = sum(store.images[position]["rows"] for position in images)
     if not num_pairs:
@@ -128,6 +127,7 @@ def replay(
         scored, annotations = _collect(
             protocol,
             score,
+            LogitCheck(store, score),
             stored,
             variants,
             cards,
@@ -140,7 +140,7 @@ def replay(
         )
         oracles = {} if perfect is None else perfect.scored(scored[REFERENCE])
         part = chosen is not None or protocol.partial or store.meta.get("max_images") is not None
-        if not part:
+        if not part and len(protocol.uncaptured):
             annotations = torch.cat([annotations, protocol.uncaptured])
         num_gt = annotations.sum(0)
         if protocol.setting == "known-object":
@@ -170,6 +170,7 @@ def replay(
             sample_text=score.text if measured else None,
             algorithm=protocol.algorithm,
             replicates=replicates,
+            jobs=jobs,
             advance=lambda: progress.update(per_variant),
             pairs=num_pairs,
             names=protocol.names,
@@ -185,6 +186,7 @@ def replay(
 def _collect(
     protocol: EvalProtocol,
     score: EzHoiScore,
+    check: LogitCheck,
     images: Iterable[StoredImage],
     variants: Mapping[str, Variant],
     cards: dict[str, _Scorecard],
@@ -199,24 +201,25 @@ def _collect(
     shown = torch.randperm(num_pairs, generator=generator(0, "shown"))[:NUM_SHOWN].sort().values
     classes, where, annotations = (_Column(torch.int64) for _ in range(3))
     seen = number = 0
-    batches: deque[tuple[list[StoredImage], Tensor]] = deque()
+    batches: deque[tuple[list[StoredImage], Tensor, Tensor]] = deque()
 
     def tasks() -> Iterator[tuple[Any, ...]]:
         timed = singly
         for batch in _batches(images):
             features = torch.cat([image.adapter_feat for image in batch])
-            batches.append((batch, features))
+            logits = torch.cat([image.logits for image in batch])
+            check.add(features, logits)
+            batches.append((batch, features, logits))
             yield variants, features, [image.pairs for image in batch], timed, device
             timed = 0 if len(features) else timed  # those of the first batch that has some
 
     for after_each in in_processes(bridged, tasks(), jobs):
-        batch, features = batches.popleft()
+        batch, features, ezhoi_logits = batches.popleft()
         detections = Detections.from_images(batch, protocol.match)
         classes.extend(detections.classes)
         where.extend(detections.image + number)
         annotations.extend(torch.cat([protocol.count(image) for image in batch]))
         number += len(batch)
-        ezhoi_logits = torch.cat([image.logits for image in batch])
         labels = torch.cat([image.labels for image in batch])
         of_pair = torch.cat([image.pairs.objects for image in batch])
         possible, objects = score.object_to_target[of_pair], of_pair[detections.row]

@@ -113,27 +113,42 @@ def relative_change(x: Tensor, moved: Tensor) -> Tensor:
     return change
 
 
-def require_replayable(store: FeatureStore, score: EzHoiScore) -> float:
-    """Compare EZ-HOI's stored logits with logits computed from the stored features.
+class LogitCheck:
+    """Compares EZ-HOI's stored logits with logits computed from the stored features, which come in pieces.
 
-    Returns:
-        Their largest difference, as a share of the largest logit.
-
-    Raises:
-        ScoreError: It is more than rounding: the run has another score than the published one.
+    Attributes:
+        worst: The largest difference so far.
+        largest: The largest stored logit so far.
     """
-    worst, largest = 0.0, 1e-12
+
+    def __init__(self, store: FeatureStore, score: EzHoiScore) -> None:
+        self.worst, self.largest = 0.0, 1e-12
+        self._folder, self._score = store.folder, score
+
+    def add(self, features: Tensor, logits: Tensor) -> None:
+        """Compare the logits [n, C] of the next n features [n, D]; n may be 0.
+
+        Raises:
+            ScoreError: The difference is more than rounding: the run has another score than the published one.
+        """
+        if not len(logits):
+            return
+        self.worst = max(self.worst, float((self._score.class_logits(features) - logits).abs().max()))
+        self.largest = max(self.largest, float(logits.abs().max()))
+        if not self.worst <= TOLERANCE * self.largest:
+            raise ScoreError(
+                f"{self._folder}: EZ-HOI's published score differs from the captured logits by {self.worst:.3g} "
+                f"(logits reach {self.largest:.3g}): this run scores differently. Compare in EZ-HOI: `ezhoi-diffusion run "
+                f"main_tip_finetune.py … --eval --compare`"
+            )
+
+
+def require_replayable(store: FeatureStore, score: EzHoiScore) -> float:
+    """Make a `LogitCheck` of a whole store. Returns the largest difference, as a share of the largest logit."""
+    check = LogitCheck(store, score)
     for shard in store.shards():
-        if len(shard["logits"]):
-            worst = max(worst, float((score.logits(shard["adapter_feat"]) - shard["logits"]).abs().max()))
-            largest = max(largest, float(shard["logits"].abs().max()))
-    if not worst <= TOLERANCE * largest:
-        raise ScoreError(
-            f"{store.folder}: EZ-HOI's published score differs from the captured logits by {worst:.3g} "
-            f"(logits reach {largest:.3g}): this run scores differently. Compare in EZ-HOI: `ezhoi-diffusion run "
-            f"main_tip_finetune.py … --eval --compare`"
-        )
-    return worst / largest
+        check.add(shard["adapter_feat"], shard["logits"])
+    return check.worst / check.largest
 
 
 def interaction_classes(store: FeatureStore, objects: Tensor, targets: Tensor) -> Tensor:

@@ -250,6 +250,30 @@ def test_a_constant_difference_is_as_sure_as_it_gets():
     assert said.p == said.p_adjusted == 0.01
 
 
+@pytest.mark.parametrize("algorithm", ["11P", "AUC", "VOC"])
+def test_the_images_as_they_are_have_average_precision_to_the_last_bit(algorithm):
+    scored, annotations = random_scored(7, 40, 5)
+    other = Scored(scored.scores.flip(0), scored.classes, scored.labels, scored.image)
+    variants = {"none": scored, "same": scored, "b/0": other, "b/1": scored}
+    found = paired_bootstrap(
+        variants, annotations, {"full": torch.arange(5)}, seed_groups={"b": ["b/0", "b/1"]}, algorithm=algorithm,
+        replicates=50,
+    )  # fmt: skip
+    for bridge, seeds in {"none": [scored], "same": [scored], "b": [other, scored]}.items():
+        alone = torch.stack([average_precision(one, annotations.sum(0), algorithm) for one in seeds])
+        assert torch.equal(found[bridge].seed_ap, alone)
+    assert not torch.equal(found["b"].seed_ap[0], found["none"].seed_ap[0])
+
+
+def test_several_processes_resample_as_one_does():
+    scored, annotations = random_scored(7, 40, 5)
+    other = Scored(scored.scores.flip(0), scored.classes, scored.labels, scored.image)
+    variants, groups = {"none": scored, "b": other, "c": scored}, {"full": torch.arange(5)}
+    one, two = (paired_bootstrap(variants, annotations, groups, replicates=50, jobs=jobs) for jobs in (1, 2))
+    for name in variants:
+        assert one[name].to_dict() == two[name].to_dict()
+
+
 # -- several seeds ---------------------------------------------------------------------------------------------------
 
 

@@ -69,8 +69,16 @@ def test_the_score_equals_that_of_ezhoi_to_rounding_and_another_formula_is_refus
     features, logits = store.adapter_feat(), store.rows("logits")
     torch.testing.assert_close(score.logits(features), logits, rtol=0, atol=1e-5)
     mocker.patch.dict(store.ezhoi, logit_scale=store.ezhoi["logit_scale"] * 1.01)
+    applied = []
+
+    class Spy(Bridge):
+        def forward(self, adapter_feat, pairs=None):
+            applied.append(pairs)
+            return adapter_feat
+
     with pytest.raises(ScoreError, match="this run scores differently"):
-        replay(store, {})
+        replay(store, {"spy": Variant("spy", Spy())})
+    assert not applied, "another score is refused before any work"
     del store.ezhoi["logit_scale"]
     with pytest.raises(ScoreError, match=r"lacks logit_scale.*--use_weight_pred"):
         EzHoiScore.from_store(store)

@@ -101,11 +101,11 @@ def with_intervals(comparison: Comparison, half: float) -> Comparison:
         }
         over = {base: {g: difference(name, g, base) for g in comparison.groups} for base in bases if base != name}
         if name == "none":
-            return BootstrapResult(mean_ap, over)
+            return BootstrapResult(torch.zeros(1, 0), mean_ap, over)
         change = (bridges[name].ap - bridges["none"].ap) * 100
         bounds, p = torch.stack([change - 2, change + 2], 1), torch.special.erfc(1.96 * change.abs() / 2 / math.sqrt(2))
         bounds[comparison.annotations == 0], p[comparison.annotations == 0] = torch.nan, torch.nan
-        return BootstrapResult(mean_ap, over, bounds, p)
+        return BootstrapResult(torch.zeros(1, 0), mean_ap, over, bounds, p)
 
     groups = comparison.seed_groups
     variants = {

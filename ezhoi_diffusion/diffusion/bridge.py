@@ -235,9 +235,11 @@ class DiffusionBridge(Bridge):
         if recipe.output == "free_norm":
             return torch.lerp(x, torch.where(norm > 0, shift(x, self.input_mean, z, bridged), x), recipe.blend)
         # Unit vectors on both sides: an estimate is shorter the less the denoiser knows, and would count for less.
-        mixed = (1 - recipe.blend) * F.normalize(z, dim=-1) + recipe.blend * F.normalize(bridged, dim=-1)
-        direction = F.normalize(mixed, dim=-1)
-        result = norm * uncenter(direction, self.restored_mean) if recipe.output == "keep_norm" else direction
+        mixed = torch.lerp(F.normalize(z, dim=-1), F.normalize(bridged, dim=-1), recipe.blend)
+        if recipe.output == "keep_norm":
+            result = norm * uncenter(mixed, self.restored_mean)
+        else:
+            result = F.normalize(mixed, dim=-1)
         return torch.where(norm > 0, result, x)
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:

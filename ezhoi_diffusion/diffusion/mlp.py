@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ezhoi_diffusion.diffusion.denoiser import DenoiserError
@@ -57,7 +58,7 @@ class ResidualMlp(nn.Module):
         for block in self.blocks:
             h = block(h, condition)
         correction: Tensor = self.leave(self.norm(h, condition))
-        return self.skip[t] * x + self.residual[t] * correction
+        return torch.addcmul(self.skip[t] * x, self.residual[t], correction)
 
 
 class _AdaptiveNorm(nn.Module):
@@ -65,15 +66,15 @@ class _AdaptiveNorm(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulation = nn.Linear(TIME_FEATURES, 2 * width)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
     def forward(self, h: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.modulation(condition).chunk(2, dim=-1)
-        normed: Tensor = self.norm(h)
-        return torch.addcmul(shift, normed, 1 + scale)
+        if len(condition) == 1:  # one timestep for all
+            return F.layer_norm(h, h.shape[1:], 1 + scale[0], shift[0])
+        return torch.addcmul(shift, F.layer_norm(h, h.shape[1:]), 1 + scale)
 
 
 class _Block(nn.Module):

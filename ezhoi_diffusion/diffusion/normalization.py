@@ -8,10 +8,13 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+TINY = 1e-12  # the norm of a feature that has none, as in `F.normalize`
+
 
 def rescale(x: Tensor, scale_factor: float) -> Tensor:
     """Set the norm of every feature of x [N, D] to `scale_factor`."""
-    return scale_factor * F.normalize(x, dim=-1)
+    scaled: Tensor = x * (scale_factor / x.norm(dim=-1, keepdim=True).clamp_min(TINY))
+    return scaled
 
 
 def normalize(x: Tensor, mean: Tensor, scale_factor: float) -> tuple[Tensor, Tensor]:
@@ -25,7 +28,8 @@ def normalize(x: Tensor, mean: Tensor, scale_factor: float) -> tuple[Tensor, Ten
     Returns:
         z = s · unit(unit(x) − mean) [N, D], and the norms |x| [N, 1].
     """
-    return rescale(F.normalize(x, dim=-1) - mean, scale_factor), x.norm(dim=-1, keepdim=True)
+    norm = x.norm(dim=-1, keepdim=True)
+    return rescale(x / norm.clamp_min(TINY) - mean, scale_factor), norm
 
 
 def shift(x: Tensor, mean: Tensor, z: Tensor, sampled: Tensor) -> Tensor:
@@ -41,7 +45,7 @@ def shift(x: Tensor, mean: Tensor, z: Tensor, sampled: Tensor) -> Tensor:
         x + |x|·|unit(x) − mean|/|z|·(sampled − z) [N, D].
     """
     length = (F.normalize(x, dim=-1) - mean).norm(dim=-1, keepdim=True) * x.norm(dim=-1, keepdim=True)
-    moved: Tensor = x + length / z.norm(dim=-1, keepdim=True).clamp_min(1e-12) * (sampled - z)
+    moved: Tensor = x + length / z.norm(dim=-1, keepdim=True).clamp_min(TINY) * (sampled - z)
     return moved
 
 

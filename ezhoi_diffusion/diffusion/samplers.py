@@ -75,7 +75,7 @@ def cold(predict: PredictX0, z: Tensor, *, schedule: Schedule, timesteps: Sequen
 def _ddim_step(x: Tensor, x0: Tensor, alpha_bar: float, alpha_bar_next: float) -> Tensor:
     """x at the next timestep, from x and the estimate x0."""
     ratio = math.sqrt((1 - alpha_bar_next) / (1 - alpha_bar))
-    return ratio * x + (math.sqrt(alpha_bar_next) - ratio * math.sqrt(alpha_bar)) * x0
+    return torch.add(ratio * x, x0, alpha=math.sqrt(alpha_bar_next) - ratio * math.sqrt(alpha_bar))
 
 
 def published(

@@ -150,7 +150,7 @@ def paired_bootstrap(
 
     Args:
         scored: Variant -> its detections. `none` is among them.
-        annotations: Annotated pairs of each image and class, [I, K] int64.
+        annotations: Annotated pairs of each image and class, [I, K] int32 or int64.
         groups: Group -> classes [k] int64.
         baselines: Bridges to which the others are compared too.
         seed_groups: Name of a bridge with several seeds -> names of its variants. Other variants are bridges of one.
@@ -170,8 +170,9 @@ def paired_bootstrap(
     if replicates < 1 or not 0 < level < 1:
         raise ValueError(f"need replicates >= 1 and 0 < level < 1, not replicates={replicates}, level={level}")
     weights = image_weights(len(annotations), replicates, seed)
-    annotated = np.stack([n[n > 0] @ weights[n > 0] for n in annotations.T.numpy().astype(np.int32)])
-    images_of = (annotations > 0).sum(0).numpy()
+    annotated = np.stack([n[n > 0] @ weights[n > 0] for n in annotations.int().T.numpy()])
+    is_annotated = annotations > 0
+    images_of = is_annotated.sum(0).numpy()
     bridges = _bridges([REFERENCE, *(name for name in scored if name != REFERENCE)], seed_groups or {})
     names = list(bridges)
     means = np.empty((len(groups), len(names), 1 + replicates))
@@ -229,7 +230,7 @@ def paired_bootstrap(
                 np.stack([freedom[others], np.full(len(others), freedom[at])], 1),
                 level,
             )
-            if (annotations[:, index] > 0).any(1).sum() > 1
+            if is_annotated[:, index].any(1).sum() > 1
             else [ONE_IMAGE] * len(others)
             for mean, parts, index in zip(means, seed_variance, groups.values(), strict=True)
         ]

@@ -131,7 +131,7 @@ class Comparison:
 
         Args:
             detections: Variant -> its scored detections; the first is `none`.
-            annotations: Annotated pairs of each image and class, [I, K] int64.
+            annotations: Annotated pairs of each image and class, [I, K] int32 or int64.
             groups: Group -> classes [k].
             variants: The variants but `none`.
             added_ms: Variant -> mean milliseconds that it adds to an image.

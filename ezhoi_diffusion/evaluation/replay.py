@@ -34,13 +34,20 @@ NUM_TIMED = 8  # images on which the cost of a bridge is measured, one at a time
 NUM_SHOWN = 500  # pairs in the pictures
 # Steps of the progress bar for the bootstrap, per image: at HICO-DET's size it takes this share of the time.
 BOOTSTRAP_SHARE = 0.1
+# The time left is said after the first batch that ends later than this, if it is long: then it is known to some tenths.
+SOON, LONG = 5.0, 60.0  # seconds
 
 
 class _Column:
-    """A tensor [M] that grows by doubling. Many small ones, kept between large ones that go, would keep the memory of both."""
+    """A tensor [M] that grows. Many small ones, kept between large ones that go, would keep the memory of both.
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._buffer, self._size = torch.empty(1 << 16, dtype=dtype), 0
+    Args:
+        dtype: Of the values.
+        room: So many values it takes at once. What is not filled takes no memory, and a copy on growing would leave some behind.
+    """
+
+    def __init__(self, dtype: torch.dtype, room: int) -> None:
+        self._buffer, self._size = torch.empty(room, dtype=dtype), 0
 
     def extend(self, values: Tensor) -> None:
         """Append values [n]."""
@@ -62,10 +69,10 @@ class _Column:
 class _Scorecard:
     """Results that one variant has collected so far."""
 
+    scores: _Column
+    labels: _Column
     alignment: Alignment | None
     calibration: ObjectCalibration = field(default_factory=ObjectCalibration)
-    scores: _Column = field(default_factory=lambda: _Column(torch.float32))
-    labels: _Column = field(default_factory=lambda: _Column(torch.bool))
     shown: Tensor | None = None  # [R, D]
     seconds: list[float] = field(default_factory=list)
 
@@ -113,9 +120,12 @@ def replay(
             f"{store.folder}: none of the {len(images)} images has a human-object pair, so nothing can be scored"
         )
     text_mean = store.text_mean if measured else None
+    room = _room(score, num_pairs)
     cards = {
         name: _Scorecard(
-            Alignment(score.text, score.class_text, text_mean, pairs=num_pairs) if text_mean is not None else None
+            _Column(torch.float32, room),
+            _Column(torch.bool, room),
+            Alignment(score.text, score.class_text, text_mean, pairs=num_pairs) if text_mean is not None else None,
         )
         for name in (REFERENCE, *variants)
     }
@@ -197,10 +207,13 @@ def _collect(
     progress: Any,
     perfect: Headroom | None,
 ) -> tuple[dict[str, Scored], Tensor]:
-    """Detections of every variant, and annotations of each image and class [I, K] int64. Fills the cards and `perfect`."""
+    """Detections of every variant, and annotations of each image and class [I, K] int32. Fills the cards and `perfect`."""
     shown = torch.randperm(num_pairs, generator=generator(0, "shown"))[:NUM_SHOWN].sort().values
-    classes, where, annotations = (_Column(torch.int64) for _ in range(3))
+    room = _room(score, num_pairs)
+    classes, where = _Column(torch.int64, room), _Column(torch.int64, room)
+    annotations = _Column(torch.int32, 0)
     seen = number = 0
+    said = False  # the time that it takes
     batches: deque[tuple[list[StoredImage], Tensor, Tensor]] = deque()
 
     def tasks() -> Iterator[tuple[Any, ...]]:
@@ -247,10 +260,31 @@ def _collect(
         if perfect is not None:
             perfect.add(detections, ezhoi_logits)
         progress.update(len(batch))
+        said = said or _said_time(progress, len(cards))
     # the variants share classes and images, so that each adds five bytes for a detection
     found, image = classes.tensor, where.tensor
     scored = {name: Scored(card.scores.tensor, found, card.labels.tensor, image) for name, card in cards.items()}
     return scored, annotations.tensor.view(number, -1)
+
+
+def _room(score: EzHoiScore, num_pairs: int) -> int:
+    """The most detections that so many pairs have in HICO-DET: each with every target of the object that has most."""
+    return num_pairs * int(score.object_to_target.sum(1).max())
+
+
+def _said_time(progress: Any, variants: int) -> bool:
+    """Say what time is left, once that can be told; whether it can."""
+    elapsed = progress.format_dict["elapsed"]
+    if elapsed < SOON:
+        return False
+    left = elapsed * (progress.total - progress.n) / progress.n
+    if left > LONG:
+        progress.write(
+            f"compare: about {left / 60:.1f} minutes more ({variants} variants). --jobs N divides the images among processes, "
+            f"and --num-images N takes a few",
+            file=sys.stderr,
+        )
+    return True
 
 
 def _batches(images: Iterable[StoredImage]) -> Iterator[list[StoredImage]]:

@@ -53,6 +53,8 @@ examples:
 
 several processes, on GPUs or CPUs (they share the batch; the result is that of one process, to rounding):
   accelerate launch --multi_gpu --num_processes 4 -m ezhoi_diffusion train FEATURES --out BRIDGE
+several seeds at once, on the cores of one machine (compare and tune take BRIDGE as one bridge, as after --seeds):
+  for K in 0 1 2 3 4; do OMP_NUM_THREADS=1 ezhoi-diffusion train FEATURES --seed $K --out BRIDGE/seed-$K & done; wait
 several machines (FEATURES on all of them; --out is used on the first only):
   accelerate launch --multi_gpu --num_machines 2 --num_processes 8 --machine_rank RANK --main_process_ip FIRST \\
     --main_process_port 29500 -m ezhoi_diffusion train FEATURES --out BRIDGE

@@ -29,7 +29,8 @@ from ezhoi_diffusion.features.score import EzHoiScore, LogitCheck, ScoreError, n
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.rng import generator
 
-MAX_PAIRS = 2048  # in one call, if a bridge takes many images: enough for a processor, and little memory
+# In one call, if a bridge takes many images. More is no faster on a processor, and the results of all variants are held at once.
+MAX_PAIRS = 1024
 NUM_TIMED = 8  # images on which the cost of a bridge is measured, one at a time, as at eval
 NUM_SHOWN = 500  # pairs in the pictures
 # Steps of the progress bar for the bootstrap, per image: at HICO-DET's size it takes this share of the time.

@@ -68,7 +68,7 @@ def read_artifact(folder: Path) -> tuple[BridgeConfig, Artifact]:
         )
         if wrong:
             raise ValueError(f"unexpected or missing entries in {', '.join(wrong)}")
-    except ValueError as error:
+    except (ValueError, msgspec.ValidationError) as error:
         raise BridgeError(
             f"{current(folder, CONFIG)} does not describe a diffusion bridge: {error}; {REMEDY}"
         ) from error

@@ -150,7 +150,7 @@ def _learn_again(artifact: Artifact, name: str, label: str, plugins: PluginManag
 def _train_config(stored: Mapping[str, Any], label: str) -> TrainConfig:
     try:
         return msgspec.convert(stored, TrainConfig)
-    except (EzhoiDiffusionError, ValueError) as error:
+    except (EzhoiDiffusionError, ValueError, msgspec.ValidationError) as error:
         raise RemakeError(f"'{label}' does not say how it was trained ({error}): train it again") from error
 
 

@@ -218,7 +218,7 @@ def _state(module: nn.Module) -> State:
     Raises:
         _CannotTell: A hook or a replaced forward is inside, which must run, or a weight has no version.
     """
-    if nn.modules.module._has_any_global_hook():
+    if _has_global_hook():
         raise _CannotTell("a hook on all modules is registered")
     settings = (
         torch.get_default_dtype(),
@@ -227,6 +227,12 @@ def _state(module: nn.Module) -> State:
         *(torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) for device in ("cpu", "cuda")),
     )
     return [(None, settings), *_walk(module, set(), outermost=True)]
+
+
+def _has_global_hook() -> bool:
+    """Whether a hook on all modules is registered. Torch has a function that says so, but torch 2.5 lacks it."""
+    tables = vars(nn.modules.module).items()
+    return any(hooks for name, hooks in tables if name.startswith(("_global_forward", "_global_backward")))
 
 
 def _walk(value: Any, seen: set[int], *, outermost: bool = False) -> Iterator[tuple[Any, Any]]:

@@ -17,6 +17,18 @@ from ezhoi_diffusion.training.loss import denoising_loss
 from helpers.bridges import DIM, MLP, features, make, statistics
 
 
+def fakes_a_gpu() -> bool:
+    try:
+        with FakeTensorMode():
+            nn.Linear(1, 1, device="cuda")(torch.empty(1, 1, device="cuda"))
+    except RuntimeError:
+        return False
+    return True
+
+
+pytestmark = pytest.mark.skipif(not fakes_a_gpu(), reason="torch 2.5 fakes a GPU only where there is a driver")
+
+
 class CrossesDevices(TorchDispatchMode):
     """Records operations on tensors of several devices: name, device and size of the result."""
 

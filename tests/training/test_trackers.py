@@ -56,6 +56,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_any_work(tmp_path, mo
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(not hasattr(GeneralTracker, "start"), reason="accelerate 1.0 starts trackers where they are made")
 def test_a_tracker_that_does_not_start_is_a_typed_error(tmp_path):
     class Offline(Notes):
         def start(self):

@@ -193,7 +193,7 @@ def comparison(provenance=PROVENANCE, intervals: bool = False, **changes) -> dic
             none + torch.tensor([2 * full - rare, rare], dtype=torch.float64) / 100,
             baseline=name == "mean_shift",
             provenance=provenance,
-            bootstrap=BootstrapResult(torch.zeros(1, 0), {}, {"none": DIFFERENCES[name]}) if intervals else None,
+            bootstrap=BootstrapResult({}, {}, {"none": DIFFERENCES[name]}) if intervals else None,
         )
     groups = {"full": torch.tensor([0, 1]), "rare": torch.tensor([1])}
     result = Comparison(

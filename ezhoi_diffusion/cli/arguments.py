@@ -67,7 +67,7 @@ def add_jobs(parser: Container) -> None:
     """--jobs."""
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N",
-        help="processes that fit and apply bridges on the CPU (1, which has all threads)",
+        help="processes that fit, apply and compare bridges on the CPU (1, which has all threads)",
     )  # fmt: skip
 
 

@@ -201,7 +201,8 @@ class DiffusionBridge(Bridge):
     def _in_chunks(self, z: Tensor) -> Tensor:
         while True:
             try:
-                return torch.cat([self.sample(chunk) for chunk in z.split(self.chunk_size)])
+                # a plugin's denoiser or sampler may return another dtype
+                return torch.cat([self.sample(chunk) for chunk in z.split(self.chunk_size)]).to(z.dtype)
             except torch.OutOfMemoryError:
                 if min(self.chunk_size, len(z)) == 1:
                     raise

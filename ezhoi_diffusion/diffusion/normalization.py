@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-TINY = 1e-12  # the norm of a feature that has none, as in `F.normalize`
+TINY = 1e-12  # the smallest norm that is divided by, as in `F.normalize`
 
 
 def rescale(x: Tensor, scale_factor: float) -> Tensor:

@@ -185,7 +185,7 @@ def _under_curve(copies: IntArray, detections: IntArray, annotated: IntArray) ->
 
 
 def _total(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The sum [R] of [T, R] over T, in order: of one column `sum` adds otherwise than of many, and gives other last digits."""
+    """The sum [R] of [T, R] over T, with the same bits for one column as for many: `sum` adds pairwise in one, in order in many."""
     return np.asarray(np.cumsum(values, axis=0)[-1])
 
 

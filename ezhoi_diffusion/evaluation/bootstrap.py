@@ -75,7 +75,7 @@ class BootstrapResult:
     """Results of a paired bootstrap for one bridge and K classes.
 
     Attributes:
-        seed_ap: AP of each of n seeds and K classes on the images as they are, [n, K] float64 in 0..1.
+        ap: Variant, each seed of the bridge -> AP of each class on the images as they are, [K] float64 in 0..1.
         mean_ap: Group -> interval of mean AP, in percent.
         over: `none` or a baseline -> group -> difference to it; without the bridge itself.
         per_class: Interval of each class's difference to `none`, [K, 2] in points. NaN for a class annotated in fewer than
@@ -83,7 +83,7 @@ class BootstrapResult:
         per_class_p: Two-sided p-value of each class, [K]; NaN and None as in `per_class`.
     """
 
-    seed_ap: Tensor
+    ap: dict[str, Tensor]
     mean_ap: dict[str, tuple[float, float]]
     over: dict[str, dict[str, Difference]]
     per_class: Tensor | None = None
@@ -166,6 +166,7 @@ def paired_bootstrap(
 
     Raises:
         ValueError: replicates < 1, or level is not between 0 and 1.
+        EzhoiDiffusionError: One of several processes was killed.
     """
     if replicates < 1 or not 0 < level < 1:
         raise ValueError(f"need replicates >= 1 and 0 < level < 1, not replicates={replicates}, level={level}")
@@ -177,30 +178,30 @@ def paired_bootstrap(
     names = list(bridges)
     means = np.empty((len(groups), len(names), 1 + replicates))
     seed_variance = np.zeros((len(groups), len(names)))
-    seed_ap: dict[str, Tensor] = {}
+    ap_of: dict[str, dict[str, Tensor]] = {}
     per_class: dict[str, tuple[Tensor, Tensor]] = {}
     progress = tqdm(total=len(scored), desc="bootstrap", unit="variant", file=sys.stderr, disable=advance is not None)
     advance = advance or progress.update
     # a variant that changes no score, such as `identity`, is resampled as bare EZ-HOI is
-    moves = {name: name == REFERENCE or not _equal(scored[name], scored[REFERENCE]) for name in scored}
+    changes = {name: name == REFERENCE or not _equal(scored[name], scored[REFERENCE]) for name in scored}
     tasks = (
-        (scored[variant], weights, annotated, algorithm)
+        (_compact(scored[variant]) if jobs > 1 else scored[variant], weights, annotated, algorithm)
         for variants in bridges.values()
         for variant in variants
-        if moves[variant]
+        if changes[variant]
     )
-    resampled = in_processes(resampled_ap, tasks, jobs)
+    resampled = in_processes(resampled_ap, tasks, jobs, here=0)
     bare = np.zeros(annotated.shape)  # until it is known: bare EZ-HOI comes first
     for number, (name, variants) in enumerate(bridges.items()):
         shares = seed_weights(len(variants), replicates, seed)
         ap, found = np.zeros(annotated.shape), []
         for variant, share in zip(variants, shares, strict=True):
-            own = next(resampled) if moves[variant] else bare
+            own = next(resampled) if changes[variant] else bare
             ap += share * own
             found.append(own[:, 0])
             advance()
         single = np.stack(found)  # [n, K]
-        seed_ap[name] = torch.from_numpy(single)
+        ap_of[name] = dict(zip(variants, torch.from_numpy(single), strict=True))
         means[:, number] = [100 * nan_mean(ap[index.numpy()]) for index in groups.values()]
         if len(variants) > 1:
             of_group = [100 * single[:, index.numpy()].mean(1) for index in groups.values()]
@@ -237,14 +238,23 @@ def paired_bootstrap(
         for number, *differences in zip(others, *columns, strict=True):
             over[names[number]][base] = dict(zip(groups, differences, strict=True))
     return {
-        name: BootstrapResult(seed_ap[name], mean_ap[name], over[name], *per_class.get(name, (None, None)))
+        name: BootstrapResult(ap_of[name], mean_ap[name], over[name], *per_class.get(name, (None, None)))
         for name in names
     }
 
 
 def _equal(a: Scored, b: Scored) -> bool:
-    """Whether two variants have the same scores."""
-    return torch.equal(a.scores, b.scores) and torch.equal(a.labels, b.labels)
+    """Whether two variants have the same detections and scores."""
+    return all(torch.equal(one, other) for one, other in zip(_columns(a), _columns(b), strict=True))
+
+
+def _compact(scored: Scored) -> Scored:
+    """A copy that is pickled without the room that its columns may have."""
+    return Scored(*(column.clone() for column in _columns(scored)))
+
+
+def _columns(scored: Scored) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return scored.scores, scored.classes, scored.labels, scored.image
 
 
 def _bridges(variants: Sequence[str], seed_groups: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
@@ -277,7 +287,7 @@ def resampled_ap(
     ap = np.zeros(annotated.shape)
     for index, rows in ranked(scored):
         true = scored.labels[rows].nonzero().squeeze(1).numpy()
-        if len(true):
+        if len(true) and annotated[index, 0]:
             image = scored.image[rows[: true[-1] + 1]].numpy()
             between = csr_array(  # [true positives, I] the images of the detections since the true positive before
                 (np.ones(len(image), np.int32), image, np.r_[0, true + 1]), shape=(len(true), len(weights))

@@ -145,6 +145,7 @@ class Comparison:
             advance: As for `paired_bootstrap`.
             facts: The other attributes.
         """
+        own_counts = num_gt is not None
         num_gt = annotations.sum(0) if num_gt is None else num_gt
         seeds: dict[str, list[str]] = {}
         for name, one in variants.items():
@@ -158,9 +159,9 @@ class Comparison:
                 detections, annotations, groups, baselines=[*baselines], seed_groups=seeds, algorithm=algorithm,
                 replicates=replicates, jobs=jobs, advance=advance,
             )  # fmt: skip
-            for bridge, result in bootstrap.items():
-                ap |= zip(seeds.get(bridge, [bridge]), result.seed_ap, strict=True)
-        if measure is not None or not replicates:
+            for result in bootstrap.values():
+                ap |= result.ap
+        if measure is not None or own_counts or not replicates:
             measure = measure or average_precision
             ap = {name: measure(scored, num_gt, algorithm) for name, scored in detections.items()}
         results = {}

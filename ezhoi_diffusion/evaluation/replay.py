@@ -6,7 +6,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,14 +29,17 @@ from ezhoi_diffusion.features.score import EzHoiScore, LogitCheck, ScoreError, n
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.rng import generator
 
-# In one call, if a bridge takes many images. More is no faster on a processor, and the results of all variants are held at once.
+# In one call, if a bridge takes many images. More were no faster on a processor, and the results of all variants are held together.
 MAX_PAIRS = 1024
 NUM_TIMED = 8  # images on which the cost of a bridge is measured, one at a time, as at eval
 NUM_SHOWN = 500  # pairs in the pictures
 # Steps of the progress bar for the bootstrap, per image: at HICO-DET's size it takes this share of the time.
 BOOTSTRAP_SHARE = 0.1
-# The time left is said after the first batch that ends later than this, if it is long: then it is known to some tenths.
-SOON, LONG = 5.0, 60.0  # seconds
+SOON = 5.0  # seconds after the second batch, when the time left is known: the first ones also start processes and time single images
+LONG = 60.0  # seconds left that are worth a line
+
+
+T = TypeVar("T")
 
 
 class _Column:
@@ -44,7 +47,7 @@ class _Column:
 
     Args:
         dtype: Of the values.
-        room: So many values it takes at once. What is not filled takes no memory, and a copy on growing would leave some behind.
+        room: Number of values that fit without a copy, which would leave memory behind. Room that is not filled takes none.
     """
 
     def __init__(self, dtype: torch.dtype, room: int) -> None:
@@ -152,7 +155,7 @@ def replay(
         oracles = {} if perfect is None else perfect.scored(scored[REFERENCE])
         part = chosen is not None or protocol.partial or store.meta.get("max_images") is not None
         if not part and len(protocol.uncaptured):
-            annotations = torch.cat([annotations, protocol.uncaptured])
+            annotations = torch.cat([annotations, protocol.uncaptured.int()])
         num_gt = annotations.sum(0)
         if protocol.setting == "known-object":
             present, object_of = annotated_objects(store, annotations)
@@ -214,7 +217,6 @@ def _collect(
     classes, where = _Column(torch.int64, room), _Column(torch.int64, room)
     annotations = _Column(torch.int32, 0)
     seen = number = 0
-    said = False  # the time that it takes
     batches: deque[tuple[list[StoredImage], Tensor, Tensor]] = deque()
 
     def tasks() -> Iterator[tuple[Any, ...]]:
@@ -227,7 +229,8 @@ def _collect(
             yield variants, features, [image.pairs for image in batch], timed, device
             timed = 0 if len(features) else timed  # those of the first batch that has some
 
-    for after_each in in_processes(bridged, tasks(), jobs):
+    can_divide = jobs == 1 and torch.device(device).type == "cpu"
+    for after_each in _report_time_left(in_processes(bridged, tasks(), jobs), progress, can_divide):
         batch, features, ezhoi_logits = batches.popleft()
         detections = Detections.from_images(batch, protocol.match)
         classes.extend(detections.classes)
@@ -261,7 +264,6 @@ def _collect(
         if perfect is not None:
             perfect.add(detections, ezhoi_logits)
         progress.update(len(batch))
-        said = said or _said_time(progress, len(cards))
     # the variants share classes and images, so that each adds five bytes for a detection
     found, image = classes.tensor, where.tensor
     scored = {name: Scored(card.scores.tensor, found, card.labels.tensor, image) for name, card in cards.items()}
@@ -269,23 +271,24 @@ def _collect(
 
 
 def _room(score: EzHoiScore, num_pairs: int) -> int:
-    """The most detections that so many pairs have in HICO-DET: each with every target of the object that has most."""
+    """The largest number of detections of HICO-DET's protocol: every pair has the object with the most targets."""
     return num_pairs * int(score.object_to_target.sum(1).max())
 
 
-def _said_time(progress: Any, variants: int) -> bool:
-    """Say what time is left, once that can be told; whether it can."""
-    elapsed = progress.format_dict["elapsed"]
-    if elapsed < SOON:
-        return False
-    left = elapsed * (progress.total - progress.n) / progress.n
-    if left > LONG:
-        progress.write(
-            f"compare: about {left / 60:.1f} minutes more ({variants} variants). --jobs N divides the images among processes, "
-            f"and --num-images N takes a few",
-            file=sys.stderr,
-        )
-    return True
+def _report_time_left(results: Iterable[T], progress: Any, can_divide: bool) -> Iterator[T]:
+    """Yield the results, and write once what time is left, if it is long. can_divide: --jobs would make it shorter."""
+    begin = None
+    for number, result in enumerate(results):
+        yield result
+        done, elapsed = progress.n, progress.format_dict["elapsed"]
+        if number == 1:
+            begin = done, elapsed
+        elif begin is not None and elapsed - begin[1] >= SOON:
+            left = (elapsed - begin[1]) / (done - begin[0]) * (progress.total - done)
+            if left > LONG:
+                advice = "; --jobs N divides the images among processes" if can_divide else ""
+                progress.write(f"compare: about {left / 60:.1f} minutes more{advice}", file=sys.stderr)
+            begin = None
 
 
 def _batches(images: Iterable[StoredImage]) -> Iterator[list[StoredImage]]:

@@ -116,6 +116,8 @@ def relative_change(x: Tensor, moved: Tensor) -> Tensor:
 class LogitCheck:
     """Compares EZ-HOI's stored logits with logits computed from the stored features, which come in pieces.
 
+    A difference is measured by the largest stored logit so far, so that the first piece shows another score.
+
     Attributes:
         worst: The largest difference so far.
         largest: The largest stored logit so far.
@@ -133,7 +135,8 @@ class LogitCheck:
         """
         if not len(logits):
             return
-        self.worst = max(self.worst, float((self._score.class_logits(features) - logits).abs().max()))
+        difference = float((self._score.class_logits(features) - logits).abs().max())
+        self.worst = max(difference, self.worst)  # in this order NaN stays NaN
         self.largest = max(self.largest, float(logits.abs().max()))
         if not self.worst <= TOLERANCE * self.largest:
             raise ScoreError(

@@ -34,6 +34,23 @@ class Identity(nn.Module):
         return x
 
 
+@pytest.mark.parametrize("output", ["keep_norm", "free_norm", "unit_norm"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_denoiser_may_return_another_dtype(dtype, output):
+    class Casts(Identity):
+        def forward(self, x, t):
+            return (2 * x).to(dtype)
+
+    class Doubles(Identity):
+        def forward(self, x, t):
+            return 2 * x
+
+    config = BridgeConfig(DIM, replace(RECIPES["gentle"], output=output, blend=0.7, num_steps=1), "identity")
+    casts, doubles = (DiffusionBridge(config, denoiser, statistics())(features()) for denoiser in (Casts(), Doubles()))
+    assert casts.dtype == torch.float32
+    torch.testing.assert_close(casts, doubles, rtol=0, atol=0.01 * float(doubles.abs().max()))
+
+
 @pytest.mark.parametrize("dim", [512, 768])
 @pytest.mark.parametrize(("recipe", "blend"), [("paper", 1.0), ("gentle", 0.3), ("gentle", 0.0), ("scored", 0.7)])
 def test_identity_denoiser_returns_the_input(dim, recipe, blend):

@@ -11,6 +11,7 @@ import pytest
 import scipy.stats
 import torch
 
+from ezhoi_diffusion.evaluation import bootstrap
 from ezhoi_diffusion.evaluation.average_precision import Scored, average_precision
 from ezhoi_diffusion.evaluation.bootstrap import MIN_IMAGES, ONE_IMAGE, paired_bootstrap
 from ezhoi_diffusion.evaluation.changes import discoveries
@@ -260,18 +261,34 @@ def test_the_images_as_they_are_have_average_precision_to_the_last_bit(algorithm
         replicates=50,
     )  # fmt: skip
     for bridge, seeds in {"none": [scored], "same": [scored], "b": [other, scored]}.items():
-        alone = torch.stack([average_precision(one, annotations.sum(0), algorithm) for one in seeds])
-        assert torch.equal(found[bridge].seed_ap, alone)
-    assert not torch.equal(found["b"].seed_ap[0], found["none"].seed_ap[0])
+        for own, one in zip(found[bridge].ap.values(), seeds, strict=True):
+            assert torch.equal(own, average_precision(one, annotations.sum(0), algorithm))
+    assert list(found["b"].ap) == ["b/0", "b/1"]
+    assert not torch.equal(found["b"].ap["b/0"], found["none"].ap["none"])
 
 
-def test_several_processes_resample_as_one_does():
+def test_several_processes_resample_as_one_does(mocker):
     scored, annotations = random_scored(7, 40, 5)
     other = Scored(scored.scores.flip(0), scored.classes, scored.labels, scored.image)
-    variants, groups = {"none": scored, "b": other, "c": scored}, {"full": torch.arange(5)}
-    one, two = (paired_bootstrap(variants, annotations, groups, replicates=50, jobs=jobs) for jobs in (1, 2))
+    variants, groups = {"none": scored, "b": other}, {"full": torch.arange(5)}
+    one = paired_bootstrap(variants, annotations, groups, replicates=50)
+    here = mocker.spy(bootstrap, "area")
+    two = paired_bootstrap(variants, annotations, groups, replicates=50, jobs=2)
+    assert here.call_count == 0
     for name in variants:
         assert one[name].to_dict() == two[name].to_dict()
+
+
+def test_only_a_variant_with_the_detections_of_bare_ezhoi_is_not_resampled(mocker):
+    scored, annotations = random_scored(7, 40, 5)
+    same = Scored(*(column.clone() for column in (scored.scores, scored.classes, scored.labels, scored.image)))
+    other = Scored(scored.scores, (scored.classes + 1) % 5, scored.labels, scored.image)
+    resampled = mocker.spy(bootstrap, "resampled_ap")
+    variants = {"none": scored, "same": same, "other": other}
+    found = paired_bootstrap(variants, annotations, {"full": torch.arange(5)}, replicates=50)
+    assert resampled.call_count == 2
+    assert torch.equal(found["other"].ap["other"], average_precision(other, annotations.sum(0)))
+    assert found["same"].mean_ap == found["none"].mean_ap
 
 
 # -- several seeds ---------------------------------------------------------------------------------------------------

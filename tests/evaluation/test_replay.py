@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from ezhoi_diffusion.bridge import Bridge
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.evaluation.comparison import Comparison, VariantResult
 from ezhoi_diffusion.evaluation.effect import Effect, verdict
-from ezhoi_diffusion.evaluation.replay import effect_of, replay
+from ezhoi_diffusion.evaluation.replay import _report_time_left, effect_of, replay
 from ezhoi_diffusion.evaluation.variants import Variant
 from ezhoi_diffusion.features.images import stored_images
 from ezhoi_diffusion.features.score import EzHoiScore, ScoreError, require_replayable
@@ -89,7 +90,17 @@ def test_a_long_comparison_says_once_how_long_it_takes(stores, mocker, capsys):
     assert "minutes" not in capsys.readouterr().err
     mocker.patch.multiple("ezhoi_diffusion.evaluation.replay", SOON=0.0, LONG=0.0, MAX_PAIRS=1)
     replay(FeatureStore(stores / "test"), {})
-    assert capsys.readouterr().err.count("minutes more (1 variants)") == 1
+    assert capsys.readouterr().err.count("minutes more; --jobs") == 1
+
+
+def test_the_time_left_is_that_of_the_batches_that_are_like_the_others(mocker):
+    progress = mocker.Mock(n=0, total=1000, format_dict={"elapsed": 0})
+    # the first batches time single images and start processes
+    for seconds, _ in zip((500, 200, 4, 2, 2, 2), _report_time_left(range(6), progress, False), strict=False):
+        progress.n += 10
+        progress.format_dict["elapsed"] += seconds
+    # after the fourth batch: 6 seconds for 20 images, and 960 more
+    progress.write.assert_called_once_with("compare: about 4.8 minutes more", file=sys.stderr)
 
 
 def test_stored_images_have_the_features_in_order(stores):

@@ -101,11 +101,11 @@ def with_intervals(comparison: Comparison, half: float) -> Comparison:
         }
         over = {base: {g: difference(name, g, base) for g in comparison.groups} for base in bases if base != name}
         if name == "none":
-            return BootstrapResult(torch.zeros(1, 0), mean_ap, over)
+            return BootstrapResult({}, mean_ap, over)
         change = (bridges[name].ap - bridges["none"].ap) * 100
         bounds, p = torch.stack([change - 2, change + 2], 1), torch.special.erfc(1.96 * change.abs() / 2 / math.sqrt(2))
         bounds[comparison.annotations == 0], p[comparison.annotations == 0] = torch.nan, torch.nan
-        return BootstrapResult(torch.zeros(1, 0), mean_ap, over, bounds, p)
+        return BootstrapResult({}, mean_ap, over, bounds, p)
 
     groups = comparison.seed_groups
     variants = {
@@ -585,6 +585,19 @@ def test_a_training_whose_mean_seed_loses_has_no_gain_however_good_its_best_seed
     report = read_json(tmp_path / "report.json", dict, EzhoiDiffusionError, "")
     assert report["variants"][3]["bootstrap"] is None
     assert report["seed_groups"]["b"]["bootstrap"]["over"]["none"]["full"]["high"] > 0
+
+
+def test_every_seed_has_its_own_ap_whatever_the_order_and_given_counts_of_annotations_hold():
+    found = torch.arange(20)
+    one, two = (Scored(torch.rand(n).double(), torch.zeros(n).long(), torch.ones(n), found[:n]) for n in (5, 15))
+    variants = {name: Variant(name, Identity(), "b") for name in ("b/0", "b/1")}
+    for replicates in (0, 100):
+        made = Comparison.from_detections(
+            {"none": one, "b/1": two, "b/0": one}, torch.ones(20, 1).long(), {"full": torch.tensor([0])}, variants,
+            added_ms={}, num_gt=torch.tensor([40]), algorithm="AUC", replicates=replicates, pairs=20, fingerprint={},
+        )  # fmt: skip
+        assert made.variants["b/0"].ap.tolist() == pytest.approx([4 / 40])
+        assert made.variants["b/1"].ap.tolist() == pytest.approx([14 / 40])
 
 
 def test_seeds_that_agree_gain_together():

@@ -226,8 +226,7 @@ def _show_effect(
     device: torch.device,
 ) -> None:
     """Print what the first bridge does to single pairs of the drawn images, and write it where asked."""
-    from ezhoi_diffusion.evaluation.effect import verdict
-    from ezhoi_diffusion.evaluation.replay import effect_of
+    from ezhoi_diffusion.evaluation.effect import effect_of, verdict
     from ezhoi_diffusion.files import write_json
     from ezhoi_diffusion.report.embedding import embed
     from ezhoi_diffusion.report.plots import plot_effect, plot_embedding

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,8 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ezhoi_diffusion.defaults import torch_defaults
 from ezhoi_diffusion.evaluation.alignment import NO_BETTER, NOTICEABLE, top_target
 from ezhoi_diffusion.evaluation.comparison import REFERENCE, Comparison
+from ezhoi_diffusion.evaluation.protocols import Detections, hicodet
+from ezhoi_diffusion.features.batch import Pairs
+from ezhoi_diffusion.features.images import stored_images
+from ezhoi_diffusion.features.score import EzHoiScore, ScoreError, names_of_interactions
+from ezhoi_diffusion.features.store import FeatureStore
 
 MIN_CHANGE = 0.5  # points of mAP; another --seed of the demo alone moved mAP by about 3
 
@@ -139,3 +146,77 @@ def verdict(effect: Effect, comparison: Comparison, bridge: str) -> str:
         "A few images cannot show a gain. `ezhoi-diffusion compare` scores the whole split, beside the baselines."
     )
     return "\n".join(lines)
+
+
+@torch_defaults()
+def effect_of(
+    store: FeatureStore,
+    bridge: Callable[[Tensor, Pairs], Tensor],
+    chosen: set[int],
+    top: int,
+    device: torch.device | str = "cpu",
+) -> Effect:
+    """Measure what `bridge` does to the pairs of some images.
+
+    Args:
+        store: Features of the split.
+        bridge: Maps the features [P, D] and pairs of an image to new features.
+        chosen: Positions of the images.
+        top: Best interactions to keep for each image.
+        device: Where the bridge gets its features.
+
+    Raises:
+        ScoreError: The features cannot be scored, or none of the images has a pair.
+    """
+    score = EzHoiScore.from_store(store)
+    match = hicodet(store).match
+    names = names_of_interactions(store)
+    columns: dict[str, list[Tensor]] = {}
+    predictions = []
+    with torch.no_grad():
+        for image in stored_images(store, chosen):
+            if len(image.pairs) == 0:
+                continue
+            bridged = bridge(image.adapter_feat.to(device), image.pairs)
+            after = image.adapter_feat if bridged is None else bridged.cpu()
+            values = {
+                "before": image.adapter_feat,
+                "after": after,
+                "logits_before": image.logits,
+                "logits_after": score.logits(after),
+                "possible": score.object_to_target[image.pairs.objects],
+                "labels": image.labels,
+            }
+            for key, value in values.items():
+                columns.setdefault(key, []).append(value)
+            detections = Detections.from_images([image], match)
+            predictions.append(
+                {
+                    "image": image.name,
+                    "annotated": sorted({_named(names, hoi) for hoi in image.gt_hoi.tolist()}),
+                    "before": _best(detections, values["logits_before"], names, top),
+                    "after": _best(detections, values["logits_after"], names, top),
+                }
+            )
+    if not predictions:
+        raise ScoreError(f"{store.folder}: none of the {len(chosen)} images has a human-object pair")
+    return Effect(text=store.text, predictions=predictions, **{key: torch.cat(parts) for key, parts in columns.items()})
+
+
+def _best(detections: Detections, logits: Tensor, names: list[str] | None, top: int) -> list[dict[str, Any]]:
+    scores = detections.scores(logits)
+    best = scores.argsort(descending=True, stable=True)[:top]
+    return [
+        {"interaction": _named(names, hoi), "pair": pair, "score": value, "right": right}
+        for hoi, pair, value, right in zip(
+            detections.classes[best].tolist(),
+            detections.row[best].tolist(),
+            scores[best].tolist(),
+            detections.labels(scores)[best].tolist(),
+            strict=True,
+        )
+    ]
+
+
+def _named(names: list[str] | None, hoi: int) -> str:
+    return names[hoi] if names else f"interaction {hoi}"

@@ -11,8 +11,8 @@ import torch
 from ezhoi_diffusion.bridge import Bridge
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.evaluation.comparison import Comparison, VariantResult
-from ezhoi_diffusion.evaluation.effect import Effect, verdict
-from ezhoi_diffusion.evaluation.replay import _report_time_left, effect_of, replay
+from ezhoi_diffusion.evaluation.effect import Effect, effect_of, verdict
+from ezhoi_diffusion.evaluation.replay import _report_time_left, replay
 from ezhoi_diffusion.evaluation.variants import Variant
 from ezhoi_diffusion.features.images import stored_images
 from ezhoi_diffusion.features.score import EzHoiScore, ScoreError, require_replayable

@@ -25,13 +25,14 @@ from ezhoi_diffusion.features.images import StoredImage, stored_images
 from ezhoi_diffusion.features.score import EzHoiScore, LogitCheck, ScoreError
 from ezhoi_diffusion.features.store import FeatureStore
 
-# In one call, if a bridge takes many images. More were no faster on a processor, and the results of all variants are held together.
+# Of several images in one call. Larger batches were not faster on a CPU, and the results of all variants are in memory together.
 MAX_PAIRS = 1024
 NUM_TIMED = 8  # images on which the cost of a bridge is measured, one at a time, as at eval
 # Steps of the progress bar for the bootstrap, per image: at HICO-DET's size it takes this share of the time.
 BOOTSTRAP_SHARE = 0.1
-SOON = 5.0  # seconds after the second batch, when the time left is known: the first ones also start processes and time single images
-LONG = 60.0  # seconds left that are worth a line
+# Seconds that the estimate of the time left is based on. It leaves out the first two batches, which start processes and time images.
+MEASURED_SECONDS = 5.0
+LONG = 60.0  # seconds left; a shorter time is not mentioned
 
 
 T = TypeVar("T")
@@ -82,8 +83,8 @@ def replay(
             f"{store.folder}: none of the {len(images)} images has a human-object pair, so nothing can be scored"
         )
     cards = Scorecards(score, protocol, variants, num_pairs, store.text_mean if measured else None)
-    per_variant = max(1, round(BOOTSTRAP_SHARE * len(images) / len(cards.of))) if replicates else 0
-    total = len(images) + per_variant * len(cards.of)
+    per_variant = max(1, round(BOOTSTRAP_SHARE * len(images) / len(cards.by_name))) if replicates else 0
+    total = len(images) + per_variant * len(cards.by_name)
     with torch.no_grad(), tqdm(total=total, desc="compare", unit="step", file=sys.stderr) as progress:
         batches = _batches(stored_images(store, chosen), LogitCheck(store, score))
         _collect(cards, batches, variants, NUM_TIMED if measured else 1, device, jobs, progress)
@@ -114,11 +115,11 @@ def replay(
             annotations,
             groups,
             variants,
-            added_ms={name: _milliseconds(cards.of[name].seconds, store, images) for name in variants},
+            added_ms={name: _milliseconds(cards.by_name[name].seconds, store, images) for name in variants},
             alignment={
-                name: card.alignment.measures() for name, card in cards.of.items() if card.alignment is not None
+                name: card.alignment.measures() for name, card in cards.by_name.items() if card.alignment is not None
             },
-            samples={name: card.shown for name, card in cards.of.items() if card.shown is not None} or None,
+            samples={name: card.shown for name, card in cards.by_name.items() if card.shown is not None} or None,
             sample_text=score.text if measured else None,
             algorithm=protocol.algorithm,
             replicates=replicates,
@@ -128,7 +129,7 @@ def replay(
             names=protocol.names,
             fingerprint=store.fingerprint,
             setting=protocol.setting,
-            calibration={name: card.calibration.entries(object_names(store)) for name, card in cards.of.items()}
+            calibration={name: card.calibration.entries(object_names(store)) for name, card in cards.by_name.items()}
             if measured
             else {},
             headroom=headroom,
@@ -139,16 +140,16 @@ def _collect(
     cards: Scorecards,
     batches: Iterable[Batch],
     variants: Mapping[str, Variant],
-    singly: int,
+    num_timed: int,
     device: torch.device | str,
     jobs: int,
     progress: Any,
 ) -> None:
-    """Apply the variants to all images, and fill the cards. `singly`: so many images are timed alone."""
+    """Apply the variants to all images, and fill the cards. num_timed: number of images that are timed alone."""
     sent: deque[Batch] = deque()
 
     def tasks() -> Iterator[tuple[Any, ...]]:
-        timed = singly
+        timed = num_timed
         for images, features, logits in batches:
             sent.append((images, features, logits))
             yield variants, features, [image.pairs for image in images], timed, device
@@ -162,14 +163,14 @@ def _collect(
 
 
 def _report_time_left(results: Iterable[T], progress: Any, can_divide: bool) -> Iterator[T]:
-    """Yield the results, and write once what time is left, if it is long. can_divide: --jobs would make it shorter."""
+    """Yield the results, and write once how much time is left if it is long. can_divide: whether --jobs would shorten it."""
     begin = None
     for number, result in enumerate(results):
         yield result
         done, elapsed = progress.n, progress.format_dict["elapsed"]
         if number == 1:
             begin = done, elapsed
-        elif begin is not None and elapsed - begin[1] >= SOON:
+        elif begin is not None and elapsed - begin[1] >= MEASURED_SECONDS:
             left = (elapsed - begin[1]) / (done - begin[0]) * (progress.total - done)
             if left > LONG:
                 advice = "; --jobs N divides the images among processes" if can_divide else ""

@@ -22,11 +22,11 @@ NUM_SHOWN = 500  # pairs in the pictures
 
 
 class Column:
-    """A tensor [M] that grows. Many small ones, kept between large ones that go, would keep the memory of both.
+    """A tensor [M] that grows. A list of small tensors would fragment the memory.
 
     Args:
         dtype: Of the values.
-        room: Number of values that fit without a copy, which would leave memory behind. Room that is not filled takes none.
+        room: Number of values that fit without a copy. Copies fragment the memory; unfilled room takes none.
     """
 
     def __init__(self, dtype: torch.dtype, room: int = 0) -> None:
@@ -80,7 +80,7 @@ class Scorecards:
         text_mean: Mean of the unit text features [D], for alignment. Without it only detections are collected.
 
     Attributes:
-        of: Variant -> its scorecard; the first is `none`.
+        by_name: Variant -> its scorecard; the first is `none`.
         headroom: That of `none`; None where nothing is measured.
     """
 
@@ -90,7 +90,7 @@ class Scorecards:
         self._score, self._protocol = score, protocol
         # in HICO-DET's protocol at most: every pair has the object with the most targets
         room = pairs * int(score.object_to_target.sum(1).max())
-        self.of = {
+        self.by_name = {
             name: Scorecard(
                 Column(torch.float32, room),
                 Column(torch.bool, room),
@@ -130,7 +130,7 @@ class Scorecards:
         right[detections.candidate] = True
         begin, end = torch.searchsorted(self._shown, torch.tensor([self._pairs, self._pairs + len(features)])).tolist()
         here = self._shown[begin:end] - self._pairs
-        for name, card in self.of.items():
+        for name, card in self.by_name.items():
             own, seconds = bridged.get(name, (None, []))
             card.seconds += seconds
             if own is None or torch.equal(own, features):
@@ -153,7 +153,9 @@ class Scorecards:
     def scored(self) -> dict[str, Scored]:
         """The detections of every variant. They share classes and images, so that each adds five bytes for a detection."""
         classes, image = self._classes.tensor, self._image.tensor
-        return {name: Scored(card.scores.tensor, classes, card.labels.tensor, image) for name, card in self.of.items()}
+        return {
+            name: Scored(card.scores.tensor, classes, card.labels.tensor, image) for name, card in self.by_name.items()
+        }
 
     def annotations(self) -> Tensor:
         """Annotated pairs of each image and class, [I, K] int32."""

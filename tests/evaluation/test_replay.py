@@ -88,7 +88,7 @@ def test_the_score_equals_that_of_ezhoi_to_rounding_and_another_formula_is_refus
 def test_a_long_comparison_says_once_how_long_it_takes(stores, mocker, capsys):
     replay(FeatureStore(stores / "test"), {})
     assert "minutes" not in capsys.readouterr().err
-    mocker.patch.multiple("ezhoi_diffusion.evaluation.replay", SOON=0.0, LONG=0.0, MAX_PAIRS=1)
+    mocker.patch.multiple("ezhoi_diffusion.evaluation.replay", MEASURED_SECONDS=0.0, LONG=0.0, MAX_PAIRS=1)
     replay(FeatureStore(stores / "test"), {})
     assert capsys.readouterr().err.count("minutes more; --jobs") == 1
 

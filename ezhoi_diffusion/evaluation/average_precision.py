@@ -34,6 +34,33 @@ class Scored:
     image: Tensor
 
 
+class Column:
+    """A column [M] of `Scored` that grows. A list of small tensors would fragment the memory.
+
+    Args:
+        dtype: Of the values.
+        room: Number of values that fit without a copy. Copies fragment the memory; unfilled room takes none.
+    """
+
+    def __init__(self, dtype: torch.dtype, room: int = 0) -> None:
+        self._buffer, self._size = torch.empty(room, dtype=dtype), 0
+
+    def extend(self, values: Tensor) -> None:
+        """Append values [n]."""
+        end = self._size + len(values)
+        if end > len(self._buffer):
+            larger = self._buffer.new_empty(max(end, 2 * len(self._buffer)))
+            larger[: self._size] = self.tensor
+            self._buffer = larger
+        self._buffer[self._size : end] = values
+        self._size = end
+
+    @property
+    def tensor(self) -> Tensor:
+        """All values so far, not copied."""
+        return self._buffer[: self._size]
+
+
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
     """Intersection over union [N, M] of boxes [N, 4] and [M, 4], xyxy."""
     low = torch.maximum(a[:, None, :2], b[None, :, :2])

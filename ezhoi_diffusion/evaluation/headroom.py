@@ -17,31 +17,35 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ezhoi_diffusion.evaluation.average_precision import Algorithm, Scored, average_precision
+from ezhoi_diffusion.evaluation.average_precision import Algorithm, Column, Scored, average_precision
 from ezhoi_diffusion.evaluation.protocols import Detections
 
 PERFECT = ("verbs", "interactiveness", "labels")
 
 
 class Headroom:
-    """Collects, image by image, what EZ-HOI's detections would score if one part were perfect."""
+    """Collects, image by image, what EZ-HOI's detections would score if one part were perfect.
 
-    def __init__(self) -> None:
-        self._scores: dict[str, list[Tensor]] = {name: [] for name in PERFECT}
-        self._labels: dict[str, list[Tensor]] = {name: [] for name in PERFECT}
+    Args:
+        room: As for `Column`.
+    """
+
+    def __init__(self, room: int = 0) -> None:
+        self._scores = {name: Column(torch.float64, room) for name in PERFECT}
+        self._labels = {name: Column(torch.bool, room) for name in PERFECT}
 
     def add(self, detections: Detections, logits: Tensor) -> None:
         """Add the detections of some images with EZ-HOI's logits [P, C] of their pairs."""
         probability = logits[detections.row, detections.target].sigmoid().double()
         for name, scores in perfect_scores(detections, probability).items():
             weighed = scores * detections.prior
-            self._scores[name].append(weighed)
-            self._labels[name].append(detections.labels(weighed))
+            self._scores[name].extend(weighed)
+            self._labels[name].extend(detections.labels(weighed))
 
     def scored(self, bare: Scored) -> dict[str, Scored]:
         """What is perfect -> the detections of `bare`, with the scores that they get. Nothing of them is kept here."""
         return {
-            name: Scored(torch.cat(self._scores.pop(name)), bare.classes, torch.cat(self._labels.pop(name)), bare.image)
+            name: Scored(self._scores.pop(name).tensor, bare.classes, self._labels.pop(name).tensor, bare.image)
             for name in PERFECT
         }
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ezhoi_diffusion.evaluation.alignment import Alignment
-from ezhoi_diffusion.evaluation.average_precision import Scored
+from ezhoi_diffusion.evaluation.average_precision import Column, Scored
 from ezhoi_diffusion.evaluation.calibration import ObjectCalibration
 from ezhoi_diffusion.evaluation.comparison import REFERENCE
 from ezhoi_diffusion.evaluation.headroom import Headroom
@@ -19,33 +19,6 @@ from ezhoi_diffusion.features.score import EzHoiScore
 from ezhoi_diffusion.rng import generator
 
 NUM_SHOWN = 500  # pairs in the pictures
-
-
-class Column:
-    """A tensor [M] that grows. A list of small tensors would fragment the memory.
-
-    Args:
-        dtype: Of the values.
-        room: Number of values that fit without a copy. Copies fragment the memory; unfilled room takes none.
-    """
-
-    def __init__(self, dtype: torch.dtype, room: int = 0) -> None:
-        self._buffer, self._size = torch.empty(room, dtype=dtype), 0
-
-    def extend(self, values: Tensor) -> None:
-        """Append values [n]."""
-        end = self._size + len(values)
-        if end > len(self._buffer):
-            larger = self._buffer.new_empty(max(end, 2 * len(self._buffer)))
-            larger[: self._size] = self.tensor
-            self._buffer = larger
-        self._buffer[self._size : end] = values
-        self._size = end
-
-    @property
-    def tensor(self) -> Tensor:
-        """All values so far, not copied."""
-        return self._buffer[: self._size]
 
 
 @dataclass(eq=False)
@@ -98,7 +71,7 @@ class Scorecards:
             )
             for name in (REFERENCE, *variants)
         }
-        self.headroom = Headroom() if text_mean is not None else None
+        self.headroom = Headroom(room) if text_mean is not None else None
         self._classes, self._image = Column(torch.int64, room), Column(torch.int64, room)
         self._annotations = Column(torch.int32)
         self._shown = torch.randperm(pairs, generator=generator(0, "shown"))[:NUM_SHOWN].sort().values

@@ -75,6 +75,15 @@ class PluginInfo:
         return f"plugin '{self.name}' {self.version} ({self.source})"
 
 
+class _Hooks(pluggy.PluginManager):
+    """Looks for hooks among methods only. pluggy before 1.7 also reads every property, and ours import torch."""
+
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> Any:
+        if isinstance(inspect.getattr_static(type(plugin), name, None), property):
+            return None
+        return super().parse_hookimpl_opts(plugin, name)
+
+
 def _env_names(variable: str) -> set[str]:
     return {name.strip() for name in os.environ.get(variable, "").split(",") if name.strip()}
 
@@ -94,7 +103,7 @@ class PluginManager:
     """
 
     def __init__(self, blocked: Iterable[str] = (), *, discover: bool = True) -> None:
-        self._manager = pluggy.PluginManager(PROJECT)
+        self._manager = _Hooks(PROJECT)
         self._manager.add_hookspecs(hookspecs)
         self._enabled: list[str] = []
         self._disabled: dict[str, str] = {}

@@ -60,6 +60,16 @@ def manager():
     return PluginManager(discover=False)
 
 
+def test_no_property_of_a_plugin_is_read_to_look_for_hooks(manager):
+    class Lazy(Adds):
+        @property
+        def heavy(self):
+            raise AssertionError("it would import torch")
+
+    manager.register(Lazy(1), "lazy")
+    assert manager.found["lazy"].hooks == ["on_attach", "post_adapter_feat"]
+
+
 def test_fold_chains_in_the_order_of_enabling(manager):
     manager.register(Adds(1), "one")
     doubles = types.SimpleNamespace()

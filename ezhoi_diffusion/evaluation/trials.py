@@ -231,9 +231,21 @@ class Trials:
             ]
         )
         x, before = self.features[block.rows], self.logits[block.rows]
-        begin = time.perf_counter()
-        scored_block(self.score, tree, x, before, block, self.device)
+        for _ in range(2):  # the first call also prepares what later ones find
+            begin = time.perf_counter()
+            scored_block(self.score, tree, x, before, block, self.device)
         return (time.perf_counter() - begin) / len(x)
+
+    def seconds_of_none(self) -> tuple[float, float]:
+        """What a pass without a bridge takes, and to score its detections."""
+        folds = range(len(self.folds.images))
+        begin = time.perf_counter()
+        seen, hidden, _ = self.scored([((), 0)], folds)[0]
+        reading = time.perf_counter() - begin
+        for _ in range(2):  # the first call also draws the resamplings, which all trials share
+            begin = time.perf_counter()
+            self.criterion(seen, hidden, folds)
+        return reading, time.perf_counter() - begin
 
     def criterion(
         self, seen: Scored, hidden: Scored, folds: Sequence[int], replicates: int | None = None, seed: int = 0

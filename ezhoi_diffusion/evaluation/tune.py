@@ -357,14 +357,13 @@ def _cost(candidates: Candidates, trials: Trials, space: Space) -> str:
         times = seeds * (ways if len(made) > 1 else 1)  # with all labels, and without those of each fold of verbs
         alone.append(times * trials.seconds_a_pair(list(variations(chain, space))))
         as_is.append(times * trials.seconds_a_pair([chain]))
-    begin = time.perf_counter()
-    trials.run([()])
-    scoring = 2 * (time.perf_counter() - begin)  # of seen classes, and of hidden ones
+    reading, scoring = trials.seconds_of_none()
     expected = space.expected_trials()
     # In later rounds every bridge is tried at the end of the best chain, whose own settings are then improved.
     rounds = range(2, len(expected))
     passes = sum(alone) + sum(sum(as_is) + r * sum(alone) / len(parts) for r in rounds)
-    seconds = making + passes * len(trials.store) * count + scoring * sum(expected) * (1 + count)
+    all_passes = passes * len(trials.store) * count + reading * len(expected) * count
+    seconds = making + all_passes + 2 * scoring * sum(expected) * (1 + count)  # of seen classes, and of hidden ones
     return (
         f"{len(candidates.recipes)} bridges, {count} folds of images and {ways - 1} of verbs: each bridge that learns is made "
         f"{without_one + without_two} times, and about {sum(expected) * (1 + count)} chains are scored. Estimate: about "

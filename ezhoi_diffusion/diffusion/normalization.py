@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-TINY = 1e-12  # the smallest norm that is divided by, as in `F.normalize`
+from ezhoi_diffusion.features.statistics import EPS
 
 
 def rescale(x: Tensor, scale_factor: float) -> Tensor:
     """Set the norm of every feature of x [N, D] to `scale_factor`."""
-    scaled: Tensor = x * (scale_factor / x.norm(dim=-1, keepdim=True).clamp_min(TINY))
+    scaled: Tensor = x * (scale_factor / x.norm(dim=-1, keepdim=True).clamp_min(EPS))
     return scaled
 
 
@@ -29,7 +29,7 @@ def normalize(x: Tensor, mean: Tensor, scale_factor: float) -> tuple[Tensor, Ten
         z = s · unit(unit(x) − mean) [N, D], and the norms |x| [N, 1].
     """
     norm = x.norm(dim=-1, keepdim=True)
-    return rescale(x / norm.clamp_min(TINY) - mean, scale_factor), norm
+    return rescale(x / norm.clamp_min(EPS) - mean, scale_factor), norm
 
 
 def shift(x: Tensor, mean: Tensor, z: Tensor, sampled: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def shift(x: Tensor, mean: Tensor, z: Tensor, sampled: Tensor) -> Tensor:
         x + |x|·|unit(x) − mean|/|z|·(sampled − z) [N, D].
     """
     length = (F.normalize(x, dim=-1) - mean).norm(dim=-1, keepdim=True) * x.norm(dim=-1, keepdim=True)
-    moved: Tensor = x + length / z.norm(dim=-1, keepdim=True).clamp_min(TINY) * (sampled - z)
+    moved: Tensor = x + length / z.norm(dim=-1, keepdim=True).clamp_min(EPS) * (sampled - z)
     return moved
 
 

@@ -26,7 +26,7 @@ def bridged(
         variants: Bridges by name. One that takes many images gets all features at once.
         features: On the CPU.
         images: The pairs of each image.
-        timed: So many images are timed alone. A bridge that takes many images gets them once more.
+        timed: Number of images that are timed alone. A bridge that takes many images gets them a second time.
         device: Where the bridges get their features.
 
     Returns:

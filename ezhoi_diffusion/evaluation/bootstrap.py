@@ -245,16 +245,12 @@ def paired_bootstrap(
 
 def _equal(a: Scored, b: Scored) -> bool:
     """Whether two variants have the same detections and scores."""
-    return all(torch.equal(one, other) for one, other in zip(_columns(a), _columns(b), strict=True))
+    return all(torch.equal(column, vars(b)[name]) for name, column in vars(a).items())
 
 
 def _compact(scored: Scored) -> Scored:
     """A copy that is pickled without the room that its columns may have."""
-    return Scored(*(column.clone() for column in _columns(scored)))
-
-
-def _columns(scored: Scored) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return scored.scores, scored.classes, scored.labels, scored.image
+    return Scored(**{name: column.clone() for name, column in vars(scored).items()})
 
 
 def _bridges(variants: Sequence[str], seed_groups: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

@@ -23,9 +23,9 @@ class Scored:
 
     Attributes:
         scores: [M] float32 or float64.
-        classes: [M] int64.
+        classes: [M] int64 or int32.
         labels: [M], 1 or True for a true positive.
-        image: Position of the image, [M] int64.
+        image: Position of the image, [M] int64 or int32.
     """
 
     scores: Tensor

@@ -29,7 +29,7 @@ class Block:
         rows: Positions of the pairs in the store [n] int64.
         groups: Images of one size together: their span of the n pairs, and these pairs as if of one image.
         images: Name, number of pairs and number of boxes of each image, group by group.
-        detections: Those of classes that count. `image` has positions in the store.
+        detections: Those of classes that count, in int32: a capture's are held all the time. `image` has positions in the store.
     """
 
     rows: Tensor
@@ -167,6 +167,7 @@ def _of_classes(found: Detections, classes: Tensor) -> Detections:
     number = kept.cumsum(0) - 1
     return replace(
         found,
-        **{name: getattr(found, name)[kept] for name in ("row", "target", "classes", "prior", "image")},
+        **{name: getattr(found, name)[kept].int() for name in ("row", "target", "classes", "image")},
+        prior=found.prior[kept],
         candidate=number[found.candidate],
     )

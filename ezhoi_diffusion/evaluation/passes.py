@@ -93,27 +93,40 @@ def _bridged(tree: Tree, x: Tensor, block: Block) -> Iterator[tuple[Key, Tensor]
 
 
 class Found:
-    """Detections of several chains, by their numbers, on the same pairs: block by block, until `scored` takes them out."""
+    """Detections of several chains on the same blocks: with bridges that know all labels, and with those that lack their own.
 
-    def __init__(self, numbers: Iterable[int]) -> None:
-        self._shared: list[tuple[Tensor, Tensor]] = []
-        self._own: dict[int, list[tuple[Tensor, Tensor]]] = {number: [] for number in numbers}
+    Both have one order, so classes and images are held once. Each chain adds at most ten bytes for a detection.
 
-    def add(self, detections: Detections, kept: Tensor | slice, found: Mapping[int, tuple[Tensor, Tensor]]) -> None:
-        """Add some detections of a block, kept [M] bool, with scores [M] and labels [M] of each chain."""
-        if self._own:
-            self._shared.append((detections.classes[kept], detections.image[kept]))
-        for number, own in self._own.items():
-            scores, labels = found[number]
-            own.append((scores[kept], labels[kept]))
+    Args:
+        detections: Those of each block, in the order in which they will be added.
+        classes: Classes [k] of each fold of verbs; every detection has its class in one of them.
+        differs: For each chain, whether some of its bridges learn from labels that are hidden.
+    """
 
-    def scored(self) -> dict[int, Scored]:
-        """Those of each chain. Nothing of them is kept here."""
-        if not self._own:
-            return {}
-        classes, image = (torch.cat(column) for column in zip(*self._shared, strict=True))
-        found = {}
-        for number in [*self._own]:
-            scores, labels = (torch.cat(column) for column in zip(*self._own.pop(number), strict=True))
-            found[number] = Scored(scores, classes, labels, image)
-        return found
+    def __init__(self, detections: Sequence[Detections], classes: Sequence[Tensor], differs: Sequence[bool]) -> None:
+        self._classes = torch.cat([one.classes for one in detections])
+        self._image = torch.cat([one.image for one in detections])
+        self._folds, self._differs, self._end = classes, differs, 0
+        # in one piece each: small ones that come and go leave gaps in the memory
+        shape = 2, len(differs), len(self._classes)
+        self._scores, self._labels = torch.empty(shape, dtype=torch.float32), torch.empty(shape, dtype=torch.bool)
+
+    def add(self, detections: Detections, found: Mapping[Key, tuple[Tensor, Tensor]]) -> None:
+        """Add the scores [m] and labels [m] of a block by each chain."""
+        here = slice(self._end, self._end + len(detections.classes))
+        in_fold = [torch.isin(detections.classes, classes) for classes in self._folds]
+        for number, differs in enumerate(self._differs):
+            self._scores[0, number, here], self._labels[0, number, here] = found[number, None]
+            for part, kept in enumerate(in_fold if differs else ()):
+                scores, labels = found.get((number, part), found[number, None])
+                self._scores[1, number, here][kept] = scores[kept]
+                self._labels[1, number, here][kept] = labels[kept]
+        self._end = here.stop
+
+    def scored(self, number: int) -> tuple[Scored, Scored]:
+        """Those of a chain: of seen classes, and of hidden ones. The same one twice if no bridge learns from hidden labels."""
+        of_seen, of_hidden = (
+            Scored(scores[number], self._classes, labels[number], self._image)
+            for scores, labels in zip(self._scores, self._labels, strict=True)
+        )
+        return of_seen, of_hidden if self._differs[number] else of_seen

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ezhoi_diffusion.bridge import Bridge
 from ezhoi_diffusion.evaluation.average_precision import Scored
@@ -24,6 +26,7 @@ from ezhoi_diffusion.features.score import EzHoiScore
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.plugins import PluginManager
 
+MAX_SCORES = 2**25  # of detections that are held at a time, of all chains together: at most 10 bytes each
 Samples = NDArray[np.float64]  # [1 + B], what was found and then the replicates
 
 
@@ -93,15 +96,8 @@ class Trials:
         self.seen = seen_classes(store)
         self.blocks = blocks_of(store, folds.images, protocol_of(store), self.seen)
         self.features, self.logits = StoredRows(store), StoredRows(store, name="logits")
-        num_classes = int(store.ezhoi["object_n_verb_to_interaction"].max()) + 1
-        counts = torch.zeros(len(store.images), num_classes, dtype=torch.long)
-        number = torch.tensor([image["annotations"] for image in store.images])
-        hoi = store.rows("gt_hoi").long()
-        usable = torch.isin(hoi, self.seen)
-        image = torch.arange(len(number)).repeat_interleave(number)[usable]
-        counts.index_put_((image, hoi[usable]), torch.tensor(1), accumulate=True)
-        self.annotations = counts.numpy().astype(np.int32)
-        if not all(self.annotations[fold].any() for fold in folds.images):
+        self.annotations = _annotations(store, self.seen)
+        if not all(self.annotations[fold].nnz for fold in folds.images):
             raise TuneError(
                 f"{store.folder}: one of {len(folds.images)} folds has no annotation of a seen class in its {len(folds.images[-1])} "
                 f"images: choose on more images, or with fewer folds"
@@ -130,33 +126,60 @@ class Trials:
         """
         folds = [fold for fold in range(len(self.folds.images)) if fold != outer]
         seeds = [(chain, seed) for chain in chains for seed in range(self.seeds(chain))]
-        scored = iter(self.scored(seeds, folds, outer))
+        figures = iter(self.figures(seeds, folds, outer))
         found = []
         for chain in chains:
-            of_seeds = [next(scored) for _ in range(self.seeds(chain))]
-            values = np.mean([self.criterion(seen, hidden, folds) for seen, hidden, _ in of_seeds], axis=0)
-            change = float(np.mean([change for _, _, change in of_seeds]))
+            of_seeds = [next(figures) for _ in range(self.seeds(chain))]
+            values = np.mean([criterion for criterion, _ in of_seeds], axis=0)
+            change = float(np.mean([change for _, change in of_seeds]))
             baseline = all(self.bridges[step.part].baseline for step in chain)
             found.append(Trial(chain, self.name(chain), values[0], values[1], values[2], change, baseline))
         return found
 
-    def scored(
-        self, chains: Sequence[tuple[Chain, int]], folds: Sequence[int], outer: int | None = None
-    ) -> list[tuple[Scored, Scored, float]]:
-        """Detections on the images of some folds by bridges that know neither the fold nor `outer`.
+    def figures(
+        self,
+        chains: Sequence[tuple[Chain, int]],
+        folds: Sequence[int],
+        outer: int | None = None,
+        *,
+        replicates: int | None = None,
+        seed: int = 0,
+    ) -> list[tuple[tuple[Samples, Samples, Samples], float]]:
+        """Score chains on the images of some folds, by bridges that know neither the fold nor `outer`.
+
+        A pass takes so many chains that MAX_SCORES are held.
 
         Args:
             chains: Bridges, and the seed that they are made with.
             folds: Folds of images.
             outer: As for `run`.
+            replicates: Resamplings of the images; by default those of a trial.
+            seed: Of the draws.
 
         Returns:
-            For each chain the detections of seen classes, those of classes whose labels were hidden, and the root mean square
-            change of the logits.
+            For each chain what `criterion` returns, and the root mean square change of the logits.
 
         Raises:
             EzhoiDiffusionError: A bridge cannot be made, breaks a rule, or cannot be sent to another process.
         """
+        at_once = self.chains_at_once(folds)
+        found = []
+        for first in range(0, len(chains), at_once):
+            found += [
+                (self.criterion(of_seen, of_hidden, folds, replicates, seed), change)
+                for of_seen, of_hidden, change in self._scored(chains[first : first + at_once], folds, outer)
+            ]
+        return found
+
+    def chains_at_once(self, folds: Sequence[int]) -> int:
+        """How many chains are scored in one pass over some folds, one or more."""
+        of_chain = sum(len(block.detections.classes) for fold in folds for block in self.blocks[fold])
+        return max(1, MAX_SCORES // max(1, of_chain))
+
+    def _scored(
+        self, chains: Sequence[tuple[Chain, int]], folds: Sequence[int], outer: int | None
+    ) -> list[tuple[Scored, Scored, float]]:
+        """For each chain the detections of seen classes, those of hidden ones, and the root mean square change of the logits."""
         parts = range(len(self.folds.classes))
         made = {
             fold: [
@@ -184,20 +207,14 @@ class Trials:
             (self.score, trees[fold], self.features[block.rows], self.logits[block.rows], block, self.device)
             for fold, block in blocks
         )
-        numbers = range(len(chains))
-        seen, hidden = Found(numbers), Found([number for number in numbers if differs[number]])
+        detections = Found([block.detections for _, block in blocks], self.folds.classes, differs)
         squares, size = [0.0] * len(chains), 0
         for (_, block), (found, of_block) in zip(blocks, in_processes(scored_block, tasks, self.jobs), strict=True):
-            detections = block.detections
             size += len(block.rows) * self.logits.shape[1]
             for number, square in of_block.items():
                 squares[number] += square
-            seen.add(detections, slice(None), {number: found[number, None] for number in numbers})
-            for part, classes in enumerate(self.folds.classes):
-                here = {number: found.get((number, part), found[number, None]) for number in numbers}
-                hidden.add(detections, torch.isin(detections.classes, classes), here)
-        of_seen, of_hidden = seen.scored(), hidden.scored()
-        return [(one, of_hidden.get(number, one), (squares[number] / size) ** 0.5) for number, one in of_seen.items()]
+            detections.add(block.detections, found)
+        return [(*detections.scored(number), (square / size) ** 0.5) for number, square in enumerate(squares)]
 
     def _made_for(self, chain: Chain, seed: int, fold: int, outer: int | None, hidden: int | None) -> list[Bridge]:
         return [self.made[step.part, seed, without_of(fold, outer), hidden] for step in chain]
@@ -240,7 +257,7 @@ class Trials:
         """What a pass without a bridge takes, and to score its detections."""
         folds = range(len(self.folds.images))
         begin = time.perf_counter()
-        seen, hidden, _ = self.scored([((), 0)], folds)[0]
+        [(seen, hidden, _)] = self._scored([((), 0)], folds, None)
         reading = time.perf_counter() - begin
         for _ in range(2):  # the first call also draws the resamplings, which all trials share
             begin = time.perf_counter()
@@ -269,11 +286,25 @@ class Trials:
         key = folds, replicates, seed
         if self._resampled is None or self._resampled[0] != key:  # one is held: of many images it is large
             counted = sorted(position for fold in folds for position in self.folds.images[fold])
-            weights = np.zeros((len(self.annotations), 1 + replicates), np.int32)
+            weights = np.zeros((self.annotations.shape[0], 1 + replicates), np.int32)
             weights[counted] = image_weights(len(counted), replicates, seed)
-            annotated = np.stack([n[n > 0] @ weights[n > 0] for n in self.annotations.T])
-            self._resampled = key, weights, annotated
+            self._resampled = key, weights, self.annotations.T @ weights
         return self._resampled[1:]
+
+
+def _annotations(store: FeatureStore, classes: Tensor) -> Any:
+    """Annotated pairs of some classes [k] in each image, a sparse array [I, K] int32."""
+    from scipy.sparse import csr_array  # slow to import
+
+    number = torch.tensor([image["annotations"] for image in store.images])
+    hoi = store.rows("gt_hoi").long()
+    usable = torch.isin(hoi, classes)
+    image = torch.arange(len(number)).repeat_interleave(number)[usable]
+    num_classes = int(store.ezhoi["object_n_verb_to_interaction"].max()) + 1
+    places = image.numpy(), hoi[usable].numpy()
+    return csr_array(
+        (np.ones(len(image), np.int32), places), shape=(len(number), num_classes)
+    )  # sums what is at one place
 
 
 def without_of(fold: int, outer: int | None) -> frozenset[int]:

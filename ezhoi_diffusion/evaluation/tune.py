@@ -381,8 +381,9 @@ def gain_of_choices(trials: Trials, chains: Sequence[Chain]) -> dict[str, Lead]:
     def on_own_folds(chosen: Sequence[Chain]) -> NDArray[np.float64]:
         values = []
         for fold, chain in enumerate(chosen):
-            found = trials.scored([(chain, seed) for seed in range(trials.seeds(chain))], [fold])
-            values.append(np.mean([trials.criterion(*one[:2], [fold], REPLICATES, fold) for one in found], axis=0))
+            seeds = [(chain, seed) for seed in range(trials.seeds(chain))]
+            found = trials.figures(seeds, [fold], replicates=REPLICATES, seed=fold)
+            values.append(np.mean([criterion for criterion, _ in found], axis=0))
         return np.asarray(np.mean(values, axis=0))
 
     tuned, none = on_own_folds(chains), on_own_folds([()] * len(chains))

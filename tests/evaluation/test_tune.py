@@ -20,6 +20,7 @@ from ezhoi_diffusion import (
 )
 from ezhoi_diffusion.bridge import fingerprint_mismatch
 from ezhoi_diffusion.cli import main
+from ezhoi_diffusion.evaluation import trials as trials_module
 from ezhoi_diffusion.evaluation.chain import with_members
 from ezhoi_diffusion.evaluation.choice import load_choice, write_choice
 from ezhoi_diffusion.evaluation.folds import Folds
@@ -361,6 +362,35 @@ def test_settings_of_one_bridge_share_what_it_samples(store, bridge, mocker):
         (alone,) = trials.run([trial.chain])
         assert np.array_equal(alone.value, trial.value)
         assert alone.change == trial.change
+
+
+def test_chains_are_scored_alike_alone_and_together_and_few_are_held(store, monkeypatch):
+    plugins = plugins_with(part=Part)
+    candidates = candidates_of(store, "known,part,mean_shift", plugins, check=lambda *_: None)
+    folds = Folds.of_store(store, 3)
+    trials = Trials(store, candidates.recipes, candidates.bridges, folds, replicates=20, plugins=plugins)
+    tried = [(), (Step(0),), (Step(1),), (Step(0), Step(1)), (Step(2),)]
+    together = trials.run(tried)
+    assert trials.chains_at_once(range(3)) >= len(tried)
+    of_chain = sum(len(block.detections.classes) for fold in trials.blocks for block in fold)
+    monkeypatch.setattr(trials_module, "MAX_SCORES", 2 * of_chain)
+    passes = []
+    scored = Trials._scored
+    monkeypatch.setattr(
+        Trials, "_scored", lambda self, chains, *rest: passes.append(len(chains)) or scored(self, chains, *rest)
+    )
+    few = trials.run(tried)
+    assert passes == [2, 2, 1]
+    monkeypatch.setattr(trials_module, "MAX_SCORES", 0)
+    single = trials.run(tried)
+    assert passes[3:] == [1] * 5
+    for trial, *others in zip(together, few, single, strict=True):
+        assert {float(trial.seen[0]), float(trial.hidden[0])} != {0.0}
+        for other in others:
+            assert np.array_equal(trial.value, other.value)
+            assert np.array_equal(trial.seen, other.seen)
+            assert np.array_equal(trial.hidden, other.hidden)
+            assert trial.change == other.change
 
 
 def test_the_expected_number_of_trials_is_that_of_a_search_in_which_every_round_gains():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,12 +18,13 @@ from ezhoi_diffusion.defaults import torch_defaults
 from ezhoi_diffusion.errors import EzhoiDiffusionError
 from ezhoi_diffusion.evaluation.bootstrap import REPLICATES
 from ezhoi_diffusion.evaluation.chain import own_settings
+from ezhoi_diffusion.evaluation.cost import estimate
 from ezhoi_diffusion.evaluation.defaults import FOLDS, SEEDS
 from ezhoi_diffusion.evaluation.drawing import draw_images
 from ezhoi_diffusion.evaluation.folds import Folds, TuneError, seen_classes
-from ezhoi_diffusion.evaluation.remake import NOT_CANDIDATES, ONLY_NAMED, Recipes, RemakeError, grid_of, recipes_of
-from ezhoi_diffusion.evaluation.search import Choice, Lead, Space, choose, lead_of, search, variations
-from ezhoi_diffusion.evaluation.trials import Chain, Step, Trial, Trials
+from ezhoi_diffusion.evaluation.remake import NOT_CANDIDATES, ONLY_NAMED, Recipes, grid_of, recipes_of
+from ezhoi_diffusion.evaluation.search import Choice, Lead, Space, choose, lead_of, search
+from ezhoi_diffusion.evaluation.trials import Chain, Trial, Trials
 from ezhoi_diffusion.evaluation.variants import Named, known_bridges, load_bridge, parse_bridges
 from ezhoi_diffusion.features.score import EzHoiScore, require_replayable
 from ezhoi_diffusion.features.store import FeatureStore
@@ -41,8 +41,6 @@ __all__ = [
 ]
 
 SEARCH_REPLICATES = 200  # of the bootstrap of a trial; the estimate of what choosing gains has REPLICATES
-LONG = 600  # seconds, from which on the estimate says what makes it shorter
-SHORTER = "Fewer --num-images, --folds 3, fewer --bridges or more --jobs make it shorter"
 CAVEAT = (
     "EZ-HOI itself was trained on these images and these classes. Scores here are higher than on a test split, for every row; the "
     "held-out part is new to the bridges alone."
@@ -303,7 +301,7 @@ def tune(
     )
     space = candidates.space
     most = sum(space.expected_trials())
-    say(_cost(candidates, trials, space))
+    say(estimate(trials, space))
     left_out: set[str] = set()
     with tqdm(total=most * (1 + folds), desc="tune", unit="trial", file=sys.stderr) as progress:
 
@@ -331,44 +329,6 @@ def tune(
         say(f"no candidate everywhere: {reason}")
     gain = gain_of_choices(trials, [choice.chain for choice in choices])
     return Tuning(choose(found), found, gain, [one.name for one in choices], dealt, len(whole.images), list(forced))
-
-
-def _cost(candidates: Candidates, trials: Trials, space: Space) -> str:
-    """One line about the time to expect, from the first fits and the first images. What was fitted is used again.
-
-    Every bridge that learns is made without one and without two folds of images, with all labels and without each fold of
-    verbs. Each pass of a search goes over all images, and each of the `count` passes of the outer loop over all folds but one:
-    `count` times all of them.
-    """
-    count, ways = len(trials.folds.images), 1 + len(trials.folds.classes)
-    without_one, without_two = ways * count, ways * (count * (count - 1) // 2)
-    smaller = (count - 2) / (count - 1)  # features that are left without two folds, as a share of those without one
-    making, alone, as_is, parts = 0.0, [0.0], [0.0], range(len(candidates.recipes))
-    for part in tqdm(parts, desc="estimate", unit="bridge", leave=False, file=sys.stderr):
-        seeds, chain = max(1, len(candidates.recipes[part].learn)), (Step(part),)
-        hidden = [None, 0] if trials.folds.classes else [None]
-        begin = time.perf_counter()
-        try:
-            made = {trials.made[part, 0, frozenset({0}), one] for one in hidden}
-        except RemakeError:  # the search says so
-            continue
-        seconds = (time.perf_counter() - begin) / len(hidden)
-        making += seconds * seeds * (without_one + smaller * without_two)
-        times = seeds * (ways if len(made) > 1 else 1)  # with all labels, and without those of each fold of verbs
-        alone.append(times * trials.seconds_a_pair(list(variations(chain, space))))
-        as_is.append(times * trials.seconds_a_pair([chain]))
-    reading, scoring = trials.seconds_of_none()
-    expected = space.expected_trials()
-    # In later rounds every bridge is tried at the end of the best chain, whose own settings are then improved.
-    rounds = range(2, len(expected))
-    passes = sum(alone) + sum(sum(as_is) + r * sum(alone) / len(parts) for r in rounds)
-    all_passes = passes * len(trials.store) * count + reading * len(expected) * count
-    seconds = making + all_passes + 2 * scoring * sum(expected) * (1 + count)  # of seen classes, and of hidden ones
-    return (
-        f"{len(candidates.recipes)} bridges, {count} folds of images and {ways - 1} of verbs: each bridge that learns is made "
-        f"{without_one + without_two} times, and about {sum(expected) * (1 + count)} chains are scored. Estimate: about "
-        f"{seconds / 60:.1f} minutes in one process" + (f". {SHORTER}" if seconds > LONG else "")
-    )
 
 
 def gain_of_choices(trials: Trials, chains: Sequence[Chain]) -> dict[str, Lead]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from math import ceil
 
 from tqdm import tqdm
 
@@ -26,6 +27,7 @@ def estimate(trials: Trials, space: Space) -> str:
     without_one, without_two = ways * count, ways * (count * (count - 1) // 2)
     smaller = (count - 2) / (count - 1)  # features that are left without two folds, as a share of those without one
     making, alone, as_is, parts = 0.0, [0.0], [0.0], range(len(trials.parts))
+    at_once, readings = trials.chains_at_once(range(count)), 1
     for part in tqdm(parts, desc="estimate", unit="bridge", leave=False, file=sys.stderr):
         seeds, chain = max(1, len(trials.parts[part].learn)), (Step(part),)
         hidden = [None, 0] if trials.folds.classes else [None]
@@ -37,15 +39,21 @@ def estimate(trials: Trials, space: Space) -> str:
         seconds = (time.perf_counter() - begin) / len(hidden)
         making += seconds * seeds * (without_one + smaller * without_two)
         times = seeds * (ways if len(made) > 1 else 1)  # with all labels, and without those of each fold of verbs
-        alone.append(times * trials.seconds_a_pair(list(variations(chain, space))))
+        varied = list(variations(chain, space))
+        alone.append(times * trials.seconds_a_pair(varied))
         as_is.append(times * trials.seconds_a_pair([chain]))
+        readings += ceil(seeds * len(varied) / at_once)
     reading, scoring = trials.seconds_of_none()
     expected = space.expected_trials()
-    # In later rounds every bridge is tried at the end of the best chain, whose own settings are then improved.
-    rounds = range(2, len(expected))
-    passes = sum(alone) + sum(sum(as_is) + r * sum(alone) / len(parts) for r in rounds)
-    all_passes = passes * len(trials.store) * count + reading * len(expected) * count
-    seconds = making + all_passes + 2 * scoring * sum(expected) * (1 + count)  # of seen classes, and of hidden ones
+    applying = sum(alone)
+    # In later rounds every bridge is tried at the end of the best chain, which is applied anew in each pass. Then the settings of
+    # that chain are improved, each in a pass.
+    for members in range(2, len(expected)):
+        passes = ceil(len(parts) / at_once)
+        applying += sum(as_is) + (passes * (members - 1) * sum(as_is) + members * sum(alone)) / len(parts)
+        readings += passes + members * ceil(sum(map(len, space.grids)) / len(parts))
+    seconds = making + (applying * len(trials.store) + readings * reading) * count
+    seconds += 2 * scoring * sum(expected) * (1 + count)  # of seen classes, and of hidden ones
     return (
         f"{len(trials.parts)} bridges, {count} folds of images and {ways - 1} of verbs: each bridge that learns is made "
         f"{without_one + without_two} times, and about {sum(expected) * (1 + count)} chains are scored. Estimate: about "

@@ -33,7 +33,7 @@ class Folds:
 
     Attributes:
         images: Positions of the images in each fold.
-        classes: Interaction classes of each fold; none where the run hides no class.
+        classes: Interaction classes of each fold; every seen class is in one. None where the run hides no class.
         class_weight: Weight of the classes that a fit did not see: the share of unseen classes among all.
     """
 

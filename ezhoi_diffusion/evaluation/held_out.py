@@ -29,7 +29,8 @@ class Block:
         rows: Positions of the pairs in the store [n] int64.
         groups: Images of one size together: their span of the n pairs, and these pairs as if of one image.
         images: Name, number of pairs and number of boxes of each image, group by group.
-        detections: Those of classes that count, in int32: a capture's are held all the time. `image` has positions in the store.
+        detections: Those of classes that count. `image` has positions in the store. What each detection has is in int32, because those
+            of all images are held all the time.
     """
 
     rows: Tensor

@@ -114,7 +114,7 @@ class Found:
     def add(self, detections: Detections, found: Mapping[Key, tuple[Tensor, Tensor]]) -> None:
         """Add the scores [m] and labels [m] of a block by each chain."""
         here = slice(self._end, self._end + len(detections.classes))
-        in_fold = [torch.isin(detections.classes, classes) for classes in self._folds]
+        in_fold = [torch.isin(detections.classes, classes) for classes in self._folds] if any(self._differs) else []
         for number, differs in enumerate(self._differs):
             self._scores[0, number, here], self._labels[0, number, here] = found[number, None]
             for part, kept in enumerate(in_fold if differs else ()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from ezhoi_diffusion.features.score import EzHoiScore
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.plugins import PluginManager
 
-MAX_SCORES = 2**25  # of detections that are held at a time, of all chains together: at most 10 bytes each
+MAX_SCORES = 2**25  # of detections in one pass, of all its chains together: at most 10 bytes each
 Samples = NDArray[np.float64]  # [1 + B], what was found and then the replicates
 
 
@@ -118,18 +119,19 @@ class Trials:
         return max((len(self.parts[step.part].learn) for step in chain), default=1) or 1
 
     def run(self, chains: Sequence[Chain], outer: int | None = None) -> list[Trial]:
-        """Score chains in one pass: what they have in common is computed once. Of several seeds the mean counts.
+        """Score chains. What those in one pass have in common is computed once. Of several seeds the mean counts.
 
         Args:
             chains: The bridges of each.
             outer: A fold of images that neither fits nor scores may know.
         """
         folds = [fold for fold in range(len(self.folds.images)) if fold != outer]
-        seeds = [(chain, seed) for chain in chains for seed in range(self.seeds(chain))]
-        figures = iter(self.figures(seeds, folds, outer))
+        seeds = [(number, seed) for number, chain in enumerate(chains) for seed in range(self.seeds(chain))]
+        seeds.sort(key=itemgetter(1))  # in one pass come chains of one seed, which share bridges
+        figures = self.figures([(chains[number], seed) for number, seed in seeds], folds, outer)
         found = []
-        for chain in chains:
-            of_seeds = [next(figures) for _ in range(self.seeds(chain))]
+        for number, chain in enumerate(chains):
+            of_seeds = [one for (of, _), one in zip(seeds, figures, strict=True) if of == number]
             values = np.mean([criterion for criterion, _ in of_seeds], axis=0)
             change = float(np.mean([change for _, change in of_seeds]))
             baseline = all(self.bridges[step.part].baseline for step in chain)
@@ -147,7 +149,7 @@ class Trials:
     ) -> list[tuple[tuple[Samples, Samples, Samples], float]]:
         """Score chains on the images of some folds, by bridges that know neither the fold nor `outer`.
 
-        A pass takes so many chains that MAX_SCORES are held.
+        A pass takes as many chains as MAX_SCORES allows, and at least one.
 
         Args:
             chains: Bridges, and the seed that they are made with.
@@ -239,18 +241,19 @@ class Trials:
         return [next(filter(None, map(self.made.problem, keys)), None) for keys in wanted]
 
     def seconds_a_pair(self, chains: Sequence[Chain]) -> float:
-        """What applying chains together takes for one pair, on the first images of the first fold."""
+        """What applying chains takes for one pair, in passes as `figures` makes them, on the first images of the first fold."""
         block, without = self.blocks[0][0], frozenset({0})
-        tree = tree_of(
-            [
-                ((number, None), self._steps(chain), [self.made[step.part, 0, without, None] for step in chain])
-                for number, chain in enumerate(chains)
-            ]
-        )
+        applied = [
+            ((number, None), self._steps(chain), [self.made[step.part, 0, without, None] for step in chain])
+            for number, chain in enumerate(chains)
+        ]
+        at_once = self.chains_at_once(range(len(self.folds.images)))
+        trees = [tree_of(applied[first : first + at_once]) for first in range(0, len(applied), at_once)]
         x, before = self.features[block.rows], self.logits[block.rows]
         for _ in range(2):  # the first call also prepares what later ones find
             begin = time.perf_counter()
-            scored_block(self.score, tree, x, before, block, self.device)
+            for tree in trees:
+                scored_block(self.score, tree, x, before, block, self.device)
         return (time.perf_counter() - begin) / len(x)
 
     def seconds_of_none(self) -> tuple[float, float]:
@@ -301,10 +304,10 @@ def _annotations(store: FeatureStore, classes: Tensor) -> Any:
     usable = torch.isin(hoi, classes)
     image = torch.arange(len(number)).repeat_interleave(number)[usable]
     num_classes = int(store.ezhoi["object_n_verb_to_interaction"].max()) + 1
-    places = image.numpy(), hoi[usable].numpy()
+    # it sums what is at one place
     return csr_array(
-        (np.ones(len(image), np.int32), places), shape=(len(number), num_classes)
-    )  # sums what is at one place
+        (np.ones(len(image), np.int32), (image.numpy(), hoi[usable].numpy())), shape=(len(number), num_classes)
+    )
 
 
 def without_of(fold: int, outer: int | None) -> frozenset[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -21,14 +22,18 @@ from ezhoi_diffusion import (
 from ezhoi_diffusion.bridge import fingerprint_mismatch
 from ezhoi_diffusion.cli import main
 from ezhoi_diffusion.evaluation import trials as trials_module
+from ezhoi_diffusion.evaluation.average_precision import Scored, average_precision
 from ezhoi_diffusion.evaluation.chain import with_members
 from ezhoi_diffusion.evaluation.choice import load_choice, write_choice
-from ezhoi_diffusion.evaluation.folds import Folds
+from ezhoi_diffusion.evaluation.folds import Folds, protocol_of
+from ezhoi_diffusion.evaluation.passes import Found
+from ezhoi_diffusion.evaluation.protocols import Detections
 from ezhoi_diffusion.evaluation.remake import RemakeError, recipes_of
 from ezhoi_diffusion.evaluation.search import Space, choose, search
 from ezhoi_diffusion.evaluation.trials import Step, Trial, Trials
 from ezhoi_diffusion.evaluation.tune import TuneError, candidates_of, gain_of_choices, seen_classes, tune
 from ezhoi_diffusion.evaluation.variants import Named
+from ezhoi_diffusion.features.images import stored_images
 from ezhoi_diffusion.features.labels import seen_pairs
 from ezhoi_diffusion.features.score import EzHoiScore
 from ezhoi_diffusion.plugins import PluginManager
@@ -364,33 +369,94 @@ def test_settings_of_one_bridge_share_what_it_samples(store, bridge, mocker):
         assert alone.change == trial.change
 
 
-def test_chains_are_scored_alike_alone_and_together_and_few_are_held(store, monkeypatch):
+def mean_ap_by_hand(trials, chain, folds, *, outer=None, hidden):
+    """Mean AP in percent on some folds, image by image: of all seen classes, or of each by the bridges that lack its labels."""
+    found, annotated = [], torch.zeros(0, dtype=torch.long)
+    images = list(stored_images(trials.store))
+    for fold in folds:
+        for part in range(len(trials.folds.classes)) if hidden else [None]:
+            classes = trials.seen if part is None else trials.folds.classes[part]
+            made = [trials.made[step.part, 0, frozenset({fold, outer} - {None}), part] for step in chain]
+            for position in trials.folds.images[fold]:
+                image = images[position]
+                hoi = image.gt_hoi.long()
+                annotated = torch.cat([annotated, hoi[torch.isin(hoi, classes)]])
+                features = image.adapter_feat
+                for one in made:
+                    features = one(features, image.pairs)
+                detections = Detections.from_images([image], protocol_of(trials.store).match)
+                logits = trials.score.class_logits(features) if chain else image.logits
+                scores = detections.scores(logits)
+                kept = torch.isin(detections.classes, classes)
+                columns = (
+                    scores,
+                    detections.classes,
+                    detections.labels(scores),
+                    torch.full_like(scores, position).long(),
+                )
+                found.append([column[kept] for column in columns])
+    scored = Scored(*(torch.cat(column) for column in zip(*found, strict=True)))
+    counts = annotated.bincount(minlength=int(trials.seen.max()) + 1)
+    return 100 * float(average_precision(scored, counts)[counts > 0].mean())
+
+
+def crowded(batch):
+    """Boxes of one class at one place, so that pairs compete for an annotation, and every annotation twice."""
+    boxes, classes = batch.pairs.boxes, batch.pairs.classes
+    first = (classes[:, None] == classes).int().argmax(1)
+    pairs = replace(batch.pairs, boxes=boxes[first])
+    return replace(batch, pairs=pairs, gt_boxes=batch.gt_boxes.repeat(1, 2, 1), gt_hoi=batch.gt_hoi.repeat(2))
+
+
+@pytest.mark.parametrize("outer", [None, 1])
+def test_each_class_is_scored_by_bridges_that_lack_its_labels(tmp_path, outer):
+    store = synthetic_store(tmp_path / "crowded", images=40, alter=crowded)
     plugins = plugins_with(part=Part)
-    candidates = candidates_of(store, "known,part,mean_shift", plugins, check=lambda *_: None)
+    candidates = candidates_of(store, "known,part", plugins, check=lambda *_: None)
+    dealt = Folds.of_store(store, 3)
+    trials = Trials(store, candidates.recipes, candidates.bridges, dealt, replicates=20, plugins=plugins)
+    folds = [fold for fold in range(3) if fold != outer]
+    for chain in ([], [Step(0)], [Step(1), Step(0)]):
+        (trial,) = trials.run([tuple(chain)], outer)
+        by_hand = {
+            hidden: mean_ap_by_hand(trials, chain, folds, outer=outer, hidden=hidden) for hidden in (False, True)
+        }
+        assert float(trial.seen[0]) == pytest.approx(by_hand[False], abs=1e-9)
+        assert float(trial.hidden[0]) == pytest.approx(by_hand[True], abs=1e-9)
+        assert (abs(by_hand[True] - by_hand[False]) > 1) == (Step(0) in chain), (
+            "known helps the classes it has labels of"
+        )
+
+
+def test_chains_are_scored_alike_alone_and_together_and_few_are_held(store, bridge, monkeypatch):
+    plugins = plugins_with(part=Part)
+    candidates = candidates_of(store, f"known,part,mean_shift,diffusion={bridge}", plugins, check=lambda *_: None)
     folds = Folds.of_store(store, 3)
     trials = Trials(store, candidates.recipes, candidates.bridges, folds, replicates=20, plugins=plugins)
-    tried = [(), (Step(0),), (Step(1),), (Step(0), Step(1)), (Step(2),)]
+    tried = [(), (Step(0),), (Step(3),), (Step(1),), (Step(0), Step(1)), (Step(2),)]
+    monkeypatch.setattr(Trials, "seeds", lambda self, chain: 2 if (Step(3),) == chain else 1)
     together = trials.run(tried)
-    assert trials.chains_at_once(range(3)) >= len(tried)
     of_chain = sum(len(block.detections.classes) for fold in trials.blocks for block in fold)
-    monkeypatch.setattr(trials_module, "MAX_SCORES", 2 * of_chain)
-    passes = []
-    scored = Trials._scored
-    monkeypatch.setattr(
-        Trials, "_scored", lambda self, chains, *rest: passes.append(len(chains)) or scored(self, chains, *rest)
-    )
-    few = trials.run(tried)
-    assert passes == [2, 2, 1]
-    monkeypatch.setattr(trials_module, "MAX_SCORES", 0)
-    single = trials.run(tried)
-    assert passes[3:] == [1] * 5
-    for trial, *others in zip(together, few, single, strict=True):
-        assert {float(trial.seen[0]), float(trial.hidden[0])} != {0.0}
-        for other in others:
-            assert np.array_equal(trial.value, other.value)
-            assert np.array_equal(trial.seen, other.seen)
-            assert np.array_equal(trial.hidden, other.hidden)
-            assert trial.change == other.change
+    made, passes = [], []
+
+    class Watched(Found):
+        def __init__(self, detections, classes, differs):
+            assert not any(earlier() is not None for earlier in made), "an earlier pass is still held"
+            made.append(weakref.ref(self))
+            passes.append(len(differs))
+            super().__init__(detections, classes, differs)
+
+    monkeypatch.setattr(trials_module, "Found", Watched)
+    for most, expected in ((2 * of_chain, [2, 2, 2, 1]), (0, [1] * 7)):
+        monkeypatch.setattr(trials_module, "MAX_SCORES", most)
+        passes.clear()
+        few = trials.run(tried)
+        assert passes == expected
+        for one, other in zip(together, few, strict=True):
+            assert one.chain == other.chain
+            for figure in ("value", "seen", "hidden", "change"):
+                assert np.array_equal(getattr(one, figure), getattr(other, figure))
+    assert len({float(trial.change) for trial in together}) == len(tried)
 
 
 def test_the_expected_number_of_trials_is_that_of_a_search_in_which_every_round_gains():

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ezhoi_diffusion.evaluation.bootstrap import LEVEL
+from ezhoi_diffusion.evaluation.bootstrap import LEVEL, shifted_interval
 from ezhoi_diffusion.evaluation.comparison import REFERENCE
 from ezhoi_diffusion.evaluation.passes import distinct
 from ezhoi_diffusion.evaluation.trials import Chain, Samples, Step, Trial
@@ -208,8 +208,7 @@ def leads_over(rival: Trial, trials: Sequence[Trial]) -> dict[str, Lead]:
         np.divide(np.abs(part), spread, out=np.zeros_like(part), where=spread > 0) for part in (drawn - found, found)
     )
     p = (1 + (off.max(0, initial=0) >= size).sum(1)) / (1 + drawn.shape[1])
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1)
-    rows = np.c_[found, low, high, p].tolist()
+    rows = np.c_[found, shifted_interval(values, LEVEL), p].tolist()
     return {trial.name: Lead(*row) for trial, row in zip(trials, rows, strict=True)}
 
 

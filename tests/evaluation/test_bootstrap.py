@@ -13,7 +13,7 @@ import torch
 
 from ezhoi_diffusion.evaluation import bootstrap
 from ezhoi_diffusion.evaluation.average_precision import Scored, average_precision
-from ezhoi_diffusion.evaluation.bootstrap import MIN_IMAGES, ONE_IMAGE, paired_bootstrap
+from ezhoi_diffusion.evaluation.bootstrap import MIN_IMAGES, ONE_IMAGE, image_weights, paired_bootstrap, resampled_ap
 from ezhoi_diffusion.evaluation.changes import discoveries
 from ezhoi_diffusion.evaluation.seeds import normal_equivalent, seed_weights, student_equivalent, widened
 from ezhoi_diffusion.rng import generator
@@ -51,9 +51,11 @@ def literal_ap(scored, annotations, times, algorithm):
     return ap.numpy()
 
 
-def percentiles(values, level):
-    """NaN aside."""
+def percentiles(values, level, *, around=None):
+    """NaN aside; moved so that their mean is `around`."""
     values = [value for value in values if not math.isnan(value)]
+    if around is not None:
+        values = [value - np.mean(values) + around for value in values]
     return np.quantile(values, [(1 - level) / 2, (1 + level) / 2]).tolist() if values else [math.nan, math.nan]
 
 
@@ -88,8 +90,8 @@ def test_what_is_said_is_what_resampled_images_give(seed, algorithm):
         there = ~np.isnan(ap["none"][:, index]).all(1)  # some class of the group
         mean = {v: np.nanmean(of[there][:, index], axis=1) for v, of in ap.items()}
         for name, (value, *drawn) in mean.items():
-            moved = np.array(drawn) - np.mean(drawn) + value
-            assert found[name].mean_ap[group] == pytest.approx(np.clip(percentiles(moved, level), 0, 100), **close)
+            moved = percentiles(drawn, level, around=value)
+            assert found[name].mean_ap[group] == pytest.approx(np.clip(moved, 0, 100), **close)
         change = {name: mean[name] - mean["none"] for name in ("a", "b")}
         off = {name: abs(both[1:] - both[0]) for name, both in change.items()}
         deviation = {name: both[1:].std() for name, both in change.items()}
@@ -101,7 +103,7 @@ def test_what_is_said_is_what_resampled_images_give(seed, algorithm):
             if (annotations[:, index] > 0).any(1).sum() < 2:
                 assert said == ONE_IMAGE, "one image says nothing of chance"
                 continue
-            assert [said.low, said.high] == pytest.approx(percentiles(drawn, level), **close)
+            assert [said.low, said.high] == pytest.approx(percentiles(drawn, level, around=d), **close)
             assert is_share(said.p, off[name], abs(d))
             assert is_share(said.p_adjusted, largest, abs(d) / deviation[name] if deviation[name] > 1e-9 else 0)
     for name in ("a", "b"):
@@ -153,13 +155,13 @@ def test_intervals_and_p_values_keep_what_they_promise():
     assert 0.02 <= np.mean(small) <= 0.08
 
 
-def test_the_interval_of_mean_ap_holds_where_plain_percentiles_do_not():
-    """Forty classes of about four annotations: copies of true positives raise AP in most replicates."""
+def test_intervals_of_mean_ap_and_of_a_loss_hold_where_plain_percentiles_do_not():
+    """Forty classes of about four annotations: copies of true positives raise AP in most replicates, if there is one."""
     draws = torch.Generator().manual_seed(2)
-    images, classes = 60, 40
+    images, classes, level = 60, 40, 0.95
     cells = torch.arange(images * classes)
     nothing = Scored(torch.zeros(0).double(), cells[:0], torch.zeros(0).double(), cells[:0])
-    values, moved, plain = [], [], []
+    values, of_mean, of_loss, plain = [], [], [], []
     for seed in range(120):
         rates = torch.tensor([0.06, 0.6])[:, None, None].expand(2, images, classes)
         annotations, false = torch.poisson(rates, generator=draws).long()
@@ -168,14 +170,20 @@ def test_the_interval_of_mean_ap_holds_where_plain_percentiles_do_not():
         some = Scored(torch.randn(len(cell), generator=draws) + labels, cell % classes, labels, cell // classes)
         values.append(100 * average_precision(some, annotations.sum(0)).mean().item())
         groups = {"full": torch.arange(classes)}
-        found = paired_bootstrap({"none": nothing, "a": some}, annotations, groups, replicates=199, seed=seed)
-        moved.append(found["a"].mean_ap["full"])
-        plain.append((found["a"].difference["full"].low, found["a"].difference["full"].high))  # to a mean AP of zero
-        assert found["none"].mean_ap["full"] == (0, 0)
-        assert moved[-1][0] <= values[-1] <= moved[-1][1]
-    covered = [np.mean([low <= np.mean(values) <= high for low, high in bounds]) for bounds in (moved, plain)]
-    assert covered[0] >= 0.87
-    assert covered[1] <= 0.82
+        found = paired_bootstrap({"none": some, "a": nothing}, annotations, groups, replicates=199, seed=seed)
+        loss = found["a"].difference["full"]
+        of_mean.append(found["none"].mean_ap["full"])
+        of_loss.append((-loss.high, -loss.low))
+        assert found["a"].mean_ap["full"] == (0, 0)
+        assert all(low <= values[-1] <= high for low, high in (of_mean[-1], of_loss[-1]))
+        weights = image_weights(images, 199, seed)
+        drawn = resampled_ap(some, weights, annotations.T.int().numpy() @ weights, "11P")[:, 1:]
+        plain.append(percentiles(100 * np.nanmean(drawn, axis=0), level))
+    covered = [
+        np.mean([low <= np.mean(values) <= high for low, high in bounds]) for bounds in (of_mean, of_loss, plain)
+    ]
+    assert min(covered[:2]) >= 0.87
+    assert covered[2] <= 0.82
 
 
 def test_the_minimal_detectable_effect_is_found_in_80_percent_of_cases():

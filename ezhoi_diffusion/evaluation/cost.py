@@ -8,12 +8,12 @@ from math import ceil
 
 from tqdm import tqdm
 
+from ezhoi_diffusion.evaluation.defaults import MIN_FOLDS
 from ezhoi_diffusion.evaluation.remake import RemakeError
 from ezhoi_diffusion.evaluation.search import Space, variations
 from ezhoi_diffusion.evaluation.trials import Step, Trials
 
 LONG = 600  # seconds, from which on the estimate says what makes it shorter
-SHORTER = "Fewer --num-images, --folds 3, fewer --bridges or more --jobs make it shorter"
 
 
 def estimate(trials: Trials, space: Space) -> str:
@@ -54,8 +54,10 @@ def estimate(trials: Trials, space: Space) -> str:
         readings += passes + members * ceil(sum(map(len, space.grids)) / len(parts))
     seconds = making + (applying * len(trials.store) + readings * reading) * count
     seconds += 2 * scoring * sum(expected) * (1 + count)  # of seen classes, and of hidden ones
+    fewer = f"--folds {MIN_FOLDS}, " if count > MIN_FOLDS else ""
+    shorter = f". Fewer --num-images, {fewer}fewer --bridges or more --jobs make it shorter" if seconds > LONG else ""
     return (
         f"{len(trials.parts)} bridges, {count} folds of images and {ways - 1} of verbs: each bridge that learns is made "
         f"{without_one + without_two} times, and about {sum(expected) * (1 + count)} chains are scored. Estimate: about "
-        f"{seconds / 60:.1f} minutes in one process" + (f". {SHORTER}" if seconds > LONG else "")
+        f"{seconds / 60:.1f} minutes in one process{shorter}"
     )

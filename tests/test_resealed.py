@@ -109,7 +109,7 @@ def keep(folder: Path, file: str) -> None:
 
 def read_store(folder: Path) -> Any:
     store = FeatureStore(folder)
-    learned, seen, score = pair_labels(store), seen_pairs(store, held_out=None), replay(store, {})
+    learned, seen, score = pair_labels(store)[:], seen_pairs(store, held_out=None), replay(store, {})
     return (
         [
             store.adapter_feat(),

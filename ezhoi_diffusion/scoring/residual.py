@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ezhoi_diffusion.artifact import Artifact, ArtifactConfig
 from ezhoi_diffusion.bridge import Bridge, BridgeError
 from ezhoi_diffusion.features.batch import Pairs
-from ezhoi_diffusion.features.labels import PairLabels, pair_labels
+from ezhoi_diffusion.features.labels import PackedLabels, pair_labels
 from ezhoi_diffusion.features.loss import KEEP, bridge_loss
 from ezhoi_diffusion.features.rows import StoredRows
 from ezhoi_diffusion.features.store import FeatureStore
@@ -148,14 +148,14 @@ def fit(features: FeatureStore, blend: float = 1.0, keep: float = KEEP, epochs: 
     return Artifact(NAME, config, {TENSORS: bridge.state_dict()}, provenance)
 
 
-def train(bridge: Residual, visual: StoredRows, labels: PairLabels, keep: float, epochs: int, seed: int) -> None:
+def train(bridge: Residual, visual: StoredRows, labels: PackedLabels, keep: float, epochs: int, seed: int) -> None:
     """Train the network of `bridge` on features [N, D] and their labels."""
     count, dim = visual.shape
     mean = sum((block.double().sum(0) for block in visual.split(BLOCK)), torch.zeros(dim, dtype=torch.float64)) / count
     bridge.mean.copy_(mean)
     squares = sum(float((block.double() - mean).square().sum()) for block in visual.split(BLOCK))
     bridge.scale.fill_(max(1e-12, math.sqrt(squares / (count * dim))))
-    positives = int(labels.target.count_nonzero())
+    positives = labels.positives(slice(None))
     steps = min(MAX_STEPS, epochs * math.ceil(count / BATCH_SIZE))
     optimizer = torch.optim.Adam(bridge.parameters(), lr=LEARNING_RATE / dim, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)

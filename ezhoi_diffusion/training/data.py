@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ezhoi_diffusion.diffusion.normalization import normalize, rescale
 from ezhoi_diffusion.diffusion.recipes import Source
-from ezhoi_diffusion.features.labels import PairLabels, pair_labels, seen_labels
+from ezhoi_diffusion.features.labels import PackedLabels, pair_labels, seen_labels
 from ezhoi_diffusion.features.rows import RepeatedRows, Rows, StoredRows
 from ezhoi_diffusion.features.split import validation_mask
 from ezhoi_diffusion.features.statistics import ModalityStatistics
@@ -42,7 +42,7 @@ class TrainingData:
     """EZ-HOI's context vectors; they go into the artefact."""
     own_text: Rows | None = None
     """[N, D], the text of each visual feature's own class, for training on pairs."""
-    labelled: PairLabels | None = None
+    labelled: PackedLabels | None = None
     """The labels of each visual feature, for training on the score."""
     images: int | None = None
     """Number of captured images, with those that have no pair."""
@@ -98,7 +98,7 @@ class TrainingSet:
     """Replaces Gaussian noise at the last timestep: for pairs, visual features [N, D] and their mean [D]."""
     noise_scale: float = 0.0
     """Norm of the Gaussian noise added to the endpoint, as a share of the endpoint's norm. With labels: share of the noise."""
-    labelled: PairLabels | None = None
+    labelled: PackedLabels | None = None
     """The labels of `source`, for training on the score."""
     num_timesteps: int = 1000
     """Timesteps from this one on are not learned."""
@@ -188,7 +188,7 @@ class TrainingSet:
     def positives(self) -> int:
         """How many annotations `training` has, at least 1. Needs labels."""
         assert self.labelled is not None
-        return max(1, int(self.labelled.target[self.training].count_nonzero()))
+        return max(1, self.labelled.positives(self.training))
 
     def resident(self, device: torch.device) -> Tensor | None:
         """Return all normalised features [N, D] on the device, or None where batches are taken one by one.

@@ -17,7 +17,7 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def labels(store):
-    return pair_labels(store)
+    return pair_labels(store)[:]
 
 
 @pytest.fixture(scope="module")

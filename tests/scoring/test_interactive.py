@@ -66,7 +66,7 @@ def with_useless_pairs(batch):
 
 def test_the_fit_is_the_optimum_of_a_weighted_logistic_regression(tmp_path):
     store = with_full_rank_texts(synthetic_store(tmp_path / "f", images=60, alter=with_useless_pairs))
-    score, pairs = EzHoiScore.from_store(store), pair_labels(store)
+    score, pairs = EzHoiScore.from_store(store), pair_labels(store)[:]
     unseen = store.ezhoi["classes/unseen"]
     table = store.ezhoi["object_n_verb_to_interaction"]
     images = list(stored_images(store))

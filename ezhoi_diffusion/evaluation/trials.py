@@ -27,7 +27,7 @@ from ezhoi_diffusion.features.score import EzHoiScore
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.plugins import PluginManager
 
-MAX_SCORES = 2**25  # of detections in one pass, of all its chains together: at most 10 bytes each
+MAX_SCORES = 2**24  # of detections in one pass, of all its chains together: at most 10 bytes each
 Samples = NDArray[np.float64]  # [1 + B], what was found and then the replicates
 
 

@@ -103,7 +103,7 @@ class PairLabels:
 
 @dataclass(frozen=True, eq=False)
 class PackedLabels:
-    """`PairLabels` of all N pairs of a store, eight classes to a byte: of HICO-DET's training images 38 MB, and not 225.
+    """`PairLabels` of all N pairs of a store, eight classes to a byte: of HICO-DET's training images 38 MB, and not 221.
 
     Attributes:
         target: [N, ceil(C / 8)] uint8.

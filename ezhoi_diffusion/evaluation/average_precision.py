@@ -119,10 +119,15 @@ def ranked(scored: Scored) -> Iterator[tuple[int, Tensor]]:
     Equal scores are ranked by torch's plain argsort, as pocket ranks them. They occur where two pairs share a feature. In a class
     with one annotation their order decides between an AP of 1 and of 1/2.
     """
-    order = torch.argsort(scored.classes, stable=True)
-    present, counts = scored.classes[order].unique_consecutive(return_counts=True)
-    for index, rows in zip(present.tolist(), order.split(counts.tolist()), strict=True):
+    classes, order = scored.classes, None
+    if not (classes[1:] >= classes[:-1]).all():  # where they come sorted, a copy and the memory for its order are saved
+        classes, order = classes.sort(stable=True)
+    present, counts = classes.unique_consecutive(return_counts=True)
+    begin = 0
+    for index, count in zip(present.tolist(), counts.tolist(), strict=True):
+        rows = torch.arange(begin, begin + count) if order is None else order[begin : begin + count]
         yield index, rows[scored.scores[rows].double().argsort(descending=True)]  # pocket's are float64 too
+        begin += count
 
 
 def average_precision(scored: Scored, num_gt: Sequence[int] | Tensor, algorithm: Algorithm = "11P") -> Tensor:

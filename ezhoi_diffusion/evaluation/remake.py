@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import msgspec
 import torch
+from safetensors.torch import save
 
 from ezhoi_diffusion.artifact import Artifact
 from ezhoi_diffusion.bridge import Bridge, BridgeError
@@ -197,7 +200,7 @@ class Remade:
     ) -> None:
         self._store, self._recipes, self._bridges = store, recipes, bridges
         self._folds, self._plugins, self._device, self._jobs = folds, plugins, device, jobs
-        self._made: dict[Known, tuple[Bridge, Artifact | None] | RemakeError] = {}
+        self._made: dict[Known, tuple[Bridge, bytes] | RemakeError] = {}  # with what tells it from others
 
     def __getitem__(self, known: Known) -> Bridge:
         """The bridge. Where the labels make no difference it is the one that was made with them. Raises RemakeError."""
@@ -232,10 +235,10 @@ class Remade:
             if isinstance(found, RemakeError):
                 self._made[key] = found
                 continue
-            bridge, artifact = found
+            bridge, content = found
             with_them = self._made.get((key[0], key[1], key[2], None))
-            is_same = isinstance(with_them, tuple) and _equal(artifact, with_them[1])
-            own = bridge.to(self._device), artifact if key[3] is None else None  # to compare others with
+            is_same = isinstance(with_them, tuple) and content == with_them[1]
+            own = _sharing(bridge.to(self._device), self._bridges[key[0]]), content
             self._made[key] = with_them if with_them and is_same else own
 
     def _key(self, known: Known) -> Known:
@@ -252,22 +255,32 @@ class Remade:
 
 def _made_or_problem(
     recipes: Recipes, store: FeatureStore, plugins: PluginManager, seed: int
-) -> tuple[Bridge, Artifact | None] | RemakeError:
+) -> tuple[Bridge, bytes] | RemakeError:
     try:
-        return recipes.make(store, plugins, seed)
+        bridge, artifact = recipes.make(store, plugins, seed)
+        return bridge, _content(artifact)
     except RemakeError as error:
         return error
 
 
-def _equal(one: Artifact | None, other: Artifact | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    files = one.files.keys() == other.files.keys() and all(
-        tensors.keys() == other.files[name].keys()
-        and all(torch.equal(tensor, other.files[name][key]) for key, tensor in tensors.items())
-        for name, tensors in one.files.items()
-    )
-    return one.config == other.config and files
+def _content(artifact: Artifact | None) -> bytes:
+    """SHA-256 of what an artefact says and holds, whatever it comes from."""
+    digest = hashlib.sha256()
+    if artifact is not None:
+        digest.update(json.dumps(artifact.config, sort_keys=True).encode())
+        for name, tensors in sorted(artifact.files.items()):
+            digest.update(name.encode() + save({key: tensor.contiguous() for key, tensor in tensors.items()}))
+    return digest.digest()
+
+
+def _sharing(bridge: Bridge, like: Bridge) -> Bridge:
+    """The bridge, with buffers that equal those of `like` held once: most bridges have constants of EZ-HOI."""
+    others = dict(like.named_buffers())
+    for name, buffer in bridge.named_buffers():
+        other = others.get(name)
+        if other is not None and buffer.dtype == other.dtype and torch.equal(buffer, other):
+            buffer.data = other
+    return bridge
 
 
 def grid_of(bridge: Bridge, name: str, sweep: Mapping[str, Sequence[Any]] | None) -> dict[str, list[Any]]:

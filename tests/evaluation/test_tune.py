@@ -37,7 +37,7 @@ from ezhoi_diffusion.features.images import stored_images
 from ezhoi_diffusion.features.labels import seen_pairs
 from ezhoi_diffusion.features.score import EzHoiScore
 from ezhoi_diffusion.plugins import PluginManager
-from ezhoi_diffusion.testing import Truth, synthetic_store
+from ezhoi_diffusion.testing import Truth, synthetic_store, with_full_rank_texts
 
 DIM = 32
 QUICK = ["--train-steps", "15", "--denoiser-options", '{"width": 16, "depth": 1}', "--val-every", "5"]
@@ -367,6 +367,22 @@ def test_settings_of_one_bridge_share_what_it_samples(store, bridge, mocker):
         (alone,) = trials.run([trial.chain])
         assert np.array_equal(alone.value, trial.value)
         assert alone.change == trial.change
+
+
+def test_constants_of_ez_hoi_are_held_once_and_what_was_learned_apart(store):
+    store, plugins = with_full_rank_texts(store), plugins_with()
+    candidates = candidates_of(store, "interactive", plugins, check=lambda *_: None)
+    trials = Trials(
+        store, candidates.recipes, candidates.bridges, Folds.of_store(store, 3), replicates=20, plugins=plugins
+    )
+    made = [
+        *candidates.bridges,
+        *(trials.made[0, 0, frozenset({fold}), part] for fold in range(3) for part in (None, 0)),
+    ]
+    assert len({bridge.matrix.data_ptr() for bridge in made}) == 1
+    learned = {bridge: bridge.coefficient for bridge in made}
+    assert len({coefficient.data_ptr() for coefficient in learned.values()}) == len(learned) > 3
+    assert len({tuple(coefficient.tolist()) for coefficient in learned.values()}) == len(learned)
 
 
 def mean_ap_by_hand(trials, chain, folds, *, outer=None, hidden):

@@ -143,6 +143,9 @@ def test_equal_scores_are_ranked_as_by_a_plain_argsort():
                 distinct = torch.arange(len(scores), 0, -1).tolist()
                 found.append(ap_by_definition(distinct, labels[order].tolist(), num_gt[c]))
         assert average_precision(scored, num_gt).tolist() == pytest.approx(expected, abs=1e-12)
+        order = scored.classes.argsort(stable=True)
+        by_class = Scored(*(column[order] for column in vars(scored).values()))
+        assert torch.equal(average_precision(by_class, num_gt), average_precision(scored, num_gt))
         differs += expected != stable
     assert differs, "these ties must matter"
 

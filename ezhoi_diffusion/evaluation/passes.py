@@ -115,7 +115,7 @@ class Found:
         self._scores, self._labels = torch.empty(shape, dtype=torch.float32), torch.empty(shape, dtype=torch.bool)
 
     def add(self, detections: Detections, found: Mapping[Key, tuple[Tensor, Tensor]]) -> None:
-        """Add the scores [m] and labels [m] of a block by each chain."""
+        """Add the scores [m] float32 and labels [m] bool of a block by each chain."""
         end = self._end + len(detections.classes)
         here = self._place[self._end : end].long()
         in_fold = [torch.isin(detections.classes, classes) for classes in self._folds] if any(self._differs) else []

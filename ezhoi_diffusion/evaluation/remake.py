@@ -27,6 +27,7 @@ from ezhoi_diffusion.evaluation.variants import Named, load_bridge, seed_folders
 from ezhoi_diffusion.features.store import FeatureStore
 from ezhoi_diffusion.features.unlabelled import split_of
 from ezhoi_diffusion.plugins import PluginManager
+from ezhoi_diffusion.scoring.bridge import ScoreBridge
 from ezhoi_diffusion.training.config import TrainConfig
 from ezhoi_diffusion.training.data import TrainingData
 from ezhoi_diffusion.training.fitted import fit_artifact, fit_options, known_fits
@@ -238,8 +239,10 @@ class Remade:
             bridge, content = found
             with_them = self._made.get((key[0], key[1], key[2], None))
             is_same = isinstance(with_them, tuple) and content == with_them[1]
-            own = _sharing(bridge.to(self._device), self._bridges[key[0]]), content
-            self._made[key] = with_them if with_them and is_same else own
+            bridge, of_all = bridge.to(self._device), self._bridges[key[0]]
+            if isinstance(bridge, ScoreBridge) and isinstance(of_all, ScoreBridge):
+                bridge.share_constants(of_all)
+            self._made[key] = with_them if with_them and is_same else (bridge, content)
 
     def _key(self, known: Known) -> Known:
         part, seed, without, hidden = known
@@ -267,20 +270,11 @@ def _content(artifact: Artifact | None) -> bytes:
     """SHA-256 of what an artefact says and holds, whatever it comes from."""
     digest = hashlib.sha256()
     if artifact is not None:
-        digest.update(json.dumps(artifact.config, sort_keys=True).encode())
+        config = json.loads(json.dumps(artifact.config))  # all keys are texts, and can be sorted
+        digest.update(json.dumps(config, sort_keys=True).encode())
         for name, tensors in sorted(artifact.files.items()):
-            digest.update(name.encode() + save({key: tensor.contiguous() for key, tensor in tensors.items()}))
+            digest.update(name.encode() + save({key: x.detach().cpu().contiguous() for key, x in tensors.items()}))
     return digest.digest()
-
-
-def _sharing(bridge: Bridge, like: Bridge) -> Bridge:
-    """The bridge, with buffers that equal those of `like` held once: most bridges have constants of EZ-HOI."""
-    others = dict(like.named_buffers())
-    for name, buffer in bridge.named_buffers():
-        other = others.get(name)
-        if other is not None and buffer.dtype == other.dtype and torch.equal(buffer, other):
-            buffer.data = other
-    return bridge
 
 
 def grid_of(bridge: Bridge, name: str, sweep: Mapping[str, Sequence[Any]] | None) -> dict[str, list[Any]]:

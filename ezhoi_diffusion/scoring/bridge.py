@@ -60,6 +60,13 @@ class ScoreBridge(Bridge):
             [P, C] float64.
         """
 
+    def share_constants(self, other: ScoreBridge) -> None:
+        """Hold the constants of EZ-HOI's score that equal those of another bridge once for both. Many bridges come of one run."""
+        for name in ("matrix", "inverse", "allowed"):
+            own, same = getattr(self, name), getattr(other, name)
+            if own.device == same.device and torch.equal(own, same):
+                setattr(self, name, same)
+
     def allowed_verbs(self, pairs: Pairs) -> Tensor:
         """[P, C] bool, the verbs of each pair's object."""
         return self.allowed[pairs.objects.to(self.allowed.device)]  # a replay leaves pairs on the CPU
